@@ -1,0 +1,57 @@
+# make demo    installs Tenuto into .venv and runs the main job on a model that ships: pictures in demo-out/
+# make test    installs what the tests need, then format, lint, types and every test
+# make check   format, lint and types alone        make fmt   formats and fixes
+# make venv    installs and stops                  make clean deletes .venv and what the commands wrote
+#
+# PYTHON picks the interpreter. TORCH picks torch's build: the constraints fix its version, and the index that pip asks
+# decides the rest. The README says how to get the small CPU build where a plain install would bring CUDA.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH  ?= torch
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
+
+.PHONY: demo test check fmt venv clean
+
+demo: .venv/.base
+	$(BIN)/tenuto demo --model transformer --out demo-out
+	@echo "Pictures: $(CURDIR)/demo-out/demo.png    Numbers: $(CURDIR)/demo-out/demo.json"
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow --durations=8
+
+check: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+fmt: .venv/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: .venv/.test
+
+clean:
+	rm -rf .venv build dist demo-out .pytest_cache .ruff_cache core/tenuto.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that TORCH may name another index without the rest coming from there.
+.venv/.base: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "Installing Tenuto into .venv: a few minutes, once"
+	$(PIP) $(TORCH)
+	$(PIP) 'setuptools>=77'
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.test: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# Debian and Ubuntu keep the venv module in a package of its own: root gets it, others are told.
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(TOO_OLD)" >&2; exit 2; }
+	@$(PYTHON) -m venv --clear .venv || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get -q update && apt-get -q install -y python3-venv; \
+	  else echo "Python's venv module is missing: apt install python3-venv" >&2; exit 2; fi; \
+	  $(PYTHON) -m venv --clear .venv; }

@@ -1,0 +1,1 @@
+"""The place of the ComfyUI nodes. This version has none yet."""

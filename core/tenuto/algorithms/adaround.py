@@ -1,0 +1,141 @@
+"""AdaRound: learn whether each weight rounds down or up, block by block.
+
+Nagel et al. 2020 (arXiv 2004.10568), as BRECQ and TFMQ-DM use it (arXiv 2311.16503):
+    v = clip(1.2 sigmoid(a) - 0.1, 0, 1),  w_int = floor(w / s) + v,
+    L = |target - block(x)|^2 + weight * sum(1 - |2 v - 1|^c),  c from 20 to 2 after the warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..numerics import code_limits
+from ..patching import override_
+from ..qtensor import QTensor
+from ..replay import Bank, first_tensor
+from ..scheme import Format, Scheme
+from .nearest import rows_as, weight_of, weight_range
+
+STRETCH, SHIFT = 1.2, -0.1
+
+
+class Rounding:
+    """The rounding of one weight: soft while it is learnt, hard at the end."""
+
+    def __init__(self, weight: Tensor, form: Format) -> None:
+        w = weight.detach().float()
+        self.form = form
+        self.low, self.high = code_limits(form.bits, form.symmetric)
+        self.scale, self.zero = weight_range(w, form)
+        self.wide, self.shift = rows_as(self.scale, w), rows_as(self.zero, w)
+        self.floor = (w / self.wide).floor()
+        share = (w / self.wide - self.floor).clamp(0.01, 0.99)
+        start = torch.log((share - SHIFT) / (STRETCH + SHIFT - share))
+        self.alpha = start.requires_grad_(True)
+        self.soft = w
+
+    def up(self) -> Tensor:
+        """v of the paper: 0 rounds down, 1 up."""
+        return torch.sigmoid(self.alpha).mul(STRETCH).add(SHIFT).clamp(0, 1)
+
+    def weight(self, up: Tensor) -> Tensor:
+        """The weight that the rounding `up` stands for."""
+        codes = (self.floor + up + self.shift).clamp(self.low, self.high)
+        return (codes - self.shift) * self.wide
+
+    def qtensor(self) -> QTensor:
+        """The weight with every decision made."""
+        up = (self.alpha.detach() >= 0).float()
+        codes = (self.floor + up + self.shift).clamp(self.low, self.high)
+        return QTensor.from_codes(codes, self.scale, self.zero, self.form.bits, self.form.symmetric)
+
+
+@dataclass(frozen=True)
+class AdaRound:
+    """Rounding learnt by Adam on recorded inputs of the block.
+
+    iterations, batch: optimizer steps and rows in each. lr: of Adam on the rounding alone.
+    weight: of the rounding term, per weight. warmup: share of iterations without it.
+    """
+
+    iterations: int = 400
+    batch: int = 32
+    lr: float = 1e-2
+    weight: float = 0.01
+    warmup: float = 0.2
+
+    needs_inputs = True
+
+    def __call__(
+        self,
+        block: nn.Module,
+        layers: dict[str, Scheme],
+        bank: Bank,
+        target: Tensor,
+        *,
+        seed: int = 0,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> dict[str, QTensor]:
+        """The weights of `layers`, rounded so that the block gives `target` (R, ...) on `bank`."""
+        device = next(block.parameters()).device
+        roundings = {n: Rounding(weight_of(block, n), s.weight) for n, s in layers.items()}
+        patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
+        optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
+        draw = torch.Generator().manual_seed(seed)
+        try:
+            for step in range(self.iterations):
+                if on_progress:
+                    on_progress(step, self.iterations, "rounding")
+                index = torch.randint(len(bank), (self.batch,), generator=draw)
+                inputs, wanted = bank.rows(index, device), target.index_select(0, index).to(device)
+                self._step(block, inputs, wanted, list(roundings.values()), optimizer, step)
+        finally:
+            for patch in patches:
+                patch.remove()
+        return {n: r.qtensor() for n, r in roundings.items()}
+
+    def _step(
+        self,
+        block: nn.Module,
+        inputs: tuple[Any, Any],
+        wanted: Tensor,
+        roundings: list[Rounding],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+    ) -> None:
+        ups = [r.up() for r in roundings]
+        for rounding, up in zip(roundings, ups, strict=True):
+            rounding.soft = rounding.weight(up)
+        error = (first_tensor(block(*inputs[0], **inputs[1])) - wanted).pow(2)
+        loss = error.sum(1).mean()
+        exponent = self.exponent(step)
+        if exponent is not None:
+            for up in ups:
+                loss = loss + self.weight * (1 - (2 * up - 1).abs().pow(exponent)).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def exponent(self, step: int) -> float | None:
+        """c of the paper at `step`: none in the warm-up, then 20 falling to 2."""
+        start = self.warmup * self.iterations
+        if step < start:
+            return None
+        return 20 - 18 * (step - start) / max(1.0, self.iterations - start)
+
+
+def _forward(rounding: Rounding) -> Callable[..., Tensor]:
+    """A layer's forward with the soft weight."""
+
+    def forward(original: Callable[..., Tensor], module: Any, x: Tensor, *args: Any) -> Tensor:
+        if isinstance(module, nn.Conv2d):
+            return module._conv_forward(x, rounding.soft, module.bias)
+        return F.linear(x, rounding.soft, module.bias)
+
+    return forward

@@ -1,0 +1,195 @@
+"""The artifact: one safetensors file with a JSON header. Data, not patches.
+
+Tensors are called "section/canonical.name.part"; the sections are weights, ranges, temporal, route
+and encoder. Everything is checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import ArtifactError
+from .families import describe
+from .patching import denoiser_of
+from .work import write_tensors
+
+VERSION = "1.0"
+KEY = "tenuto"
+SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
+HEADER_LIMIT = 64 * 2**20  # bytes; a header of a real artifact is far smaller
+PROBES = 32  # weights looked at for a fingerprint
+
+
+@dataclass
+class Artifact:
+    """What calibration found out about one model. header: plain data. tensors: by section/name."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def new(model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None) -> Artifact:
+        """An empty artifact of `model`; schedule: {"timesteps", "steps", "guidance"}."""
+        denoiser = denoiser_of(model)
+        header = {
+            "format_version": VERSION,
+            "family": describe(denoiser).family,
+            "model_class": type(denoiser).__name__,
+            "prediction_type": _prediction(model),
+            "fingerprint": fingerprint(denoiser),
+            "schedule": schedule,
+            "made": versions() | (made or {}),
+        }
+        return Artifact(header)
+
+    def section(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one section, without its name in front."""
+        return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}
+
+    def __or__(self, other: Artifact) -> Artifact:
+        """Both artifacts in one; the right one's sections win. They must be of the same model."""
+        if not same(self.header["fingerprint"], other.header["fingerprint"]):
+            raise ArtifactError("The two artifacts belong to different models.")
+        taken = {key.split("/", 1)[0] for key in other.tensors}
+        kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
+        made = self.header["made"] | other.header["made"]
+        return Artifact(self.header | other.header | {"made": made}, kept | other.tensors)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all. Equal artifacts give equal bytes."""
+        text = json.dumps(self.header, sort_keys=True, separators=(",", ":"))
+        try:
+            write_tensors(Path(path), self.tensors, {KEY: text})
+        except OSError as error:
+            raise ArtifactError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Artifact:
+        """Read a file; ArtifactError says in one sentence what is wrong with it."""
+        header = read_header(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}.") from error
+        found = Artifact(header, tensors)
+        found.validate(str(path))
+        return found
+
+    def validate(self, name: str = "The artifact") -> None:
+        """Check that header and tensors fit each other."""
+        stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
+        if stray:
+            raise ArtifactError(f"{name} has unknown sections: {', '.join(sorted(stray))}.")
+        for layer, facts in self.header.get("layers", {}).items():
+            if f"weights/{layer}.qdata" not in self.tensors or "shape" not in facts:
+                raise ArtifactError(f"{name} lacks the weight of {layer}.")
+
+    def check(self, model: Any) -> None:
+        """Raise ArtifactError unless this artifact was made for the weights of `model`."""
+        denoiser = denoiser_of(model)
+        wanted = self.header["model_class"]
+        if type(denoiser).__name__ != wanted and describe(denoiser).family != self.header["family"]:
+            raise ArtifactError(
+                f"The artifact is for a {wanted}, and the model is a {type(denoiser).__name__}."
+            )
+        if not same(self.header["fingerprint"], fingerprint(denoiser)):
+            raise ArtifactError("The artifact was made for another model: the weights differ.")
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The JSON header of an artifact, read and checked without touching the tensors."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise ArtifactError(
+                    f"{path} is not an artifact: its header is missing or too long."
+                )
+            table = json.loads(file.read(length))
+    except OSError as error:
+        raise ArtifactError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a safetensors file.") from error
+    _check_table(table, size - 8 - length, path)
+    return _parse(table, path)
+
+
+def _check_table(table: Any, room: int, path: Path) -> None:
+    """Offsets inside the file: a truncated or forged file is refused before it is read."""
+    try:
+        ends = [row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"]
+        starts = [row["data_offsets"][0] for name, row in table.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ArtifactError(f"{path} is not a safetensors file.") from error
+    if any(not isinstance(n, int) or n < 0 for n in starts + ends) or max(ends, default=0) != room:
+        raise ArtifactError(f"{path} is truncated or damaged.")
+
+
+def _parse(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(table["__metadata__"][KEY])
+        major = str(header["format_version"]).split(".")[0]
+        _ = header["fingerprint"], header["family"], header["model_class"], header["schedule"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is a safetensors file, but not a Tenuto artifact.") from error
+    if major != VERSION.split(".")[0]:
+        raise ArtifactError(
+            f"{path} has format version {header['format_version']}; this Tenuto reads {VERSION}."
+        )
+    return header
+
+
+def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
+    """Marks of a denoiser's weights that survive a cast to half precision.
+
+    names: how many floating parameters there are; values: the first, middle and last value of
+    `PROBES` evenly chosen ones, taken from canonical names in order.
+    """
+    parameters = [(n, p) for n, p in sorted(denoiser.named_parameters()) if p.is_floating_point()]
+    if not parameters:
+        raise ArtifactError("The model has no floating-point weights.")
+    places = torch.linspace(0, len(parameters) - 1, min(PROBES, len(parameters))).long().tolist()
+    values = []
+    for place in places:
+        flat = parameters[place][1].detach().reshape(-1)
+        index = torch.tensor([0, flat.numel() // 2, flat.numel() - 1], device=flat.device)
+        values += flat.index_select(0, index).float().cpu().tolist()
+    total = sum(p.numel() for _, p in parameters)
+    return {"parameters": total, "values": [float(f"{v:.6g}") for v in values]}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of the same weights, up to half precision."""
+    if one.get("parameters") != other.get("parameters"):
+        return False
+    pairs = zip(one["values"], other["values"], strict=True)
+    return all(abs(a - b) <= 2**-7 * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)
+
+
+def versions() -> dict[str, Any]:
+    """What the file was made with: plain facts, no time, so that equal runs give equal bytes."""
+    from . import version
+
+    return {
+        "tenuto": version.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _prediction(model: Any) -> str | None:
+    config = getattr(getattr(model, "scheduler", None), "config", None)
+    return config.get("prediction_type") if config is not None else None

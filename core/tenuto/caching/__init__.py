@@ -1,0 +1,1 @@
+"""Which branch to compute at which step: one policy a file, all of them a `CacheSchedule`."""

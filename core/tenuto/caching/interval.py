@@ -1,0 +1,100 @@
+"""Schedules of whole steps by a fixed rule: interval reuse (FORA) and the late interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import TenutoError
+from .schedule import CacheSchedule
+
+PERIODS = range(2, 9)  # what the searches try
+Policy = TypeVar("Policy", "Interval", "LateInterval")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Interval reuse from the first step (FORA, arXiv 2407.01425).
+
+    Of every `period` steps the first are computed and the last `held` reused; held None is
+    period - 1, as in the paper. phase "first" counts from the first executed step: period 2 reuses
+    half of all steps. phase "last" is the rule of the released code: the first step is computed,
+    and every one whose index from the end is divisible by the period.
+    """
+
+    period: int = 2
+    held: int | None = None
+    phase: str = "first"
+
+    def __post_init__(self) -> None:
+        held = self.period - 1 if self.held is None else self.held
+        if self.period < 1 or not 0 <= held < max(self.period, 1):
+            raise TenutoError(f"An interval of {self.period} steps cannot hold {held} of them.")
+        if self.phase not in ("first", "last"):
+            raise TenutoError(f"Unknown phase {self.phase!r}: 'first' or 'last'.")
+
+    def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        """The schedule for these steps and branches."""
+        held = self.period - 1 if self.held is None else self.held
+        count = len(timesteps)
+        places = range(count) if self.phase == "first" else range(count - 1, -1, -1)
+        computed = [place % self.period < self.period - held for place in places]
+        return CacheSchedule.steps([True, *computed[1:]], timesteps, branches)
+
+
+@dataclass(frozen=True)
+class LateInterval:
+    """The first `first` steps are computed, and from there on one of every `period`.
+
+    Early steps are the sensitive ones: with as many reuses, this is far closer than an interval
+    from the first step on.
+    """
+
+    first: int
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.period < 1:
+            raise TenutoError(f"No late interval has first {self.first} and period {self.period}.")
+
+    def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        """The schedule for these steps and branches."""
+        rows = range(len(timesteps))
+        computed = [i < self.first or (i - self.first) % self.period == 0 for i in rows]
+        return CacheSchedule.steps([True, *computed[1:]], timesteps, branches)
+
+
+def late_interval_for(
+    reuse: float, timesteps: Sequence[float], branches: Sequence[str]
+) -> list[LateInterval]:
+    """Every late interval whose reuse ratio is as near to `reuse` as any; measure to choose."""
+    rows = range(len(timesteps))
+    found = (LateInterval(first, period) for period in PERIODS for first in rows)
+    return nearest(reuse, found, timesteps, branches)
+
+
+def interval_for(
+    reuse: float, timesteps: Sequence[float], branches: Sequence[str]
+) -> list[Interval]:
+    """Every interval from the first step on whose reuse ratio is as near to `reuse` as any."""
+    found = (
+        Interval(period, held, phase)
+        for period in PERIODS
+        for held in range(1, period)
+        for phase in ("first", "last")
+    )
+    return nearest(reuse, found, timesteps, branches)
+
+
+def nearest(
+    reuse: float, policies: Iterable[Policy], timesteps: Sequence[float], branches: Sequence[str]
+) -> list[Policy]:
+    """Those policies whose reuse ratio is nearest to `reuse`; of equal tables only the first."""
+    gaps: dict[tuple[bool, ...], tuple[int, Policy]] = {}
+    wanted = round(reuse * len(timesteps))
+    for policy in policies:
+        rows = tuple(policy(timesteps, branches[:1]).table[:, 0].tolist())
+        gaps.setdefault(rows, (abs(rows.count(False) - wanted), policy))
+    least = min((gap for gap, _ in gaps.values()), default=0)
+    return [policy for gap, policy in gaps.values() if gap == least]

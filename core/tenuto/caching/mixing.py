@@ -1,0 +1,103 @@
+"""Soft routing: every branch mixes its fresh and its held output, with a gradient to the weights.
+
+HarmoniCa, arXiv 2410.01723, and its released code: out = r f + (1 - r) c; the slot keeps the
+detached mixture where r > tau. The denoiser is frozen, the gradient goes to the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..clock import Clock
+from ..patching import Override, override_
+from ..qtensor import QConv2d, QLayer
+from .schedule import Slot, each, shape_of
+
+
+class Mixer:
+    """The soft decisions at the current step, shared by all branches.
+
+    weights: r (N,), may require a gradient. apart: while True, branches compute as ever and
+    neither read nor write what is held: the teacher. tau: a slot is written where r > tau.
+    store: "mixture" keeps r f + (1 - r) c, as the released code; "fresh" keeps f.
+    """
+
+    def __init__(self, clock: Clock, tau: float, store: str) -> None:
+        self.clock, self.tau, self.store = clock, tau, store
+        self.apart = False
+        self.weights = torch.ones(0)
+        self.writes: list[bool] = []
+
+    def set(self, weights: Tensor) -> None:
+        """Take the weights (N,) of the step that comes."""
+        self.weights = weights
+        self.writes = (weights.detach() > self.tau).tolist()
+
+
+class Soft:
+    """The forward of branch `column` under a mixer."""
+
+    def __init__(self, mixer: Mixer, column: int) -> None:
+        self.mixer, self.column, self.slot = mixer, column, Slot()
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        mixer, shape = self.mixer, shape_of(args, kwargs)
+        out = original(*args, **kwargs)
+        if mixer.apart:
+            return out
+        held = self.slot.find(mixer.clock, shape)
+        r = mixer.weights[self.column]
+        mixed = (
+            out if held is None else each(lambda f, c: (r * f + (1 - r) * c).to(f.dtype), out, held)
+        )
+        if held is None or mixer.writes[self.column]:
+            self.slot.store(mixer.clock, shape, mixed if mixer.store == "mixture" else out)
+        return mixed
+
+
+@contextmanager
+def mixed(
+    denoiser: nn.Module, branches: Sequence[str], clock: Clock, tau: float, store: str
+) -> Iterator[Mixer]:
+    """Soft routing laid on `denoiser`; quantized layers let gradients through. Taken out after."""
+    mixer = Mixer(clock, tau, store)
+    patches: list[Override] = []
+    try:
+        for column, name in enumerate(branches):
+            patches.append(override_(denoiser.get_submodule(name), Soft(mixer, column)))
+        for layer in denoiser.modules():
+            if isinstance(layer, QLayer):
+                patches.append(override_(layer, straight_through))
+        yield mixer
+    finally:
+        while patches:
+            patches.pop().remove()
+
+
+def straight_through(original: Any, layer: Any, x: Tensor, *args: Any) -> Tensor:
+    """A quantized layer whose gradient is that of the layer with its dequantized weight."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(x, layer, original)
+    return original(x, *args)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QLayer, original: Any) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return original(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, grad = ctx.layer.weight.to(grads[0].dtype), grads[0]
+        if not isinstance(ctx.layer, QConv2d):
+            return F.linear(grad, weight.t()), None, None
+        stride, padding, dilation, groups = ctx.layer.geometry
+        back = nn.grad.conv2d_input(ctx.shape, weight, grad, stride, padding, dilation, groups)
+        return back, None, None

@@ -1,0 +1,64 @@
+"""The step-level programme: which whole steps to reuse, by dynamic programming on measured costs.
+
+The cost of reusing a step is age^power times the measured error of reusing that step alone; age is
+the number of steps since the last computed one. Costs are taken to add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import TenutoError
+from .schedule import CacheSchedule
+
+
+@dataclass(frozen=True)
+class StepProgramme:
+    """The best schedule of whole steps at `reuse` under measured costs.
+
+    costs: T numbers, the squared error of the result where that step alone is reused
+    (`rollout.step_costs`); the first one is ignored. power: how the cost grows with age.
+    """
+
+    reuse: float
+    costs: tuple[float, ...]
+    power: float = 3.0
+
+    def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        """The schedule for the steps that the costs were measured at."""
+        if len(self.costs) != len(timesteps):
+            raise TenutoError(
+                f"The costs were measured at {len(self.costs)} steps, not at {len(timesteps)}."
+            )
+        held = round(self.reuse * len(timesteps))
+        computed = cheapest(self.costs, held, self.power)
+        return CacheSchedule.steps(computed, timesteps, branches)
+
+
+def cheapest(costs: Sequence[float], held: int, power: float) -> list[bool]:
+    """Which of the steps to compute (True) so that `held` are reused at the least total cost.
+
+    A run from one computed step s to the next one e costs sum over s < i < e of
+    (i - s)^power * costs[i]; the programme chooses the computed steps, the first among them.
+    """
+    steps = len(costs)
+    if not 0 <= held < max(steps, 1):
+        raise TenutoError(f"{steps} steps cannot reuse {held} of them.")
+    best = [[math.inf] * (steps + 1) for _ in range(steps + 1)]  # [computed so far][next computed]
+    back = [[0] * (steps + 1) for _ in range(steps + 1)]
+    best[0][0] = 0.0
+    for chosen in range(1, steps - held + 1):
+        for start in range(steps):
+            total = best[chosen - 1][start]
+            for end in range(start + 1, steps + 1) if total < math.inf else ():
+                if total < best[chosen][end]:
+                    best[chosen][end], back[chosen][end] = total, start
+                if end < steps:
+                    total += (end - start) ** power * costs[end]
+    computed, end = [False] * steps, steps
+    for chosen in range(steps - held, 0, -1):
+        end = back[chosen][end]
+        computed[end] = True
+    return computed

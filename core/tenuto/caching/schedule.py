@@ -1,0 +1,149 @@
+"""`CacheSchedule`: the boolean table [steps x branches], and what lays it on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clock import Clock
+from ..errors import TenutoError
+from ..patching import Override, override_, tensors_in
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSchedule:
+    """What to compute (True) and what to hold from before (False).
+
+    table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that
+    another step count maps by the nearest one. branches: N names. Row 0 always computes.
+    """
+
+    table: Tensor
+    timesteps: tuple[float, ...]
+    branches: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.table.dtype is not torch.bool:
+            raise TenutoError("A cache schedule is a boolean table.")
+        if tuple(self.table.shape) != (len(self.timesteps), len(self.branches)):
+            raise TenutoError(
+                f"A schedule of {tuple(self.table.shape)} does not fit {len(self.timesteps)} steps "
+                f"and {len(self.branches)} branches."
+            )
+        if not bool(self.table[0].all()):
+            raise TenutoError("The first step of a schedule computes every branch.")
+
+    @property
+    def reuse_ratio(self) -> float:
+        """Share of cells that are held (CUR of HarmoniCa, arXiv 2410.01723), first step included."""
+        return 1 - float(self.table.float().mean())
+
+    def at(self, timesteps: Sequence[float]) -> CacheSchedule:
+        """The same schedule for other timesteps: each takes the row of the nearest one."""
+        times = tuple(float(t) for t in timesteps)
+        if times == self.timesteps:
+            return self
+        own = torch.tensor(self.timesteps, dtype=torch.float64)
+        gaps = (torch.tensor(times, dtype=torch.float64)[:, None] - own).abs()
+        table = self.table[gaps.argmin(1)]
+        table[:1] = True
+        return CacheSchedule(table, times, self.branches)
+
+    @staticmethod
+    def full(timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        """The schedule that computes everything."""
+        table = torch.ones(len(timesteps), len(branches), dtype=torch.bool)
+        return CacheSchedule(table, tuple(timesteps), tuple(branches))
+
+    @staticmethod
+    def steps(
+        computed: Sequence[bool], timesteps: Sequence[float], branches: Sequence[str]
+    ) -> CacheSchedule:
+        """Whole steps: every branch is computed where `computed[row]`, and held elsewhere."""
+        table = torch.tensor(computed, dtype=torch.bool)[:, None].repeat(1, len(branches))
+        return CacheSchedule(table, tuple(timesteps), tuple(branches))
+
+
+class Slot:
+    """Held outputs of one branch, by stream. Another run, shape or an unknown stream computes."""
+
+    def __init__(self) -> None:
+        self.run: int | None = None
+        self.held: dict[Hashable, tuple[Any, int, Any]] = {}
+        self.last: tuple[tuple[Hashable, ...], Any, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        return Slot()
+
+    def store(self, clock: Clock, shape: Any, out: Any) -> None:
+        """Keep `out`, (B, ...) or a tuple of such tensors, for the streams of the call."""
+        if self.run != clock.run:
+            self.held.clear()
+            self.run = clock.run
+        out = each(Tensor.detach, out)
+        self.last = (clock.streams, shape, out)
+        for row, stream in enumerate(clock.streams):
+            self.held[stream] = (out, row, shape)
+
+    def find(self, clock: Clock, shape: Any) -> Any:
+        """What is held for the streams of the call, or None where any is missing."""
+        if self.run != clock.run or self.last is None:
+            return None
+        streams, old, out = self.last
+        if streams == clock.streams and old == shape:
+            return out
+        found = [self.held.get(stream) for stream in clock.streams]
+        rows = [(f[0], f[1]) for f in found if f is not None and f[2] == shape]
+        if not rows or len(rows) < len(found):
+            return None
+        if isinstance(out, Tensor):
+            return torch.stack([held[row] for held, row in rows])
+        return tuple(torch.stack([held[i][row] for held, row in rows]) for i in range(len(out)))
+
+
+def each(fn: Callable[..., Tensor], *outputs: Any) -> Any:
+    """`fn` on tensors, or member by member on equal tuples of them: what branches return."""
+    if isinstance(outputs[0], Tensor):
+        return fn(*outputs)
+    return tuple(fn(*parts) for parts in zip(*outputs, strict=True))
+
+
+def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The shape of a branch's input without its batch: its first tensor, by place or by name."""
+    return tuple(next(tensors_in((args, kwargs))).shape[1:])
+
+
+class Hold:
+    """The forward of a branch under a schedule: compute and store, or hand out what is held."""
+
+    def __init__(self, clock: Clock, rows: list[bool]) -> None:
+        self.clock, self.rows, self.slot = clock, rows, Slot()
+        self.keeps = not all(rows)
+        self.counts = [0, 0]  # computed, held
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.keeps:
+            return original(*args, **kwargs)
+        shape = shape_of(args, kwargs)
+        if not self.rows[self.clock.row]:
+            found = self.slot.find(self.clock, shape)
+            if found is not None:
+                self.counts[1] += 1
+                return found
+        out = original(*args, **kwargs)
+        self.counts[0] += 1
+        self.slot.store(self.clock, shape, out)
+        return out
+
+
+def lay_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
+    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
+    columns = schedule.at(clock.timesteps).table.t().tolist()
+    return [
+        override_(denoiser.get_submodule(name), Hold(clock, rows))
+        for name, rows in zip(schedule.branches, columns, strict=True)
+    ]

@@ -1,0 +1,278 @@
+"""The command `tenuto`. What its commands do is in `commands.py`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import TenutoError
+from .version import __version__
+
+MODEL = "demo:transformer, demo:unet, a diffusers folder or a hub id"
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tenuto` with these arguments (else the command line's) and return its exit code.
+
+    0: done. 2: bad input, one sentence on stderr. 130: interrupted by Ctrl-C.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as error:
+        return int(error.code or 0)
+    try:
+        with _quiet():
+            answer = _run(args)
+    except KeyboardInterrupt:
+        _say("stopped. " + args.after_stop)
+        return INTERRUPTED
+    except TenutoError as error:
+        _say(" ".join(str(error).split()))
+        return 2
+    except OSError as error:
+        _say(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 2
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(answer.data, ensure_ascii=False) if args.json else answer.text, flush=True)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"tenuto: {text}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> Any:
+    from . import commands
+    from .console import Bars
+
+    with contextlib.redirect_stdout(sys.stderr), Bars(sys.stderr) as bars:
+        return getattr(commands, args.function)(args, bars)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' warnings and bars stay away; what Tenuto says is left."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """An argument type: whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < 2**62:
+            raise argparse.ArgumentTypeError(f"takes a whole number of {least} or more, not {text}")
+        return value
+
+    return parse
+
+
+def _real(low: float, high: float, open_low: bool = False) -> Callable[[str], float]:
+    """An argument type: finite numbers from `low` (or above it) to below `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < high if open_low else low <= value < high):
+            above = "above" if open_low else "from"
+            most = "" if high == math.inf else f" to below {high:g}"
+            raise argparse.ArgumentTypeError(f"takes a number {above} {low:g}{most}, not {text}")
+        return value
+
+    return parse
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise argparse.ArgumentTypeError("takes some text")
+    return value
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="tenuto",
+        description="Quantize a diffusion model, train a cache router for it, and measure both.",
+        epilog="example: tenuto demo --out tenuto-demo",
+    )
+    parser.add_argument("--version", action="version", version=f"tenuto {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    for add in (_demo, _quantize, _train_router, _generate, _compare, _inspect):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, about: str, example: str, resumes: bool = False) -> Any:
+    found = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example: {example}",
+    )
+    after = "The same command goes on where it stopped." if resumes else "Nothing was written."
+    found.set_defaults(function=name.replace("-", "_"), json=False, after_stop=after)
+    return found
+
+
+def _sampling(parser: Any, seed: int = 0) -> None:
+    """The options of every command that samples."""
+    add = parser.add_argument
+    add(
+        "--steps",
+        type=_whole(1),
+        metavar="N",
+        help="sampling steps (the artifact's or the model's, else 20)",
+    )
+    add(
+        "--guidance",
+        type=_real(0, math.inf),
+        metavar="G",
+        help="guidance (the artifact's or the model's)",
+    )
+    add("--seed", type=_whole(0), default=seed, metavar="S", help="first seed (%(default)s)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", "calibrate a model that ships and show what it does to eight pictures",
+        "tenuto demo --model transformer --out tenuto-demo",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", default="transformer", metavar="NAME", help="transformer or unet (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tenuto-demo"),
+        metavar="DIR",
+        help="folder for demo.png and demo.json (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _quantize(commands: Any) -> None:
+    parser = _command(
+        commands, "quantize", "quantize a model and write one artifact",
+        "tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors", resumes=True,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--scheme", required=True, metavar="S", help="w8a8, w4a8, w8a16 or w4a16")
+    _preset(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line"
+    )
+    _sampling(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the artifact")
+
+
+def _train_router(commands: Any) -> None:
+    parser = _command(
+        commands, "train-router", "train a cache router, and put it beside what an artifact holds",
+        "tenuto train-router demo:transformer --artifact a.safetensors --out b.safetensors",
+        resumes=True,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--artifact", type=Path, metavar="FILE", help="the quantized model to train on"
+    )
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument(
+        "--speedup",
+        type=_real(1, math.inf, True),
+        metavar="X",
+        help="how many times less work the denoiser does",
+    )
+    aim.add_argument(
+        "--reuse", type=_real(0, 1, True), metavar="R", help="share of branch calls to hold (0.3)"
+    )
+    _preset(parser)
+    parser.add_argument(
+        "--iterations", type=_whole(1), metavar="N", help="training iterations (the preset's)"
+    )
+    _sampling(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new artifact")
+
+
+def _preset(parser: Any) -> None:
+    parser.add_argument(
+        "--preset",
+        default="quick",
+        metavar="P",
+        help="effort: quick, standard or thorough (%(default)s)",
+    )
+
+
+def _generate(commands: Any) -> None:
+    parser = _command(
+        commands, "generate", "draw pictures of a prompt, with an artifact or without",
+        'tenuto generate demo:transformer --prompt "a golden retriever" --artifact a.safetensors',
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to draw")
+    parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    parser.add_argument("--artifact", type=Path, metavar="FILE", help="draw with this artifact")
+    _sampling(parser)
+    parser.add_argument(
+        "--batch",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+        help="pictures, in one grid (%(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the picture, a PNG (named after the prompt)"
+    )
+
+
+def _compare(commands: Any) -> None:
+    from .measure import FIRST_SEED
+
+    parser = _command(
+        commands, "compare", "measure what an artifact costs and what it buys",
+        "tenuto compare demo:transformer --artifact demo.safetensors --count 16 --json",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--artifact", type=Path, required=True, metavar="FILE", help="the artifact")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to draw, one a line")
+    parser.add_argument(
+        "--count", type=_whole(1), default=64, metavar="N", help="pictures (%(default)s)"
+    )
+    _sampling(parser, FIRST_SEED)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _inspect(commands: Any) -> None:
+    parser = _command(
+        commands, "inspect", "show what is in an artifact", "tenuto inspect demo.safetensors"
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="an artifact")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

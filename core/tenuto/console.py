@@ -1,0 +1,179 @@
+"""What the command shows: progress bars on stderr, and an artifact as a short table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from .artifact import SECTIONS, Artifact
+from .trajectory import Progress
+
+DELAY = 2.0  # seconds: shorter work shows no bar where nobody watches
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+MAP_ROWS = 120  # branches that a step map shows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: text for people, plain data for `--json`."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Bars:
+    """Progress bars on `stream`, one at a time: at once on a terminal, else after two seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.watched = stream.isatty()
+        self._bar: Any = None
+
+    def settings(self, label: str) -> dict[str, Any]:
+        """How a tqdm bar called `label` is drawn."""
+        pace: dict[str, Any] = {"mininterval": 5.0, "delay": DELAY, "ncols": 79}
+        if self.watched:
+            pace = {"mininterval": 0.2, "dynamic_ncols": True}
+        return {"desc": label, "file": self.stream, "bar_format": BAR} | pace
+
+    def __call__(self, label: str) -> Progress:
+        """A new bar; returns the `on_progress` that moves it."""
+        self.close()
+
+        def progress(done: int, total: int, note: str) -> None:
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, initial=done, **self.settings(label))
+            self._bar.total = total
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+
+        return progress
+
+    def close(self) -> None:
+        """Finish the bar in progress."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
+    """An artifact's header and what its tensors say. size: of the file, in bytes."""
+    sections = {}
+    for name in SECTIONS:
+        tensors = artifact.section(name)
+        if tensors:
+            held = sum(t.numel() * t.element_size() for t in tensors.values())
+            sections[name] = {"tensors": len(tensors), "bytes": held}
+    layers = artifact.header.get("layers", {}).values()
+    facts: dict[str, Any] = {
+        "file_bytes": size,
+        "sections": sections,
+        "layers_by_scheme": dict(Counter(layer["scheme"] for layer in layers)),
+    }
+    table = artifact.tensors.get("route/table")
+    if table is not None:
+        facts["computed_branches_by_step"] = table.sum(1).tolist()
+    return {"header": artifact.header, **facts}
+
+
+def about(path: str, artifact: Artifact, size: int) -> str:
+    """An artifact as people read it."""
+    header, facts = artifact.header, facts_of(artifact, size)
+    schedule, mark = header["schedule"], header["fingerprint"]
+    times, guidance = schedule.get("timesteps", []), schedule.get("guidance")
+    span = f", timesteps {times[0]:g} to {times[-1]:g}" if times else ""
+    span = f"{'' if guidance is None else f', guidance {guidance:g}'}{span}"
+    parameters = f"{mark.get('parameters', 0) / 1e6:.1f} M parameters"
+    rows = [
+        ("file", f"{path}, {mib(size)}, format {header['format_version']}"),
+        ("model", f"{header['model_class']} ({header['family']}), {parameters}"),
+        ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
+    ]
+    for name, held in facts["sections"].items():
+        rows.append((name, f"{mib(held['bytes'])} in {held['tensors']} tensors"))
+    by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
+    if by_scheme:
+        rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    rows += [("route", line) for line in _route_lines(header)]
+    rows += [("made", line) for line in _made_lines(header)]
+    return "\n".join([*table(rows), *step_map(artifact)])
+
+
+def table(rows: list[tuple[str, str]]) -> list[str]:
+    """Names in one column, values in the next; a repeated name is shown once."""
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    last, lines = "", []
+    for name, value in rows:
+        lines.append(f"{'' if name == last else name:<{width}}{value}".rstrip())
+        last = name
+    return lines
+
+
+def _worst(header: dict[str, Any]) -> float:
+    return max((layer.get("weight_error", 0.0) for layer in header["layers"].values()), default=0.0)
+
+
+def _route_lines(header: dict[str, Any]) -> Iterator[str]:
+    route = header.get("route")
+    if not route:
+        return
+    held = f"{route['reuse_ratio']:.1%} of the branch calls are held"
+    work = route.get("reuse_flops")
+    yield f"{route['policy']}: {held}" + ("" if work is None else f", {work:.1%} of the work")
+    for name, score in sorted(route.get("scores", {}).items(), key=lambda row: _order(row[1])):
+        shown = f"{score:.4g}" if isinstance(score, int | float) else json.dumps(score)
+        yield f"  {shown:>10}  {name}"
+
+
+def _order(score: Any) -> float:
+    return float(score) if isinstance(score, int | float) else math.inf
+
+
+def _made_lines(header: dict[str, Any]) -> Iterator[str]:
+    made = dict(header.get("made") or {})
+    calibration = made.pop("calibration", None) or {}
+    if "preset" in header:
+        made = {"preset": header["preset"]} | made
+    yield ", ".join(f"{name} {value}" for name, value in made.items())
+    if calibration:
+        pictures = calibration.get("batch", 0) * calibration.get("runs", 0)
+        yield (
+            f"calibrated on {pictures} pictures of {calibration.get('steps')} steps, "
+            f"seed {calibration.get('seed')}, prompts {calibration.get('prompts')}"
+        )
+
+
+def step_map(artifact: Artifact) -> list[str]:
+    """The route as steps by branches, one character a cell; empty without a route."""
+    found = artifact.tensors.get("route/table")
+    if found is None:
+        return []
+    names = [_short(name) for name in artifact.header["route"]["branches"]]
+    width = max(len(name) for name in names) + 2
+    lines = ["", "computed (#) and held (.) at each step, first to last:"]
+    for name, column in list(zip(names, found.t().tolist(), strict=True))[:MAP_ROWS]:
+        lines.append(f"{name:<{width}}{''.join('#' if cell else '.' for cell in column)}")
+    if len(names) > MAP_ROWS:
+        lines.append(f"... and {len(names) - MAP_ROWS} more branches")
+    return lines
+
+
+def _short(name: str) -> str:
+    return name.replace("transformer_blocks.", "").replace("blocks.", "")
+
+
+def mib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,1 @@
+"""One operation a file: an eager reference first, then what executes it on a device."""

@@ -1,0 +1,243 @@
+"""`compare`: what an artifact costs and what it buys, measured.
+
+Every number that the project shows anywhere comes from here or from what is named in `__all__`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import Artifact
+from .attachment import Tenuto, attach
+from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
+from .comparison import Comparison
+from .cost import Latency, PeakMemory, latency, multiply_adds, resident_weight_bytes
+from .errors import TenutoError
+from .metrics import percentile, psnr, ssim
+from .patching import denoiser_of, frozen, place
+from .perceptual import lpips
+from .shipped import prompts as shipped_prompts
+from .trajectory import Progress, Sample, sampler
+from .turns import Drawn, FirstCall, Way, draw_in_turns, first_call, split
+from .version import __version__
+
+__all__ = [
+    "Comparison",
+    "Drawn",
+    "Latency",
+    "PeakMemory",
+    "compare",
+    "draw_in_turns",
+    "latency",
+    "lpips",
+    "multiply_adds",
+    "percentile",
+    "psnr",
+    "resident_weight_bytes",
+    "ssim",
+]
+
+FIRST_SEED = 10_000  # far from the seeds of calibration
+FULL, ARTIFACT, BF16 = "full precision", "artifact", "bf16"
+
+
+@dataclass
+class _Facts:
+    """What is known beside pictures and times. work: multiply-adds by branch, "" the whole."""
+
+    work: dict[str, int]
+    float_bytes: int
+    arithmetic: str  # of bf16
+    artifact_bytes: int = 0
+    calls: dict[str, list[int]] = field(default_factory=dict)  # branch: [computed, held]
+    execution: dict[str, Any] = field(default_factory=dict)
+    int8_share: float | None = None
+    peak: int | None = None
+    peak_source: str = ""
+
+    def note(self, attached: Tenuto, before: dict[str, list[int]], peak: PeakMemory) -> None:
+        """What an attached artifact says of itself after it has drawn."""
+        self.execution, self.int8_share = attached.execution(), attached.int8_weight_share()
+        self.artifact_bytes = resident_weight_bytes(attached.denoiser)
+        for name, counts in attached.counts().items():
+            known = self.calls.setdefault(name, [0, 0])
+            self.calls[name] = [known[i] + counts[i] - before[name][i] for i in (0, 1)]
+        if peak.bytes is not None:
+            self.peak, self.peak_source = max(self.peak or 0, peak.bytes), peak.source
+
+    def reuse(self) -> tuple[float, float]:
+        """Shares that were held: of the branch calls, and of the whole's multiply-adds."""
+        held = {name: h / max(1, c + h) for name, (c, h) in self.calls.items()}
+        work = sum(share * self.work[name] for name, share in held.items())
+        return sum(held.values()) / max(1, len(held)), work / max(1, self.work[""])
+
+
+def compare(
+    model: Any,
+    artifact: Artifact,
+    prompts: Sequence[str] | None = None,
+    *,
+    count: int = 64,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = FIRST_SEED,
+    sample: Sample | None = None,
+    batch: int = 8,
+    device: torch.device | str | None = None,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Draw `count` pictures with `model`, with `artifact` attached and in bf16, at equal seeds.
+
+    A pipeline draws `prompts` (else the shipped "evaluation" list) at the artifact's own steps and
+    guidance unless told otherwise. A bare denoiser takes `sample(denoiser, seed, batch)`, which
+    runs one trajectory; its steps are counted, `guidance` is only noted. The three take turns, a
+    few batches each, so that times are compared side by side. `device` moves the model there for
+    the call.
+    The model is as it was afterwards, whatever happens.
+    """
+    if count < 1 or batch < 1:
+        raise TenutoError(f"There is nothing to compare in {count} pictures, {batch} at a time.")
+    artifact.check(model)
+    given = sample is not None
+    if sample is None:
+        if isinstance(model, nn.Module):
+            raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
+        schedule = artifact.header["schedule"]
+        steps = int(schedule["steps"] if steps is None else steps)
+        guidance = schedule["guidance"] if guidance is None else guidance
+        sample = sampler(model, tuple(prompts or shipped_prompts("evaluation")), steps, guidance)
+    denoiser, batches = denoiser_of(model), split(seed, count, batch)
+    with _on(model, device), frozen(denoiser), torch.no_grad():
+        call, seen = first_call(denoiser, sample, *batches[0], whole=given)
+        branches = artifact.header.get("route", {}).get("branches", ())
+        work = multiply_adds(denoiser, *call, names=branches)
+        arithmetic = bf16_arithmetic(place(denoiser)[0])
+        facts = _Facts(work, resident_weight_bytes(denoiser), arithmetic)
+        ways = _ways(model, artifact, call, facts)
+        drawn = draw_in_turns(ways, sample, batches, on_progress)
+        run = _surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
+    return Comparison(
+        **_distances(drawn), **_costs(drawn, facts), **run, count=count, batch=batch, seed=seed
+    )
+
+
+@contextmanager
+def _on(model: Any, device: torch.device | str | None) -> Iterator[None]:
+    """`model` on `device` for the time of the context."""
+    before, _ = place(denoiser_of(model))
+    if device is None or torch.device(device) == before:
+        yield
+        return
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(before)
+
+
+def _ways(model: Any, artifact: Artifact, call: FirstCall, facts: _Facts) -> dict[str, Way]:
+    """The three ways to draw; each makes one call on entry that is not timed: it packs weights."""
+    denoiser = denoiser_of(model)
+    device, dtype = place(denoiser)
+
+    @contextmanager
+    def attached() -> Iterator[nn.Module]:
+        found = attach(model, artifact)
+        with found, PeakMemory(device) as peak:
+            denoiser(*call[0], **call[1])
+            before = found.counts()
+            yield denoiser
+            peak.read()
+            facts.note(found, before, peak)
+
+    @contextmanager
+    def plain(module: nn.Module) -> Iterator[nn.Module]:
+        module(*call[0], **call[1])
+        yield module
+
+    ways: dict[str, Way] = {FULL: lambda: plain(denoiser), ARTIFACT: attached}
+    if dtype is not torch.bfloat16:
+        twin = bf16_copy(denoiser, facts.arithmetic)
+        ways[BF16] = lambda: plain(twin)
+    return ways
+
+
+def _distances(drawn: dict[str, Drawn]) -> dict[str, Any]:
+    """How far the artifact's pictures, and those in bf16, are from the full-precision ones."""
+    full, mine = drawn[FULL].pictures, drawn[ARTIFACT].pictures
+    floor = drawn[BF16].pictures if BF16 in drawn else None
+    return {
+        "psnr_db": _spread(psnr(full, mine)),
+        "ssim": _mean(ssim, full, mine),
+        "lpips": _mean(lpips, full, mine),
+        "bf16_floor_psnr_db": None if floor is None else _spread(psnr(full, floor)),
+        "identical_pictures": int((full == mine).flatten(1).all(1).sum()),
+    }
+
+
+def _spread(values: Tensor) -> dict[str, float]:
+    return {q: percentile(values.tolist(), p) for q, p in (("median", 50), ("p5", 5))}
+
+
+def _mean(distance: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float | None:
+    """The mean of `distance`, or None where it is not defined: pictures too small, no network."""
+    try:
+        return float(distance(a, b).mean())
+    except TenutoError:
+        return None
+
+
+def _costs(drawn: dict[str, Drawn], facts: _Facts) -> dict[str, Any]:
+    """Time, memory and what was really executed; a simulated time gives no speed-up."""
+    simulated = facts.execution["layers"].get("simulated", 0)
+    gain = None if simulated else drawn[FULL].latency.over(drawn[ARTIFACT].latency)
+    ratio, work = facts.reuse()
+    plain = drawn.get(BF16) if facts.arithmetic == NATIVE else None  # else no time of bf16
+    return {
+        "reuse_ratio": ratio,
+        "reuse_flops": work,
+        "int8_weight_share": facts.int8_share,
+        "seconds_per_picture": {
+            "float": drawn[FULL].per_picture,
+            "artifact": drawn[ARTIFACT].per_picture,
+            "bf16": None if plain is None else plain.per_picture,
+        },
+        "speedup": None if gain is None else gain.median,
+        "speedup_quartiles": None if gain is None else gain.quartiles,
+        "resident_weight_bytes": {"float": facts.float_bytes, "artifact": facts.artifact_bytes},
+        "peak_memory_bytes": facts.peak,
+        "peak_memory_source": facts.peak_source,
+        "execution": facts.execution,
+        "bf16_arithmetic": facts.arithmetic,
+    }
+
+
+def _surroundings(denoiser: nn.Module) -> dict[str, Any]:
+    """On what the numbers were measured."""
+    device, dtype = place(denoiser)
+    cuda = device.type == "cuda"
+    chip = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    versions = {
+        "tenuto": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    for package in ("diffusers", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": f"{device.type} ({chip})",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }

@@ -1,0 +1,227 @@
+"""Put patches into a model and take them out again.
+
+Nothing here changes a class: a forward is replaced on one instance, a leaf in its parent, and the
+old one comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .clock import Clock, active
+from .errors import ModelError
+
+STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
+Forward = Callable[..., Any]
+
+
+def denoiser_of(model: Any) -> nn.Module:
+    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the module itself."""
+    if isinstance(model, nn.Module):
+        return model
+    for name in ("transformer", "unet"):
+        found = getattr(model, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise ModelError(f"{type(model).__name__} has no `transformer` or `unet`.")
+
+
+class Override:
+    """A replaced forward on one instance; a deep copy of the module keeps it and its own state.
+
+    call(original, module, *args, **kwargs) computes the new output.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call = module, call
+        self.before = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(self.original, self.module, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Take the replacement out."""
+        if self.module.__dict__.get("forward") is not self:
+            raise ModelError("Another patch was put on top of this one: remove that first.")
+        if self.before is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.before
+
+
+def override_(module: nn.Module, call: Callable[..., Any]) -> Override:
+    """Replace the forward of `module` by `call(original, module, *args, **kwargs)`."""
+    patch = Override(module, call)
+    module.__dict__["forward"] = patch
+    return patch
+
+
+class Swap:
+    """A child module replaced in its parent."""
+
+    def __init__(self, root: nn.Module, name: str, new: nn.Module) -> None:
+        parent, _, self.key = name.rpartition(".")
+        self.parent = root.get_submodule(parent)
+        self.old: nn.Module | None = getattr(self.parent, self.key)
+        _set(self.parent, self.key, new)
+
+    def remove(self) -> None:
+        """Put the old module back."""
+        if self.old is None:
+            raise ModelError("The originals were released: load the model again.")
+        _set(self.parent, self.key, self.old)
+
+
+def _set(parent: nn.Module, key: str, child: nn.Module) -> None:
+    if isinstance(parent, nn.Sequential | nn.ModuleList):
+        parent[int(key)] = child
+    else:
+        setattr(parent, key, child)
+
+
+class Attached:
+    """Patches in a model. `handle` is the patched model; `detach()` restores it bit for bit."""
+
+    def __init__(self, handle: Any, patches: Sequence[Any]) -> None:
+        self.handle = handle
+        self.patches = list(patches)
+
+    def detach(self) -> None:
+        """Take every patch out, last first; twice does no harm."""
+        while self.patches:
+            self.patches.pop().remove()
+
+    def release(self) -> None:
+        """Forget the replaced modules: their memory is free, and there is no way back."""
+        for patch in self.patches:
+            if isinstance(patch, Swap):
+                patch.old = None
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+class Signature:
+    """Finds the sample, the timestep and the conditions among a denoiser's arguments."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.signature = inspect.signature(type(denoiser).forward)
+        self.names = list(self.signature.parameters)[1:]
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, defaults left out."""
+        bound = self.signature.bind(None, *args, **kwargs).arguments
+        found: dict[str, Any] = {}
+        for name, value in list(bound.items())[1:]:
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                found |= value
+            elif kind is not inspect.Parameter.VAR_POSITIONAL:
+                found[name] = value
+        return found
+
+    def timestep(self, inputs: dict[str, Any]) -> Any:
+        """The timestep among `inputs`: by its usual names, else the second argument."""
+        found = next((n for n in STEP_NAMES if inputs.get(n) is not None), None)
+        if found is None and len(self.names) > 1:
+            found = self.names[1]
+        if found is None or inputs.get(found) is None:
+            raise ModelError(f"No timestep among the denoiser's arguments {self.names}.")
+        return inputs[found]
+
+    def sample(self, inputs: dict[str, Any]) -> Tensor:
+        """The noisy sample: the first argument."""
+        return inputs[self.names[0]]
+
+    def conditions(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Every other tensor: prompt embeddings, labels, masks, pooled vectors."""
+        step = self.timestep(inputs)
+        rest = (v for n, v in inputs.items() if n != self.names[0] and v is not step)
+        return [t for value in rest for t in tensors_in(value)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class Follow:
+    """A hook on the denoiser that keeps a clock at the step, streams and run of each call."""
+
+    def __init__(self, denoiser: nn.Module, clock: Clock, streams: bool = True) -> None:
+        self.clock, self.streams = clock, streams
+        self.facts = Signature(denoiser)
+        self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = self.facts.inputs(args, kwargs)
+        sample = self.facts.sample(inputs)
+        conditions = self.facts.conditions(inputs) if self.streams else []
+        step = self.facts.timestep(inputs)
+        self.clock.observe(step, sample.shape[0], conditions, sample.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Follow:
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def remove(self) -> None:
+        """Take the hook out."""
+        self.hook.remove()
+
+
+@contextmanager
+def follow(handle: Any, clock: Clock) -> Iterator[Clock]:
+    """Keep `clock` at the step of every call of the denoiser of `handle` (`Host.follow`)."""
+    hook = Follow(denoiser_of(handle), clock)
+    token = active.set(clock)
+    try:
+        yield clock
+    finally:
+        active.reset(token)
+        hook.remove()
+
+
+@contextmanager
+def frozen(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """`denoiser` in eval mode without gradients of its weights; both are restored."""
+    modes = [(m, m.training) for m in denoiser.modules()]
+    grads = [(p, p.requires_grad) for p in denoiser.parameters()]
+    denoiser.eval().requires_grad_(False)
+    try:
+        yield denoiser
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in grads:
+            parameter.requires_grad_(grad)
+
+
+def place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating dtype of a module's weights."""
+    found = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
+    return (
+        (found.device, found.dtype) if found is not None else (torch.device("cpu"), torch.float32)
+    )

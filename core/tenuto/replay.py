@@ -1,0 +1,218 @@
+"""Replay a recorded trajectory block by block: what each block saw, and what it answered."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .patching import tensors_in
+from .trajectory import Call, to_device
+
+log = logging.getLogger("tenuto")
+
+
+class _Stop(Exception):  # leaves a forward once its block was reached
+    pass
+
+
+@dataclass
+class Bank:
+    """Recorded inputs of a block, row by row: R rows of every tensor that has a batch.
+
+    template: (args, kwargs) in which a batched tensor is `Rows(key)`; tensors: key -> (R, ...).
+    steps: int64 (R,), the calibrated step of each row.
+    """
+
+    template: tuple[tuple[Any, ...], dict[str, Any]]
+    tensors: dict[int, Tensor]
+    steps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the block for the rows `index` (int64)."""
+        return _filled(self.template, self.tensors, index, device)
+
+    def chunks(self, size: int) -> Iterator[Tensor]:
+        """Row numbers in order, `size` at a time."""
+        yield from torch.arange(len(self)).split(size)
+
+    def advance(self, hidden: Tensor) -> Bank:
+        """The bank of the next block of a chain: its first argument is this block's output."""
+        first = self.template[0][0]
+        return Bank(self.template, self.tensors | {first.key: hidden}, self.steps)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A place in a template that `Bank.tensors[key]` fills."""
+
+    key: int
+
+
+def _filled(value: Any, tensors: dict[int, Tensor], index: Tensor, device: Any) -> Any:
+    if isinstance(value, Rows):
+        return tensors[value.key].index_select(0, index).to(device)
+    if isinstance(value, dict):
+        return {k: _filled(v, tensors, index, device) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_filled(v, tensors, index, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _cut(value: Any, batch: int, found: list[Tensor]) -> Any:
+    """`value` with each tensor of `batch` rows taken out into `found`."""
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape[0] == batch:
+            found.append(value.detach())
+            return Rows(len(found) - 1)
+        return value.detach()
+    if isinstance(value, dict):
+        return {k: _cut(v, batch, found) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(v, batch, found) for v in value)
+    return value
+
+
+def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[Any, Any]:
+    """(args, kwargs) that `block` gets when `denoiser` is called as recorded; stops there."""
+    seen: list[tuple[Any, Any]] = []
+
+    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    hook = denoiser.get_submodule(block).register_forward_pre_hook(
+        stop, with_kwargs=True, prepend=True
+    )
+    try:
+        denoiser(**to_device(call.inputs, device))
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: Any) -> Bank:
+    """What `block` gets in `calls` of `denoiser`, kept on the CPU.
+
+    Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
+    """
+    found: list[tuple[Any, list[Tensor], int, tuple[Any, ...]]] = []
+    for call in calls:
+        args, kwargs = run_to(denoiser, block, call, device)
+        batch = next(tensors_in(args or tuple(kwargs.values()))).shape[0]
+        cut: list[Tensor] = []
+        template = _cut((tuple(args), dict(kwargs)), batch, cut)
+        shapes = tuple(tuple(t.shape[1:]) for t in cut)
+        found.append((template, [t.cpu() for t in cut], call.row, shapes))
+    usual = Counter(shapes for *_, shapes in found).most_common(1)[0][0]
+    kept = [f for f in found if f[3] == usual]
+    if len(kept) < len(found):
+        log.warning(
+            "%d of %d calls have other shapes and are left out", len(found) - len(kept), len(found)
+        )
+    columns = zip(*(tensors for _, tensors, _, _ in kept), strict=True)
+    tensors = {key: torch.cat(column) for key, column in enumerate(columns)}
+    steps = [torch.full((len(t[0]),), row) for _, t, row, _ in kept]
+    return Bank(kept[0][0], tensors, torch.cat(steps))
+
+
+@torch.no_grad()
+def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor:
+    """The outputs of `block` on every row of `bank`, (R, ...), kept on the CPU."""
+    found = []
+    for index in bank.chunks(size):
+        args, kwargs = bank.rows(index, device)
+        found.append(first_tensor(block(*args, **kwargs)).cpu())
+    return torch.cat(found)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The main output of a block: the tensor itself or the first one of a tuple."""
+    return next(tensors_in(out))
+
+
+@torch.no_grad()
+def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
+    """Whether each block gets the last one's output and otherwise the very same objects."""
+    seen: list[tuple[list[int], int]] = []
+    hooks = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        tensors = list(tensors_in((args, kwargs)))
+        seen.append(([id(t) for t in tensors], id(first_tensor(out))))
+        keep.extend([*tensors, first_tensor(out)])
+
+    keep: list[Tensor] = []
+    for name in blocks:
+        hooks.append(denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True))
+    try:
+        denoiser(**to_device(call.inputs, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(seen) != len(blocks):
+        return False
+    steps = range(1, len(seen))
+    chained = (seen[i][0][0] == seen[i - 1][1] for i in steps)
+    return all(chained) and all(seen[i][0][1:] == seen[0][0][1:] for i in steps)
+
+
+class Chain:
+    """Inputs and targets of one block after another, while `model` is quantized block by block.
+
+    Where every block feeds the next one, outputs are handed on; else each block's inputs are
+    replayed from the start of the model. Only blocks that need data cost anything.
+    blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        units: Sequence[str],
+        needy: Collection[str | None],
+        calls: Sequence[Call],
+        device: Any,
+    ) -> None:
+        self.model, self.reference = model, copy.deepcopy(model)
+        self.blocks, self.calls, self.device = list(units), calls, device
+        self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
+        whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain
+        self.linear = self.last > 0 and whole and is_chain(model, blocks, calls[0], device)
+        self.student: Bank | None = None
+        self.teacher: Bank | None = None
+        self.target: Tensor | None = None
+
+    def data(self, block: str) -> tuple[Bank, Tensor]:
+        """(inputs from the quantized prefix, outputs in full precision) of `block`."""
+        stale = not self.linear and self.target is None
+        if self.student is None or self.teacher is None or stale:
+            self.student = inputs_of(self.model, block, self.calls, self.device)
+            self.teacher = inputs_of(self.reference, block, self.calls, self.device)
+        if self.target is None:
+            reference = self.reference.get_submodule(block)
+            self.target = outputs(reference, self.teacher, self.device)
+        return self.student, self.target
+
+    def passed(self, block: str) -> None:
+        """`block` is quantized: go on to the next one."""
+        if block not in self.blocks or self.blocks.index(block) >= self.last:
+            return
+        if self.linear:
+            student, target = self.data(block)
+            out = outputs(self.model.get_submodule(block), student, self.device)
+            assert self.teacher is not None
+            self.student, self.teacher = student.advance(out), self.teacher.advance(target)
+        self.target = None

@@ -1,0 +1,214 @@
+"""Recorded sampling runs: the calibration set, and what router training rolls out again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, TenutoError
+from .patching import Signature, denoiser_of, frozen
+
+Sample = Callable[[nn.Module, int, int], Tensor]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One denoiser call: the arguments by name (on the CPU), its step and its run."""
+
+    run: int
+    row: int
+    timestep: float
+    inputs: dict[str, Any]
+
+
+@dataclass
+class Trajectory:
+    """Calls of one or more sampling runs and what is needed to repeat them.
+
+    timesteps: in executed order. sample: `sample(denoiser, seed, batch)` runs one trajectory and
+    returns the pictures, float (batch, C, H, W) in [-1, 1]; latent: the same, but final latents.
+    """
+
+    timesteps: tuple[float, ...]
+    calls: list[Call]
+    seed: int
+    batch: int
+    runs: int
+    steps: int
+    guidance: float | None = None
+    prompts: tuple[str, ...] = ()
+    sample: Sample | None = field(default=None, repr=False)
+    latent: Sample | None = field(default=None, repr=False)
+
+    def rollout(self) -> Sample:
+        """The function that runs one trajectory and returns what is measured: latents if it can."""
+        found = self.latent or self.sample
+        if found is None:
+            raise TenutoError("This trajectory cannot be run again: pass `sample=`.")
+        return found
+
+    def schedule(self) -> dict[str, Any]:
+        """The sampling schedule as an artifact's header has it."""
+        return {
+            "timesteps": list(self.timesteps),
+            "steps": self.steps,
+            "guidance": self.guidance,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What decides its content, as plain data: for a manifest or a header."""
+        text = "\n".join(self.prompts)
+        return {
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "batch": self.batch,
+            "runs": self.runs,
+            "timesteps": list(self.timesteps),
+            "prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
+        }
+
+
+def sampler(
+    pipe: Any, prompts: Sequence[str], steps: int, guidance: float | None, output: str = "pt"
+) -> Sample:
+    """`sample(denoiser, seed, batch)` for a diffusers pipeline.
+
+    Picture i has prompt `prompts[(seed + i) % len(prompts)]` and noise of CPU seed `seed + i`.
+    output "pt" returns pictures in [-1, 1], "latent" the final latents.
+    """
+    if not prompts:
+        raise TenutoError("A pipeline needs at least one prompt.")
+    if steps < 1:
+        raise TenutoError(f"Sampling takes at least one step, not {steps}.")
+    known = inspect.signature(type(pipe).__call__).parameters
+    extra: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+    extra = {k: v for k, v in extra.items() if k in known}
+    if guidance is not None:
+        extra["guidance_scale"] = guidance
+    name = "transformer" if denoiser_of(pipe) is getattr(pipe, "transformer", None) else "unet"
+
+    def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
+        chosen = [prompts[(seed + i) % len(prompts)] for i in range(batch)]
+        noise = [torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)]
+        with _using(pipe, name, denoiser):
+            images = pipe(
+                prompt=chosen,
+                num_inference_steps=steps,
+                generator=noise,
+                output_type=output,
+                **extra,
+            ).images
+        return images.float() * 2 - 1 if output == "pt" else images
+
+    return sample
+
+
+@contextmanager
+def _using(pipe: Any, name: str, denoiser: nn.Module) -> Iterator[None]:
+    """`pipe` with another denoiser and without its own progress bar; both are restored."""
+    before, bar = getattr(pipe, name), pipe.__dict__.get("_progress_bar_config")
+    pipe.set_progress_bar_config(disable=True)
+    if denoiser is not before:
+        setattr(pipe, name, denoiser)
+    try:
+        yield
+    finally:
+        if denoiser is not before:
+            setattr(pipe, name, before)
+        if bar is None:
+            pipe.__dict__.pop("_progress_bar_config", None)
+        else:
+            pipe._progress_bar_config = bar
+
+
+@contextmanager
+def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[list[Call]]:
+    """Append every call of `denoiser` to `calls`, as it was before the call."""
+    facts = Signature(denoiser)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = facts.inputs(args, kwargs)
+        step = float(torch.as_tensor(facts.timestep(inputs)).reshape(-1)[0])
+        calls.append(Call(run, 0, step, _cpu(inputs)))
+
+    hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _cpu(v) for k, v in value.items()}
+    return type(value)(_cpu(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def to_device(value: Any, device: Any) -> Any:
+    """Tensors in nested dicts, lists and tuples moved to `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def record(
+    model: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    steps: int = 20,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int = 4,
+    runs: int | None = None,
+    sample: Sample | None = None,
+    on_progress: Progress | None = None,
+) -> Trajectory:
+    """Run the model as its user does and keep every denoiser call.
+
+    A pipeline takes `prompts` (each is drawn once unless `runs` says otherwise). A bare denoiser
+    takes `sample(denoiser, seed, batch)`, which runs one trajectory and returns its pictures,
+    float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
+    """
+    denoiser = denoiser_of(model)
+    latent = None
+    if sample is None:
+        if denoiser is model:
+            raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
+        sample = sampler(model, tuple(prompts or ()), steps, guidance)
+        latent = sampler(model, tuple(prompts or ()), steps, guidance, output="latent")
+    batch = min(batch, len(prompts)) if prompts else batch
+    runs = runs or (max(1, len(prompts) // batch) if prompts else 2)
+    calls: list[Call] = []
+    for run in range(runs):
+        if on_progress:
+            on_progress(run, runs, "recording")
+        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, run):
+            (latent or sample)(denoiser, seed + run * batch, batch)
+    if on_progress:
+        on_progress(runs, runs, "recording")
+    if not calls:
+        raise ModelError("`sample` did not call the denoiser that it was given.")
+    times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
+    calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
+    return Trajectory(
+        times, calls, seed, batch, runs, len(times), guidance, tuple(prompts or ()), sample, latent
+    )
+
+
+def _row(times: tuple[float, ...], timestep: float) -> int:
+    return min(range(len(times)), key=lambda i: abs(times[i] - timestep))

@@ -1,0 +1,1 @@
+"""The place of the WebUI extension (Python 3.10). This version has none yet."""
