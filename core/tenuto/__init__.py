@@ -4,8 +4,11 @@ from .artifact import Artifact
 from .attachment import attach
 from .caching.schedule import CacheSchedule
 from .calibrate import quantize
+from .demo import demo, prompts
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
 from .families import describe
+from .measure import compare
+from .route import train_router
 from .scheme import Format, Recipe, Rule, Scheme, schemes
 from .trajectory import Trajectory, record
 from .version import __version__
@@ -25,8 +28,12 @@ __all__ = [
     "Trajectory",
     "__version__",
     "attach",
+    "compare",
+    "demo",
     "describe",
+    "prompts",
     "quantize",
     "record",
     "schemes",
+    "train_router",
 ]

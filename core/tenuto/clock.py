@@ -35,6 +35,7 @@ class Clock:
         self.run = 0
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._owner: weakref.ref[Tensor] | None = None
+        self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
         return self  # a copied model follows the same run
@@ -66,7 +67,7 @@ class Clock:
         """
         self._follow_owner(timestep)
         value = torch.as_tensor(timestep).detach().reshape(-1)[:1].to(torch.float64)
-        marks = [_row_hash(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
+        marks = [self._mark(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
         if not marks:
             self.tick(float(value), range(batch), device)
             return
@@ -74,6 +75,19 @@ class Clock:
         packed: list[int] = torch.cat((value.view(torch.int64).to(hashes.device), hashes)).tolist()  # pyright: ignore
         step = torch.tensor(packed[:1], dtype=torch.int64).view(torch.float64)
         self.tick(float(step), _numbered(packed[1:]), device)
+
+    def _mark(self, condition: Tensor) -> Tensor:
+        """The row hash of a condition; one that is the same object as before is not read again."""
+        if condition.is_inference():
+            return _row_hash(condition)  # has no version: it could have been written to
+        known = self._marks.get(id(condition))
+        if known is not None and known[0]() is condition and known[1] == condition._version:
+            return known[2]
+        if len(self._marks) > 16:
+            self._marks.clear()
+        mark = _row_hash(condition)
+        self._marks[id(condition)] = (weakref.ref(condition), condition._version, mark)
+        return mark
 
     def _follow_owner(self, timestep: Tensor | float) -> None:
         """A scheduler makes new `timesteps` for every run: a view of others is a new run."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .artifact import Artifact
 from .attachment import quantized
+from .caching.budget import reuse_for, saved, whole_steps
 from .caching.iepo import gain
 from .caching.interval import late_interval_for
 from .caching.programme import StepProgramme
@@ -34,10 +34,10 @@ PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student,
 
 @dataclass(frozen=True)
 class RoutePreset:
-    """Effort. router: settings of the training; seeds: batches that each candidate is measured on."""
+    """Effort. router: settings of the training; batches: that each candidate is measured on."""
 
     router: HarmoniCa
-    seeds: int
+    batches: int
 
     @property
     def batch(self) -> int:
@@ -68,14 +68,18 @@ def train_router(
 ) -> Artifact:
     """Train a router for the denoiser of `model` and return an artifact with the section "route".
 
-    reuse: the share of (step, branch) cells to hold; speedup: how many times fewer multiply-adds
-    the denoiser is to do, of which a share follows (`reuse_for`). One of them; neither is 30 %.
-    artifact: what was quantized before: its model is then both teacher and student.
-    The router, the late intervals and the step programme at that reuse are all measured on
-    held-out seeds against the un-cached run; the best becomes the route, and every score is told.
-    `work` keeps what is finished: the same call resumes there and ends in the same artifact.
+    reuse: the share of (step, branch) cells to hold. speedup: how many times fewer multiply-adds
+    a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
+    artifact: what `quantize` made of this model; the quantized model is teacher and student then.
+    The router, the late intervals and the step programmes that reuse as much are all measured on
+    held-out seeds against the un-cached run. The best becomes the route, every score is told, and
+    the router's own table stays beside it.
+    `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
+    same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
-    job = RouteJob(model, trajectory, reuse, speedup, artifact, preset, iterations, seed, sample)
+    job = RouteJob(model, trajectory, artifact, preset, seed)
+    job.plan_for(iterations, sample)
+    job.budget(reuse, speedup)
     return job.run(work, on_progress)
 
 
@@ -86,101 +90,110 @@ class RouteJob:
         self,
         model: Any,
         trajectory: Trajectory,
-        reuse: float | None,
-        speedup: float | None,
         artifact: Artifact | None,
         preset: str,
-        iterations: int | None,
         seed: int,
-        sample: Sample | None,
     ) -> None:
         if preset not in PRESETS:
             raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-        if reuse is not None and speedup is not None:
-            raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
-        self.model, self.artifact, self.seed, self.effort = model, artifact, seed, preset
-        self.plan = PRESETS[preset]
+        if artifact is not None:
+            artifact.check(model)
+            _check_schedule(artifact, trajectory)
+        self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
+        self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
+        self.denoiser = denoiser_of(model)
+        self.branches = tuple(b.name for b in describe(self.denoiser).branches)
+        if not self.branches:
+            raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be held.")
+        if len(self.times) < 2:
+            raise TenutoError("With one step there is nothing to reuse.")
+        call = to_device(trajectory.calls[0].inputs, place(self.denoiser)[0])
+        self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
+        self.costs: list[float] | None = None  # of the branches; None: all alike
+
+    def plan_for(self, iterations: int | None, sample: Sample | None) -> None:
+        """What the caller has set otherwise than the preset and the trajectory."""
         if iterations is not None:
             router = dataclasses.replace(self.plan.router, iterations=iterations)
             self.plan = dataclasses.replace(self.plan, router=router)
         if sample is not None:
-            trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
-        self.trajectory, self.times = trajectory, trajectory.timesteps
-        self.branches = tuple(b.name for b in describe(denoiser_of(model)).branches)
-        if not self.branches:
-            raise ModelError(f"{type(denoiser_of(model)).__name__} has no branch that can be held.")
-        _check_schedule(artifact, trajectory)
-        self.denoiser = denoiser_of(model)
-        self.counts = self._counted()
-        self.asked = {"reuse": reuse, "speedup": speedup}
-        self.costs = None if speedup is None else [self.counts[n] for n in self.branches]
+            self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
+
+    def budget(self, reuse: float | None, speedup: float | None) -> None:
+        """The share to hold: of cells, or of the branches' multiply-adds where a speedup is asked."""
+        if reuse is not None and speedup is not None:
+            raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
         steps = len(self.times)
-        if speedup is not None:
-            reuse = reuse_for(speedup, self.counts, steps)
+        self.asked = {"reuse": reuse, "speedup": speedup}
         self.reuse = DEFAULT_REUSE if reuse is None else reuse
+        if speedup is not None:
+            self.reuse = reuse_for(speedup, self.counts, steps)
+            self.costs = [float(self.counts[name]) for name in self.branches]
         if not 0 < self.reuse <= 1 - 1 / steps:
             raise TenutoError(f"{steps} steps cannot reuse {self.reuse:.0%} of their branches.")
 
-    def _counted(self) -> dict[str, int]:
-        """Multiply-adds of one call: "" the whole, and each branch."""
-        device, _ = place(self.denoiser)
-        call = to_device(self.trajectory.calls[0].inputs, device)
-        return multiply_adds(self.denoiser, (), call, names=self.branches)
-
     def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
-        """Costs, candidates, router, measurements: from `path` as far as they are finished."""
-        result = Artifact.new(
-            self.model,
-            {
-                "timesteps": list(self.times),
-                "steps": self.trajectory.steps,
-                "guidance": self.trajectory.guidance,
-            },
-        )
-        work = Work(path, {"job": "route", "settings": self._about(), "model": result.header})
+        """Costs, router, measurements: from `path` as far as they are finished."""
+        trajectory = self.trajectory
+        schedule = {
+            "timesteps": list(self.times),
+            "steps": trajectory.steps,
+            "guidance": trajectory.guidance,
+        }
+        result = Artifact.new(self.model, schedule)
+        work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
         if self.artifact is not None:
             self.denoiser = quantized(self.model, self.artifact, route=False).denoiser
-        meter = Meter(on_progress, self._parts())
-        result_costs, step = self._costs(work, meter)
-        router = self._router(gain(result_costs, step), work, meter)
-        tables = self._fixed(result_costs) | {"router": router.cut(self.reuse)}
-        scores = self._measured(tables, work, meter)
-        return self._filled(result, router, tables, scores)
+        meter = Meter(on_progress, self.parts())
+        costs = self.measure_costs(work, meter)
+        router = self.train(gain(*costs), work, meter)
+        tables = {"router": router.cut(self.reuse)} | self.candidates(costs[0])
+        scores = self.measure(tables, work, meter)
+        best = min(scores, key=lambda name: scores[name])
+        result.tensors = {
+            "route/table": tables[best].table,
+            "route/router": tables["router"].table.clone(),
+            "route/logits": router.logits,
+            "route/costs": costs[0],
+        }
+        result.header["route"] = self.facts(best, tables[best], scores, router)
+        return result
 
-    def _about(self) -> dict[str, Any]:
-        quantization = self.artifact and self.artifact.header
+    def about(self) -> dict[str, Any]:
+        """What decides the result, for the manifest of the work."""
         return {
             "plan": dataclasses.asdict(self.plan),
-            "asked": self.asked,
+            "reuse": self.reuse,
+            "costs": self.costs,
             "seed": self.seed,
             "trajectory": self.trajectory.about(),
-            "artifact": quantization,
+            "artifact": self.artifact and self.artifact.header,
         }
 
-    def _late(self) -> dict[str, CacheSchedule]:
-        found = late_interval_for(self.reuse, self.times, self.branches)
-        return {f"late interval {p.first}/{p.period}": p(self.times, self.branches) for p in found}
-
-    def _fixed(self, costs: Tensor) -> dict[str, CacheSchedule]:
-        """The candidates that need no training."""
+    def candidates(self, costs: Tensor) -> dict[str, CacheSchedule]:
+        """What needs no training: late intervals and step programmes. costs: (T,), of a step."""
+        reuse = whole_steps(self.reuse, len(self.times))
+        found: dict[str, Callable[..., CacheSchedule]] = {
+            f"late interval {policy.first}/{policy.period}": policy
+            for policy in late_interval_for(reuse, self.times, self.branches)
+        }
         prices = tuple(costs.tolist())
-        programmes = {
-            f"step programme, age^{p:g}": StepProgramme(self.reuse, prices, p) for p in POWERS
-        }
-        return self._late() | {n: p(self.times, self.branches) for n, p in programmes.items()}
+        found |= {f"step programme age^{p:g}": StepProgramme(reuse, prices, p) for p in POWERS}
+        return {name: policy(self.times, self.branches) for name, policy in found.items()}
 
-    def _parts(self) -> dict[str, float]:
-        """What each part costs, in denoiser calls of one batch."""
-        steps = len(self.times)
-        candidates = len(self._late()) + len(POWERS) + 1
+    def parts(self) -> dict[str, float]:
+        """What each part takes, in denoiser calls of one batch."""
+        steps, plan = len(self.times), self.plan
+        count = 1 + len(self.candidates(Tensor([1.0] * steps)))
         return {
             "costs": steps * (steps + 3) / 2,
-            "router": self.plan.router.iterations * steps * PASSES,
-            "reference": self.plan.seeds * steps,
-            "candidates": candidates * self.plan.seeds * steps * (1 - self.reuse),
+            "router": plan.router.iterations * steps * PASSES,
+            "reference": plan.batches * steps,
+            "candidates": count * plan.batches * steps * (1 - self.reuse),
         }
 
-    def _costs(self, work: Work, meter: Meter) -> tuple[Tensor, Tensor]:
+    def measure_costs(self, work: Work, meter: Meter) -> tuple[Tensor, Tensor]:
+        """`step_costs`, from `work` if they are there."""
         kept = work.load("costs")
         if kept is None:
             note, seed = meter.part("costs"), self.trajectory.seed + self.seed
@@ -191,7 +204,8 @@ class RouteJob:
             work.save("costs", kept)
         return kept["result"], kept["step"]
 
-    def _router(self, gains: Tensor, work: Work, meter: Meter) -> Router:
+    def train(self, gains: Tensor, work: Work, meter: Meter) -> Router:
+        """The router, from random logits."""
         settings = dataclasses.replace(self.plan.router, reuse=self.reuse, seed=self.seed)
         return settings(
             self.denoiser,
@@ -203,67 +217,47 @@ class RouteJob:
             on_progress=meter.part("router"),
         )
 
-    def _measured(
+    def measure(
         self, tables: dict[str, CacheSchedule], work: Work, meter: Meter
     ) -> dict[str, float]:
-        """Each candidate's squared error of the final latent, the geometric mean over pictures."""
+        """Each candidate's squared error of the final latent: the geometric mean over pictures."""
         batch, note = self.plan.batch, meter.part("reference")
-        seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.seeds)]
+        seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.batches)]
         note(0, 1, "un-cached pictures")
         kept = work.load("reference")
         if kept is None:
             kept = {"reference": references(self.denoiser, self.trajectory, seeds, batch)}
             work.save("reference", kept)
-        reference, scores = kept["reference"], {}
-        note = meter.part("candidates")
+        reference, scores, note = kept["reference"], {}, meter.part("candidates")
         for i, (name, table) in enumerate(tables.items()):
             note(i, len(tables), f"measuring: {name}")
-            kept = work.load(f"candidate/{name}")
+            kept = work.load(f"candidate {name}")
             if kept is None:
                 found = errors(self.denoiser, table, self.trajectory, seeds, batch, reference)
                 kept = {"errors": found.double()}
-                work.save(f"candidate/{name}", kept)
+                work.save(f"candidate {name}", kept)
             scores[name] = float(kept["errors"].clamp_min(1e-30).log().mean().exp())
-        note(1, 1, "done")
+        note(1, 1, "measured")
         return scores
 
-    def _filled(
-        self,
-        result: Artifact,
-        router: Router,
-        tables: dict[str, CacheSchedule],
-        scores: dict[str, float],
-    ) -> Artifact:
-        best = min(scores, key=lambda name: scores[name])
-        table = tables[best]
-        result.tensors = {
-            "route/table": table.table,
-            "route/router": tables["router"].table,
-            "route/logits": router.logits,
-        }
-        result.header["route"] = {
+    def facts(
+        self, best: str, table: CacheSchedule, scores: dict[str, float], router: Router
+    ) -> dict[str, Any]:
+        """The header of the route."""
+        return {
             "policy": best,
             "timesteps": list(self.times),
             "branches": list(self.branches),
             "reuse_ratio": table.reuse_ratio,
-            "reuse_flops": self.saved(table),
+            "reuse_flops": saved(table, self.counts),
             "scores": {name: float(f"{score:.6g}") for name, score in scores.items()},
             "asked": self.asked,
-            "preset": self.effort,
-            "beta": float(f"{router.beta:.6g}"),
-            "made": {
-                "seed": self.seed,
-                "device": place(self.denoiser)[0].type,
-                "calibration": self.trajectory.about(),
-            },
+            "preset": self.preset,
+            "router": dataclasses.asdict(self.plan.router)
+            | {"reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed},
+            "device": place(self.denoiser)[0].type,
+            "calibration": self.trajectory.about(),
         }
-        return result
-
-    def saved(self, table: CacheSchedule) -> float:
-        """The share of a run's multiply-adds that `table` holds."""
-        counts = torch.tensor([float(self.counts[name]) for name in self.branches])
-        held = float(((~table.table).float() @ counts).sum())
-        return held / (self.counts[""] * len(self.times))
 
 
 class Meter:
@@ -273,8 +267,8 @@ class Meter:
         self.on_progress = on_progress
         self.parts = {name: round(10 * cost) for name, cost in parts.items()}
 
-    def part(self, name: str) -> Callable[[int, int, str], None]:
-        """The progress of one part, 0 to its own total."""
+    def part(self, name: str) -> Progress:
+        """The progress of one part, from 0 to a total of its own."""
         names = list(self.parts)
         before = sum(self.parts[n] for n in names[: names.index(name)])
 
@@ -286,27 +280,11 @@ class Meter:
         return note
 
 
-def reuse_for(speedup: float, counts: dict[str, int], steps: int) -> float:
-    """The share of branch work to hold so that a run has `speedup` times fewer multiply-adds.
-
-    counts: of one call, "" the whole and each branch (`cost.multiply_adds`). What lies outside the
-    branches is always computed, and so is the first step.
-    """
-    share = sum(n for name, n in counts.items() if name) / counts[""]
-    most = 1 / (1 - share * (1 - 1 / steps))
-    if not 1 < speedup <= most:
-        raise TenutoError(
-            f"{steps} steps of this model can be from 1 to {most:.2f} times faster, not {speedup:g}."
-        )
-    return (1 - 1 / speedup) / share
-
-
-def _check_schedule(artifact: Artifact | None, trajectory: Trajectory) -> None:
-    if artifact is None:
-        return
+def _check_schedule(artifact: Artifact, trajectory: Trajectory) -> None:
+    """Ranges of activations are bound to their own steps, and so is a route."""
     times = artifact.header["schedule"]["timesteps"]
     if artifact.section("ranges") and list(times) != list(trajectory.timesteps):
         raise TenutoError(
-            f"The artifact has activation ranges for its own {len(times)} steps: "
-            "record the trajectory with the same steps."
+            f"The artifact has activation ranges for its own {len(times)} steps: record the "
+            "trajectory with the same steps and guidance."
         )

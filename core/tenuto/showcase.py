@@ -40,7 +40,7 @@ NAMES = {
 
 
 def showcase(model: str, out: Path, bars: Bars) -> Answer:
-    """Quantize a demo model, draw eight prompts with every variant, write the sheet and the JSON."""
+    """Quantize a demo model, draw eight prompts with every variant, write sheet and numbers."""
     sampling = defaults(PREFIX + model)
     pipe = demo(model)
     artifacts = {MADE: calibrated(pipe, sampling, bars)}

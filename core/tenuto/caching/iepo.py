@@ -16,7 +16,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def paper(run: Run, r: Tensor) -> Tensor:
-    """As printed: ||x_0 - x_0^(t)||_F^2, where x_0^(t) is sampled with reuse off at step t alone."""
+    """As printed: ||x_0 - x_0^(t)||_F^2, where x_0^(t) is sampled without reuse at step t."""
     found = torch.zeros(len(r), dtype=torch.float64)
     routed = run(r)
     for row in range(1, len(r)):

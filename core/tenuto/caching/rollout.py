@@ -1,4 +1,4 @@
-"""Sampling runs under a schedule, and what they show: errors of schedules, costs of single steps."""
+"""Sampling runs under a schedule: the errors of schedules, the costs of single steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clock import Clock
-from ..patching import Follow, Override, Signature, frozen, override_, tensors_in
+from ..patching import Follow, Override, Signature, denoiser_of, frozen, override_, tensors_in
 from ..trajectory import Progress, Trajectory
 from .schedule import CacheSchedule, lay_
 
@@ -59,21 +59,22 @@ def errors(
     batch: int,
     reference: Tensor,
 ) -> Tensor:
-    """Mean squared error of each picture (its latent, where there is one) under `schedule`: (n,)."""
+    """Mean squared error (n,) of each picture, or of its latent where there is one."""
     with intercepted(denoiser, trajectory.timesteps, schedule):
         found = references(denoiser, trajectory, seeds, batch)
     return (found - reference).square().flatten(1).mean(1)
 
 
 def evaluate(
-    denoiser: nn.Module,
+    model: Any,
     schedules: Mapping[str, CacheSchedule],
     trajectory: Trajectory,
     seeds: Sequence[int],
     batch: int,
     on_progress: Progress | None = None,
 ) -> dict[str, float]:
-    """The mean over pictures of each schedule's squared error to the un-cached run of `denoiser`."""
+    """The mean over pictures of each schedule's squared error to the un-cached run of `model`."""
+    denoiser = denoiser_of(model)
     reference = references(denoiser, trajectory, seeds, batch)
     found = {}
     for done, (name, schedule) in enumerate(schedules.items()):

@@ -39,7 +39,7 @@ class CacheSchedule:
 
     @property
     def reuse_ratio(self) -> float:
-        """Share of cells that are held (CUR of HarmoniCa, arXiv 2410.01723), first step included."""
+        """Share of cells that are held, over all steps (CUR of HarmoniCa, arXiv 2410.01723)."""
         return 1 - float(self.table.float().mean())
 
     def at(self, timesteps: Sequence[float]) -> CacheSchedule:

@@ -1,0 +1,227 @@
+"""Cache schedules compared: distance to the full picture at equal seeds, for several reuse ratios.
+
+    python benchmarks/routes.py                                  # demo:transformer, 64 prompts
+    python benchmarks/routes.py MODEL --reuse 0.3 0.5 --count 64 --preset standard --out routes.jsonl
+
+For each ratio: the router trained from random logits, interval reuse from the first step, the late
+interval, the step-level programme, random tables, fewer steps at equal cost, and the route that
+`train_router` chose. Where a kind has several members (phases, powers, 20 random tables), the best
+one is found on pictures of other seeds and then drawn in full; for random tables their mean is told
+too. One JSON object a row as it goes, a table in Markdown at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tenuto as tn
+from tenuto.caching.interval import interval_for, late_interval_for
+from tenuto.caching.programme import StepProgramme
+from tenuto.caching.random_table import RandomTable
+from tenuto.caching.rollout import evaluate, intercepted
+from tenuto.caching.schedule import CacheSchedule
+from tenuto.demo import defaults, load, prompts
+from tenuto.measure import lpips, percentile, psnr, ssim
+from tenuto.patching import denoiser_of
+from tenuto.route import POWERS, PRESETS, saved, train_router
+from tenuto.trajectory import Trajectory, sampler
+
+DRAWN, CHOSEN = 10_000, 20_000  # first seeds: of the pictures compared, and of those that choose
+RANDOM = 20
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="demo:transformer")
+    parser.add_argument("--reuse", type=float, nargs="+", default=[0.3, 0.5, 0.6])
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", default="standard", choices=list(PRESETS))
+    parser.add_argument("--work", type=Path, help="a folder to go on in after an interruption")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rows = []
+    for row in Benchmark(args).rows():
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    print("\n" + markdown(rows))
+
+
+class Benchmark:
+    """One model, its full pictures, and what is needed to draw others."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.pipe = args, load(args.model)
+        known = defaults(args.model)
+        self.steps = args.steps or known.steps
+        self.guidance = known.guidance if args.guidance is None else args.guidance
+        self.denoiser = denoiser_of(self.pipe)
+        self.trajectory = tn.record(
+            self.pipe, prompts("default"), steps=self.steps, guidance=self.guidance,
+            seed=args.seed, batch=PRESETS[args.preset].batch, runs=1,
+        )  # fmt: skip
+        self.branches = tuple(b.name for b in tn.describe(self.denoiser).branches)
+        self.full, self.seconds = self.draw()
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The timesteps of the trajectory."""
+        return self.trajectory.timesteps
+
+    def draw(
+        self, schedule: CacheSchedule | None = None, steps: int | None = None
+    ) -> tuple[Tensor, float]:
+        """The pictures (count, C, H, W) under a schedule, or in fewer steps; seconds a picture."""
+        lines = tuple(prompts("evaluation"))
+        sample = sampler(self.pipe, lines, steps or self.steps, self.guidance)
+        found, start = [], time.perf_counter()
+        with intercepted(self.denoiser, self.times, schedule):
+            for seed in range(DRAWN, DRAWN + self.args.count, self.args.batch):
+                size = min(self.args.batch, DRAWN + self.args.count - seed)
+                found.append(sample(self.denoiser, seed, size).clamp(-1, 1))
+        return torch.cat(found), (time.perf_counter() - start) / self.args.count
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row of the table."""
+        yield self.row(0, "full", "", self.full, self.seconds, CacheSchedule.full(*self.grid()))
+        for reuse in self.args.reuse:
+            route = self.trained(reuse)
+            for kind, (detail, table, more) in self.chosen(reuse, route).items():
+                pictures, seconds = self.draw(table)
+                yield self.row(reuse, kind, detail, pictures, seconds, table) | more
+            fewer = round(self.steps * (1 - reuse))
+            pictures, seconds = self.draw(steps=fewer)
+            yield self.row(reuse, "fewer steps", f"{fewer} steps", pictures, seconds, None)
+
+    def grid(self) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """Timesteps and branches: the arguments of a policy."""
+        return self.times, self.branches
+
+    def trained(self, reuse: float) -> tn.Artifact:
+        """What `train_router` makes of the model at this ratio."""
+        args, start = self.args, time.perf_counter()
+        work = args.work / f"{reuse:g}" if args.work else None
+        route = train_router(
+            self.pipe, self.trajectory, reuse=reuse, preset=args.preset, seed=args.seed,
+            work=work, on_progress=progress,
+        )  # fmt: skip
+        self.training_seconds = time.perf_counter() - start
+        return route
+
+    def chosen(
+        self, reuse: float, route: tn.Artifact
+    ) -> dict[str, tuple[str, CacheSchedule, dict[str, Any]]]:
+        """kind -> (detail, the best of its kind, more columns)."""
+        costs = tuple(route.tensors["route/costs"].tolist())
+        powers = {f"age^{p:g}": StepProgramme(reuse, costs, p) for p in POWERS}
+        kinds: dict[str, dict[str, Any]] = {
+            "interval": {str(p): p for p in interval_for(reuse, *self.grid())},
+            "late interval": {str(p): p for p in late_interval_for(reuse, *self.grid())},
+            "step programme": powers,
+            "random": {f"seed {s}": RandomTable(reuse, s) for s in range(RANDOM)},
+        }
+        facts = route.header["route"]
+        seconds = {"training_seconds": round(self.training_seconds, 1)}
+        found = {"router": (self.args.preset, self.table(route, "router"), seconds)}
+        for kind, policies in kinds.items():
+            tables = {name: policy(*self.grid()) for name, policy in policies.items()}
+            errors = evaluate(self.denoiser, tables, self.elsewhere(), [CHOSEN], self.args.batch)
+            best = min(errors, key=lambda name: errors[name])
+            spread = {"mean_latent_error": mean(errors.values()), "members": len(errors)}
+            found[kind] = (best, tables[best], spread | {"latent_error": errors[best]})
+        found["default"] = (
+            facts["policy"],
+            self.table(route, "table"),
+            {"scores": facts["scores"]},
+        )
+        return found
+
+    def elsewhere(self) -> Trajectory:
+        """The trajectory, for choosing."""
+        return self.trajectory
+
+    def table(self, route: tn.Artifact, name: str) -> CacheSchedule:
+        """A table of the artifact."""
+        return CacheSchedule(route.tensors[f"route/{name}"], *self.grid())
+
+    def row(
+        self,
+        reuse: float,
+        kind: str,
+        detail: str,
+        pictures: Tensor,
+        seconds: float,
+        table: CacheSchedule | None,
+    ) -> dict[str, Any]:
+        """One row: how far these pictures are from the full ones, and what they cost."""
+        decibel = psnr(pictures, self.full).tolist()
+        return {
+            "model": self.args.model,
+            "reuse": reuse,
+            "schedule": kind,
+            "detail": detail,
+            "psnr_db": {"median": percentile(decibel, 50), "p5": percentile(decibel, 5)},
+            "ssim": float(ssim(pictures, self.full).mean()),
+            "lpips": float(lpips(pictures, self.full).mean()),
+            "reuse_ratio": table.reuse_ratio if table else None,
+            "reuse_flops": saved(table, self.work()) if table else None,
+            "seconds_per_picture": seconds,
+            "count": self.args.count,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.args.seed,
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+            "versions": {"tenuto": tn.__version__, "torch": torch.__version__},
+        }
+
+    def work(self) -> dict[str, int]:
+        """Multiply-adds of one call."""
+        from tenuto.measure import multiply_adds
+
+        return multiply_adds(self.denoiser, (), self.trajectory.calls[0].inputs, self.branches)
+
+
+def progress(done: int, total: int, note: str) -> None:
+    """One line on a terminal that is written over and over."""
+    if sys.stderr.isatty():
+        print(f"\r{done / total:4.0%} {note:50}", end="", file=sys.stderr, flush=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| reuse | schedule | which | PSNR dB, median (5th percentile) | SSIM | LPIPS | FLOPs held |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        decibel, held = row["psnr_db"], row["reuse_flops"]
+        lines.append(
+            f"| {row['reuse']:.0%} | {row['schedule']} | {row['detail']} "
+            f"| {decibel['median']:.1f} ({decibel['p5']:.1f}) | {row['ssim']:.4f} "
+            f"| {row['lpips']:.4f} | {'-' if held is None else f'{held:.0%}'} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
