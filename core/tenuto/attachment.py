@@ -14,6 +14,7 @@ from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .clock import Clock
 from .errors import ArtifactError
+from .kernels.activation import Memo
 from .patching import Attached, Follow, Override, Swap, denoiser_of
 from .qtensor import QConv2d, QLayer, QLinear, QTensor
 from .scheme import Scheme
@@ -109,6 +110,7 @@ def _leaves(
     by_name = dict(layers(denoiser))
     schemes = {k: Scheme.from_json(v) for k, v in artifact.header.get("schemes", {}).items()}
     found: dict[str, QLayer] = {}
+    memo = Memo()
     for name, facts in artifact.header.get("layers", {}).items():
         layer = by_name.get(name)
         if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
@@ -121,5 +123,5 @@ def _leaves(
             else None
         )
         kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
-        found[name] = kind(layer, weight, scheme, clock, pair, simulate)
+        found[name] = kind(layer, weight, scheme, clock, pair, simulate, memo)
     return found

@@ -13,6 +13,9 @@ import torch
 from .artifact import Artifact
 from .demo import PREFIX, prompts
 from .errors import ArtifactError, TenutoError
+from .work import MANIFEST
+
+RECORDING = "recording"  # the folder of the recording inside the work folder
 
 
 def check_file(path: Path) -> None:
@@ -27,13 +30,24 @@ def check_file(path: Path) -> None:
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
+def work_folder(path: Path) -> Path:
+    """Where unfinished work for `path` is kept: NAME.work beside NAME.safetensors."""
+    return path.with_name(f"{path.stem}.work")
+
+
 def check_out(path: Path) -> Path:
-    """`check_file`, and the work folder that belongs to it: NAME.work beside NAME.safetensors."""
+    """`check_file`, and the work folder that belongs to it."""
     check_file(path)
-    work = path.with_name(f"{path.stem}.work")
-    if work == path or (work.exists() and not work.is_dir()):
-        raise TenutoError(f"Unfinished work would be kept in {work}: choose another --out.")
+    work = work_folder(path)
+    if work == path or (work.exists() and not work.is_dir()) or any(_foreign(work)):
+        raise TenutoError(f"Unfinished work would be kept in {work}, which is taken: rename --out.")
     return work
+
+
+def _foreign(work: Path) -> Iterator[Path]:
+    """What lies in `work` though no job of ours has begun there."""
+    if work.is_dir() and not (work / MANIFEST).exists():
+        yield from (p for p in work.iterdir() if p.name != RECORDING and p.suffix != ".part")
 
 
 def read_prompts(path: Path) -> list[str]:

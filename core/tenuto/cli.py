@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet():
             answer = _run(args)
     except KeyboardInterrupt:
-        _say("stopped. " + args.after_stop)
+        _say(_stopped(args))
         return INTERRUPTED
     except TenutoError as error:
         _say(" ".join(str(error).split()))
@@ -47,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     print(f"tenuto: {text}", file=sys.stderr)
+
+
+def _stopped(args: argparse.Namespace) -> str:
+    from .checks import work_folder
+
+    if not args.resumes:
+        return "stopped; nothing was written."
+    return f"stopped; the same command resumes, from {work_folder(args.out)}."
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -133,8 +141,7 @@ def _command(commands: Any, name: str, about: str, example: str, resumes: bool =
         description=f"{about[0].upper()}{about[1:]}.",
         epilog=f"example: {example}",
     )
-    after = "The same command goes on where it stopped." if resumes else "Nothing was written."
-    found.set_defaults(function=name.replace("-", "_"), json=False, after_stop=after)
+    found.set_defaults(function=name.replace("-", "_"), json=False, resumes=resumes)
     return found
 
 

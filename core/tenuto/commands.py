@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from .artifact import Artifact, fingerprint
 from .attachment import attach
 from .checks import (
+    RECORDING,
     calibration_prompts,
     check_file,
     check_out,
@@ -29,9 +31,7 @@ from .errors import TenutoError
 from .patching import denoiser_of
 from .tape import keep, kept
 from .trajectory import Trajectory, record
-from .work import Work
-
-RECORDING = "recording"  # the folder of the recording inside the work folder
+from .work import MANIFEST, Work
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
     sampling = sampling_of(args)
     pipe = pipeline(args, sampling, bars)
     wanted = lines[: preset.prompts]
-    trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
-    artifact = quantize(
-        pipe, scheme, trajectory, preset=args.preset, device=sampling.device, seed=args.seed,
-        work=work, on_progress=bars("Quantizing"),
-    )  # fmt: skip
-    artifact.save(args.out)
-    Work(work, {}).discard()
+    with unfinished(work):
+        trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
+        artifact = quantize(
+            pipe, scheme, trajectory, preset=args.preset, device=sampling.device, seed=args.seed,
+            work=work, on_progress=bars("Quantizing"),
+        )  # fmt: skip
+        artifact.save(args.out)
     bars.close()
     return Answer("\n".join(quantized_lines(args.out, artifact, pipe, len(wanted))))
 
@@ -93,15 +93,15 @@ def train_router(args: Namespace, bars: Bars) -> Answer:
     sampling = sampling_of(args, artifact)
     pipe = pipeline(args, sampling, bars, artifact)
     batch = PRESETS[args.preset].batch
-    trajectory = recorded(pipe, lines, sampling, args.seed, batch, work, bars, runs=1)
-    route = train_router(
-        pipe, trajectory, reuse=args.reuse, speedup=args.speedup, artifact=artifact,
-        preset=args.preset, iterations=args.iterations, seed=args.seed,
-        work=work, on_progress=bars("Training the router"),
-    )  # fmt: skip
-    whole = route if artifact is None else artifact | route
-    whole.save(args.out)
-    Work(work, {}).discard()
+    with unfinished(work):
+        trajectory = recorded(pipe, lines, sampling, args.seed, batch, work, bars, runs=1)
+        route = train_router(
+            pipe, trajectory, reuse=args.reuse, speedup=args.speedup, artifact=artifact,
+            preset=args.preset, iterations=args.iterations, seed=args.seed,
+            work=work, on_progress=bars("Training the router"),
+        )  # fmt: skip
+        whole = route if artifact is None else artifact | route
+        whole.save(args.out)
     bars.close()
     return Answer(about(str(args.out), whole, args.out.stat().st_size))
 
@@ -167,6 +167,20 @@ def demo(args: Namespace, bars: Bars) -> Answer:
     check_model(PREFIX + args.model)
     check_file(args.out / "demo.png")
     return showcase(args.model, args.out, bars)
+
+
+@contextmanager
+def unfinished(work: Path) -> Iterator[None]:
+    """Keep `work` while the job is not done, unless it was refused before it began."""
+    try:
+        yield
+    except TenutoError:
+        if not (work / MANIFEST).exists():
+            Work(work / RECORDING, {}).discard()
+            with suppress(OSError):
+                work.rmdir()
+        raise
+    Work(work, {}).discard()
 
 
 # --- models and recordings ------------------------------------------------------------------------

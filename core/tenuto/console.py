@@ -132,6 +132,8 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
     held = f"{route['reuse_ratio']:.1%} of the branch calls are held"
     work = route.get("reuse_flops")
     yield f"{route['policy']}: {held}" + ("" if work is None else f", {work:.1%} of the work")
+    if route.get("scores"):
+        yield "squared error of the result, by candidate:"
     for name, score in sorted(route.get("scores", {}).items(), key=lambda row: _order(row[1])):
         shown = f"{score:.4g}" if isinstance(score, int | float) else json.dumps(score)
         yield f"  {shown:>10}  {name}"

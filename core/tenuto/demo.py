@@ -38,8 +38,10 @@ def demo_folder(model: str) -> Path:
     name = model.removeprefix(PREFIX)
     there = _shipped_models()
     if name not in there:
-        choices = ", ".join(there) or "none is installed"
-        raise ModelError(f"There is no demo model {name!r}: choose one of {choices}.")
+        choice = (
+            f"choose one of {', '.join(there)}" if there else "none came with this installation"
+        )
+        raise ModelError(f"There is no demo model {name!r}: {choice}.")
     return asset(f"demo-{name}")
 
 
@@ -135,7 +137,8 @@ def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
             **kind,
         )
     except Exception as error:  # diffusers, transformers and the hub each have their own
-        raise ModelError(f"Cannot load {source}: {_first_line(error)}") from error
+        where = "Cannot load" if local else "There is no such folder, and the hub does not give"
+        raise ModelError(f"{where} {source}: {_first_line(error)}") from error
     return pipe if device is None else pipe.to(device)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .patching import denoiser_of, frozen, place
 from .perceptual import lpips
 from .shipped import prompts as shipped_prompts
 from .trajectory import Progress, Sample, sampler
-from .turns import Drawn, FirstCall, Way, draw_in_turns, first_call, split
+from .turns import Drawn, FirstCall, Way, distances, draw_in_turns, first_call, split
 from .version import __version__
 
 __all__ = [
@@ -172,25 +173,25 @@ def _ways(model: Any, artifact: Artifact, call: FirstCall, facts: _Facts) -> dic
 
 def _distances(drawn: dict[str, Drawn]) -> dict[str, Any]:
     """How far the artifact's pictures, and those in bf16, are from the full-precision ones."""
-    full, mine = drawn[FULL].pictures, drawn[ARTIFACT].pictures
-    floor = drawn[BF16].pictures if BF16 in drawn else None
+    full, mine, floor = drawn[FULL], drawn[ARTIFACT], drawn.get(BF16)
+    equal = distances(lambda a, b: (a == b).flatten(1).all(1), full, mine)
     return {
-        "psnr_db": _spread(psnr(full, mine)),
+        "psnr_db": _spread(distances(psnr, full, mine)),
         "ssim": _mean(ssim, full, mine),
         "lpips": _mean(lpips, full, mine),
-        "bf16_floor_psnr_db": None if floor is None else _spread(psnr(full, floor)),
-        "identical_pictures": int((full == mine).flatten(1).all(1).sum()),
+        "bf16_floor_psnr_db": None if floor is None else _spread(distances(psnr, full, floor)),
+        "identical_pictures": int(sum(equal)),
     }
 
 
-def _spread(values: Tensor) -> dict[str, float]:
-    return {q: percentile(values.tolist(), p) for q, p in (("median", 50), ("p5", 5))}
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": percentile(values, 50), "p5": percentile(values, 5)}
 
 
-def _mean(distance: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float | None:
+def _mean(distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn) -> float | None:
     """The mean of `distance`, or None where it is not defined: pictures too small, no network."""
     try:
-        return float(distance(a, b).mean())
+        return mean(distances(distance, one, other))
     except TenutoError:
         return None
 

@@ -71,21 +71,44 @@ def mse(
     """Scale and zero point of each row of `w` (R, ...) with the least mean |error|^power.
 
     The candidates shrink the min-max range by 0 .. (candidates - 1) per cent; 80 and 2.4 are the
-    values of the released TFMQ-DM code (arXiv 2311.16503).
+    values of the released TFMQ-DM code (arXiv 2311.16503). Every fourth is tried first, then the
+    neighbours of the best one of each row.
     """
     rows = w.flatten(1)
     low, high = row_range(rows)
+    best = torch.zeros_like(low)  # shrinkage in per cent, a row
+    least = torch.full_like(low, torch.inf)
+    coarse = [torch.full_like(low, shrink) for shrink in range(0, candidates, COARSE)]
+    for shrink in coarse:
+        least, best = _better(rows, low, high, shrink, bits, symmetric, power, least, best)
+    centre = best
+    for step in [s for s in range(1 - COARSE, COARSE) if s]:
+        shrink = (centre + step).clamp(0, candidates - 1)
+        least, best = _better(rows, low, high, shrink, bits, symmetric, power, least, best)
+    return affine(low * (1 - best / 100), high * (1 - best / 100), bits, symmetric)
+
+
+COARSE = 4  # per cent between the first candidates of `mse`
+
+
+def _better(
+    rows: Tensor,
+    low: Tensor,
+    high: Tensor,
+    shrink: Tensor,
+    bits: int,
+    symmetric: bool,
+    power: float,
+    least: Tensor,
+    best: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(error, shrinkage) of each row (R,) after trying `shrink` per cent."""
+    keep = 1 - shrink / 100
+    scale, zero = affine(low * keep, high * keep, bits, symmetric)
     bottom, top = code_limits(bits, symmetric)
-    best = torch.full_like(low, torch.inf)
-    scale, zero = affine(low, high, bits, symmetric)
-    for step in range(candidates):
-        s, z = affine(low * (1 - step / 100), high * (1 - step / 100), bits, symmetric)
-        error = fake_quantize(rows, s[:, None], z[:, None], bottom, top).sub_(rows).abs_()
-        error = error.pow_(power).mean(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale, zero
+    error = fake_quantize(rows, scale[:, None], zero[:, None], bottom, top).sub_(rows).abs_()
+    error = error.pow_(power).mean(1)
+    return torch.minimum(error, least), torch.where(error < least, shrink, best)
 
 
 RANGES = {"minmax": minmax, "mse": mse, "percentile": percentile}

@@ -39,15 +39,13 @@ class QTensor:
         codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool
     ) -> QTensor:
         """A weight from float codes (N, ...) as `numerics.quantize` makes them."""
-        shape = tuple(codes.shape)
-        if symmetric and bits > 4:
-            return QTensor(codes.to(torch.int8), scale.float(), None, shape, bits)
-        if symmetric:  # 4 bits and fewer are stored unsigned
-            middle = 2 ** (bits - 1)
-            codes, zero_point = codes + middle, torch.full_like(scale, middle)
-        rows = codes.flatten(1).to(torch.uint8)
-        rows = numerics.pack_int4(rows) if bits <= 4 else rows
-        return QTensor(rows, scale.float(), zero_point.to(torch.uint8), shape, bits)
+        shape, zero = tuple(codes.shape), None
+        if not symmetric:
+            zero = zero_point.to(torch.uint8)
+            codes = codes - zero_point.view(-1, *[1] * (codes.ndim - 1))
+        elif bits <= 4:  # stored unsigned
+            zero = torch.full_like(zero_point, 2 ** (bits - 1), dtype=torch.uint8)
+        return QTensor(stored(codes, zero, bits), scale.float(), zero, shape, bits)
 
     def codes(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
@@ -80,6 +78,14 @@ class QTensor:
         return QTensor(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], zero, tuple(shape), bits)
 
 
+def stored(codes: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """`QTensor.qdata` of signed codes (N, ...): the inverse of `QTensor.codes`."""
+    if zero_point is None:
+        return codes.to(torch.int8)
+    rows = codes.flatten(1).to(torch.int16) + zero_point.to(torch.int16)[:, None]
+    return numerics.pack_int4(rows.to(torch.uint8)) if bits <= 4 else rows.to(torch.uint8)
+
+
 class QLayer(nn.Module):
     """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
 
@@ -94,6 +100,7 @@ class QLayer(nn.Module):
         clock: Clock,
         ranges: tuple[Tensor, Tensor] | None = None,
         simulate: bool = False,
+        memo: activation.Memo | None = None,
     ) -> None:
         super().__init__()
         self.qdata: Tensor
@@ -103,6 +110,7 @@ class QLayer(nn.Module):
         self.input_zero: Tensor | None
         weight = layer.weight
         self.scheme, self.clock, self.simulate = scheme, clock, simulate
+        self.memo = memo or activation.Memo()
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         q = qweight.to(weight.device)
         self.register_buffer("qdata", q.qdata)
@@ -128,21 +136,28 @@ class QLayer(nn.Module):
         self._unpack()  # another device or dtype: pack again
         kept = self.weight_scale, self.input_scale, self.input_zero
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
         device = self.qdata.device
         weight_scale, self.input_scale, self.input_zero = (
             None if s is None else s.to(device) for s in kept
         )  # a cast of the model must not round the ranges
         assert weight_scale is not None
         self.weight_scale = weight_scale
-        if self.bias is not None:
-            self.dtype = self.bias.dtype
         return self
 
     def _unpack(self) -> None:
-        """Codes back into `qdata`, caches gone."""
+        """Codes back into `qdata` as they were stored, caches gone."""
         if self._packed is not None:
-            self.qdata, self.zero_point = self._packed.codes(), None
+            self.qdata = stored(self._packed.codes(), self.zero_point, self.bits)
         self._packed = self._float = None
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._unpack()  # a cache is no state
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args)
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
@@ -179,7 +194,7 @@ class QLayer(nn.Module):
             return self._dense(simulated, self._float, self._bias(torch.float32)).to(x.dtype)
         if self._packed is None:
             self._packed = self._pack()
-            self.qdata, self.zero_point = self.qdata.new_empty(0), None
+            self.qdata = self.qdata.new_empty(0)
         return self._integer(codes, scale, zero).to(x.dtype)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -187,7 +202,7 @@ class QLayer(nn.Module):
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         if self.input_scale is None or self.input_zero is None:
-            codes, scale = activation.per_row(x, self._dims)
+            codes, scale = self.memo.per_row(x, self._dims)
             return codes, scale, activation.MIDDLE
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)

@@ -120,7 +120,7 @@ class RouteJob:
             self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
 
     def budget(self, reuse: float | None, speedup: float | None) -> None:
-        """The share to hold: of cells, or of the branches' multiply-adds where a speedup is asked."""
+        """The share to hold: of cells, or of multiply-adds where a speedup is asked."""
         if reuse is not None and speedup is not None:
             raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
         steps = len(self.times)

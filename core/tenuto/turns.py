@@ -28,15 +28,10 @@ class _Enough(Exception):  # leaves a sampling run after its first call was seen
 
 @dataclass
 class Drawn:
-    """What one way drew: pictures and seconds, batch by batch."""
+    """What one way drew, by batch: pictures (n, C, H, W), fp32 on the CPU in [-1, 1], and seconds."""
 
     batches: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-
-    @property
-    def pictures(self) -> Tensor:
-        """All of them: float (count, C, H, W) on the CPU, held to [-1, 1]."""
-        return torch.cat(self.batches).clamp(-1, 1)
 
     @property
     def per_picture(self) -> float:
@@ -48,6 +43,14 @@ class Drawn:
     def latency(self) -> Latency:
         """Seconds of each batch."""
         return Latency(tuple(self.seconds))
+
+
+def distances(
+    distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
+) -> list[float]:
+    """`distance` of each picture of `one` from its counterpart, batch by batch: large ones fit."""
+    pairs = zip(one.batches, other.batches, strict=True)
+    return [value for a, b in pairs for value in distance(a, b).tolist()]
 
 
 def split(seed: int, count: int, batch: int) -> list[tuple[int, int]]:
@@ -89,7 +92,7 @@ def _checked(pictures: Any, size: int) -> Tensor:
     if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != size:
         got = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
         raise TenutoError(f"`sample` should return pictures ({size}, C, H, W), not {got}.")
-    return pictures.detach().float().cpu()
+    return pictures.detach().float().clamp(-1, 1).cpu()
 
 
 def first_call(

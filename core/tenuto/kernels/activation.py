@@ -6,6 +6,9 @@ themselves; every device computes the same codes.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +31,29 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(dims, keepdim=True).div_(127).clamp_min_(TINY)
     return (x / scale).round_().add_(MIDDLE).clamp_(1, 255).to(torch.uint8), scale
+
+
+class Memo:
+    """`per_row` of tensors seen a moment ago: query, key and value quantize one input once.
+
+    An input is known by identity and version, so a tensor that was written to is quantized anew.
+    """
+
+    KEPT = 2
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[weakref.ref[Tensor], int, tuple[int, ...], Any]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memo:
+        return Memo()
+
+    def per_row(self, x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
+        """Codes and scales as the function of that name gives them."""
+        if x.is_inference():  # has no version
+            return per_row(x, dims)
+        for known, version, kind, found in self.seen:
+            if known() is x and version == x._version and kind == dims:
+                return found
+        found = per_row(x, dims)
+        self.seen = [(weakref.ref(x), x._version, dims, found), *self.seen[: self.KEPT - 1]]
+        return found

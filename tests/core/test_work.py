@@ -1,0 +1,239 @@
+"""Resumable long work: whole files or none, the same job or a fresh start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenuto import work as work_module
+from tenuto.errors import TenutoError
+from tenuto.work import Work, digest, write_tensors, write_text
+
+JOB = {"job": "quantize", "seed": 0}
+CORE = Path(work_module.__file__).parent.parent
+
+
+def unit(value: float = 1.0) -> dict[str, Tensor]:
+    return {"a": torch.full((3, 2), value), "b": torch.arange(4, dtype=torch.uint8)}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_finished_unit_comes_back(tmp_path: Path, on_disk: bool) -> None:
+    work = Work(tmp_path / "w" if on_disk else None, JOB)
+    assert work.load("blocks.0") is None
+    work.save("blocks.0", unit())
+    found = work.load("blocks.0")
+    assert found is not None and found.keys() == unit().keys()
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in unit().items())
+    assert work.load("blocks.1") is None
+
+
+def test_the_same_job_resumes(tmp_path: Path) -> None:
+    Work(tmp_path / "w", JOB).save("outside", unit())
+    again = Work(str(tmp_path / "w"), dict(reversed(JOB.items())))
+    found = again.load("outside")
+    assert found is not None and torch.equal(found["a"], unit()["a"])
+
+
+def test_another_job_starts_afresh(tmp_path: Path) -> None:
+    Work(tmp_path / "w", JOB).save("outside", unit())
+    other = Work(tmp_path / "w", JOB | {"seed": 1})
+    assert other.load("outside") is None
+    assert files(tmp_path / "w") == ["manifest.json"]
+    assert Work(tmp_path / "w", JOB).load("outside") is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', "null", "5"])
+def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, text: str) -> None:
+    """Many a folder has a `manifest.json`; ours is written whole, so this one is not ours."""
+    Work(tmp_path / "w", JOB).save("outside", unit())
+    (tmp_path / "w" / "manifest.json").write_text(text)
+    with pytest.raises(TenutoError, match="other files"):
+        Work(tmp_path / "w", JOB)
+    assert files(tmp_path / "w") == ["manifest.json", "outside.safetensors"]
+
+
+def test_one_job_inside_another(tmp_path: Path) -> None:
+    """A command keeps its recording in a folder inside; it goes with the whole, and alone if asked."""
+    Work(tmp_path / "w" / "recording", JOB).save("trajectory", unit())
+    outer = Work(tmp_path / "w", JOB)
+    outer.save("outside", unit())
+    assert Work(tmp_path / "w" / "recording", JOB).load("trajectory") is not None
+    Work(tmp_path / "w" / "recording", JOB).discard()
+    assert outer.load("outside") is not None
+    Work(tmp_path / "w" / "recording", JOB).save("trajectory", unit())
+    Work(tmp_path / "w", {}).discard()
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_format_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Work(tmp_path / "w", JOB).save("outside", unit())
+    monkeypatch.setattr(work_module, "FORMAT", work_module.FORMAT + 1)
+    assert Work(tmp_path / "w", JOB).load("outside") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_an_unreadable_unit_is_done_again(tmp_path: Path, damage: str, caplog: Any) -> None:
+    work = Work(tmp_path / "w", JOB)
+    work.save("outside", unit())
+    (file,) = (tmp_path / "w").glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-3], "empty": b"", "noise": os.urandom(200)}[damage])
+    assert work.load("outside") is None
+    assert "done again" in caplog.text
+    work.save("outside", unit(2.0))
+    found = work.load("outside")
+    assert found is not None and torch.equal(found["a"], unit(2.0)["a"])
+
+
+def test_units_with_similar_names_are_apart(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    names = ["a/b", "a_b", "a.b", "a__b", "a/b/", "router/iteration 3"]
+    for value, name in enumerate(names):
+        work.save(name, unit(value))
+    for value, name in enumerate(names):
+        found = work.load(name)
+        assert found is not None and float(found["a"][0, 0]) == value, name
+
+
+def test_views_and_shared_memory_can_be_kept(tmp_path: Path) -> None:
+    x = torch.arange(12.0).view(3, 4)
+    work = Work(tmp_path / "w", JOB)
+    work.save("views", {"t": x.t(), "top": x[:1], "bottom": x[1:], "all": x, "again": x})
+    found = work.load("views")
+    assert found is not None
+    assert torch.equal(found["t"], x.t()) and torch.equal(found["bottom"], x[1:])
+
+
+def test_memory_is_a_copy() -> None:
+    """What was kept is what it was then, as on a disk."""
+    x = torch.ones(3)
+    work = Work(None, JOB)
+    work.save("u", {"x": x})
+    x.zero_()
+    found = work.load("u")
+    assert found is not None and torch.equal(found["x"], torch.ones(3))
+
+
+def test_discard_removes_what_it_made(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    work.save("outside", unit())
+    work.discard()
+    assert not (tmp_path / "w").exists()
+    work.discard()  # twice does no harm
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """A slip of the pen, `work="."`, must neither reuse what lies there nor delete it."""
+    (tmp_path / "outside.safetensors").write_bytes(b"mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TenutoError, match="other files"):
+        Work(tmp_path, JOB)
+    assert files(tmp_path) == ["notes.txt", "outside.safetensors"]
+
+
+def test_a_file_laid_into_the_folder_is_not_deleted(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    work.save("outside", unit())
+    (tmp_path / "w" / "notes.txt").write_text("mine")
+    work.discard()
+    assert files(tmp_path / "w") == ["notes.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "w").write_text("a file")
+    with pytest.raises(TenutoError):
+        Work(tmp_path / "w", JOB)
+    assert (tmp_path / "w").read_text() == "a file"
+
+
+def test_leftovers_of_a_kill_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / ".manifest.json.123.part").write_text("{")
+    work = Work(tmp_path / "w", JOB)
+    (tmp_path / "w" / ".outside.safetensors.124.part").write_text("half")
+    assert work.load("outside") is None
+    work.discard()
+    assert not (tmp_path / "w").exists()
+
+
+def test_digest_knows_what_matters() -> None:
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert digest({"a": Path("x")}) == digest({"a": Path("x")})
+
+
+# --- whole or not at all ----------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), Interrupted()])
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, unit(1.0), None)
+    before = path.read_bytes()
+
+    def half(tensors: Any, name: Any, metadata: Any = None) -> None:
+        Path(name).write_bytes(before[: len(before) // 2])
+        raise error
+
+    monkeypatch.setattr(work_module, "save_file", half)
+    with pytest.raises(type(error)):
+        write_tensors(path, unit(2.0), None)
+    assert path.read_bytes() == before
+    assert files(tmp_path) == ["x.safetensors"]
+
+
+def test_text_is_whole_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a" / "x.json", "old")
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        write_text(tmp_path / "a" / "x.json", "new")
+    assert (tmp_path / "a" / "x.json").read_text() == "old"
+    assert files(tmp_path / "a") == ["x.json"]
+
+
+def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
+    """SIGKILL at any moment: every unit that is there can be read, and none is half there."""
+    code = f"""
+        import sys; sys.path.insert(0, {str(CORE)!r})
+        import torch
+        from tenuto.work import Work
+        work = Work({str(tmp_path / "w")!r}, {JOB!r})
+        for n in range(10**6):
+            work.save(f"u{{n % 7}}", {{"a": torch.full((2**18,), float(n))}})
+            print(n, flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= 20:
+            process.kill()
+            break
+    process.stdout.close()
+    process.wait()
+    work = Work(tmp_path / "w", JOB)
+    for n in range(7):
+        found = work.load(f"u{n}")
+        assert found is not None and len(found["a"].unique()) == 1
+    assert json.loads((tmp_path / "w" / "manifest.json").read_text())["about"] == JOB
