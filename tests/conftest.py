@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = ("a photo of the red blue goldfish lemon school bus dog cat on table in snow at night").split()
+WORDS = "a photo of the red blue goldfish lemon school bus dog cat on table in snow at night"
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def _save_tiny_pixart(folder: Path) -> None:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -5.0)]
-    words += [(f"▁{word}", -2.0) for word in dict.fromkeys(WORDS)]
+    words += [(f"▁{word}", -2.0) for word in dict.fromkeys(WORDS.split())]
     tokenizer = T5Tokenizer(vocab=words, extra_ids=0, model_max_length=16)
     config = T5Config(
         vocab_size=64, d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2,

@@ -66,7 +66,7 @@ def _wide(layer: nn.Linear | nn.Conv2d) -> Callable[..., Tensor]:
 
 
 def _lower(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16) if x.is_floating_point() and x.ndim > 0 else x
+    return x.to(torch.bfloat16) if x.is_floating_point() and x.ndim > 1 else x
 
 
 def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

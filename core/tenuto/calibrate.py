@@ -22,9 +22,9 @@ from .families import describe
 from .numerics import affine
 from .patching import denoiser_of, frozen
 from .qtensor import QTensor
-from .replay import Chain
+from .replay import Chain, arguments, in_order
 from .scheme import Recipe, Rule, Scheme, schemes
-from .trajectory import Progress, Trajectory, to_device
+from .trajectory import Progress, Trajectory
 from .work import Work
 
 log = logging.getLogger("tenuto")
@@ -133,16 +133,24 @@ class Job:
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def units(self) -> Iterator[tuple[str, list[str]]]:
-        """(unit, its layers): what lies outside the blocks first, then the blocks in order."""
-        inside = {name: self.backbone.block_of(name) for name in self.plan}
-        yield "outside", [n for n in self.plan if inside[n] is None]
-        for block in self.backbone.blocks:
-            yield block, [n for n in self.plan if inside[n] == block]
+        """(unit, its layers): first what lies outside the blocks, then the blocks in order.
+
+        A layer outside whose algorithm wants inputs is a unit of its own, where it runs.
+        """
+        place = {name: self.backbone.block_of(name) for name in self.plan}
+        alone = {n for n, rule in self.plan.items() if place[n] is None and _needs(rule)}
+        place |= {n: n if n in alone else place[n] or "outside" for n in self.plan}
+        units = list(self.backbone.blocks)
+        if alone:
+            call = self.trajectory.calls[0]
+            units = in_order(self.model, [*units, *sorted(alone)], call, self.device)
+        for unit in ["outside", *units]:
+            yield unit, [n for n in self.plan if place[n] == unit]
 
     def run(self, work: Work, on_progress: Progress | None) -> None:
         """Every unit, from `work` where it is finished."""
         units = [(unit, names) for unit, names in self.units() if names]
-        needy = {self.backbone.block_of(n) for n, rule in self.plan.items() if _needs(rule)}
+        needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit != "outside"]
         calls = self.trajectory.calls
         chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
@@ -178,7 +186,7 @@ class Job:
             seed = _seed(self.seed, unit)
             done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
             for name, q in done.items():
-                full = name if unit == "outside" else f"{unit}.{name}"
+                full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
                 found |= q.tensors(full)
         return found
 
@@ -231,7 +239,7 @@ class Job:
         try:
             for call in self.trajectory.calls:
                 row = call.row
-                self.model(**to_device(call.inputs, self.device))
+                self.model(**arguments(self.model, call, self.device))
         finally:
             for hook in hooks:
                 hook.remove()

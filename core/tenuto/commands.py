@@ -161,11 +161,11 @@ def inspect(args: Namespace, bars: Bars) -> Answer:
 
 def demo(args: Namespace, bars: Bars) -> Answer:
     """`tenuto demo`: calibrate, draw with and without, measure, and show it on one sheet."""
+    check_model(PREFIX + args.model)
+    check_file(args.out / "demo.png")
     from .showcase import showcase
 
     silence(not bars.watched)
-    check_model(PREFIX + args.model)
-    check_file(args.out / "demo.png")
     return showcase(args.model, args.out, bars)
 
 

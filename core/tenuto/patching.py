@@ -75,20 +75,13 @@ class Swap:
         parent, _, self.key = name.rpartition(".")
         self.parent = root.get_submodule(parent)
         self.old: nn.Module | None = getattr(self.parent, self.key)
-        _set(self.parent, self.key, new)
+        setattr(self.parent, self.key, new)
 
     def remove(self) -> None:
         """Put the old module back."""
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
-        _set(self.parent, self.key, self.old)
-
-
-def _set(parent: nn.Module, key: str, child: nn.Module) -> None:
-    if isinstance(parent, nn.Sequential | nn.ModuleList):
-        parent[int(key)] = child
-    else:
-        setattr(parent, key, child)
+        setattr(self.parent, self.key, self.old)
 
 
 class Attached:
@@ -101,7 +94,8 @@ class Attached:
     def detach(self) -> None:
         """Take every patch out, last first; twice does no harm."""
         while self.patches:
-            self.patches.pop().remove()
+            self.patches[-1].remove()
+            self.patches.pop()
 
     def release(self) -> None:
         """Forget the replaced modules: their memory is free, and there is no way back."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .patching import tensors_in
+from .errors import ModelError
+from .patching import place, tensors_in
 from .trajectory import Call, to_device
 
 log = logging.getLogger("tenuto")
@@ -26,12 +27,13 @@ class _Stop(Exception):  # leaves a forward once its block was reached
 class Bank:
     """Recorded inputs of a block, row by row: R rows of every tensor that has a batch.
 
-    template: (args, kwargs) in which a batched tensor is `Rows(key)`; tensors: key -> (R, ...).
-    steps: int64 (R,), the calibrated step of each row.
+    template: (args, kwargs) in which a tensor is `Rows(key)`; tensors: key -> (R, ...); fixed: the
+    tensors that are the same in every call. steps: int64 (R,), the calibrated step of each row.
     """
 
     template: tuple[tuple[Any, ...], dict[str, Any]]
     tensors: dict[int, Tensor]
+    fixed: dict[int, Tensor]
     steps: Tensor
 
     def __len__(self) -> int:
@@ -39,7 +41,8 @@ class Bank:
 
     def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for the rows `index` (int64)."""
-        return _filled(self.template, self.tensors, index, device)
+        chosen = {k: t.index_select(0, index) for k, t in self.tensors.items()} | self.fixed
+        return _filled(self.template, {k: t.to(device) for k, t in chosen.items()})
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Row numbers in order, `size` at a time."""
@@ -47,39 +50,42 @@ class Bank:
 
     def advance(self, hidden: Tensor) -> Bank:
         """The bank of the next block of a chain: its first argument is this block's output."""
-        first = self.template[0][0]
-        return Bank(self.template, self.tensors | {first.key: hidden}, self.steps)
+        return Bank(self.template, self.tensors | {0: hidden}, self.fixed, self.steps)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A place in a template that `Bank.tensors[key]` fills."""
+    """A place in a template that `Bank.tensors[key]` or `Bank.fixed[key]` fills."""
 
     key: int
 
 
-def _filled(value: Any, tensors: dict[int, Tensor], index: Tensor, device: Any) -> Any:
+def _filled(value: Any, tensors: dict[int, Tensor]) -> Any:
     if isinstance(value, Rows):
-        return tensors[value.key].index_select(0, index).to(device)
+        return tensors[value.key]
     if isinstance(value, dict):
-        return {k: _filled(v, tensors, index, device) for k, v in value.items()}
+        return {k: _filled(v, tensors) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_filled(v, tensors, index, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _cut(value: Any, batch: int, found: list[Tensor]) -> Any:
-    """`value` with each tensor of `batch` rows taken out into `found`."""
-    if isinstance(value, Tensor):
-        if value.ndim and value.shape[0] == batch:
-            found.append(value.detach())
-            return Rows(len(found) - 1)
-        return value.detach()
-    if isinstance(value, dict):
-        return {k: _cut(v, batch, found) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cut(v, batch, found) for v in value)
+        return type(value)(_filled(v, tensors) for v in value)
     return value
+
+
+def _cut(value: Any, found: list[Tensor]) -> Any:
+    """`value` with each tensor taken out into `found`."""
+    if isinstance(value, Tensor):
+        found.append(value.detach().cpu())
+        return Rows(len(found) - 1)
+    if isinstance(value, dict):
+        return {k: _cut(v, found) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(v, found) for v in value)
+    return value
+
+
+def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
+    """What `call` passed, on `device`; half precision as the denoiser's own dtype."""
+    _, dtype = place(denoiser)
+    return to_device(call.inputs, device, dtype)
 
 
 def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[Any, Any]:
@@ -94,11 +100,13 @@ def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[An
         stop, with_kwargs=True, prepend=True
     )
     try:
-        denoiser(**to_device(call.inputs, device))
+        denoiser(**arguments(denoiser, call, device))
     except _Stop:
         pass
     finally:
         hook.remove()
+    if not seen:
+        raise ModelError(f"The model was recorded, but did not call {block}.")
     return seen[0]
 
 
@@ -106,26 +114,45 @@ def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[An
 def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: Any) -> Bank:
     """What `block` gets in `calls` of `denoiser`, kept on the CPU.
 
+    The first tensor says how many rows a call has. What all rows share, such as the embedding of
+    a timestep, is given to each where it changes from call to call.
     Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
     """
-    found: list[tuple[Any, list[Tensor], int, tuple[Any, ...]]] = []
+    found: list[tuple[Any, list[Tensor], int]] = []
     for call in calls:
         args, kwargs = run_to(denoiser, block, call, device)
-        batch = next(tensors_in(args or tuple(kwargs.values()))).shape[0]
         cut: list[Tensor] = []
-        template = _cut((tuple(args), dict(kwargs)), batch, cut)
-        shapes = tuple(tuple(t.shape[1:]) for t in cut)
-        found.append((template, [t.cpu() for t in cut], call.row, shapes))
-    usual = Counter(shapes for *_, shapes in found).most_common(1)[0][0]
-    kept = [f for f in found if f[3] == usual]
+        found.append((_cut((tuple(args), dict(kwargs)), cut), cut, call.row))
+    shapes = [tuple(t.shape[1:] for t in cut) for _, cut, _ in found]
+    usual = Counter(shapes).most_common(1)[0][0]
+    kept = [f for f, s in zip(found, shapes, strict=True) if s == usual]
     if len(kept) < len(found):
         log.warning(
             "%d of %d calls have other shapes and are left out", len(found) - len(kept), len(found)
         )
-    columns = zip(*(tensors for _, tensors, _, _ in kept), strict=True)
-    tensors = {key: torch.cat(column) for key, column in enumerate(columns)}
-    steps = [torch.full((len(t[0]),), row) for _, t, row, _ in kept]
-    return Bank(kept[0][0], tensors, torch.cat(steps))
+    template = kept[0][0]
+    if any(t != template for t, _, _ in kept):
+        raise ModelError(f"{block} is called with other numbers at every step: round to nearest.")
+    tensors, fixed = {}, {}
+    for key, column in enumerate(zip(*(cut for _, cut, _ in kept), strict=True)):
+        rows = _rows(block, column, [len(cut[0]) for _, cut, _ in kept])
+        if rows is None:
+            fixed[key] = column[0]
+        else:
+            tensors[key] = torch.cat(rows)
+    steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
+    return Bank(template, tensors, fixed, torch.cat(steps))
+
+
+def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tensor] | None:
+    """One tensor of every call, row by row; None where it has no rows and never changes."""
+    if all(t.ndim and len(t) == n for t, n in zip(column, batches, strict=True)):
+        return list(column)
+    if all(t.shape == column[0].shape and torch.equal(t, column[0]) for t in column):
+        return None
+    if any(not t.ndim or len(t) not in (1, n) for t, n in zip(column, batches, strict=True)):
+        raise ModelError(f"{block} is called with other numbers at every step: round to nearest.")
+    return [t.expand(n, *t.shape[1:]) for t, n in zip(column, batches, strict=True)]
 
 
 @torch.no_grad()
@@ -158,7 +185,7 @@ def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any
     for name in blocks:
         hooks.append(denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     try:
-        denoiser(**to_device(call.inputs, device))
+        denoiser(**arguments(denoiser, call, device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -167,6 +194,22 @@ def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any
     steps = range(1, len(seen))
     chained = (seen[i][0][0] == seen[i - 1][1] for i in steps)
     return all(chained) and all(seen[i][0][1:] == seen[0][0][1:] for i in steps)
+
+
+def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any) -> list[str]:
+    """`names` of submodules in the order in which `call` first reaches them, others last."""
+    seen: dict[str, None] = {}
+    hooks = [
+        denoiser.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: seen.setdefault(n))
+        for n in names
+    ]
+    try:
+        with torch.no_grad():
+            denoiser(**arguments(denoiser, call, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*seen, *(n for n in names if n not in seen)]
 
 
 class Chain:

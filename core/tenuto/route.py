@@ -197,10 +197,10 @@ class RouteJob:
         kept = work.load("costs")
         if kept is None:
             note, seed = meter.part("costs"), self.trajectory.seed + self.seed
-            found = step_costs(
+            result, step = step_costs(
                 self.denoiser, self.trajectory, self.branches, seed, self.plan.batch, note
             )
-            kept = dict(zip(("result", "step"), found, strict=True))
+            kept = {"result": result, "step": step}
             work.save("costs", kept)
         return kept["result"], kept["step"]
 

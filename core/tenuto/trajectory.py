@@ -155,14 +155,15 @@ def _cpu(value: Any) -> Any:
     return type(value)(_cpu(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def to_device(value: Any, device: Any) -> Any:
-    """Tensors in nested dicts, lists and tuples moved to `device`."""
+def to_device(value: Any, device: Any, half: torch.dtype | None = None) -> Any:
+    """Tensors in nested dicts, lists and tuples moved to `device`; half precision becomes `half`."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        low = value.dtype in (torch.float16, torch.bfloat16)
+        return value.to(device, half if low and half else value.dtype)
     if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
+        return {k: to_device(v, device, half) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device) for v in value)
+        return type(value)(to_device(v, device, half) for v in value)
     return value
 
 

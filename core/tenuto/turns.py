@@ -28,7 +28,7 @@ class _Enough(Exception):  # leaves a sampling run after its first call was seen
 
 @dataclass
 class Drawn:
-    """What one way drew, by batch: pictures (n, C, H, W), fp32 on the CPU in [-1, 1], and seconds."""
+    """What one way drew, by batch: pictures (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds."""
 
     batches: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

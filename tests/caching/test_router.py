@@ -7,13 +7,17 @@ import pytest
 import torch
 
 import tenuto as tn
+from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.caching import iepo
-from tenuto.caching.mixing import mixed
+from tenuto.caching.mixing import mixed, straight_through
 from tenuto.caching.random_table import RandomTable
 from tenuto.caching.rollout import Guide, errors, evaluate, intercepted, references, step_costs
 from tenuto.caching.router import HarmoniCa, Router, Training
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.caching.student import Student
+from tenuto.clock import Clock
+from tenuto.patching import frozen, override_
+from tenuto.qtensor import QConv2d, QLinear
 from tenuto.work import Work
 
 QUICK = HarmoniCa(reuse=0.4, iterations=6, batch=2)
@@ -154,7 +158,7 @@ def test_the_student_goes_on_with_its_own_output(transformer, trajectory, branch
     training.weights = torch.ones(6)
     student = Student(lambda row: torch.ones(9), lambda *a: None, Guide(transformer, 2.0, 2))
     with (
-        tn.patching.frozen(transformer),
+        frozen(transformer),
         intercepted(transformer, trajectory.timesteps, call=student.attend) as clock,
         mixed(transformer, branches, clock, 0.1, "mixture") as student.mixer,
     ):
@@ -219,6 +223,26 @@ def test_quantized_layers_let_the_gradient_through(transformer, trajectory, bran
     moved = (seen[1:] - Training(settings, denoiser, trajectory, branches).logits[1:]).abs()
     assert float((moved > 0.1).float().mean()) > 0.9
     assert float(((seen > 0) == (like > 0)).float().mean()) > 0.7
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_gradient_of_a_quantized_layer_is_that_of_its_weight(kind):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(16, 24) if kind == "linear" else torch.nn.Conv2d(16, 24, 3, 2, 1)
+    shape = (2, 5, 16) if kind == "linear" else (2, 16, 9, 9)
+    weight = RoundToNearest().weight(plain.weight, tn.schemes.W8A8.weight)
+    kinds = {"linear": QLinear, "conv": QConv2d}
+    layer = kinds[kind](plain, weight, tn.schemes.W8A8, Clock([0.0]))
+    patch = override_(layer, straight_through)
+    x = torch.randn(shape, requires_grad=True)
+    out = layer(x)
+    (slope,) = torch.autograd.grad(out.square().sum(), x)
+    patch.remove()
+    with torch.no_grad():
+        assert torch.equal(out, layer(x))
+    plain.weight.data.copy_(layer.weight)
+    (expected,) = torch.autograd.grad(plain(x), x, grad_outputs=2 * out.detach())
+    torch.testing.assert_close(slope, expected)
 
 
 # lambda

@@ -94,7 +94,8 @@ class AdaRound:
                     on_progress(step, self.iterations, "rounding")
                 index = torch.randint(len(bank), (self.batch,), generator=draw)
                 inputs, wanted = bank.rows(index, device), target.index_select(0, index).to(device)
-                self._step(block, inputs, wanted, list(roundings.values()), optimizer, step)
+                with torch.enable_grad():  # the caller may well be in no_grad
+                    self._step(block, inputs, wanted, list(roundings.values()), optimizer, step)
         finally:
             for patch in patches:
                 patch.remove()

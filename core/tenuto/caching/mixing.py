@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from ..clock import Clock
 from ..patching import Override, override_
@@ -98,6 +99,5 @@ class _StraightThrough(torch.autograd.Function):
         weight, grad = ctx.layer.weight.to(grads[0].dtype), grads[0]
         if not isinstance(ctx.layer, QConv2d):
             return F.linear(grad, weight.t()), None, None
-        stride, padding, dilation, groups = ctx.layer.geometry
-        back = nn.grad.conv2d_input(ctx.shape, weight, grad, stride, padding, dilation, groups)
-        return back, None, None
+        geometry: Any = ctx.layer.geometry  # stride, padding, dilation, groups
+        return conv2d_input(ctx.shape, weight, grad, *geometry), None, None

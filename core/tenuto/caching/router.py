@@ -169,7 +169,7 @@ class Training:
                     self._prepare(i)
                     self._trajectory(i)
                 self._save(work, i + 1)
-        rows = (dict(zip(("loss", "reuse", "beta"), row, strict=True)) for row in self.history)
+        rows = ({"loss": loss, "reuse": held, "beta": b} for loss, held, b in self.history)
         beta = math.exp(self.log_beta)
         return Router(self.logits, self.times, self.branches, self.costs, beta, tuple(rows))
 

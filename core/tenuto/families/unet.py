@@ -23,16 +23,24 @@ def describe(module: Any) -> Backbone:
         else:
             found = (part for part in KINDS if getattr(child, part, None) is not None)
             branches += [Branch(f"{name}.{part}", KINDS[part], name) for part in found]
-    pure = getattr(module, "add_embedding", None) is None
     embeddings = tuple(n for n, _ in module.named_modules() if n.endswith("time_emb_proj"))
     return Backbone(
         family="unet",
         blocks=tuple(blocks),
         branches=tuple(branches),
         subsets=tuple(_subsets(blocks, module)),
-        temporal=("time_embedding", *embeddings) if pure else ("time_embedding",),
+        temporal=_temporal(module, embeddings),
         ends=("conv_in", "conv_out", "time_embedding.*", "add_embedding.*", "*.time_emb_proj"),
     )
+
+
+def _temporal(module: Any, embeddings: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels and sizes are added after the time embedding, the guidance of LCM inside it."""
+    if getattr(module.time_embedding, "cond_proj", None) is not None:
+        return ()
+    added = ("add_embedding", "class_embedding")
+    mixed = any(getattr(module, name, None) is not None for name in added)
+    return ("time_embedding",) if mixed else ("time_embedding", *embeddings)
 
 
 def _blocks(module: Any) -> Iterator[str]:
@@ -50,8 +58,11 @@ def _blocks(module: Any) -> Iterator[str]:
 
 
 def _place(name: str) -> tuple[int, ...]:
-    """resnets.i before attentions.i, in the middle block too; inner blocks in their own order."""
-    kind, index = re.findall(r"\.(resnets|attentions)\.(\d+)", name)[0]
+    """resnets.i before attentions.i; inner blocks in their own order; samplers of a level last."""
+    found = re.search(r"\.(resnets|attentions)\.(\d+)", name)
+    if found is None:
+        return (10**6,)
+    kind, index = found.groups()
     inner = re.findall(r"transformer_blocks\.(\d+)", name)
     return int(index), int(kind == "attentions"), *(int(i) for i in inner)
 
