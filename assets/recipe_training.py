@@ -1,0 +1,192 @@
+"""What training needs besides the networks: losses, optimizers, averages and the pace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+VGG16 = ((0, 1), (2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12))  # convolutions between two poolings
+
+
+class Perceptual(nn.Module):
+    """LPIPS v0.1 over VGG-16 (Zhang et al. 2018), at `size` pixels a side."""
+
+    def __init__(self, file: Path, size: int) -> None:
+        super().__init__()
+        self.size = size
+        rows = {k.replace(".", "_"): v.float() for k, v in load_file(file).items()}
+        self.weights = nn.ParameterDict({k: nn.Parameter(v, False) for k, v in rows.items()})
+        self.shift = nn.Parameter(torch.tensor([-0.030, -0.088, -0.188])[:, None, None], False)
+        self.scale = nn.Parameter(torch.tensor([0.458, 0.448, 0.450])[:, None, None], False)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Unit-length features of pictures in [-1, 1] after each of the five stages."""
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear")
+        x, out = (x - self.shift) / self.scale, []
+        for stage in VGG16:
+            x = F.max_pool2d(x, 2) if out else x
+            for i in stage:
+                weight, bias = self.weights[f"conv_{i}_weight"], self.weights[f"conv_{i}_bias"]
+                x = F.relu(F.conv2d(x, weight, bias, padding=1))
+            out.append(F.normalize(x.float(), dim=1, eps=1e-8))
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean distance of two batches of pictures."""
+        with torch.no_grad():
+            target = self.features(y)
+        total = x.new_zeros((), dtype=torch.float32)
+        for i, (a, b) in enumerate(zip(self.features(x), target, strict=True)):
+            total = total + ((a - b) ** 2 * self.weights[f"head_{i}"][:, None, None]).sum(1).mean()
+        return total
+
+
+class AutoencoderLoss(nn.Module):
+    """L1 + LPIPS + a small Kullback-Leibler term of one autoencoder."""
+
+    def __init__(self, vae: AutoencoderKL, perceptual: Perceptual | None, kl: float) -> None:
+        super().__init__()
+        self.vae, self.perceptual, self.kl = vae, perceptual, kl
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The total loss, L1 and LPIPS on pictures (B, 3, 64, 64)."""
+        moments = self.vae.quant_conv(self.vae.encoder(x)).float()
+        mean, log_var = moments.chunk(2, dim=1)
+        log_var = log_var.clamp(-30, 20)
+        latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        y = self.vae.decoder(self.vae.post_quant_conv(latent))
+        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
+        l1 = (y.float() - x).abs().mean()
+        lpips = l1.new_zeros(()) if self.perceptual is None else self.perceptual(y.float(), x)
+        return l1 + lpips + self.kl * kl, l1, lpips
+
+
+def velocity_loss(prediction: Tensor, target: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Mean squared error of the velocity, weighted min(1, 5 / (snr + 1)) (Hang et al. 2023)."""
+    weight = (5 * (1 - alpha_bar)).clamp(max=1)  # 1 / (snr + 1) = 1 - alpha_bar
+    return (weight * ((prediction.float() - target) ** 2).mean((1, 2, 3))).mean()
+
+
+@torch.no_grad()
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to x (N, rows, columns): Newton-Schulz, in bf16."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): matrices of one shape are orthogonalized in one batch.
+
+    Updates are scaled by 0.2 sqrt(max(rows, columns)), so AdamW's learning rates apply.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix."""
+        for group in self.param_groups:
+            by_shape = defaultdict[torch.Size, list[Tensor]](list)
+            for p in group["params"]:
+                by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                grad = torch.stack([p.grad for p in params])
+                state = self.state[params[0]]
+                buffer = state.setdefault("momentum", torch.zeros_like(grad))
+                buffer.lerp_(grad, 1 - group["momentum"])
+                update = orthogonalize(grad.lerp(buffer, group["momentum"])).to(grad.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["decay"])
+                scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_add_(params, list(update.unbind()), alpha=scale)
+
+
+def optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside blocks (`matrix_lr` 0: AdamW for all)."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        inside = "block" in name and not name.endswith(("scale_shift_table", "bias.weight"))
+        (matrices if matrix_lr and p.ndim == 2 and inside else others).append(p)
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-8)
+    return [adam, Muon(matrices, lr=matrix_lr, decay=0.02)] if matrices else [adam]
+
+
+class Average:
+    """An exponential moving average of a model's weights."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.live = [p for p in model.parameters() if p.requires_grad]
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.mean = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights of now."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.mean, self.live, 1 - decay)
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """The averaged weights whose names start with `prefix`, without it."""
+        rows = zip(self.names, self.mean, strict=True)
+        return {n.removeprefix(prefix): p for n, p in rows if n.startswith(prefix)}
+
+
+class Pace:
+    """Progress of a stage in [0, 1] by the clock of the first process, equal on all of them."""
+
+    def __init__(self, accelerator: Accelerator, seconds: float, warmup: int) -> None:
+        accelerator.wait_for_everyone()
+        self.device, self.seconds, self.warmup = accelerator.device, seconds, warmup
+        self.start, self.progress = time.monotonic(), 0.0
+
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self.start
+
+    def rate(self, step: int, every: int = 10) -> float:
+        """The factor of the learning rate: a warm-up, then a decay over the last 40 %."""
+        if step < every or step % every == 0:
+            now = torch.tensor(self.elapsed() / self.seconds, device=self.device)
+            self.progress = min(1.0, float(broadcast(now, from_process=0)))
+        return min(1.0, (step + 1) / self.warmup) * min(1.0, (1 - self.progress) / 0.4)
+
+
+class Log:
+    """Prints the pace of training on the first process, every `every` seconds."""
+
+    def __init__(self, accelerator: Accelerator, pace: Pace, batch: int, every: float) -> None:
+        self.main, self.pace, self.every = accelerator.is_main_process, pace, every
+        self.batch = batch * accelerator.num_processes
+        self.last, self.last_step = 0.0, 0
+
+    def line(self, step: int, **values: Tensor | float) -> None:
+        """Print one line if it is time for one; only then are the values read."""
+        now = self.pace.elapsed()
+        if not self.main or now - self.last < self.every:
+            return
+        rate = (step - self.last_step) * self.batch / (now - self.last)
+        self.last, self.last_step = now, step
+        shown = " ".join(f"{k} {float(torch.as_tensor(v).detach()):.4g}" for k, v in values.items())
+        seen = step * self.batch
+        print(f"{now:6.1f} s  step {step}  seen {seen}  {rate:.0f}/s  {shown}", flush=True)
