@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -248,6 +249,15 @@ def grid(args: Arguments, pipeline: object) -> None:
     save_grid(drawn, args.out / "grid.png", columns=8)
 
 
+def picture(args: Arguments) -> None:
+    """Draw the grid of WORK/demo-MODEL again, at its own guidance."""
+    folder = args.out / f"demo-{args.model}"
+    args.guidance = json.loads((folder / "tenuto.json").read_text())["guidance"]
+    pipeline = KINDS[args.model].pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    grid(args, pipeline)
+
+
 def smoke(args: Arguments) -> None:
     """Every stage at a tiny size on synthetic pictures."""
     torch.set_num_threads(1)
@@ -313,6 +323,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--features", type=Path, help="TorchScript InceptionV3 (pool3) of the FID")
     p.add_argument("--guidances", type=float, nargs="+", default=[1.5, 2, 2.5, 3, 4])
     p.add_argument("--steps", type=int, default=20)
+    p = stage("picture", picture)
+    p.add_argument("--steps", type=int, default=20)
     stage("smoke", smoke)
     stage("prompts", lambda args: write_prompts(args.data, args.out))
     stage("pack", lambda args: pack(args.source, args.data)).add_argument("--source", type=Path)
@@ -320,8 +332,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one stage."""
-    args = parser().parse_args(arguments)
+    """Run one stage; `--smoke` alone is the stage of that name."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(["smoke" if word == "--smoke" else word for word in given])
     args.run(args)
 
 

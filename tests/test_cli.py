@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 from tenuto import cli
 from tenuto.artifact import Artifact
+from tenuto.console import Bars
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTIZE = ("quantize", "MODEL", "--scheme", "w8a8", "--prompts", "p.txt", "--out", "o.safetensors")
@@ -296,6 +298,42 @@ def test_help_has_an_example_for_each_command(capfd: pytest.CaptureFixture[str])
     assert re.fullmatch(r"tenuto \d+\.\d+\.\d+\n", capfd.readouterr().out)
 
 
+class Stream(io.StringIO):
+    """A stream that is or is not a terminal."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_two_seconds() -> None:
+    for terminal in (True, False):
+        stream = Stream(terminal)
+        with Bars(stream) as bars:
+            for label in ("Recording", "Quantizing"):
+                progress = bars(label)
+                for done in range(3):
+                    progress(done, 2, f"part {done}")
+        shown = stream.getvalue()
+        assert ("Recording" in shown and "Quantizing: 100%" in shown) == terminal
+        assert terminal or not shown
+
+
+def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenuto.console.DELAY", 0.05)
+    stream = Stream(False)
+    with Bars(stream) as bars:
+        progress = bars("Recording")
+        progress(0, 4, "first")
+        time.sleep(0.1)
+        progress(2, 4, "second")
+        bars._bar.refresh()
+    assert re.search(r"Recording:  50%.*00:00<00:0\d .*second", stream.getvalue())
+
+
 # --- the main job ---------------------------------------------------------------------------------
 
 
@@ -307,7 +345,7 @@ def test_generate_draws_a_grid_that_says_how_it_was_made(
     assert cli.main([*common, "--batch", "3"]) == 0
     with Image.open(here / "a-red-dog-on-snow-3.png") as picture:
         assert picture.size == (66, 66)
-        said = json.loads(picture.text["tenuto"])
+        said = json.loads(picture.info["tenuto"])
         third = picture.crop((0, 34, 32, 66)).tobytes()
     assert said["prompt"] == prompt and said["negative"] == "a cat"
     assert (said["steps"], said["guidance"], said["seed"], said["batch"]) == (4, 2.0, 3, 3)
@@ -316,7 +354,7 @@ def test_generate_draws_a_grid_that_says_how_it_was_made(
         assert picture.tobytes() == third, "picture i has seed + i, alone or in a batch"
     assert cli.main([*common, "--artifact", str(made), "--steps", "2"]) == 0
     with Image.open(here / "a-red-dog-on-snow-3-2.png") as picture:  # the name was taken
-        said = json.loads(picture.text["tenuto"])
+        said = json.loads(picture.info["tenuto"])
         assert (said["artifact"], said["steps"]) == ("a.safetensors", 2)
         assert picture.size == (32, 32)
 

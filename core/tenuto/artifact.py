@@ -17,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import ArtifactError
+from .errors import ArtifactError, SchemeError
 from .families import describe
 from .patching import denoiser_of
+from .qtensor import layout
+from .scheme import Scheme
 from .work import write_tensors
 
 VERSION = "1.0"
@@ -60,9 +62,13 @@ class Artifact:
         if not same(self.header["fingerprint"], other.header["fingerprint"]):
             raise ArtifactError("The two artifacts belong to different models.")
         taken = {key.split("/", 1)[0] for key in other.tensors}
+        taken |= {"ranges"} if "weights" in taken else set()  # they belong together
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
-        made = self.header["made"] | other.header["made"]
-        return Artifact(self.header | other.header | {"made": made}, kept | other.tensors)
+        header = self.header | other.header
+        header["made"] = self.header["made"] | other.header["made"]
+        if any(k.startswith("ranges/") for k in kept):  # bound to the steps they were found at
+            header["schedule"] = self.header["schedule"]
+        return Artifact(header, kept | other.tensors)
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all. Equal artifacts give equal bytes."""
@@ -90,9 +96,26 @@ class Artifact:
         stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
         if stray:
             raise ArtifactError(f"{name} has unknown sections: {', '.join(sorted(stray))}.")
-        for layer, facts in self.header.get("layers", {}).items():
-            if f"weights/{layer}.qdata" not in self.tensors or "shape" not in facts:
-                raise ArtifactError(f"{name} lacks the weight of {layer}.")
+        try:
+            schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
+            for layer, facts in self.header.get("layers", {}).items():
+                self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
+        except (AttributeError, KeyError, TypeError, SchemeError) as error:
+            raise ArtifactError(f"{name} is damaged: its header misses a layer.") from error
+
+    def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
+        """What `attach` will read, of the shape and type that it will need."""
+        wanted = {f"weights/{k}": v for k, v in layout(layer, shape, scheme.weight).items()}
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            steps = len(self.header["schedule"]["timesteps"]) if scheme.activation.per_step else 1
+            fact = (torch.float32, (steps,))
+            wanted |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
+        for key, (dtype, size) in wanted.items():
+            found = self.tensors.get(key)
+            if found is None:
+                raise ArtifactError(f"{name} lacks {key}.")
+            if found.dtype is not dtype or tuple(found.shape) != size:
+                raise ArtifactError(f"{name} is damaged: {key} does not fit its layer.")
 
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
@@ -139,16 +162,21 @@ def _check_table(table: Any, room: int, path: Path) -> None:
 
 
 def _parse(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    wrong = f"{path} is a safetensors file, but not a Tenuto artifact."
     try:
         header = json.loads(table["__metadata__"][KEY])
-        major = str(header["format_version"]).split(".")[0]
-        _ = header["fingerprint"], header["family"], header["model_class"], header["schedule"]
+        version = str(header["format_version"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(wrong) from error
+    if version.split(".")[0] != VERSION.split(".")[0]:
+        raise ArtifactError(f"{path} has format version {version}; this Tenuto reads {VERSION}.")
+    try:
+        _ = str(header["family"]), str(header["model_class"]), dict(header["made"])
+        _ = [float(t) for t in header["schedule"]["timesteps"]]
+        _ = int(header["fingerprint"]["parameters"])
+        _ = [float(v) for v in header["fingerprint"]["values"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path} is a safetensors file, but not a Tenuto artifact.") from error
-    if major != VERSION.split(".")[0]:
-        raise ArtifactError(
-            f"{path} has format version {header['format_version']}; this Tenuto reads {VERSION}."
-        )
+        raise ArtifactError(wrong) from error
     return header
 
 
@@ -173,7 +201,7 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two fingerprints are of the same weights, up to half precision."""
-    if one.get("parameters") != other.get("parameters"):
+    if one["parameters"] != other["parameters"] or len(one["values"]) != len(other["values"]):
         return False
     pairs = zip(one["values"], other["values"], strict=True)
     return all(abs(a - b) <= 2**-7 * max(abs(a), abs(b)) + 1e-6 for a, b in pairs)

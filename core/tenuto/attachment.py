@@ -62,11 +62,15 @@ def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: boo
     simulate: compute quantized layers in float (same codes). route: lay the cache schedule too.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
+    artifact.validate()
     artifact.check(model)
     denoiser = denoiser_of(model)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     leaves = _leaves(denoiser, artifact, clock, simulate)
     schedule = schedule_of(artifact) if route else None
+    missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
+    if missing:
+        raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
     share = _share(denoiser, leaves)
     attached = Tenuto(model, artifact, clock, share)
     try:
@@ -92,7 +96,11 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
     table = artifact.tensors.get("route/table")
     if facts is None or table is None:
         return None
-    return CacheSchedule(table.bool(), tuple(facts["timesteps"]), tuple(facts["branches"]))
+    try:
+        times, branches = tuple(float(t) for t in facts["timesteps"]), tuple(facts["branches"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError("The artifact is damaged: its route has no steps.") from error
+    return CacheSchedule(table.bool(), times, branches)
 
 
 def _share(denoiser: nn.Module, leaves: dict[str, QLayer]) -> float:
@@ -117,11 +125,8 @@ def _leaves(
             raise ArtifactError(f"The model has no layer {name} of shape {facts['shape']}.")
         scheme = schemes[facts["scheme"]]
         weight = QTensor.from_tensors(weights, name, facts["shape"], scheme.weight.bits)
-        pair = (
-            (ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
-            if f"{name}.scale" in ranges
-            else None
-        )
+        static = scheme.activation is not None and not scheme.activation.dynamic
+        pair = (ranges[f"{name}.scale"], ranges[f"{name}.zero_point"]) if static else None
         kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
         found[name] = kind(layer, weight, scheme, clock, pair, simulate, memo)
     return found

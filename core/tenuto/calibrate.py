@@ -29,6 +29,8 @@ from .work import Work
 
 log = logging.getLogger("tenuto")
 
+UNIT = 1000  # what one block is worth in the progress
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -41,7 +43,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(8, 4, AdaRound(iterations=120, batch=16)),
-    "standard": Preset(16, 8, AdaRound(iterations=400, batch=32)),
+    "standard": Preset(16, 8, AdaRound(iterations=300, batch=16)),
     "thorough": Preset(64, 8, AdaRound(iterations=2000, batch=32)),
 }
 
@@ -164,7 +166,7 @@ class Job:
             self._take(names, kept)
             chain.passed(unit)
         if on_progress:
-            on_progress(len(units), len(units), "activation ranges")
+            on_progress(len(units) * UNIT, len(units) * UNIT, "activation ranges")
         self._find_ranges(work)
 
     def _quantized(
@@ -286,11 +288,11 @@ def _seed(seed: int, unit: str) -> int:
 
 
 def _notes(on_progress: Progress | None, place: int, count: int, unit: str) -> Progress:
-    """Progress of a unit on one scale of 1000 a unit."""
+    """Progress of a unit on one scale, `UNIT` a unit."""
 
     def note(done: int, total: int, text: str) -> None:
         if on_progress:
-            part = 1000 * done // max(1, total)
-            on_progress(place * 1000 + part, count * 1000, f"{unit} {text}".strip())
+            part = UNIT * done // max(1, total)
+            on_progress(place * UNIT + part, count * UNIT, f"{unit} {text}".strip())
 
     return note

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
+
 from .errors import TenutoError
 from .version import __version__
 
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         _say(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 2
+    except SafetensorError as error:  # a full disk, in its words
+        _say(f"{error}.")
         return 2
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer.data, ensure_ascii=False) if args.json else answer.text, flush=True)

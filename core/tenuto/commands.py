@@ -26,7 +26,7 @@ from .checks import (
 )
 from .console import Answer, Bars, about, facts_of, mib
 from .cost import resident_weight_bytes
-from .demo import PREFIX, check_model, defaults, load
+from .demo import PREFIX, Defaults, check_model, defaults, load
 from .errors import TenutoError
 from .patching import denoiser_of
 from .tape import keep, kept
@@ -191,8 +191,7 @@ def sampling_of(args: Namespace, artifact: Artifact | None = None) -> Sampling:
     steps, guidance = defaults(args.model)
     if artifact is not None:
         with damage_told(args.artifact):
-            schedule = artifact.header["schedule"]
-            steps, guidance = int(schedule["steps"]), schedule["guidance"]
+            steps, guidance = Defaults.read(artifact.header["schedule"])
     return Sampling(
         steps if args.steps is None else args.steps,
         guidance if args.guidance is None else args.guidance,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,15 @@ class Defaults(NamedTuple):
 
     steps: int = 20
     guidance: float | None = None
+
+    @classmethod
+    def read(cls, facts: dict[str, Any]) -> Defaults:
+        """From plain data; what is not given stays as it is here. ValueError if it cannot be."""
+        steps, guidance = int(facts.get("steps", cls().steps)), facts.get("guidance")
+        found = cls(steps, None if guidance is None else float(guidance))
+        if steps < 1 or not math.isfinite(found.guidance or 0):
+            raise ValueError(f"{steps} steps at guidance {guidance}")
+        return found
 
 
 def demo(model: str = "transformer", *, device: Any = None, dtype: Any = None) -> Any:
@@ -68,14 +78,13 @@ def prompts(name: str = "default") -> list[str]:
 
 def defaults(model: Any) -> Defaults:
     """Steps and guidance of a model, by name, folder or pipeline, as its `tenuto.json` has them."""
+    folder = _folder_of(model)
     try:
-        folder = _folder_of(model)
         facts = json.loads((folder / "tenuto.json").read_text(encoding="utf-8")) if folder else {}
-        guidance = facts.get("guidance")
-        return Defaults(int(facts.get("steps", 20)), None if guidance is None else float(guidance))
+        return Defaults.read(facts)
     except FileNotFoundError:
         return Defaults()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{folder}/tenuto.json is not readable: {error}.") from error
 
 

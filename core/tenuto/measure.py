@@ -6,9 +6,10 @@ Every number that the project shows anywhere comes from here or from what is nam
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import mean
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "Latency",
     "PeakMemory",
     "compare",
+    "compare_all",
     "draw_in_turns",
     "latency",
     "lpips",
@@ -104,30 +106,66 @@ def compare(
     the call.
     The model is as it was afterwards, whatever happens.
     """
+    found, _ = compare_all(
+        model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
+        seed=seed, sample=sample, batch=batch, device=device, on_progress=on_progress,
+    )  # fmt: skip
+    return found[ARTIFACT]
+
+
+def compare_all(
+    model: Any,
+    artifacts: Mapping[str, Artifact],
+    prompts: Sequence[str] | None = None,
+    *,
+    count: int = 64,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = FIRST_SEED,
+    sample: Sample | None = None,
+    batch: int = 8,
+    device: torch.device | str | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
+    """`compare` for several artifacts of one model; full precision and bf16 are drawn once.
+
+    Steps and guidance are the first artifact's unless given. Returns the comparisons by name, and
+    what was drawn: under the same names, `FULL` and `BF16`.
+    """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} pictures, {batch} at a time.")
-    artifact.check(model)
+    for artifact in artifacts.values():
+        artifact.check(model)
     given = sample is not None
     if sample is None:
         if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
-        schedule = artifact.header["schedule"]
+        schedule = next(iter(artifacts.values())).header["schedule"]
         steps = int(schedule["steps"] if steps is None else steps)
         guidance = schedule["guidance"] if guidance is None else guidance
         sample = sampler(model, tuple(prompts or shipped_prompts("evaluation")), steps, guidance)
     denoiser, batches = denoiser_of(model), split(seed, count, batch)
     with _on(model, device), frozen(denoiser), torch.no_grad():
         call, seen = first_call(denoiser, sample, *batches[0], whole=given)
-        branches = artifact.header.get("route", {}).get("branches", ())
-        work = multiply_adds(denoiser, *call, names=branches)
-        arithmetic = bf16_arithmetic(place(denoiser)[0])
-        facts = _Facts(work, resident_weight_bytes(denoiser), arithmetic)
-        ways = _ways(model, artifact, call, facts)
-        drawn = draw_in_turns(ways, sample, batches, on_progress)
+        facts = _facts_of(denoiser, artifacts, call)
+        drawn = draw_in_turns(_ways(model, artifacts, call, facts), sample, batches, on_progress)
         run = _surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
-    return Comparison(
-        **_distances(drawn), **_costs(drawn, facts), **run, count=count, batch=batch, seed=seed
-    )
+    run |= {"count": count, "batch": batch, "seed": seed}
+    return {
+        name: Comparison(**_distances(drawn, name), **_costs(drawn, name, facts[name]), **run)
+        for name in artifacts
+    }, drawn
+
+
+def _facts_of(
+    denoiser: nn.Module, artifacts: Mapping[str, Artifact], call: FirstCall
+) -> dict[str, _Facts]:
+    """What is known of each artifact before anything is drawn."""
+    routes = [artifact.header.get("route", {}) for artifact in artifacts.values()]
+    branches = {branch for route in routes for branch in route.get("branches", ())}
+    work = multiply_adds(denoiser, *call, names=sorted(branches))
+    size, arithmetic = resident_weight_bytes(denoiser), bf16_arithmetic(place(denoiser)[0])
+    return {name: _Facts(work, size, arithmetic) for name in artifacts}
 
 
 @contextmanager
@@ -144,36 +182,39 @@ def _on(model: Any, device: torch.device | str | None) -> Iterator[None]:
         model.to(before)
 
 
-def _ways(model: Any, artifact: Artifact, call: FirstCall, facts: _Facts) -> dict[str, Way]:
-    """The three ways to draw; each makes one call on entry that is not timed: it packs weights."""
+def _ways(
+    model: Any, artifacts: Mapping[str, Artifact], call: FirstCall, facts: Mapping[str, _Facts]
+) -> dict[str, Way]:
+    """The ways to draw; each makes one call on entry that is not timed: it packs weights."""
     denoiser = denoiser_of(model)
     device, dtype = place(denoiser)
 
     @contextmanager
-    def attached() -> Iterator[nn.Module]:
-        found = attach(model, artifact)
+    def attached(name: str) -> Iterator[nn.Module]:
+        found = attach(model, artifacts[name])
         with found, PeakMemory(device) as peak:
             denoiser(*call[0], **call[1])
             before = found.counts()
             yield denoiser
             peak.read()
-            facts.note(found, before, peak)
+            facts[name].note(found, before, peak)
 
     @contextmanager
     def plain(module: nn.Module) -> Iterator[nn.Module]:
         module(*call[0], **call[1])
         yield module
 
-    ways: dict[str, Way] = {FULL: lambda: plain(denoiser), ARTIFACT: attached}
+    ways: dict[str, Way] = {FULL: lambda: plain(denoiser)}
+    ways |= {name: partial(attached, name) for name in artifacts}
     if dtype is not torch.bfloat16:
-        twin = bf16_copy(denoiser, facts.arithmetic)
+        twin = bf16_copy(denoiser, bf16_arithmetic(device))
         ways[BF16] = lambda: plain(twin)
     return ways
 
 
-def _distances(drawn: dict[str, Drawn]) -> dict[str, Any]:
+def _distances(drawn: dict[str, Drawn], name: str) -> dict[str, Any]:
     """How far the artifact's pictures, and those in bf16, are from the full-precision ones."""
-    full, mine, floor = drawn[FULL], drawn[ARTIFACT], drawn.get(BF16)
+    full, mine, floor = drawn[FULL], drawn[name], drawn.get(BF16)
     equal = distances(lambda a, b: (a == b).flatten(1).all(1), full, mine)
     return {
         "psnr_db": _spread(distances(psnr, full, mine)),
@@ -196,10 +237,10 @@ def _mean(distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
         return None
 
 
-def _costs(drawn: dict[str, Drawn], facts: _Facts) -> dict[str, Any]:
+def _costs(drawn: dict[str, Drawn], name: str, facts: _Facts) -> dict[str, Any]:
     """Time, memory and what was really executed; a simulated time gives no speed-up."""
     simulated = facts.execution["layers"].get("simulated", 0)
-    gain = None if simulated else drawn[FULL].latency.over(drawn[ARTIFACT].latency)
+    gain = None if simulated else drawn[FULL].latency.over(drawn[name].latency)
     ratio, work = facts.reuse()
     plain = drawn.get(BF16) if facts.arithmetic == NATIVE else None  # else no time of bf16
     return {
@@ -208,7 +249,7 @@ def _costs(drawn: dict[str, Drawn], facts: _Facts) -> dict[str, Any]:
         "int8_weight_share": facts.int8_share,
         "seconds_per_picture": {
             "float": drawn[FULL].per_picture,
-            "artifact": drawn[ARTIFACT].per_picture,
+            "artifact": drawn[name].per_picture,
             "bf16": None if plain is None else plain.per_picture,
         },
         "speedup": None if gain is None else gain.median,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .clock import Clock, active
 from .errors import ModelError
 
 STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
-Forward = Callable[..., Any]
+Self = TypeVar("Self", bound="Attached")  # typing has one from 3.11 on
 
 
 def denoiser_of(model: Any) -> nn.Module:
@@ -69,19 +69,29 @@ def override_(module: nn.Module, call: Callable[..., Any]) -> Override:
 
 
 class Swap:
-    """A child module replaced in its parent."""
+    """A child module replaced in its parent; the old one follows a move or a cast meanwhile."""
 
     def __init__(self, root: nn.Module, name: str, new: nn.Module) -> None:
         parent, _, self.key = name.rpartition(".")
         self.parent = root.get_submodule(parent)
         self.old: nn.Module | None = getattr(self.parent, self.key)
+        self.new, self.place = new, _place_of(new)
         setattr(self.parent, self.key, new)
 
     def remove(self) -> None:
         """Put the old module back."""
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
+        device, dtype = _place_of(self.new)
+        if (device, dtype) != self.place and device is not None and device.type != "meta":
+            self.old.to(device, dtype)
         setattr(self.parent, self.key, self.old)
+
+
+def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a replacement computes, and the dtype that it stands for, if it says so."""
+    tensor = next((t for t in (*module.buffers(), *module.parameters())), None)
+    return None if tensor is None else tensor.device, getattr(module, "dtype", None)
 
 
 class Attached:
@@ -103,7 +113,7 @@ class Attached:
             if isinstance(patch, Swap):
                 patch.old = None
 
-    def __enter__(self) -> Attached:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

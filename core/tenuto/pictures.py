@@ -120,7 +120,7 @@ def sheet(title: str, rows: Sequence[Row], captions: Sequence[str], enlarge: int
     width, height = (side * enlarge for side in rows[0].pictures[0].size)
     big, normal, small = (ImageFont.load_default(size) for size in (24, 20, 15))
     left, top = EDGE + LABEL, EDGE + 46
-    foot = 62
+    foot = 48
     size = (
         left + len(captions) * (width + GAP) - GAP + EDGE,
         top + len(rows) * (height + GAP) + foot + EDGE // 2,

@@ -7,6 +7,7 @@ arithmetic in float. Weight-only layers dequantize on use.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from . import numerics
 from .clock import Clock
 from .kernels import activation, int8_conv2d, int8_linear
-from .scheme import Scheme
+from .scheme import Format, Scheme
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,21 @@ def stored(codes: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     return numerics.pack_int4(rows.to(torch.uint8)) if bits <= 4 else rows.to(torch.uint8)
 
 
+def layout(
+    name: str, shape: tuple[int, ...], form: Format
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each of `QTensor.tensors(name)`, for a weight of `shape` in `form`."""
+    size = math.prod(shape[1:])
+    if form.symmetric and form.bits > 4:
+        return {f"{name}.qdata": (torch.int8, shape), f"{name}.scale": (torch.float32, shape[:1])}
+    columns = (size + 1) // 2 if form.bits <= 4 else size
+    return {
+        f"{name}.qdata": (torch.uint8, (shape[0], columns)),
+        f"{name}.scale": (torch.float32, shape[:1]),
+        f"{name}.zero_point": (torch.uint8, shape[:1]),
+    }
+
+
 class QLayer(nn.Module):
     """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
 
@@ -151,13 +167,13 @@ class QLayer(nn.Module):
             self.qdata = stored(self._packed.codes(), self.zero_point, self.bits)
         self._packed = self._float = None
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()  # a cache is no state
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .artifact import Artifact
 from .calibrate import effort, quantize
 from .comparison import Comparison
@@ -53,7 +55,7 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
     )  # fmt: skip
     variants = {FULL: unchanged(found[MADE])} | found
     rows = [
-        Row(NAMES[name], row_lines(name, variant), to_images(drawn[name].pictures))
+        Row(NAMES[name], row_lines(name, variant), to_images(torch.cat(drawn[name].batches)))
         for name, variant in variants.items()
     ]
     title = f"{PREFIX}{model}: {conditions(found[MADE])}"
@@ -114,19 +116,19 @@ def unchanged(other: Comparison) -> Comparison:
 def conditions(found: Comparison) -> str:
     """Under what the pictures were drawn."""
     guidance = "" if found.guidance is None else f", guidance {found.guidance:g}"
-    place = f"{found.device}, {found.threads} threads"
+    place = f"{found.device}, {found.threads} thread{'s' * (found.threads > 1)}"
     return f"{found.steps} steps{guidance}, equal seeds, {place}"
 
 
 def row_lines(name: str, found: Comparison) -> list[str]:
     """What stands beside a row of the sheet; nothing in it is estimated."""
     seconds, weights = found.seconds_per_picture["artifact"], found.resident_weight_bytes
-    lines = [f"{seconds:.2f} s a picture", f"{mib(weights['artifact'])} of weights"]
+    lines = [f"{seconds:.2f} s a picture", f"{mib(weights['artifact'])} of weights in memory"]
     floor = found.bf16_floor_psnr_db
     if name == FULL:
         return lines if floor is None else [*lines, f"PSNR of bf16: {floor['median']:.1f} dB"]
-    gain = "simulated: no gain" if found.speedup is None else f"{found.speedup:.2f} ×"
-    lines[0] += f" ({gain})"
+    gain = "simulated, no gain" if found.speedup is None else f"{found.speedup:.2f}x as fast"
+    lines[0] += f", {gain}"
     near = [f"PSNR {found.psnr_db['median']:.1f} dB"]
     near += [] if found.lpips is None else [f"LPIPS {found.lpips:.4f}"]
     held = found.reuse_ratio or 0

@@ -156,7 +156,7 @@ def _cpu(value: Any) -> Any:
 
 
 def to_device(value: Any, device: Any, half: torch.dtype | None = None) -> Any:
-    """Tensors in nested dicts, lists and tuples moved to `device`; half precision becomes `half`."""
+    """Tensors in nested dicts, lists and tuples on `device`; half precision becomes `half`."""
     if isinstance(value, Tensor):
         low = value.dtype in (torch.float16, torch.bfloat16)
         return value.to(device, half if low and half else value.dtype)
@@ -186,20 +186,24 @@ def record(
     float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
     """
     denoiser = denoiser_of(model)
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
+    if batch < 1 or (runs is not None and runs < 1):
+        raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
     latent = None
     if sample is None:
         if denoiser is model:
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
-        sample = sampler(model, tuple(prompts or ()), steps, guidance)
-        latent = sampler(model, tuple(prompts or ()), steps, guidance, output="latent")
+        sample = sampler(model, prompts, steps, guidance)
+        latent = sampler(model, prompts, steps, guidance, output="latent")
     batch = min(batch, len(prompts)) if prompts else batch
-    runs = runs or (max(1, len(prompts) // batch) if prompts else 2)
+    left = len(prompts) if prompts and runs is None else (runs or 2) * batch
+    runs = -(-left // batch)
     calls: list[Call] = []
     for run in range(runs):
         if on_progress:
             on_progress(run, runs, "recording")
         with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, run):
-            (latent or sample)(denoiser, seed + run * batch, batch)
+            (latent or sample)(denoiser, seed + run * batch, min(batch, left - run * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
     if not calls:
@@ -207,7 +211,7 @@ def record(
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
     calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
     return Trajectory(
-        times, calls, seed, batch, runs, len(times), guidance, tuple(prompts or ()), sample, latent
+        times, calls, seed, batch, runs, len(times), guidance, prompts, sample, latent
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the library share: tiny denoisers with random weights, and loops that sample them."""
+"""What tests of the library share: tiny denoisers with random weights, loops that sample them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KINDS = ("pixart", "dit", "unet", "home")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> Iterator[None]:
-    """The machines that run this have two cores; more threads only add noise."""
+def _one_thread() -> Iterator[None]:
+    """These models are too small for a second one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -29,14 +29,16 @@ def _two_threads() -> Iterator[None]:
 
 
 class HomeBlock(nn.Module):
-    """Attention called by keyword, a feed-forward of named parts, a modulation of one row for all."""
+    """Attention called by keyword, a feed-forward of named parts, one modulation for all rows."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.attn = HomeAttention(width)
         self.mlp = nn.Sequential(
-            OrderedDict(up=nn.Linear(width, 2 * width), act=nn.GELU(), down=nn.Linear(2 * width, width))
+            OrderedDict(
+                up=nn.Linear(width, 2 * width), act=nn.GELU(), down=nn.Linear(2 * width, width)
+            )
         )
 
     def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
@@ -255,7 +257,7 @@ def recorded(tiny: Callable[[str], nn.Module]) -> Callable[..., Any]:
     return build
 
 
-# --- a whole model, bit by bit ----------------------------------------------------------------------
+# --- a whole model, bit by bit --------------------------------------------------------------------
 
 
 def _bits(module: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def seen(clock: Clock, t: Any, *conditions: Tensor, batch: int | None = None) ->
     return clock.streams
 
 
-# --- steps ------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_no_calibrated_steps_at_all() -> None:
     assert clock.row == 0 and clock.index.tolist() == [0]
 
 
-# --- runs -------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_going_back_in_time_starts_a_run() -> None:
@@ -126,7 +126,7 @@ def test_begin_forgets_the_step() -> None:
     assert clock.run == before + 1
 
 
-# --- streams ----------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -203,6 +203,23 @@ def test_the_order_of_conditions_counts() -> None:
     assert seen(Clock(TIMES), 1, a, a) != seen(Clock(TIMES), 1, b, b)
 
 
+def test_a_condition_that_was_written_to_is_read_again(prompts: Tensor) -> None:
+    """Hashes are kept by object: neither a write nor a new object in the old place may be missed."""
+    clock, x = Clock(TIMES), prompts[:1].clone()
+    before = seen(clock, 1, x)
+    x.mul_(2)
+    assert seen(clock, 1, x) != before
+    with torch.inference_mode():
+        y = prompts[:1].clone()
+        before = seen(clock, 1, y)
+        y.mul_(2)
+        assert seen(clock, 1, y) != before
+    ids = set()
+    for value in range(60):  # each takes the memory of the one before
+        ids.add(seen(clock, 1, torch.full((1, 4), float(value)))[0])
+    assert len(ids) == 60
+
+
 def test_every_condition_counts(prompts: Tensor) -> None:
     """Equal prompts, other labels."""
     same = prompts[:1].expand(2, 4, 6)
@@ -227,7 +244,7 @@ def test_without_conditions_rows_are_counted() -> None:
     assert clock.streams == first and len(set(first)) == 3
 
 
-# --- what it costs ----------------------------------------------------------------------------------
+# --- what it costs --------------------------------------------------------------------------------
 
 
 class OnDevice(Tensor):
@@ -263,7 +280,7 @@ def test_one_read_from_the_device_a_call(conditions: int) -> None:
     assert len(OnDevice.reads) == 2, "this test counts nothing"
 
 
-# --- copies, contexts, compile ----------------------------------------------------------------------
+# --- copies, contexts, compile --------------------------------------------------------------------
 
 
 def test_a_copied_model_follows_the_same_clock() -> None:

@@ -19,11 +19,13 @@ CODES = ("random", "extreme", "halfway")
 
 
 def weights(name: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """int8 codes; "extreme" are ±127, "halfway" at most 64, where old processors are still exact."""
+    """int8 codes; "extreme" are ±127, "halfway" at most 64, where any processor is exact."""
     top = 64 if name == "halfway" else 127
     if name == "random":
         return torch.randint(-top, top + 1, shape, generator=draw).to(torch.int8)
-    signs = torch.randint(0, 4, shape, generator=draw) > 0  # mostly +: sums grow, and would overflow
+    signs = (
+        torch.randint(0, 4, shape, generator=draw) > 0
+    )  # mostly +: sums grow, and would overflow
     return torch.where(signs, top, -top).to(torch.int8)
 
 
@@ -65,7 +67,10 @@ def test_linear(device: str, name: str, lead: tuple[int, ...], k: int, n: int) -
     w_scale = (torch.rand(n, generator=draw) + 0.5).to(device)
     bias = torch.randn(n, generator=draw).to(device)
     packed = int8_linear.pack(codes, w_scale)
-    for x_scale in (torch.rand(1, generator=draw) + 0.5, torch.rand(*lead, 1, generator=draw) + 0.5):
+    for x_scale in (
+        torch.rand(1, generator=draw) + 0.5,
+        torch.rand(*lead, 1, generator=draw) + 0.5,
+    ):
         for zero in zero_points(device):
             for b in (None, bias):
                 args = (x, x_scale.to(device), zero)
@@ -177,7 +182,7 @@ def test_every_kernel_is_here() -> None:
     assert set(_kernel_files()) == {"int8_linear", "int8_conv2d"}
 
 
-# --- activations to codes ---------------------------------------------------------------------------
+# --- activations to codes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -203,6 +208,24 @@ def test_a_range_found_on_the_fly(dims: tuple[int, ...], dtype: torch.dtype) -> 
     assert ((back - x.float()).abs() <= scale * 0.5001).all(), "nothing is clipped"
     assert not back[0].any(), "zeros stay zeros"
     assert int(codes.float().sub(128).abs().max()) == 127, "the range is used to its end"
+
+
+def test_an_input_is_quantized_once_while_it_stays_the_same() -> None:
+    """Query, key and value share one; a write, another object, another kind of range do not."""
+    memo, x = activation.Memo(), torch.randn(2, 3, 4, 8)
+    codes, scale = memo.per_row(x)
+    assert memo.per_row(x)[0] is codes
+    assert memo.per_row(x.clone())[0] is not codes
+    other, _ = memo.per_row(x, (1, 2, 3))
+    assert torch.equal(other, activation.per_row(x, (1, 2, 3))[0])
+    x.mul_(3)
+    assert torch.equal(memo.per_row(x)[1], activation.per_row(x)[1])
+    assert not torch.equal(memo.per_row(x)[1], scale)
+    with torch.inference_mode():
+        y = torch.randn(2, 8)
+        before = memo.per_row(y)[1].clone()
+        y.mul_(2)
+        assert torch.allclose(memo.per_row(y)[1], 2 * before)
 
 
 @pytest.mark.parametrize("dims", [(-1,), (1, 2, 3)])

@@ -67,7 +67,7 @@ def quantized(kind: str, scheme: Scheme, *, simulate: bool = False, **options: A
     return made(base, weight, scheme, clock, given, simulate)
 
 
-# --- the weight -------------------------------------------------------------------------------------
+# --- the weight -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.bits}{'s' if f.symmetric else 'a'}")
@@ -110,7 +110,7 @@ def test_a_weight_is_near_the_one_it_stands_for(scheme: Scheme) -> None:
     assert gap < (0.01 if scheme.weight.bits == 8 else 0.15)
 
 
-# --- the layers -------------------------------------------------------------------------------------
+# --- the layers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -219,7 +219,9 @@ def test_a_cast_layer_computes_in_its_dtype(scheme: Scheme, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("simulate", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_deep_copy_computes_the_same_and_follows_the_same_clock(kind: str, simulate: bool) -> None:
+def test_a_deep_copy_computes_the_same_and_follows_the_same_clock(
+    kind: str, simulate: bool
+) -> None:
     for scheme in ALL:
         q, x = quantized(kind, scheme, simulate=simulate), data(kind)
         q.clock.tick(499, range(3))

@@ -67,7 +67,7 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, text: str) -> No
 
 
 def test_one_job_inside_another(tmp_path: Path) -> None:
-    """A command keeps its recording in a folder inside; it goes with the whole, and alone if asked."""
+    """A command keeps its recording in a folder inside; it goes with the whole, or alone."""
     Work(tmp_path / "w" / "recording", JOB).save("trajectory", unit())
     outer = Work(tmp_path / "w", JOB)
     outer.save("outside", unit())
@@ -176,7 +176,7 @@ def test_digest_knows_what_matters() -> None:
     assert digest({"a": Path("x")}) == digest({"a": Path("x")})
 
 
-# --- whole or not at all ----------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):

@@ -1,0 +1,296 @@
+"""Every algorithm is held to the same: better than rounding to nearest, the same each time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenuto import algorithms, describe
+from tenuto.algorithms import algorithm
+from tenuto.algorithms.adaround import AdaRound, Rounding
+from tenuto.algorithms.nearest import RoundToNearest
+from tenuto.backbone import layers
+from tenuto.errors import Cancelled, SchemeError
+from tenuto.numerics import code_limits
+from tenuto.patching import frozen
+from tenuto.qtensor import QTensor
+from tenuto.replay import Bank, Rows, inputs_of, outputs
+from tenuto.scheme import Format, Recipe, Rule, Scheme, schemes
+
+W2 = Scheme("w2a16", Format(2, symmetric=False, ranges="mse"))
+QUICK = {"iterations": 60, "batch": 16}
+
+
+def found_classes() -> Iterator[type]:
+    """Every algorithm there is: frozen dataclasses that say whether they need inputs."""
+    for info in pkgutil.iter_modules(algorithms.__path__):
+        module = importlib.import_module(f"{algorithms.__name__}.{info.name}")
+        for value in vars(module).values():
+            if not isinstance(value, type) or value.__module__ != module.__name__:
+                continue
+            if hasattr(value, "needs_inputs"):
+                yield value
+
+
+ALGORITHMS = list(found_classes())
+
+
+def quick(cls: type) -> Any:
+    """The algorithm with few iterations, where it has such a setting."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in QUICK.items() if k in known})
+
+
+class Case:
+    """A block of a tiny model with what it was recorded to get and to answer."""
+
+    def __init__(self, denoiser: nn.Module, calls: Any, name: str) -> None:
+        self.block: Any = denoiser.get_submodule(name)
+        self.bank: Bank = inputs_of(denoiser, name, calls, "cpu")
+        self.target: Tensor = outputs(self.block, self.bank, "cpu")
+
+    def run(self, method: Any, scheme: Scheme, **options: Any) -> dict[str, QTensor]:
+        """`method` on every layer of the block."""
+        names = {name: scheme for name, _ in layers(self.block)}
+        with frozen(self.block):
+            return method(self.block, names, self.bank, self.target, **options)
+
+    def error(self, weights: dict[str, QTensor]) -> float:
+        """Mean squared error of the block's outputs with these weights."""
+        before = {n: self.block.get_submodule(n).weight.detach().clone() for n in weights}
+        with torch.no_grad():
+            for name, q in weights.items():
+                self.block.get_submodule(name).weight.copy_(q.dequantize())
+            found = outputs(self.block, self.bank, "cpu")
+            for name, weight in before.items():
+                self.block.get_submodule(name).weight.copy_(weight)
+        return float((found - self.target).square().mean())
+
+
+@pytest.fixture(scope="module", params=["pixart", "unet", "home"])
+def case(request: pytest.FixtureRequest, tiny: Any, recorded: Any) -> Case:
+    """A transformer block, a residual block with convolutions, a block of no family."""
+    denoiser = tiny(request.param)
+    return Case(denoiser, recorded(request.param).calls, describe(denoiser).blocks[0])
+
+
+def test_there_are_some() -> None:
+    assert {"RoundToNearest", "AdaRound"} <= {cls.__name__ for cls in ALGORITHMS}
+    files = {m.name for m in pkgutil.iter_modules(algorithms.__path__)}
+    assert len(files) == len({cls.__module__ for cls in ALGORITHMS}), "one file, one algorithm"
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize("scheme", [schemes.W4A8, W2], ids=lambda s: s.name)
+def test_not_worse_than_round_to_nearest(cls: type, scheme: Scheme, case: Case) -> None:
+    """On the error of the block, on the inputs that it was given."""
+    found = case.run(quick(cls), scheme)
+    assert found.keys() == {name for name, _ in layers(case.block)}
+    error, nearest = case.error(found), case.error(case.run(RoundToNearest(), scheme))
+    assert nearest > 0
+    assert error <= nearest * (0.8 if cls is AdaRound and scheme is W2 else 1.0)
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize("scheme", [schemes.W8A8, schemes.W4A8], ids=lambda s: s.name)
+def test_the_weights_are_of_the_scheme(cls: type, scheme: Scheme, case: Case) -> None:
+    form = scheme.weight
+    low, high = code_limits(form.bits, form.symmetric)
+    for name, q in case.run(quick(cls), scheme).items():
+        weight = case.block.get_submodule(name).weight
+        assert q.shape == tuple(weight.shape) and q.bits == form.bits
+        zero = 0 if q.zero_point is None else q.zero_point.view(-1, *[1] * (weight.ndim - 1))
+        codes = q.codes().int() + zero
+        assert codes.min() >= low and codes.max() <= high
+        step = q.scale.view(-1, *[1] * (weight.ndim - 1))
+        inside = (weight / step + zero > low) & (weight / step + zero < high)
+        gap = ((q.dequantize() - weight).abs() / step)[inside]
+        assert gap.max() < 1.001, "a code above or below, never farther"
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_deterministic(cls: type, case: Case) -> None:
+    """The same seed, the same codes; nothing else may draw from it."""
+    torch.manual_seed(1)
+    one = case.run(quick(cls), schemes.W4A8, seed=3)
+    torch.manual_seed(2)
+    other = case.run(quick(cls), schemes.W4A8, seed=3)
+    for name, q in one.items():
+        assert torch.equal(q.qdata, other[name].qdata)
+        assert torch.equal(q.scale, other[name].scale)
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_the_random_state_is_the_callers(cls: type, case: Case) -> None:
+    before = torch.random.get_rng_state()
+    case.run(quick(cls), schemes.W4A8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_the_block_comes_back(cls: type, case: Case, bits: Any) -> None:
+    before = bits(case.block)
+    case.run(quick(cls), schemes.W4A8)
+    assert bits(case.block) == before
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done >= 2:
+            raise Cancelled
+
+    if cls.needs_inputs:  # type: ignore[attr-defined]
+        with pytest.raises(Cancelled):
+            case.run(quick(cls), schemes.W4A8, on_progress=stop)
+        assert bits(case.block) == before
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_it_survives_a_recipe_in_json(cls: type) -> None:
+    recipe = Recipe((Rule("*", schemes.W4A8, quick(cls)),))
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())), algorithm)
+    assert again == recipe and type(again.rules[0].algorithm) is cls
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+def test_it_is_frozen_data(cls: type) -> None:
+    assert hash(quick(cls)) == hash(quick(cls)) and quick(cls) == quick(cls)
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_an_unknown_one_is_said() -> None:
+    for data in ({"name": "Magic"}, {}, {"name": "AdaRound", "speed": 3}, {"name": "Rounding"}):
+        with pytest.raises(SchemeError):
+            algorithm(data)
+
+
+# --- round to nearest -----------------------------------------------------------------------------
+
+
+def test_nearest_is_nearest() -> None:
+    w = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    for form in (schemes.W8A8.weight, schemes.W4A8.weight):
+        q = RoundToNearest().weight(w, form)
+        error = (q.dequantize() - w).abs()
+        for step in (-1, 1):
+            moved = q.dequantize() + step * q.scale[:, None]
+            low, high = q.dequantize().amin(1, keepdim=True), q.dequantize().amax(1, keepdim=True)
+            reachable = (moved >= low) & (moved <= high)
+            assert (error <= (moved - w).abs() + 1e-6)[reachable].all()
+
+
+# --- AdaRound -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [schemes.W4A8.weight, Format(4), Format(8)])
+@pytest.mark.parametrize("shape", [(6, 20), (5, 3, 3, 3)])
+def test_rounding_starts_at_the_weight(form: Format, shape: tuple[int, ...]) -> None:
+    """The soft weight is the float one where it is not clipped, the hard one the nearest."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rounding = Rounding(w, form)
+    soft = rounding.weight(rounding.up()).detach()
+    step = rounding.wide
+    inside = (w / step + rounding.shift).sub((rounding.low + rounding.high) / 2).abs()
+    inside = inside < (rounding.high - rounding.low) / 2 - 1
+    assert ((soft - w).abs() / step)[inside].max() < 0.02
+    nearest = RoundToNearest().weight(w, form)
+    share = (rounding.qtensor().codes() == nearest.codes()).float().mean()
+    assert share > 0.995, "all but ties"
+
+
+def test_gradients_reach_every_rounding_and_nothing_else(case: Case) -> None:
+    """Where the rounding is soft the gradient is that of the formula, by differences."""
+    method = AdaRound(iterations=1, batch=8, warmup=1.0)
+    name, layer = next(iter(layers(case.block)))
+    rounding = Rounding(layer.weight, W2.weight)
+    args, kwargs = case.bank.rows(torch.arange(4), "cpu")
+
+    def loss(alpha: Tensor) -> Tensor:
+        up = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
+        weight = rounding.weight(up)
+        new = {f"{name}.weight": weight}
+        out = torch.func.functional_call(case.block, new, args, kwargs)
+        out = out if isinstance(out, Tensor) else out[0]
+        return (out - case.target[:4]).square().sum(1).mean()
+
+    alpha = rounding.alpha.detach().clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(alpha), alpha)
+    place = int(gradient.abs().argmax())
+    assert float(gradient.view(-1)[place]) != 0
+    moved = torch.zeros_like(alpha).view(-1)
+    moved[place] = 1e-2
+    moved = moved.view_as(alpha)
+    with torch.no_grad():
+        slope = float(loss(alpha + moved) - loss(alpha - moved)) / 2e-2
+    assert slope == pytest.approx(float(gradient.view(-1)[place]), rel=0.05)
+    case.run(method, W2)
+    assert all(p.grad is None for p in case.block.parameters())
+
+
+def test_it_learns_under_no_grad(case: Case) -> None:
+    """A caller who draws pictures is in `no_grad`; that must not stop it, nor change it."""
+    plain = case.run(quick(AdaRound), W2, seed=1)
+    with torch.no_grad():
+        again = case.run(quick(AdaRound), W2, seed=1)
+    assert all(torch.equal(q.qdata, again[n].qdata) for n, q in plain.items())
+
+
+def test_the_exponent_falls_after_the_warm_up() -> None:
+    method = AdaRound(iterations=100, warmup=0.2)
+    found = [method.exponent(step) for step in range(100)]
+    assert found[:20] == [None] * 20
+    assert found[20] == 20 and found[99] == pytest.approx(2.2, abs=0.1)
+    values = [f for f in found if f is not None]
+    assert values == sorted(values, reverse=True)
+
+
+def lone_layer() -> tuple[nn.Module, Bank, Tensor]:
+    """A Linear, correlated inputs, its outputs: small enough for hundreds of iterations."""
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Linear(24, 16)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(16, 24, generator=draw))
+        x = torch.randn(64, 4, generator=draw) @ torch.randn(4, 24, generator=draw)
+        bank = Bank(((Rows(0),), {}), {0: x}, {}, torch.zeros(64, dtype=torch.int64))
+        return layer, bank, layer(x)
+
+
+def test_the_rounding_term_makes_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end nearly every v is 0 or 1, so that hard rounding changes little."""
+    undecided: list[float] = []
+    original = Rounding.qtensor
+
+    def look(self: Rounding) -> QTensor:
+        v = self.up().detach()
+        undecided.append(float(((v > 0.05) & (v < 0.95)).float().mean()))
+        return original(self)
+
+    monkeypatch.setattr(Rounding, "qtensor", look)
+    layer, bank, target = lone_layer()
+    for weight in (0.0, 1.0):
+        method = AdaRound(iterations=300, batch=16, lr=0.05, weight=weight)
+        method(layer, {"": W2}, bank, target)
+    assert undecided[0] > 0.3 and undecided[1] < 0.2
+
+
+def test_a_lone_layer_is_a_block_too() -> None:
+    """Layers outside of all blocks are reconstructed alone; its name inside itself is empty."""
+    layer, bank, target = lone_layer()
+    errors = []
+    for method in (RoundToNearest(), AdaRound(iterations=300, batch=16, lr=0.02)):
+        (q,) = method(layer, {"": schemes.W4A16}, bank, target).values()
+        found = nn.functional.linear(bank.tensors[0], q.dequantize(), layer.bias)
+        errors.append(float((found - target).detach().square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_progress_counts_iterations(case: Case) -> None:
+    notes: list[tuple[int, int]] = []
+    case.run(AdaRound(iterations=3, batch=4), W2, on_progress=lambda d, t, _: notes.append((d, t)))
+    assert notes == [(0, 3), (1, 3), (2, 3)]
