@@ -1,6 +1,7 @@
 """Every scheme against the full-precision picture, side by side.
 
     python benchmarks/quantization.py [--model demo:transformer] [--count 64] [--preset standard]
+    python benchmarks/quantization.py --artifact a.safetensors --rows "W8A8*" "*nearest*"
 
 Prints one JSON line a row as it goes and a Markdown table at the end. Rows: the bf16 floor, W8A8
 with ranges per token and per step, weight-only, and W4A8 by AdaRound and by round-to-nearest with
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fnmatch
 import json
 import platform
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -88,10 +91,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict]:
     yield row("full precision", reference, reference, seconds)
     twin = bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
     yield row("bf16", *[draw(sample, twin, args.count, args.batch)[0], reference, float("nan")])
-    for name, recipe in recipes(denoiser, args.preset):
-        begin = time.perf_counter()
-        artifact = tn.quantize(pipe, recipe, trajectory, preset=args.preset, seed=args.seed)
-        spent = round(time.perf_counter() - begin, 1)
+    for name, artifact, spent in artifacts(args, pipe, trajectory):
         with tn.attach(pipe, artifact) as attached:
             pictures, seconds = draw(sample, denoiser, args.count, args.batch)
             mode = attached.execution()["mode"]
@@ -100,6 +100,22 @@ def measured(args: argparse.Namespace) -> Iterator[dict]:
             name, pictures, reference, seconds,
             execution=mode, int8_weight_share=share, calibration_seconds=spent,
         )  # fmt: skip
+
+
+def artifacts(
+    args: argparse.Namespace, pipe: Any, trajectory: Trajectory
+) -> Iterator[tuple[str, tn.Artifact, float | None]]:
+    """(name, artifact, seconds of calibration): files that are there, then what is made here."""
+    for file in args.artifact:
+        found = tn.Artifact.load(file)
+        found.header.pop("route", None)  # weights alone
+        yield f"{file.stem}, preset {found.header['preset']}", found, None
+    for name, recipe in recipes(denoiser_of(pipe), args.preset):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows):
+            continue
+        begin = time.perf_counter()
+        artifact = tn.quantize(pipe, recipe, trajectory, preset=args.preset, seed=args.seed)
+        yield name, artifact, round(time.perf_counter() - begin, 1)
 
 
 def main() -> None:
@@ -111,6 +127,8 @@ def main() -> None:
     parser.add_argument("--preset", default="standard")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows to make (fnmatch)")
+    parser.add_argument("--artifact", nargs="*", type=Path, default=[], help="measured as well")
     args = parser.parse_args()
     rows = list(measured(args))
     chip = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()

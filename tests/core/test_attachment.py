@@ -254,6 +254,21 @@ def test_a_copy_of_an_attached_model(
         assert torch.equal(sample(twin, 3, 2), expected)
 
 
+def test_copies_hold_apart(tiny: Any, kind: str, route: Make, recorded: Any) -> None:
+    """Two copies in turn, step by step, of the same prompts: neither takes the other's features."""
+    model, calls = tiny(kind), recorded(kind).calls[:4]
+    louder = [Call(0, c.row, c.timestep, dict(c.inputs)) for c in calls]
+    for call in louder:
+        name = next(iter(call.inputs))
+        call.inputs[name] = call.inputs[name] * 1.5
+    with attach(model, route(kind, share=0.0)):
+        twin = copy.deepcopy(model)
+        one, other = outputs(model, calls), outputs(twin, louder)
+        for place in range(4):
+            assert torch.equal(outputs(model, calls[place : place + 1])[0], one[place])
+            assert torch.equal(outputs(twin, louder[place : place + 1])[0], other[place])
+
+
 def test_quantized_leaves_the_callers_model(
     tiny: Any, kind: str, artifact: Make, loop: Any, bits: Any
 ) -> None:
@@ -362,13 +377,13 @@ def test_held_features_are_those_of_the_step_before(
 
 
 def test_runs_are_isolated(tiny: Any, kind: str, route: Make, recorded: Any) -> None:
-    """A run that was broken off leaves nothing that the next one would reuse."""
+    """Of the same prompts, one after another: nothing that a run left is used by the next one."""
     model, artifact = tiny(kind), route(kind, share=0.0)
-    calls = recorded(kind).calls
+    calls = recorded(kind).calls[:4]
     with attach(model, artifact):
-        fresh = outputs(model, calls[4:8])
-        outputs(model, calls[:3])
-        assert all(map(torch.equal, outputs(model, calls[4:8]), fresh))
+        fresh = outputs(model, calls[1:])
+        outputs(model, calls)
+        assert all(map(torch.equal, outputs(model, calls[1:]), fresh))
 
 
 @pytest.mark.parametrize("start", [1, 3])
@@ -377,7 +392,7 @@ def test_partial_denoising(tiny: Any, kind: str, route: Make, loop: Any, start: 
     model, sample = tiny(kind), loop(kind, start=start)
     with attach(model, route(kind, share=0.0)) as attached, torch.no_grad():
         fresh = sample(model, 1, 2)
-        loop(kind, start=0)(model, 9, 2)
+        loop(kind, start=0)(model, 1, 2)
         before = attached.counts()
         assert torch.equal(sample(model, 1, 2), fresh)
         after = attached.counts()

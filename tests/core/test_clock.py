@@ -204,7 +204,7 @@ def test_the_order_of_conditions_counts() -> None:
 
 
 def test_a_condition_that_was_written_to_is_read_again(prompts: Tensor) -> None:
-    """Hashes are kept by object: neither a write nor a new object in the old place may be missed."""
+    """Hashes are kept by object: no write, and no new object in the old place, may be missed."""
     clock, x = Clock(TIMES), prompts[:1].clone()
     before = seen(clock, 1, x)
     x.mul_(2)

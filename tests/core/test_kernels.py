@@ -218,6 +218,7 @@ def test_an_input_is_quantized_once_while_it_stays_the_same() -> None:
     assert memo.per_row(x.clone())[0] is not codes
     other, _ = memo.per_row(x, (1, 2, 3))
     assert torch.equal(other, activation.per_row(x, (1, 2, 3))[0])
+    memo.per_row(x)
     x.mul_(3)
     assert torch.equal(memo.per_row(x)[1], activation.per_row(x)[1])
     assert not torch.equal(memo.per_row(x)[1], scale)
