@@ -38,6 +38,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(dict(_apart(tensors)), part, metadata)
+        part.chmod(0o644)  # it comes out readable by its owner alone
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
