@@ -1,7 +1,7 @@
 """Cache schedules compared: distance to the full picture at equal seeds, for several reuse ratios.
 
     python benchmarks/routes.py                                  # demo:transformer, 64 prompts
-    python benchmarks/routes.py MODEL --reuse 0.3 0.5 --count 64 --preset standard --out routes.jsonl
+    python benchmarks/routes.py MODEL --reuse 0.3 0.5 --count 64 --preset standard --out r.jsonl
 
 For each ratio: the router trained from random logits, interval reuse from the first step, the late
 interval, the step-level programme, random tables, fewer steps at equal cost, and the route that
@@ -190,7 +190,8 @@ class Benchmark:
             "steps": self.steps,
             "guidance": self.guidance,
             "seed": self.args.seed,
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+            "threads": torch.get_num_threads(),
             "versions": {"tenuto": tn.__version__, "torch": torch.__version__},
         }
 
@@ -210,7 +211,7 @@ def progress(done: int, total: int, note: str) -> None:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
-        "| reuse | schedule | which | PSNR dB, median (5th percentile) | SSIM | LPIPS | FLOPs held |",
+        "| reuse | schedule | which | PSNR dB, median (5th perc.) | SSIM | LPIPS | FLOPs held |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
