@@ -29,6 +29,7 @@ from .work import Work
 POWERS = (2.0, 3.0)  # of age, in the step programme: both are measured
 HELD_OUT = 5_000  # first seed of the pictures that candidates are measured on
 DEFAULT_REUSE = 0.3
+SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
 PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
 
 
@@ -46,9 +47,9 @@ class RoutePreset:
 
 
 PRESETS = {
-    "quick": RoutePreset(HarmoniCa(iterations=16, batch=2), 2),
-    "standard": RoutePreset(HarmoniCa(iterations=32, batch=4), 4),
-    "thorough": RoutePreset(HarmoniCa(iterations=100, batch=8, lr=0.25), 8),
+    "quick": RoutePreset(HarmoniCa(iterations=24, batch=1), 4),
+    "standard": RoutePreset(HarmoniCa(iterations=48, batch=2), 4),
+    "thorough": RoutePreset(HarmoniCa(iterations=100, batch=8, lr=0.1, joint=0.4), 8),
 }
 
 
@@ -147,12 +148,13 @@ class RouteJob:
         meter = Meter(on_progress, self.parts())
         costs = self.measure_costs(work, meter)
         router = self.train(gain(*costs), work, meter)
-        tables = {"router": router.cut(self.reuse)} | self.candidates(costs[0])
+        cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS}
+        tables = cuts | self.candidates(costs[0])
         scores = self.measure(tables, work, meter)
-        best = min(scores, key=lambda name: scores[name])
+        best, mine = (min(some, key=lambda name: scores[name]) for some in (scores, cuts))
         result.tensors = {
             "route/table": tables[best].table,
-            "route/router": tables["router"].table.clone(),
+            "route/router": tables[mine].table.clone(),
             "route/logits": router.logits,
             "route/costs": costs[0],
         }
@@ -184,7 +186,7 @@ class RouteJob:
     def parts(self) -> dict[str, float]:
         """What each part takes, in denoiser calls of one batch."""
         steps, plan = len(self.times), self.plan
-        count = 1 + len(self.candidates(Tensor([1.0] * steps)))
+        count = len(SPREADS) + len(self.candidates(Tensor([1.0] * steps)))
         return {
             "costs": steps * (steps + 3) / 2,
             "router": plan.router.iterations * steps * PASSES,

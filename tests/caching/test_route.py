@@ -22,7 +22,7 @@ def test_the_best_candidate_is_the_route(route, branches, trajectory):
     facts = route.header["route"]
     assert facts["policy"] == min(facts["scores"], key=facts["scores"].get)
     kinds = {name.rsplit(" ", 1)[0] for name in facts["scores"]}
-    assert kinds == {"router", "late interval", "step programme"}
+    assert kinds == {"router spread", "late interval", "step programme"}
     assert facts["branches"] == list(branches)
     assert facts["timesteps"] == list(trajectory.timesteps)
     assert facts["reuse_ratio"] == pytest.approx(

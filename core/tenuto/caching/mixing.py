@@ -27,11 +27,14 @@ class Mixer:
     weights: r (N,), may require a gradient. apart: while True, branches compute as ever and
     neither read nor write what is held: the teacher. tau: a slot is written where r > tau.
     store: "mixture" keeps r f + (1 - r) c, as the released code; "fresh" keeps f.
+    credit: a mixture keeps its graph to the weights of the steps that made it (not to the
+    denoiser's), so that a later step's loss reaches them; `forget` cuts it off.
     """
 
     def __init__(self, clock: Clock, tau: float, store: str) -> None:
         self.clock, self.tau, self.store = clock, tau, store
-        self.apart = False
+        self.apart = self.credit = False
+        self.slots: list[Slot] = []
         self.weights = torch.ones(0)
         self.writes: list[bool] = []
 
@@ -40,26 +43,40 @@ class Mixer:
         self.weights = weights
         self.writes = (weights.detach() > self.tau).tolist()
 
+    def forget(self) -> None:
+        """Cut every slot off the weights of earlier steps."""
+        for slot in self.slots:
+            slot.detach_()
+
 
 class Soft:
     """The forward of branch `column` under a mixer."""
 
     def __init__(self, mixer: Mixer, column: int) -> None:
         self.mixer, self.column, self.slot = mixer, column, Slot()
+        mixer.slots.append(self.slot)
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mixer, shape = self.mixer, shape_of(args, kwargs)
         out = original(*args, **kwargs)
         if mixer.apart:
             return out
-        held = self.slot.find(mixer.clock, shape)
+        held, fresh = self.slot.find(mixer.clock, shape), each(Tensor.detach, out)
+        if held is None:
+            self.slot.store(mixer.clock, shape, fresh)
+            return out
         r = mixer.weights[self.column]
-        mixed = (
-            out if held is None else each(lambda f, c: (r * f + (1 - r) * c).to(f.dtype), out, held)
-        )
-        if held is None or mixer.writes[self.column]:
-            self.slot.store(mixer.clock, shape, mixed if mixer.store == "mixture" else out)
-        return mixed
+
+        def blend(f: Tensor, c: Tensor) -> Tensor:
+            return (r * f + (1 - r) * c).to(f.dtype)
+
+        mixture = each(blend, out, held)
+        if mixer.writes[self.column]:
+            kept = fresh
+            if mixer.store == "mixture":
+                kept = each(blend, fresh, held) if mixer.credit else each(Tensor.detach, mixture)
+            self.slot.store(mixer.clock, shape, kept)
+        return mixture
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..patching import frozen
 from ..trajectory import Progress, Trajectory
 from ..work import Work
 from .iepo import RULES, gain
+from .logits import Router
 from .mixing import mixed
 from .rollout import Guide, intercepted, step_costs
 from .schedule import CacheSchedule
@@ -41,21 +42,32 @@ class HarmoniCa:
     iterations: whole trajectories of `batch` pictures; each updates every row once.
     weighting: the rule of lambda: "gain" (`iepo.gain`, measured once), "paper", "code" or "none".
     refresh: denoising steps after which "paper" and "code" measure lambda anew (their C).
-    store: "mixture" as released, or "fresh". pace: how fast beta follows the budget.
-    The released settings are lr 0.01, tau 0.1, beta 7e-8, weighting "code", batch 32 and 2,000
-    trajectories; a few trajectories need a larger lr.
+    store: "mixture" as released, or "fresh". pace: how far log beta follows a miss of
+    the budget that lasts through the whole training.
+
+    Two things that the paper has not, 0 turns them off:
+    joint: the rate of a second AdamW step on the mean of each row. Branches of one step are better
+    held together than one by one, which no single cell's gradient shows.
+    credit: steps over which the loss reaches back through what the slots hold (elementwise, not
+    through the denoiser), so that a row is told what its refreshing is worth to the rows after it.
+    It keeps that many outputs of every branch in memory.
+
+    The released settings are lr 0.01, tau 0.1, beta 7e-8, weighting "code", joint 0, credit 0,
+    batch 32 and 2,000 trajectories; a few trajectories need a larger lr.
     """
 
     reuse: float | None = 0.3
     beta: float | None = None
     iterations: int = 24
-    batch: int = 2
-    lr: float = 0.5
-    tau: float = 0.1
+    batch: int = 1
+    lr: float = 0.25
+    joint: float = 1.0
+    credit: int = 20
+    tau: float = 0.0
     weighting: str = "gain"
     refresh: int = 500
     store: str = "mixture"
-    pace: float = 2.0
+    pace: float = 24.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,39 +106,10 @@ class HarmoniCa:
         return training.run(work or Work(None, {}), on_progress)
 
 
-@dataclass(frozen=True, eq=False)
-class Router:
-    """A trained router. logits (T, N), row 0 is the first executed step; costs (N,), mean 1."""
-
-    logits: Tensor
-    timesteps: tuple[float, ...]
-    branches: tuple[str, ...]
-    costs: Tensor
-    beta: float
-    history: tuple[dict[str, float], ...] = ()
-
-    def threshold(self, tau: float) -> CacheSchedule:
-        """Compute where r > tau: what the paper does."""
-        table = torch.sigmoid(self.logits) > tau
-        table[0] = True
-        return CacheSchedule(table, self.timesteps, self.branches)
-
-    def cut(self, reuse: float) -> CacheSchedule:
-        """Hold the cells of least r, as few as make up `reuse` of all by cost."""
-        rows, columns = self.logits.shape
-        order = self.logits[1:].reshape(-1).argsort(stable=True)
-        spent = self.costs.repeat(rows - 1)[order].double().cumsum(0)
-        budget = reuse * rows * float(self.costs.double().sum())
-        held = int((spent < budget - 1e-4).sum()) + (budget > 1e-4)
-        table = torch.ones(rows, columns, dtype=torch.bool)
-        table[1:].view(-1)[order[:held]] = False
-        return CacheSchedule(table, self.timesteps, self.branches)
-
-
 class Training:
     """One training run: the logits, AdamW's moments of each row, lambda and beta."""
 
-    STATE = ("logits", "mean", "square", "updates", "weights")
+    STATE = ("logits", "mean", "square", "row_mean", "row_square", "updates", "weights")
 
     def __init__(
         self,
@@ -147,6 +130,7 @@ class Training:
         self.logits = torch.randn(shape, generator=generator)
         self.logits[0] = LIMIT
         self.mean, self.square = torch.zeros(shape), torch.zeros(shape)
+        self.row_mean, self.row_square = torch.zeros(shape[0], 1), torch.zeros(shape[0], 1)
         self.updates, self.benefit = torch.zeros(shape[0]), torch.zeros(shape)
         self.weights = torch.zeros(0)
         self.log_beta = math.nan if settings.beta is None else math.log(settings.beta)
@@ -218,15 +202,18 @@ class Training:
             return self.trajectory.rollout()(self.denoiser, seed, settings.batch)
 
     def _trajectory(self, i: int) -> None:
-        """One trajectory of the student with an update of each step's row."""
+        """One trajectory of the student; then each row that it passed is updated once."""
         settings, losses = self.settings, []
+        slopes: dict[int, Tensor] = {}
 
-        def learn(row: int, loss: float, slope: Tensor) -> None:
-            losses.append(float(self.weights[row]) * loss)
-            self._learn(row, slope)
+        def learn(row: int, loss: float, found: dict[int, Tensor]) -> None:
+            weight = float(self.weights[row])
+            losses.append(weight * loss)
+            for k, slope in found.items():
+                slopes[k] = slopes.get(k, 0) + weight * slope
 
         guide = Guide(self.denoiser, self.trajectory.guidance, settings.batch)
-        student = Student(self.row, learn, guide)
+        student = Student(self.row, learn, guide, settings.credit, offset=i)
         with (
             intercepted(self.denoiser, self.times, call=student.attend) as clock,
             mixed(self.denoiser, self.branches, clock, settings.tau, settings.store) as mixer,
@@ -235,24 +222,23 @@ class Training:
             self.trajectory.rollout()(self.denoiser, self._seed(i), settings.batch)
         if not losses:
             raise TenutoError("`sample` made no denoiser call after its first step.")
+        for row, slope in sorted(slopes.items()):
+            self._learn(row, slope)
         self._steer()
         self.history.append([sum(losses), self.share(), math.exp(self.log_beta)])
 
     def _learn(self, row: int, slope: Tensor) -> None:
-        """One AdamW step (no weight decay) on a row; slope (N,): gradient of the MSE to r."""
-        weight = float(self.weights[row])
-        self.benefit[row] = -weight * slope / self.costs
+        """AdamW steps (no weight decay) on a row; slope (N,): gradient of the weighted MSE to r."""
+        self.benefit[row] = -slope / self.costs
         if math.isnan(self.log_beta):
             return
         r = self.row(row)
-        grad = weight * math.exp(-self.log_beta) * slope + self.costs  # the loss over beta
-        grad = grad * r * (1 - r)
+        grad = (math.exp(-self.log_beta) * slope + self.costs) * r * (1 - r)  # the loss over beta
         self.updates[row] += 1
         n = float(self.updates[row])
-        self.mean[row].lerp_(grad, 0.1)
-        self.square[row].lerp_(grad.square(), 0.001)
-        mean, square = self.mean[row] / (1 - 0.9**n), self.square[row] / (1 - 0.999**n)
-        self.logits[row] -= self.settings.lr * mean / (square.sqrt() + 1e-8)
+        self.logits[row] -= self.settings.lr * _adam(self.mean[row], self.square[row], grad, n)
+        shared = _adam(self.row_mean[row], self.row_square[row], grad.mean()[None], n)
+        self.logits[row] -= self.settings.joint * shared
         self.logits[row].clamp_(-LIMIT, LIMIT)
 
     def _steer(self) -> None:
@@ -268,7 +254,8 @@ class Training:
             least = torch.quantile(self.benefit[1:].clamp_min(0), level)
             self.log_beta = math.log(max(float(least), 1e-20))
         else:
-            self.log_beta += self.settings.pace * (wanted - self.share())
+            missing = wanted - self.share()
+            self.log_beta += self.settings.pace / self.settings.iterations * missing
 
     def _save(self, work: Work, done: int) -> None:
         state = {name: getattr(self, name) for name in self.STATE}
@@ -285,3 +272,10 @@ class Training:
         self.log_beta = float(kept["beta"])
         self.history = kept["history"].tolist()
         return True
+
+
+def _adam(mean: Tensor, square: Tensor, grad: Tensor, n: float) -> Tensor:
+    """The direction of Adam's n-th step; `mean` and `square` are its moments, changed in place."""
+    mean.lerp_(grad, 0.1)
+    square.lerp_(grad.square(), 0.001)
+    return mean / (1 - 0.9**n) / ((square / (1 - 0.999**n)).sqrt() + 1e-8)

@@ -84,10 +84,16 @@ class Slot:
         if self.run != clock.run:
             self.held.clear()
             self.run = clock.run
-        out = each(Tensor.detach, out)
         self.last = (clock.streams, shape, out)
         for row, stream in enumerate(clock.streams):
             self.held[stream] = (out, row, shape)
+
+    def detach_(self) -> None:
+        """Cut what is held off the graph that made it."""
+        if self.last is not None:
+            self.last = (*self.last[:2], each(Tensor.detach, self.last[2]))
+        for stream, (out, row, shape) in self.held.items():
+            self.held[stream] = (each(Tensor.detach, out), row, shape)
 
     def find(self, clock: Clock, shape: Any) -> Any:
         """What is held for the streams of the call, or None where any is missing."""
@@ -136,7 +142,7 @@ class Hold:
                 return found
         out = original(*args, **kwargs)
         self.counts[0] += 1
-        self.slot.store(self.clock, shape, out)
+        self.slot.store(self.clock, shape, each(Tensor.detach, out))
         return out
 
 

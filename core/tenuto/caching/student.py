@@ -16,8 +16,10 @@ from .rollout import Guide
 class Student:
     """The denoiser's forward in training; what it returns is the student's output.
 
-    rows: the weights r (N,) of a step. learn(row, loss, slope): the update; slope (N,) is the
-    gradient of the mean squared error to r. The first step computes everything and learns nothing.
+    rows: the weights r (N,) of a step. learn(row, loss, slopes): what a step shows; slopes are the
+    gradients (N,) of its mean squared error to r, by row: its own and, with `credit`, those of
+    earlier steps whose outputs it reuses. The graph through the slots is cut at every step whose
+    number + `offset` `credit` divides. The first step computes everything and learns nothing.
     The teacher gets the same inputs as the student, and neither reads nor writes what is held.
     """
 
@@ -26,10 +28,14 @@ class Student:
     def __init__(
         self,
         rows: Callable[[int], Tensor],
-        learn: Callable[[int, float, Tensor], None],
+        learn: Callable[[int, float, dict[int, Tensor]], None],
         guide: Guide,
+        credit: int = 0,
+        offset: int = 0,
     ) -> None:
         self.rows, self.learn, self.guide = rows, learn, guide
+        self.credit, self.offset = credit, offset
+        self.leaves: dict[int, Tensor] = {}
 
     def attend(self, clock: Clock) -> Callable[..., Any]:
         """The forward, for `override_`."""
@@ -52,14 +58,27 @@ class Student:
             target = self.guide(original(*args, **kwargs), args, kwargs).float()
             mixer.apart = False
         with torch.enable_grad():
-            weights = self.rows(row).to(target.device).requires_grad_()
-            mixer.set(weights)
+            mixer.set(self._leaf(row, target.device))
             out = original(*args, **kwargs)
             loss = (self.guide(out, args, kwargs).float() - target).square().mean()
         if loss.requires_grad:  # not so where nothing was held yet
-            (slope,) = torch.autograd.grad(loss, weights)
-            self.learn(row, float(loss.detach()), slope.cpu())
+            keep = bool(self.credit)
+            slopes = torch.autograd.grad(
+                loss, list(self.leaves.values()), allow_unused=True, retain_graph=keep
+            )
+            found = zip(self.leaves, slopes, strict=True)
+            self.learn(row, float(loss.detach()), {k: s.cpu() for k, s in found if s is not None})
         return detached(out)
+
+    def _leaf(self, row: int, device: torch.device) -> Tensor:
+        """r of a step, one tensor for all its calls."""
+        if row not in self.leaves:
+            if not self.credit or (row + self.offset) % self.credit == 0:
+                self.leaves.clear()
+                self.mixer.forget()
+            self.leaves[row] = self.rows(row).detach().to(device).requires_grad_()
+            self.mixer.credit = bool(self.credit)
+        return self.leaves[row]
 
 
 def usable(value: Any) -> Any:
