@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 import tenuto as tn
+from tenuto.caching.budget import saved, whole_steps
 from tenuto.caching.interval import interval_for, late_interval_for
 from tenuto.caching.programme import StepProgramme
 from tenuto.caching.random_table import RandomTable
@@ -35,8 +37,8 @@ from tenuto.caching.schedule import CacheSchedule
 from tenuto.demo import defaults, load, prompts
 from tenuto.measure import lpips, percentile, psnr, ssim
 from tenuto.patching import denoiser_of
-from tenuto.route import POWERS, PRESETS, saved, train_router
-from tenuto.trajectory import Trajectory, sampler
+from tenuto.route import POWERS, PRESETS, train_router
+from tenuto.trajectory import sampler
 
 DRAWN, CHOSEN = 10_000, 20_000  # first seeds: of the pictures compared, and of those that choose
 RANDOM = 20
@@ -133,10 +135,11 @@ class Benchmark:
     ) -> dict[str, tuple[str, CacheSchedule, dict[str, Any]]]:
         """kind -> (detail, the best of its kind, more columns)."""
         costs = tuple(route.tensors["route/costs"].tolist())
-        powers = {f"age^{p:g}": StepProgramme(reuse, costs, p) for p in POWERS}
+        whole = whole_steps(reuse, len(self.times))
+        powers = {f"age^{p:g}": StepProgramme(whole, costs, p) for p in POWERS}
         kinds: dict[str, dict[str, Any]] = {
-            "interval": {str(p): p for p in interval_for(reuse, *self.grid())},
-            "late interval": {str(p): p for p in late_interval_for(reuse, *self.grid())},
+            "interval": {str(p): p for p in interval_for(whole, *self.grid())},
+            "late interval": {str(p): p for p in late_interval_for(whole, *self.grid())},
             "step programme": powers,
             "random": {f"seed {s}": RandomTable(reuse, s) for s in range(RANDOM)},
         }
@@ -145,7 +148,7 @@ class Benchmark:
         found = {"router": (self.args.preset, self.table(route, "router"), seconds)}
         for kind, policies in kinds.items():
             tables = {name: policy(*self.grid()) for name, policy in policies.items()}
-            errors = evaluate(self.denoiser, tables, self.elsewhere(), [CHOSEN], self.args.batch)
+            errors = evaluate(self.denoiser, tables, self.trajectory, [CHOSEN], self.args.batch)
             best = min(errors, key=lambda name: errors[name])
             spread = {"mean_latent_error": mean(errors.values()), "members": len(errors)}
             found[kind] = (best, tables[best], spread | {"latent_error": errors[best]})
@@ -155,10 +158,6 @@ class Benchmark:
             {"scores": facts["scores"]},
         )
         return found
-
-    def elsewhere(self) -> Trajectory:
-        """The trajectory, for choosing."""
-        return self.trajectory
 
     def table(self, route: tn.Artifact, name: str) -> CacheSchedule:
         """A table of the artifact."""
@@ -180,7 +179,10 @@ class Benchmark:
             "reuse": reuse,
             "schedule": kind,
             "detail": detail,
-            "psnr_db": {"median": percentile(decibel, 50), "p5": percentile(decibel, 5)},
+            "psnr_db": {
+                "median": finite(percentile(decibel, 50)),
+                "p5": finite(percentile(decibel, 5)),
+            },
             "ssim": float(ssim(pictures, self.full).mean()),
             "lpips": float(lpips(pictures, self.full).mean()),
             "reuse_ratio": table.reuse_ratio if table else None,
@@ -202,6 +204,16 @@ class Benchmark:
         return multiply_adds(self.denoiser, (), self.trajectory.calls[0].inputs, self.branches)
 
 
+def finite(value: float) -> float | None:
+    """None for the infinite PSNR of equal pictures: JSON has no such number."""
+    return value if math.isfinite(value) else None
+
+
+def decibels(value: float | None) -> str:
+    """A PSNR for the table."""
+    return "equal" if value is None else f"{value:.1f}"
+
+
 def progress(done: int, total: int, note: str) -> None:
     """One line on a terminal that is written over and over."""
     if sys.stderr.isatty():
@@ -218,7 +230,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         decibel, held = row["psnr_db"], row["reuse_flops"]
         lines.append(
             f"| {row['reuse']:.0%} | {row['schedule']} | {row['detail']} "
-            f"| {decibel['median']:.1f} ({decibel['p5']:.1f}) | {row['ssim']:.4f} "
+            f"| {decibels(decibel['median'])} ({decibels(decibel['p5'])}) | {row['ssim']:.4f} "
             f"| {row['lpips']:.4f} | {'-' if held is None else f'{held:.0%}'} |"
         )
     return "\n".join(lines)
