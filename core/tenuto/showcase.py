@@ -37,7 +37,7 @@ MADE, SHIPPED = "w8a8", "w4a8-router"
 NAMES = {
     FULL: "Full precision",
     MADE: "W8A8, calibrated just now",
-    SHIPPED: "W4A8 + router, as shipped",
+    SHIPPED: "W4A8 + route, as shipped",
 }
 
 
