@@ -11,13 +11,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import T5Tokenizer
 
 SIZE = 64  # pixels a side
 TEMPLATES = (
@@ -114,30 +113,20 @@ def captions(names: list[list[str]]) -> list[list[str]]:
     return [[caption(n, t) for n in synonyms for t in TEMPLATES] for synonyms in names]
 
 
-def build_tokenizer(names: list[list[str]], vocabulary: int = 1024) -> T5Tokenizer:
-    """A T5 tokenizer (unigram) trained on all captions, with every printable ASCII character."""
-    trained = Tokenizer(models.Unigram())
-    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-    trained.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    special = ["<pad>", "</s>", "<unk>"]
-    alphabet = [chr(c) for c in range(33, 127)] + ["▁"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary, special_tokens=special, unk_token="<unk>",
-        initial_alphabet=alphabet, show_progress=False,
-    )  # fmt: skip
-    trained.train_from_iterator(chain.from_iterable(captions(names)), trainer)
-    vocab = [(t, float(s)) for t, s in json.loads(trained.to_str())["model"]["vocab"]]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=120)
-
-
 class CaptionTable:
     """Token ids of every caption on one device, and a random caption for each label."""
 
     def __init__(
-        self, tokenizer: T5Tokenizer, names: list[list[str]], device: torch.device, drop: float
+        self,
+        tokenizer: Any,
+        names: list[list[str]],
+        device: torch.device,
+        drop: float,
+        masked: bool,
     ) -> None:
         rows = captions(names)
-        tokens = tokenizer(["", *chain.from_iterable(rows)], padding="longest", return_tensors="pt")
+        padding = "longest" if masked else "max_length"  # unmasked padding is part of the prompt
+        tokens = tokenizer(["", *chain.from_iterable(rows)], padding=padding, return_tensors="pt")
         self.ids, self.mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         self.count = torch.tensor([len(r) for r in rows], device=device)
         self.first = 1 + self.count.cumsum(0) - self.count  # row 0 is the empty prompt

@@ -6,13 +6,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from recipe_text import build_clip, build_clip_tokenizer, build_t5, build_t5_tokenizer
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 Size = str  # "demo" or "tiny"
 
@@ -32,18 +41,6 @@ def build_autoencoder(size: Size) -> AutoencoderKL:
         force_upcast=False,
         mid_block_add_attention=False,
     )
-
-
-def build_text_encoder(size: Size, tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """A T5 v1.1 encoder (1.9 M parameters) for `tokenizer`."""
-    width, inner, layers, heads = {"demo": (256, 384, 3, 4), "tiny": (32, 48, 1, 2)}[size]
-    config = T5Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        d_model=width, d_kv=width // heads, d_ff=inner, num_layers=layers, num_heads=heads,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False,
-        is_encoder_decoder=False, pad_token_id=0, eos_token_id=1, dtype="float32",
-    )  # fmt: skip
-    return T5EncoderModel(config)
 
 
 def build_transformer(size: Size) -> PixArtTransformer2DModel:
@@ -66,50 +63,98 @@ def build_transformer(size: Size) -> PixArtTransformer2DModel:
     return model
 
 
-def build_scheduler() -> DDIMScheduler:
-    """DDIM over a cosine schedule, v-prediction."""
+def build_unet(size: Size) -> UNet2DConditionModel:
+    """A U-Net over 16 x 16 x 4 latents: 16 x 16 convolutional, 8 x 8 with attention (10 M)."""
+    channels, heads, groups, text = {
+        "demo": ((128, 192), 3, 32, 192),
+        "tiny": ((16, 32), 2, 4, 32),
+    }[size]
+    model = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=channels, cross_attention_dim=text,
+        attention_head_dim=heads, norm_num_groups=groups,
+    )  # fmt: skip
+    nn.init.zeros_(model.conv_out.weight)
+    for module in model.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            nn.init.zeros_(module.conv2.weight)
+    return model.to(memory_format=torch.channels_last)
+
+
+def build_scheduler(steps_offset: int = 0) -> DDIMScheduler:
+    """DDIM over a cosine schedule, v-prediction. Trailing timesteps do not look at the offset."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-        set_alpha_to_one=True, steps_offset=0, timestep_spacing="trailing",
+        set_alpha_to_one=True, steps_offset=steps_offset, timestep_spacing="trailing",
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One denoiser: its builder, its pipeline and the names that these use."""
+    """One model: how its parts are built, read and called."""
 
     part: str  # the denoiser's name in the pipeline
     build: Callable[[Size], nn.Module]
     read: Callable[..., nn.Module]
-    pipeline: Callable[..., object]
-    blocks: Callable[[nn.Module], list[nn.Module]]  # what is compiled, one by one
-    call: dict[str, object]  # arguments of every pipeline call
+    build_tokenizer: Callable[[list[list[str]]], Any]
+    read_tokenizer: Callable[..., Any]
+    build_text: Callable[[Size, Any], nn.Module]
+    read_text: Callable[..., nn.Module]
+    pipeline: Callable[..., Any]
+    compiled: Callable[[Any], list[nn.Module]]  # what is compiled, one by one
+    masked: bool = False  # whether padding is masked in the encoder and the denoiser
+    steps_offset: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class
+    call: dict[str, Any] = field(default_factory=dict)  # arguments of every pipeline call
 
 
 KINDS = {
     "transformer": Kind(
-        "transformer",
-        build_transformer,
-        PixArtTransformer2DModel.from_pretrained,
-        PixArtAlphaPipeline,
-        lambda model: list(model.transformer_blocks),
-        {"use_resolution_binning": False, "clean_caption": False},
+        part="transformer",
+        build=build_transformer,
+        read=PixArtTransformer2DModel.from_pretrained,
+        build_tokenizer=build_t5_tokenizer,
+        read_tokenizer=T5Tokenizer.from_pretrained,
+        build_text=build_t5,
+        read_text=T5EncoderModel.from_pretrained,
+        pipeline=PixArtAlphaPipeline,
+        compiled=lambda model: list(model.transformer_blocks),
+        masked=True,
+        call={"use_resolution_binning": False, "clean_caption": False},
     ),
-}
+    "unet": Kind(
+        part="unet",
+        build=build_unet,
+        read=UNet2DConditionModel.from_pretrained,
+        build_tokenizer=build_clip_tokenizer,
+        read_tokenizer=CLIPTokenizer.from_pretrained,
+        build_text=build_clip,
+        read_text=CLIPTextModel.from_pretrained,
+        pipeline=StableDiffusionPipeline,
+        compiled=lambda model: [model],  # its blocks differ: one graph compiles sooner
+        steps_offset=1,  # the stock pipeline asks for it
+        extra={
+            "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+        },
+    ),
+}  # fmt: skip
 
 
 class TextToImage(nn.Module):
     """A denoiser and its text encoder, trained together."""
 
-    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module, masked: bool) -> None:
         super().__init__()
-        self.denoiser, self.text_encoder = denoiser, text_encoder
+        self.denoiser, self.text_encoder, self.masked = denoiser, text_encoder, masked
 
     def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The predicted velocity (B, 4, 16, 16)."""
-        text = self.text_encoder(ids, attention_mask=mask)[0]
+        kept = mask if self.masked else None
+        text = self.text_encoder(ids, attention_mask=kept)[0]
         return self.denoiser(
-            noisy, timestep=timestep, encoder_hidden_states=text, encoder_attention_mask=mask,
+            noisy, timestep=timestep, encoder_hidden_states=text, encoder_attention_mask=kept,
             return_dict=False,
         )[0]  # fmt: skip
 
@@ -157,7 +202,7 @@ def save_half(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None 
 
 def save_pipeline(
     folder: Path, kind: Kind, vae: AutoencoderKL, denoiser: nn.Module, text_encoder: nn.Module,
-    tokenizer: T5Tokenizer, weights: dict[str, Tensor], settings: dict[str, object],
+    tokenizer: Any, weights: dict[str, Tensor], settings: dict[str, object],
 ) -> None:  # fmt: skip
     """Save an ordinary diffusers folder in fp16; `weights` are those of a `TextToImage`."""
 
@@ -165,11 +210,12 @@ def save_pipeline(
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
     def fill(new: Path) -> None:
-        parts = {kind.part: denoiser, "vae": vae, "scheduler": build_scheduler()}
+        scheduler = build_scheduler(kind.steps_offset)
+        parts = {kind.part: denoiser, "vae": vae, "scheduler": scheduler} | kind.extra
         pipeline = kind.pipeline(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
         pipeline.save_config(new)
         tokenizer.save_pretrained(new / "tokenizer")
-        parts["scheduler"].save_pretrained(new / "scheduler")
+        scheduler.save_pretrained(new / "scheduler")
         save_half(vae, new / "vae")
         save_half(denoiser, new / kind.part, pick("denoiser."))
         save_half(text_encoder, new / "text_encoder", pick("text_encoder."))

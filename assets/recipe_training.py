@@ -56,9 +56,11 @@ class Perceptual(nn.Module):
 class AutoencoderLoss(nn.Module):
     """L1 + LPIPS + a small Kullback-Leibler term of one autoencoder."""
 
-    def __init__(self, vae: AutoencoderKL, perceptual: Perceptual | None, kl: float) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, perceptual: Perceptual | None, kl: float, weight: float
+    ) -> None:
         super().__init__()
-        self.vae, self.perceptual, self.kl = vae, perceptual, kl
+        self.vae, self.perceptual, self.kl, self.weight = vae, perceptual, kl, weight
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The total loss, L1 and LPIPS on pictures (B, 3, 64, 64)."""
@@ -70,7 +72,7 @@ class AutoencoderLoss(nn.Module):
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
         l1 = (y.float() - x).abs().mean()
         lpips = l1.new_zeros(()) if self.perceptual is None else self.perceptual(y.float(), x)
-        return l1 + lpips + self.kl * kl, l1, lpips
+        return l1 + self.weight * lpips + self.kl * kl, l1, lpips
 
 
 def velocity_loss(prediction: Tensor, target: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -94,6 +96,8 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): matrices of one shape are orthogonalized in one batch.
 
+    A convolution is the matrix (out, in x kh x kw).
+
     Updates are scaled by 0.2 sqrt(max(rows, columns)), so AdamW's learning rates apply.
     """
 
@@ -110,22 +114,23 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                grad = torch.stack([p.grad for p in params])
+                grad = torch.stack([p.grad.flatten(1) for p in params])
                 state = self.state[params[0]]
                 buffer = state.setdefault("momentum", torch.zeros_like(grad))
                 buffer.lerp_(grad, 1 - group["momentum"])
                 update = orthogonalize(grad.lerp(buffer, group["momentum"])).to(grad.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["decay"])
-                scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(params, list(update.unbind()), alpha=scale)
+                scale = -group["lr"] * 0.2 * math.sqrt(max(grad.shape[1:]))
+                torch._foreach_add_(params, [u.view(shape) for u in update], alpha=scale)
 
 
 def optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside blocks (`matrix_lr` 0: AdamW for all)."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        inside = "block" in name and not name.endswith(("scale_shift_table", "bias.weight"))
-        (matrices if matrix_lr and p.ndim == 2 and inside else others).append(p)
+        inside = "block" in name or "layers." in name  # of the denoiser, and of CLIP
+        inside = inside and not name.endswith(("scale_shift_table", "bias.weight"))
+        (matrices if matrix_lr and p.ndim in (2, 4) and inside else others).append(p)
     adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, eps=1e-8)
     return [adam, Muon(matrices, lr=matrix_lr, decay=0.02)] if matrices else [adam]
 

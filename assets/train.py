@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -25,7 +26,6 @@ from diffusers import AutoencoderKL
 from recipe_data import (
     CaptionTable,
     GrowingPictures,
-    build_tokenizer,
     caption,
     class_names,
     pack,
@@ -49,7 +49,6 @@ from recipe_models import (
     TextToImage,
     build_autoencoder,
     build_scheduler,
-    build_text_encoder,
     fold_statistics,
     replace_folder,
     save_half,
@@ -66,7 +65,6 @@ from recipe_training import (
 )
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import T5EncoderModel
 
 Arguments = argparse.Namespace
 
@@ -95,7 +93,9 @@ def autoencoder(args: Arguments) -> None:
     folder = args.out / "autoencoder"
     vae = AutoencoderKL.from_pretrained(args.init) if args.init else build_autoencoder(args.size)
     perceptual = Perceptual(args.perceptual, args.perceptual_size) if args.perceptual else None
-    loss_module = AutoencoderLoss(vae, perceptual, args.kl)
+    for part in (vae.encoder, vae.quant_conv) if args.frozen_encoder else ():
+        part.requires_grad_(False)
+    loss_module = AutoencoderLoss(vae, perceptual, args.kl, args.perceptual_weight)
     loss_module.to(accelerator.device, memory_format=torch.channels_last)
     if args.compile and perceptual:  # compiling the autoencoder takes longer than it saves
         perceptual.compile(dynamic=False)
@@ -118,7 +118,8 @@ def autoencoder(args: Arguments) -> None:
         log.line(step, l1=l1, lpips=lpips, lr=rate * args.lr, pictures=pictures.count)
         if accelerator.is_main_process and pace.elapsed() - saved > args.save:
             saved = pace.elapsed()
-            replace_folder(folder, lambda new: save_half(vae, new, average.weights()))
+            weights = vae.state_dict() | average.weights()
+            replace_folder(folder, lambda new, weights=weights: save_half(vae, new, weights))
     if accelerator.is_main_process:
         finish_autoencoder(vae, average, pictures, folder, args)
     accelerator.end_training()
@@ -128,12 +129,12 @@ def finish_autoencoder(
     vae: AutoencoderKL, average: Average, pictures: GrowingPictures, folder: Path, args: Arguments
 ) -> None:
     """Take the averaged weights, fold the latents' statistics in, save and check."""
-    vae = build_autoencoder(args.size).to(average.mean[0].device)
-    vae.load_state_dict(average.weights())
+    vae.load_state_dict(average.weights(), strict=False)  # frozen parts have no average
     latents = encode(vae, pictures.pictures[: min(pictures.count, 20_000)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     print(f"latents: mean {mean.tolist()} std {std.tolist()}")
-    fold_statistics(vae, mean, std)
+    if not args.frozen_encoder:  # else there may be denoisers that know these latents
+        fold_statistics(vae, mean, std)
     replace_folder(folder, lambda new: save_half(vae, new))
     val, _ = read_split(args.data, "val") if any(args.data.glob("val*")) else (None, None)
     if val is not None:
@@ -150,27 +151,39 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
+def tokenizer_of(args: Arguments, accelerator: Accelerator) -> Any:
+    """The tokenizer of the model that training starts from, or one built by the first process."""
+    kind, folder = KINDS[args.model], args.out / f"tokenizer-{args.model}"
+    if args.init:
+        return kind.read_tokenizer(args.init / "tokenizer")
+    if accelerator.is_main_process:
+        kind.build_tokenizer(class_names(args.data)).save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    return kind.read_tokenizer(folder)
+
+
 def denoiser(args: Arguments) -> None:
     """Train a denoiser with its text encoder; WORK/demo-MODEL is the diffusers folder."""
     accelerator, kind = start(args), KINDS[args.model]
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     names, folder = class_names(args.data), args.out / f"demo-{args.model}"
-    tokenizer = build_tokenizer(names)
-    table = CaptionTable(tokenizer, names, device, args.drop)
+    tokenizer = tokenizer_of(args, accelerator)
+    table = CaptionTable(tokenizer, names, device, args.drop, kind.masked)
     vae = AutoencoderKL.from_pretrained(args.out / "autoencoder").to(device).eval()
     if args.init:
-        text_encoder = T5EncoderModel.from_pretrained(args.init / "text_encoder", dtype="float32")
-        network = kind.read(args.init / kind.part)
+        text_encoder = kind.read_text(args.init / "text_encoder", dtype="float32")
+        network = kind.build(args.size)  # in its memory format
+        network.load_state_dict(kind.read(args.init / kind.part).state_dict())
     else:
-        text_encoder, network = build_text_encoder(args.size, tokenizer), kind.build(args.size)
+        text_encoder, network = kind.build_text(args.size, tokenizer), kind.build(args.size)
     pictures, labels = read_split(args.data, "train", rank, world)
     labels = labels.to(device).repeat(2)
     latents = torch.cat([encode(vae, pictures), encode(vae, pictures.flip(-1))])
     latents = latents.to(torch.float16 if device.type == "cuda" else torch.float32)
-    inner = TextToImage(network, text_encoder).to(device)
+    inner = TextToImage(network, text_encoder, kind.masked).to(device)
     if args.compile:
-        for block in kind.blocks(network):
-            block.compile(dynamic=False)
+        for module in kind.compiled(network):
+            module.compile(dynamic=False)
     average = Average(inner, args.average)
     model = accelerator.prepare(inner)
     set_seed(args.seed, device_specific=True)
@@ -268,10 +281,14 @@ def smoke(args: Arguments) -> None:
         common = ["--data", str(data), "--out", str(out)]
         tiny = [*common, "--size", "tiny", "--batch", "8", "--seconds", "3", "--log", "1"]
         tiny += ["--no-compile", "--warmup", "5", "--save", "2"]
+        again = ["--init", str(out / "autoencoder"), "--frozen-encoder"]
         for stage in (
             ["autoencoder", *tiny, "--pictures", "64"],
+            ["autoencoder", *tiny, "--pictures", "64", *again],
             ["denoiser", *tiny],
             ["denoiser", *tiny, "--init", str(out / "demo-transformer")],
+            ["denoiser", *tiny, "--model", "unet"],
+            ["evaluate", *common, "--steps", "2", "--guidances", "2", "--model", "unet"],
             ["evaluate", *common, "--steps", "2", "--guidances", "2"],
         ):
             print("smoke:", *stage)
@@ -311,6 +328,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kl", type=float, default=1e-6)
     p.add_argument("--perceptual", type=Path, help="LPIPS VGG-16 weights (without: L1 only)")
     p.add_argument("--perceptual-size", type=int, default=128, help="pixels a side for LPIPS")
+    p.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS beside L1")
+    p.add_argument("--frozen-encoder", action="store_true", help="train the decoder alone")
     p.add_argument("--pictures", type=int, default=100_000, help="how many there will be")
     p = stage("denoiser", denoiser, True)
     p.add_argument("--seconds", type=float, default=750, help="the stage's time, decay included")
