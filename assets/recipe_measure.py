@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))  # not installed here
+
+from tenuto.metrics import frechet_distance as frechet
+from tenuto.metrics import kernel_distance
+
+__all__ = [
+    "GRID", "batches", "draw", "features", "frechet", "kernel_distance", "psnr", "reconstruct",
+    "save_grid",
+]  # fmt: skip
 
 GRID = (
     "goldfish", "school bus", "lemon", "golden retriever", "pizza", "lighthouse",
@@ -45,26 +56,6 @@ def features(network: nn.Module, pictures: Tensor, device: torch.device) -> Tens
     size = {"size": (299, 299), "mode": "bilinear", "align_corners": False}
     rows = [network(F.interpolate(x, **size)) for x in batches(pictures, device)]
     return torch.cat(rows).double()
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance of two sets of features (N, D) in float64 (Heusel et al. 2017)."""
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """The unbiased squared kernel distance of features (N, D), cubic kernel (Binkowski 2018)."""
-
-    def mean(x: Tensor, y: Tensor, paired: bool) -> Tensor:
-        k = (x @ y.T / x.shape[1] + 1) ** 3
-        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1)) if paired else k.mean()
-
-    return float(mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False))
 
 
 @torch.no_grad()

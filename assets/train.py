@@ -33,6 +33,7 @@ from recipe_data import (
     synthetic,
     write_prompts,
 )
+from recipe_inception import load_inception
 from recipe_measure import (
     GRID,
     batches,
@@ -233,7 +234,7 @@ def evaluate(args: Arguments) -> None:
     pipeline.set_progress_bar_config(disable=True)
     names = class_names(args.data)
     val, _ = read_split(args.data, "val")
-    network = torch.jit.load(args.features, map_location=device).eval() if args.features else None
+    network = load_inception(args.features, device) if args.features else None
     target = features(network, val, device) if network else None
     tasks = [0.0, *args.guidances][accelerator.process_index :: accelerator.num_processes]
     for guidance in tasks:
@@ -339,7 +340,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, default=300, help="steps")
     p.add_argument("--drop", type=float, default=0.1, help="share of empty prompts")
     p = stage("evaluate", evaluate)
-    p.add_argument("--features", type=Path, help="TorchScript InceptionV3 (pool3) of the FID")
+    p.add_argument("--features", type=Path, help="weights of benchmarks/convert_inception.py")
     p.add_argument("--guidances", type=float, nargs="+", default=[1.5, 2, 2.5, 3, 4])
     p.add_argument("--steps", type=int, default=20)
     p = stage("picture", picture)

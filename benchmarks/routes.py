@@ -2,6 +2,7 @@
 
     python benchmarks/routes.py                                  # demo:transformer, 64 prompts
     python benchmarks/routes.py MODEL --reuse 0.3 0.5 --count 64 --preset standard --out r.jsonl
+    python benchmarks/routes.py demo:unet --device cuda --batch 32
 
 For each ratio: the router trained from random logits, interval reuse from the first step, the late
 interval, the step-level programme, random tables, fewer steps at equal cost, and the route that
@@ -35,10 +36,10 @@ from tenuto.caching.random_table import RandomTable
 from tenuto.caching.rollout import evaluate, intercepted
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.demo import defaults, load, prompts
-from tenuto.measure import lpips, percentile, psnr, ssim
-from tenuto.patching import denoiser_of
+from tenuto.measure import lpips, multiply_adds, percentile, psnr, ssim
+from tenuto.patching import denoiser_of, place
 from tenuto.route import POWERS, PRESETS, train_router
-from tenuto.trajectory import sampler
+from tenuto.trajectory import sampler, to_device
 
 DRAWN, CHOSEN = 10_000, 20_000  # first seeds: of the pictures compared, and of those that choose
 RANDOM = 20
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="standard", choices=list(PRESETS))
+    parser.add_argument("--device", help="where all of it runs: cpu (the default), cuda, cuda:1")
     parser.add_argument("--work", type=Path, help="a folder to go on in after an interruption")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     args = parser.parse_args()
@@ -73,7 +75,7 @@ class Benchmark:
     """One model, its full pictures, and what is needed to draw others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.pipe = args, load(args.model)
+        self.args, self.pipe = args, load(args.model, args.device)
         known = defaults(args.model)
         self.steps = args.steps or known.steps
         self.guidance = known.guidance if args.guidance is None else args.guidance
@@ -100,7 +102,7 @@ class Benchmark:
         with intercepted(self.denoiser, self.times, schedule):
             for seed in range(DRAWN, DRAWN + self.args.count, self.args.batch):
                 size = min(self.args.batch, DRAWN + self.args.count - seed)
-                found.append(sample(self.denoiser, seed, size).clamp(-1, 1))
+                found.append(sample(self.denoiser, seed, size).clamp(-1, 1).cpu())
         return torch.cat(found), (time.perf_counter() - start) / self.args.count
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -192,16 +194,22 @@ class Benchmark:
             "steps": self.steps,
             "guidance": self.guidance,
             "seed": self.args.seed,
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+            "machine": self.machine(),
             "threads": torch.get_num_threads(),
             "versions": {"tenuto": tn.__version__, "torch": torch.__version__},
         }
 
     def work(self) -> dict[str, int]:
         """Multiply-adds of one call."""
-        from tenuto.measure import multiply_adds
+        call = to_device(self.trajectory.calls[0].inputs, place(self.denoiser)[0])
+        return multiply_adds(self.denoiser, (), call, self.branches)
 
-        return multiply_adds(self.denoiser, (), self.trajectory.calls[0].inputs, self.branches)
+    def machine(self) -> str:
+        """What the pictures were drawn on."""
+        device = place(self.denoiser)[0]
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return f"{platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def finite(value: float) -> float | None:

@@ -23,7 +23,7 @@ from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
 from .comparison import Comparison
 from .cost import Latency, PeakMemory, latency, multiply_adds, resident_weight_bytes
 from .errors import TenutoError
-from .metrics import percentile, psnr, ssim
+from .metrics import frechet_distance, kernel_distance, percentile, psnr, ssim
 from .patching import denoiser_of, frozen, place
 from .perceptual import lpips
 from .shipped import prompts as shipped_prompts
@@ -39,6 +39,8 @@ __all__ = [
     "compare",
     "compare_all",
     "draw_in_turns",
+    "frechet_distance",
+    "kernel_distance",
     "latency",
     "lpips",
     "multiply_adds",

@@ -1,7 +1,7 @@
-"""Distances between two batches of pictures by arithmetic alone: PSNR and SSIM.
+"""Distances by arithmetic alone: PSNR and SSIM of pictures, FID and KID of sets of features.
 
-Each takes two tensors (N, C, H, W) of one shape and gives one number per picture. `data_range` is
-the width of the values: 2 for [-1, 1], the library's pictures; 1 for [0, 1].
+PSNR and SSIM take two tensors (N, C, H, W) of one shape and give one number per picture.
+`data_range` is the width of the values: 2 for [-1, 1], the library's pictures; 1 for [0, 1].
 """
 
 from __future__ import annotations
@@ -45,6 +45,52 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
     likeness = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     likeness = likeness / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return likeness.flatten(1).mean(1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """The squared Frechet distance of two sets of features (N, D) and (M, D), taken as Gaussians.
+
+    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^1/2), covariances with N - 1 and M - 1, in fp64
+    on the features' device. It is FID where the features are those of the 2015 Inception network
+    (Heusel et al., NeurIPS 2017, equation 6); it falls with N, so name N beside it.
+    """
+    a, b = _features(a, b)
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    # C_a C_b has the eigenvalues of the symmetric root C_b root
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return float(apart + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """The squared maximum mean discrepancy of features (N, D) and (M, D), unbiased, in fp64.
+
+    The kernel is (x y / D + 1)³; over all features at once, not a mean over subsets. It is KID
+    (Binkowski et al., ICLR 2018, equation 4 and section 4) on Inception features. It can be less
+    than 0: its mean is 0 for sets of one distribution.
+    """
+    a, b = _features(a, b)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def pairs(x: Tensor) -> Tensor:  # the mean over pairs of different members
+        k = kernel(x, x)
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    return float(pairs(a) + pairs(b) - 2 * kernel(a, b).mean())
+
+
+def _features(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in fp64; TenutoError unless they are sets of two or more of one width."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise TenutoError(
+            "Two sets of features (N, D) of one width, two or more each, are compared, "
+            f"not {_size(a)} and {_size(b)}."
+        )
+    return a.double(), b.double()
 
 
 def percentile(values: Sequence[float], q: float) -> float:
