@@ -6,73 +6,11 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor, nn
-
-VGG16 = ((0, 1), (2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12))  # convolutions between two poolings
-
-
-class Perceptual(nn.Module):
-    """LPIPS v0.1 over VGG-16 (Zhang et al. 2018), at `size` pixels a side."""
-
-    def __init__(self, file: Path, size: int) -> None:
-        super().__init__()
-        self.size = size
-        rows = {k.replace(".", "_"): v.float() for k, v in load_file(file).items()}
-        self.weights = nn.ParameterDict({k: nn.Parameter(v, False) for k, v in rows.items()})
-        self.shift = nn.Parameter(torch.tensor([-0.030, -0.088, -0.188])[:, None, None], False)
-        self.scale = nn.Parameter(torch.tensor([0.458, 0.448, 0.450])[:, None, None], False)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Unit-length features of pictures in [-1, 1] after each of the five stages."""
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear")
-        x, out = (x - self.shift) / self.scale, []
-        for stage in VGG16:
-            x = F.max_pool2d(x, 2) if out else x
-            for i in stage:
-                weight, bias = self.weights[f"conv_{i}_weight"], self.weights[f"conv_{i}_bias"]
-                x = F.relu(F.conv2d(x, weight, bias, padding=1))
-            out.append(F.normalize(x.float(), dim=1, eps=1e-8))
-        return out
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean distance of two batches of pictures."""
-        with torch.no_grad():
-            target = self.features(y)
-        total = x.new_zeros((), dtype=torch.float32)
-        for i, (a, b) in enumerate(zip(self.features(x), target, strict=True)):
-            total = total + ((a - b) ** 2 * self.weights[f"head_{i}"][:, None, None]).sum(1).mean()
-        return total
-
-
-class AutoencoderLoss(nn.Module):
-    """L1 + LPIPS + a small Kullback-Leibler term of one autoencoder."""
-
-    def __init__(
-        self, vae: AutoencoderKL, perceptual: Perceptual | None, kl: float, weight: float
-    ) -> None:
-        super().__init__()
-        self.vae, self.perceptual, self.kl, self.weight = vae, perceptual, kl, weight
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The total loss, L1 and LPIPS on pictures (B, 3, 64, 64)."""
-        moments = self.vae.quant_conv(self.vae.encoder(x)).float()
-        mean, log_var = moments.chunk(2, dim=1)
-        log_var = log_var.clamp(-30, 20)
-        latent = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-        y = self.vae.decoder(self.vae.post_quant_conv(latent))
-        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum((1, 2, 3)).mean()
-        l1 = (y.float() - x).abs().mean()
-        lpips = l1.new_zeros(()) if self.perceptual is None else self.perceptual(y.float(), x)
-        return l1 + self.weight * lpips + self.kl * kl, l1, lpips
 
 
 def velocity_loss(prediction: Tensor, target: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
+from recipe_autoencoder import AutoencoderLoss, Critic, Perceptual
 from recipe_data import (
     CaptionTable,
     GrowingPictures,
@@ -56,11 +57,9 @@ from recipe_models import (
     save_pipeline,
 )
 from recipe_training import (
-    AutoencoderLoss,
     Average,
     Log,
     Pace,
-    Perceptual,
     optimizers,
     velocity_loss,
 )
@@ -96,27 +95,34 @@ def autoencoder(args: Arguments) -> None:
     perceptual = Perceptual(args.perceptual, args.perceptual_size) if args.perceptual else None
     for part in (vae.encoder, vae.quant_conv) if args.frozen_encoder else ():
         part.requires_grad_(False)
-    loss_module = AutoencoderLoss(vae, perceptual, args.kl, args.perceptual_weight)
+    critic = Critic() if perceptual and args.critic else None
+    loss_module = AutoencoderLoss(vae, perceptual, critic, args.kl, args.critic)
     loss_module.to(accelerator.device, memory_format=torch.channels_last)
     if args.compile and perceptual:  # compiling the autoencoder takes longer than it saves
         perceptual.compile(dynamic=False)
     average = Average(vae, args.average)
     model = accelerator.prepare(loss_module)
     set_seed(args.seed, device_specific=True)
-    [optimizer] = optimizers(vae, args.lr, 0)
+    stack = optimizers(vae, args.lr, 0)
+    if critic is not None:
+        stack.append(torch.optim.AdamW(critic.parameters(), lr=3e-4, betas=(0.5, 0.99)))
     pace = Pace(accelerator, args.seconds, args.warmup)
     log, saved, step = Log(accelerator, pace, args.batch, args.log), 0.0, 0
     while (rate := pace.rate(step)) > 0:
         x = pictures.batch(args.batch).to(memory_format=torch.channels_last)
-        loss, l1, lpips = model(x)
+        if step >= args.warmup and step % 20 == 0:
+            loss_module.balance(x[:16])
+        loss, l1, lpips, hinge = model(x)
         loss.backward()
         clip_grad_norm_(average.live, 1.0)
-        set_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in stack:
+            set_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         average.update()
         step += 1
-        log.line(step, l1=l1, lpips=lpips, lr=rate * args.lr, pictures=pictures.count)
+        facts = {"l1": l1, "lpips": lpips, "hinge": hinge, "weight": loss_module.weight}
+        log.line(step, **facts, lr=rate * args.lr, pictures=pictures.count)
         if accelerator.is_main_process and pace.elapsed() - saved > args.save:
             saved = pace.elapsed()
             weights = vae.state_dict() | average.weights()
@@ -329,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kl", type=float, default=1e-6)
     p.add_argument("--perceptual", type=Path, help="LPIPS VGG-16 weights (without: L1 only)")
     p.add_argument("--perceptual-size", type=int, default=128, help="pixels a side for LPIPS")
-    p.add_argument("--perceptual-weight", type=float, default=1.0, help="of LPIPS beside L1")
+    p.add_argument("--critic", type=float, default=0, help="share of a critic's gradient; 0: none")
     p.add_argument("--frozen-encoder", action="store_true", help="train the decoder alone")
     p.add_argument("--pictures", type=int, default=100_000, help="how many there will be")
     p = stage("denoiser", denoiser, True)
