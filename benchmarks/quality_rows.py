@@ -1,0 +1,146 @@
+"""The rows of `quality.py`: for one model, which artifacts there are, made once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import tenuto as tn
+from tenuto.algorithms.nearest import RoundToNearest
+from tenuto.artifact import fingerprint
+from tenuto.calibrate import effort, recipe_for
+from tenuto.demo import defaults, load, prompts
+from tenuto.patching import denoiser_of
+from tenuto.route import PRESETS as ROUTE_PRESETS
+from tenuto.route import train_router
+from tenuto.shipped import asset
+from tenuto.work import digest
+
+FULL, BF16, AUTOENCODER = "full precision", "bf16", "autoencoder alone"
+W4A8, REUSE = "W4A8 (AdaRound)", 0.3  # what "W4A8 + router" is made of
+START = time.perf_counter()
+
+
+def note(text: str) -> None:
+    """One line about what goes on, with the seconds since the start."""
+    sys.stderr.write(f"{time.perf_counter() - START:7.1f} s  {text}\n")
+    sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. make: an artifact for it; file: where one is that ships. Neither: no artifact."""
+
+    name: str
+    make: Callable[[], tn.Artifact] | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An artifact, the hash of its file, and the seconds it took if it was made just now."""
+
+    artifact: tn.Artifact
+    sha256: str
+    seconds: float | None
+
+
+class Bench:
+    """One model on its device, how it is sampled, and its artifacts in the folder `work`."""
+
+    def __init__(self, model: str, device: str | None, preset: str, seed: int, work: Path) -> None:
+        self.model, self.short = model, slug(model.removeprefix("demo:"))
+        self.preset, self.seed, self.work = preset, seed, work
+        self.pipe = load(model, device)
+        self.steps, self.guidance = defaults(model)
+        self.denoiser = denoiser_of(self.pipe)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, the ones without calibration first."""
+        schemes, learnt, nearest = tn.schemes, effort(self.preset).rounding, RoundToNearest()
+        yield from (Row(FULL), Row(BF16), Row(AUTOENCODER))
+        for path in sorted(asset("artifacts").glob(f"demo-{self.short}.*.safetensors")):
+            yield Row(f"shipped {path.name.split('.')[1]}", file=path)
+        yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest))
+        yield Row("W4A8 (round to nearest)", partial(self.quantized, schemes.W4A8, nearest))
+        yield Row(W4A8, partial(self.quantized, schemes.W4A8, learnt))
+        yield Row("W4A16 (AdaRound)", partial(self.quantized, schemes.W4A16, learnt))
+        for reuse in (REUSE, 0.5):
+            yield Row(f"router {reuse:.0%}", partial(self.routed, reuse))
+        yield Row(f"W4A8 + router {REUSE:.0%}", self.both)
+
+    @cached_property
+    def marks(self) -> str:
+        """A hash of the weights' fingerprints: other weights are another model."""
+        parts = (self.denoiser, self.pipe.vae, self.pipe.text_encoder)
+        return digest([fingerprint(part) for part in parts])
+
+    def kept(self, row: Row) -> Kept | None:
+        """The artifact of a row, from its file if that is there; None: it fits this model not."""
+        path = row.file or self.work / f"{self.short}.{slug(row.name)}.{self.preset}.safetensors"
+        seconds = None
+        if not self.fits(path) and row.make is not None:
+            note(f"{self.model}: making {row.name}")
+            begin = time.perf_counter()
+            row.make().save(path)
+            seconds = round(time.perf_counter() - begin, 1)
+        if not self.fits(path):
+            note(f"{path.name} was made for other weights and is left out")
+            return None
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return Kept(tn.Artifact.load(path), sha256, seconds)
+
+    def fits(self, path: Path) -> bool:
+        """Whether there is an artifact of this model at `path`."""
+        try:
+            tn.Artifact.load(path).check(self.pipe)
+        except tn.ArtifactError:
+            return False
+        return True
+
+    @cached_property
+    def recorded(self) -> tn.Trajectory:
+        """What weights are calibrated on."""
+        kind = effort(self.preset)
+        return self.record(kind.prompts, kind.batch, None)
+
+    def record(self, count: int | None, batch: int, runs: int | None) -> tn.Trajectory:
+        """A recording of the first `count` calibration prompts."""
+        lines = prompts("default")[:count]
+        return tn.record(
+            self.pipe, lines, steps=self.steps, guidance=self.guidance, seed=self.seed,
+            batch=batch, runs=runs,
+        )  # fmt: skip
+
+    def quantized(self, scheme: tn.Scheme, rounding: Any) -> tn.Artifact:
+        """Weights and activations at `scheme`, the ends of the model at 8 bits."""
+        recipe = recipe_for(scheme, tn.describe(self.denoiser), rounding)
+        return tn.quantize(
+            self.pipe, recipe, self.recorded, preset=self.preset, seed=self.seed
+        )  # fmt: skip
+
+    def routed(self, reuse: float, artifact: tn.Artifact | None = None) -> tn.Artifact:
+        """The default route: what `train_router` chooses at that ratio."""
+        trajectory = self.record(None, ROUTE_PRESETS[self.preset].batch, 1)
+        return train_router(
+            self.pipe, trajectory, reuse=reuse, artifact=artifact, preset=self.preset,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def both(self) -> tn.Artifact:
+        """W4A8 and a route that was found under it."""
+        weights = self.kept(next(row for row in self.rows() if row.name == W4A8))
+        assert weights is not None
+        return weights.artifact | self.routed(REUSE, weights.artifact)
+
+
+def slug(name: str) -> str:
+    """A row's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
