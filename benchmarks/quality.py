@@ -29,27 +29,20 @@ from typing import Any
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import tenuto as tn  # noqa: E402
-from benchmarks.quality_pictures import Real, tf32  # noqa: E402
-from benchmarks.quality_rows import AUTOENCODER, BF16, FULL, Bench, Kept, Row, note  # noqa: E402
-from benchmarks.quality_table import markdown, sheet_lines  # noqa: E402
-from tenuto.bf16 import NATIVE, bf16_arithmetic, bf16_copy  # noqa: E402
-from tenuto.measure import (  # noqa: E402
-    compare,
-    compare_all,
-    lpips,
-    resident_weight_bytes,
-    ssim,
-)
-from tenuto.patching import place  # noqa: E402
-from tenuto.pictures import Row as SheetRow  # noqa: E402
-from tenuto.pictures import save_png, sheet, to_images  # noqa: E402
-from tenuto.route import PRESETS  # noqa: E402
-from tenuto.showcase import CAPTIONS  # noqa: E402
-from tenuto.trajectory import sampler  # noqa: E402
+import tenuto as tn
+from benchmarks.quality_pictures import Real, tf32
+from benchmarks.quality_rows import AUTOENCODER, BF16, FULL, Bench, Kept, Row, note
+from benchmarks.quality_table import markdown, sheet_lines
+from tenuto.bf16 import NATIVE, bf16_arithmetic, bf16_copy
+from tenuto.measure import compare, compare_all, lpips, resident_weight_bytes, ssim
+from tenuto.patching import place
+from tenuto.pictures import Row as SheetRow
+from tenuto.pictures import save_png, sheet, to_images
+from tenuto.route import PRESETS
+from tenuto.showcase import CAPTIONS
+from tenuto.trajectory import sampler
 
 MODELS = ("transformer", "unet")
 SEED = 10_000  # of the first compared picture

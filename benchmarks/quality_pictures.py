@@ -52,7 +52,9 @@ class Real:
         fid, kid = frechet_distance(rows, self.target), kernel_distance(rows, self.target)
         return {"fid": round(fid, 3), "kid_x1000": round(1000 * kid, 3)}
 
-    def drawn(self, pipe: Any, denoiser: nn.Module, steps: int, guidance: Any, batch: int) -> dict:
+    def drawn(
+        self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
+    ) -> dict[str, float]:
         """Draw `count` pictures, one class after the other at seeds of their own, and compare."""
         sample, found = sampler(pipe, self.captions, steps, guidance), []
         begin = time.perf_counter()

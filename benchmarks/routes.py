@@ -2,13 +2,15 @@
 
     python benchmarks/routes.py                                  # demo:transformer, 64 prompts
     python benchmarks/routes.py MODEL --reuse 0.3 0.5 --count 64 --preset standard --out r.jsonl
-    python benchmarks/routes.py demo:unet --device cuda --batch 32
+    python benchmarks/routes.py demo:unet --device cuda --batch 32 \\
+        --pictures 10000 --data DATA --features inception.safetensors       # and FID, KID
 
 For each ratio: the router trained from random logits, interval reuse from the first step, the late
 interval, the step-level programme, random tables, fewer steps at equal cost, and the route that
 `train_router` chose. Where a kind has several members (phases, powers, 20 random tables), the best
 one is found on pictures of other seeds and then drawn in full; for random tables their mean is told
-too. One JSON object a row as it goes, a table in Markdown at the end.
+too. One JSON object a row as it goes, a table in Markdown at the end. FID and KID are those of
+quality.py.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import tenuto as tn
+from benchmarks.quality_pictures import Real
 from tenuto.caching.budget import saved, whole_steps
 from tenuto.caching.interval import interval_for, late_interval_for
 from tenuto.caching.programme import StepProgramme
@@ -57,10 +62,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="standard", choices=list(PRESETS))
     parser.add_argument("--device", help="where all of it runs: cpu (the default), cuda, cuda:1")
+    parser.add_argument("--pictures", type=int, default=0, help="for FID and KID; 0: neither")
+    parser.add_argument("--data", type=Path, help="a folder with val*.npz and classes.json")
+    parser.add_argument("--features", type=Path, help="what convert_inception.py made")
     parser.add_argument("--work", type=Path, help="a folder to go on in after an interruption")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     args = parser.parse_args()
+    if args.pictures and (args.data is None or args.features is None):
+        parser.error("FID needs --data and --features.")
     torch.set_grad_enabled(False)
+    torch.backends.cudnn.allow_tf32 = False  # what is compared is fp32
     rows = []
     for row in Benchmark(args).rows():
         rows.append(row)
@@ -80,12 +91,16 @@ class Benchmark:
         self.steps = args.steps or known.steps
         self.guidance = known.guidance if args.guidance is None else args.guidance
         self.denoiser = denoiser_of(self.pipe)
+        fast, self.real = place(self.denoiser)[0].type == "cuda", None
+        if args.pictures:
+            self.real = Real(args.data, args.features, args.device, args.pictures, fast)
         self.trajectory = tn.record(
             self.pipe, prompts("default"), steps=self.steps, guidance=self.guidance,
             seed=args.seed, batch=PRESETS[args.preset].batch, runs=1,
         )  # fmt: skip
         self.branches = tuple(b.name for b in tn.describe(self.denoiser).branches)
-        self.full, self.seconds = self.draw()
+        self.drawn = self.draw()
+        self.full = self.drawn[0]
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -94,28 +109,34 @@ class Benchmark:
 
     def draw(
         self, schedule: CacheSchedule | None = None, steps: int | None = None
-    ) -> tuple[Tensor, float]:
-        """The pictures (count, C, H, W) under a schedule, or in fewer steps; seconds a picture."""
-        lines = tuple(prompts("evaluation"))
-        sample = sampler(self.pipe, lines, steps or self.steps, self.guidance)
-        found, start = [], time.perf_counter()
+    ) -> tuple[Tensor, float, dict[str, float]]:
+        """The pictures (count, C, H, W) under a schedule, or in fewer steps.
+
+        And the seconds a picture (median over batches); FID and KID where they are asked for.
+        """
+        count, lines = steps or self.steps, tuple(prompts("evaluation"))
+        sample = sampler(self.pipe, lines, count, self.guidance)
+        found, seconds = [], []
         with intercepted(self.denoiser, self.times, schedule):
             for seed in range(DRAWN, DRAWN + self.args.count, self.args.batch):
                 size = min(self.args.batch, DRAWN + self.args.count - seed)
+                start = time.perf_counter()
                 found.append(sample(self.denoiser, seed, size).clamp(-1, 1).cpu())
-        return torch.cat(found), (time.perf_counter() - start) / self.args.count
+                seconds.append((time.perf_counter() - start) / size)
+            scores = {}
+            if self.real is not None:
+                scores = self.real.drawn(self.pipe, self.denoiser, count, self.guidance)
+        return torch.cat(found), median(seconds), scores
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row of the table."""
-        yield self.row(0, "full", "", self.full, self.seconds, CacheSchedule.full(*self.grid()))
+        yield self.row(0, "full", "", self.drawn, CacheSchedule.full(*self.grid()))
         for reuse in self.args.reuse:
             route = self.trained(reuse)
             for kind, (detail, table, more) in self.chosen(reuse, route).items():
-                pictures, seconds = self.draw(table)
-                yield self.row(reuse, kind, detail, pictures, seconds, table) | more
+                yield self.row(reuse, kind, detail, self.draw(table), table) | more
             fewer = round(self.steps * (1 - reuse))
-            pictures, seconds = self.draw(steps=fewer)
-            yield self.row(reuse, "fewer steps", f"{fewer} steps", pictures, seconds, None)
+            yield self.row(reuse, "fewer steps", f"{fewer} steps", self.draw(steps=fewer), None)
 
     def grid(self) -> tuple[tuple[float, ...], tuple[str, ...]]:
         """Timesteps and branches: the arguments of a policy."""
@@ -170,11 +191,11 @@ class Benchmark:
         reuse: float,
         kind: str,
         detail: str,
-        pictures: Tensor,
-        seconds: float,
+        drawn: tuple[Tensor, float, dict[str, float]],
         table: CacheSchedule | None,
     ) -> dict[str, Any]:
         """One row: how far these pictures are from the full ones, and what they cost."""
+        pictures, seconds, scores = drawn
         decibel = psnr(pictures, self.full).tolist()
         return {
             "model": self.args.model,
@@ -191,13 +212,14 @@ class Benchmark:
             "reuse_flops": saved(table, self.work()) if table else None,
             "seconds_per_picture": seconds,
             "count": self.args.count,
+            "pictures": self.args.pictures,
             "steps": self.steps,
             "guidance": self.guidance,
             "seed": self.args.seed,
             "machine": self.machine(),
             "threads": torch.get_num_threads(),
             "versions": {"tenuto": tn.__version__, "torch": torch.__version__},
-        }
+        } | scores
 
     def work(self) -> dict[str, int]:
         """Multiply-adds of one call."""
@@ -231,15 +253,17 @@ def progress(done: int, total: int, note: str) -> None:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     lines = [
-        "| reuse | schedule | which | PSNR dB, median (5th perc.) | SSIM | LPIPS | FLOPs held |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| reuse | schedule | which | PSNR dB, median (5th perc.) | SSIM | LPIPS | FID "
+        "| FLOPs held | s a picture |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         decibel, held = row["psnr_db"], row["reuse_flops"]
         lines.append(
             f"| {row['reuse']:.0%} | {row['schedule']} | {row['detail']} "
             f"| {decibels(decibel['median'])} ({decibels(decibel['p5'])}) | {row['ssim']:.4f} "
-            f"| {row['lpips']:.4f} | {'-' if held is None else f'{held:.0%}'} |"
+            f"| {row['lpips']:.4f} | {row.get('fid', '-')} "
+            f"| {'-' if held is None else f'{held:.0%}'} | {row['seconds_per_picture']:.4f} |"
         )
     return "\n".join(lines)
 
