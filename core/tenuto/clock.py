@@ -23,6 +23,7 @@ class Clock:
     timesteps: the calibrated timesteps in executed order (noisiest first).
     index: the nearest calibrated step, int64 (1,), on the device; read it with `index_select`.
     row: the same as a host integer.
+    exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same picture's same half.
     run: a number that grows with every new sampling run; held features never cross runs.
     """
@@ -31,9 +32,11 @@ class Clock:
         self.timesteps = tuple(float(t) for t in timesteps)
         self.index = torch.zeros(1, dtype=torch.int64)
         self.row = 0
+        self.exact = False
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
+        self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
         self._owner: weakref.ref[Tensor] | None = None
         self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
@@ -55,6 +58,9 @@ class Clock:
         if row < self.row:
             self.begin()
         self.row, self.streams = row, tuple(streams)
+        self.exact = row < len(self.timesteps) and (
+            abs(self.timesteps[row] - timestep) <= self._slack
+        )
         self.index = torch.tensor([row], device=device)
 
     def observe(
@@ -62,19 +68,24 @@ class Clock:
     ) -> None:
         """`tick` for a bare denoiser call; reads the device once.
 
-        timestep: a number, (), (1,) or (batch,). conditions: tensors with `batch` rows or one for
+        timestep: a number, (), (1,) or (batch,); where its rows differ the first one counts and the
+        step is not exact. conditions: tensors with `batch` rows or one for
         all (prompt embeddings, labels); rows with equal conditions are told apart by their order.
         """
         self._follow_owner(timestep)
-        value = torch.as_tensor(timestep).detach().reshape(-1)[:1].to(torch.float64)
+        value = _spread(torch.as_tensor(timestep).detach().reshape(-1))
         marks = [self._mark(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
         if not marks:
-            self.tick(float(value), range(batch), device)
+            self._arrive(value.cpu(), range(batch), device)
             return
         hashes = _row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))
         packed: list[int] = torch.cat((value.view(torch.int64).to(hashes.device), hashes)).tolist()  # pyright: ignore
-        step = torch.tensor(packed[:1], dtype=torch.int64).view(torch.float64)
-        self.tick(float(step), _numbered(packed[1:]), device)
+        step = torch.tensor(packed[:2], dtype=torch.int64).view(torch.float64)
+        self._arrive(step, _numbered(packed[2:]), device)
+
+    def _arrive(self, step: Tensor, streams: Sequence[Hashable], device: Any) -> None:
+        self.tick(float(step[0]), streams, device)
+        self.exact = self.exact and float(step[1]) <= self._slack
 
     def _mark(self, condition: Tensor) -> Tensor:
         """The row hash of a condition; one that is the same object as before is not read again."""
@@ -97,6 +108,14 @@ class Clock:
         if self._owner is not None and self._owner() is not base:
             self.begin()
         self._owner = weakref.ref(base)
+
+
+def _spread(steps: Tensor) -> Tensor:
+    """The first timestep of a batch and how far apart they are: float64 (2,)."""
+    steps = steps.to(torch.float64)
+    if len(steps) == 1 or steps.stride(0) == 0:
+        return torch.stack((steps[0], torch.zeros_like(steps[0])))
+    return torch.stack((steps[0], steps.amax() - steps.amin()))
 
 
 def _row_hash(x: Tensor) -> Tensor:
