@@ -28,6 +28,7 @@ VERSION = "1.0"
 KEY = "tenuto"
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
 HEADER_LIMIT = 64 * 2**20  # bytes; a header of a real artifact is far smaller
+STEPWISE = ("ranges/", "temporal/")
 PROBES = 32  # weights looked at for a fingerprint
 
 
@@ -62,11 +63,14 @@ class Artifact:
         if not same(self.header["fingerprint"], other.header["fingerprint"]):
             raise ArtifactError("The two artifacts belong to different models.")
         taken = {key.split("/", 1)[0] for key in other.tensors}
-        taken |= {"ranges"} if "weights" in taken else set()  # they belong together
+        whole = bool(taken & {"weights", "temporal"})  # one quantization: they belong together
+        taken |= {"weights", "ranges", "temporal"} if whole else set()
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
         header = self.header | other.header
         header["made"] = self.header["made"] | other.header["made"]
-        if any(k.startswith("ranges/") for k in kept):  # bound to the steps they were found at
+        if whole and "temporal" not in other.header:
+            header.pop("temporal", None)
+        if any(k.startswith(STEPWISE) for k in kept):  # bound to the steps they were found at
             header["schedule"] = self.header["schedule"]
         return Artifact(header, kept | other.tensors)
 
@@ -100,8 +104,24 @@ class Artifact:
             schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
             for layer, facts in self.header.get("layers", {}).items():
                 self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
+            for module, facts in tabled(self.header).items():
+                self._check_table(module, [tuple(shape) for shape in facts["outputs"]], name)
         except (AttributeError, KeyError, TypeError, SchemeError) as error:
             raise ArtifactError(f"{name} is damaged: its header misses a layer.") from error
+
+    def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
+        """The features of one module, a row for every step; none of its layers beside them."""
+        steps = len(self.header["schedule"]["timesteps"])
+        for number, shape in enumerate(outputs):
+            found = self.tensors.get(f"temporal/{module}.{number}")
+            if found is None:
+                raise ArtifactError(f"{name} lacks temporal/{module}.{number}.")
+            if not found.is_floating_point() or tuple(found.shape) != (steps, *shape):
+                raise ArtifactError(f"{name} is damaged: temporal/{module}.{number} does not fit.")
+        if not outputs or any(
+            f"{n}.".startswith(f"{module}.") for n in self.header.get("layers", {})
+        ):
+            raise ArtifactError(f"{name} is damaged: {module} is no table.")
 
     def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
         """What `attach` will read, of the shape and type that it will need."""
@@ -127,6 +147,12 @@ class Artifact:
             )
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
             raise ArtifactError("The artifact was made for another model: the weights differ.")
+
+
+def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a header says of each module that is a table: {"outputs": shapes, "single": ...}."""
+    modules = header.get("temporal", {}).get("modules", {})
+    return {name: facts for name, facts in modules.items() if facts["kind"] == "table"}
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""`attach`: an artifact's patches put into a model, in this order: leaves, then the route."""
+"""`attach`: an artifact's patches put into a model.
+
+In this order: the temporal table takes out its modules, leaves are replaced, the route is laid on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .artifact import Artifact
+from .artifact import Artifact, tabled
 from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .clock import Clock
@@ -18,6 +21,7 @@ from .kernels.activation import Memo
 from .patching import Attached, Follow, Override, Swap, denoiser_of
 from .qtensor import QConv2d, QLayer, QLinear, QTensor
 from .scheme import Scheme
+from .temporal_table import TemporalTable
 
 
 class Tenuto(Attached):
@@ -45,7 +49,11 @@ class Tenuto(Attached):
         return {"mode": mode, "layers": found}
 
     def int8_weight_share(self) -> float:
-        """Share of Linear and Conv2d weights with codes of 8 bits or fewer and 8-bit inputs."""
+        """Share of Linear and Conv2d weights with codes of 8 bits or fewer and 8-bit inputs.
+
+        Of those that the patched model computes with: a module that a temporal table took out is
+        counted neither here nor there.
+        """
         return self._share
 
     def counts(self) -> dict[str, list[int]]:
@@ -66,17 +74,18 @@ def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: boo
     artifact.check(model)
     denoiser = denoiser_of(model)
     clock = Clock(artifact.header["schedule"]["timesteps"])
+    tables = _tables(denoiser, artifact, clock)
     leaves = _leaves(denoiser, artifact, clock, simulate)
     schedule = schedule_of(artifact) if route else None
     missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
     if missing:
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
-    share = _share(denoiser, leaves)
+    share = _share(denoiser, leaves, tables)
     attached = Tenuto(model, artifact, clock, share)
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
-        for name, leaf in leaves.items():
-            attached.patches.append(Swap(denoiser, name, leaf))
+        for name, new in (*tables.items(), *leaves.items()):
+            attached.patches.append(Swap(denoiser, name, new))
         if schedule is not None:
             attached.patches += lay_(denoiser, schedule, clock)
     except BaseException:
@@ -103,11 +112,29 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
     return CacheSchedule(table.bool(), times, branches)
 
 
-def _share(denoiser: nn.Module, leaves: dict[str, QLayer]) -> float:
-    """Share of Linear and Conv2d weights whose layer computes on 8-bit codes on both sides."""
-    total = sum(m.weight.numel() for _, m in layers(denoiser))
+def _share(
+    denoiser: nn.Module, leaves: dict[str, QLayer], tables: dict[str, TemporalTable]
+) -> float:
+    """Share of Linear and Conv2d weights whose layer computes on 8-bit codes on both sides.
+
+    What lies in a module that a table replaces is in the model no longer, and is not counted.
+    """
+    out = tuple(f"{name}." for name in tables)
+    total = sum(m.weight.numel() for n, m in layers(denoiser) if not f"{n}.".startswith(out))
     low = sum(math.prod(q.shape) for q in leaves.values() if q.scheme.activation is not None)
     return low / max(1, total)
+
+
+def _tables(denoiser: nn.Module, artifact: Artifact, clock: Clock) -> dict[str, TemporalTable]:
+    """A table for every module that the artifact has the features of; nothing is changed yet."""
+    values, by_name = artifact.section("temporal"), dict(denoiser.named_modules())
+    found: dict[str, TemporalTable] = {}
+    for name, facts in tabled(artifact.header).items():
+        if name not in by_name:
+            raise ArtifactError(f"The model has no module {name}, which the temporal table names.")
+        rows = [values[f"{name}.{number}"] for number in range(len(facts["outputs"]))]
+        found[name] = TemporalTable(by_name[name], rows, bool(facts["single"]), clock)
+    return found
 
 
 def _leaves(

@@ -4,72 +4,34 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .algorithms.adaround import AdaRound
 from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
 from .artifact import Artifact
 from .backbone import Backbone, layers
-from .errors import SchemeError, TenutoError
+from .errors import TenutoError
 from .families import describe
-from .numerics import affine
+from .maintenance import UNIT as TEMPORAL
+from .maintenance import Maintenance, check_choice, per_step, with_time_only
 from .patching import denoiser_of, frozen
 from .qtensor import QTensor
-from .replay import Chain, arguments, in_order
-from .scheme import Recipe, Rule, Scheme, schemes
+from .ranges import activation_ranges
+from .recipes import PRESETS, effort, recipe_for
+from .replay import Chain, in_order
+from .scheme import Recipe, Rule, Scheme
 from .trajectory import Progress, Trajectory
 from .work import Work
 
-log = logging.getLogger("tenuto")
+__all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
 
 UNIT = 1000  # what one block is worth in the progress
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Effort. prompts and batch: of the recording; rounding: how weights below 8 bits round."""
-
-    prompts: int
-    batch: int
-    rounding: AdaRound
-
-
-PRESETS = {
-    "quick": Preset(8, 4, AdaRound(iterations=120, batch=16)),
-    "standard": Preset(16, 8, AdaRound(iterations=300, batch=16)),
-    "thorough": Preset(64, 8, AdaRound(iterations=2000, batch=32)),
-}
-
-
-def effort(name: str) -> Preset:
-    """The preset called `name`; SchemeError names the choices."""
-    if name not in PRESETS:
-        raise SchemeError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-def recipe_for(scheme: Scheme, backbone: Backbone, rounding: Any = None) -> Recipe:
-    """The default recipe: first, last and time-only layers at 8 bits, the rest at `scheme`.
-
-    Weights below 8 bits are rounded by `rounding` (an algorithm), 8-bit ones to nearest.
-    """
-    nearest = RoundToNearest()
-    wide = schemes.W8A16 if scheme.activation is None else Scheme(
-        f"w8{scheme.name[2:]}", schemes.W8A8.weight, scheme.activation
-    )  # fmt: skip
-    rules = [Rule(pattern, None) for pattern in backbone.keep]
-    ends = [*backbone.ends, *(f"{name}*" for name in backbone.temporal)]
-    if scheme.weight.bits < 8:
-        rules += [Rule(pattern, wide, nearest) for pattern in dict.fromkeys(ends)]
-    rules.append(Rule("*", scheme, (rounding or nearest) if scheme.weight.bits < 8 else nearest))
-    return Recipe(tuple(rules))
 
 
 def quantize(
@@ -80,19 +42,24 @@ def quantize(
     preset: str = "quick",
     device: Any = None,
     seed: int = 0,
+    temporal: str = "auto",
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
     """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
+
+    temporal: what becomes of the modules that depend on the timestep alone and that the recipe
+    quantizes: "none" (like the rest), "tiar", "table" or "auto"; see `maintenance.py`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
     denoiser = denoiser_of(model)
-    backbone = describe(denoiser)
-    rounding = effort(preset).rounding
-    recipe = scheme if isinstance(scheme, Recipe) else recipe_for(scheme, backbone, rounding)
+    choice, chosen = check_choice(temporal), effort(preset)
+    backbone = with_time_only(denoiser, describe(denoiser), trajectory)
+    whole = isinstance(scheme, Recipe)
+    recipe = scheme if whole else recipe_for(scheme, backbone, chosen.rounding)
     job = Job(denoiser, backbone, recipe, trajectory, device, seed)
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
@@ -102,8 +69,10 @@ def quantize(
         "job": "quantize",
         "recipe": recipe.to_json(),
         "seed": seed,
+        "temporal": [choice, asdict(chosen.temporal)],
         "version": artifact.header,
     }
+    job.maintain(choice, chosen.temporal)
     with frozen(job.model):
         job.run(Work(work, inputs), on_progress)
     return job.fill(artifact, preset)
@@ -133,27 +102,37 @@ class Job:
         self.weights: dict[str, QTensor] = {}
         self.errors: dict[str, float] = {}
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.maintained: dict[str, Tensor] = {}
+
+    def maintain(self, choice: str, rounding: Tiar) -> None:
+        """Set what becomes of the time-only modules; before anything is quantized."""
+        plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
+        names, trajectory = self.backbone.temporal, self.trajectory
+        self.time = Maintenance.of(
+            self.model, names, plan, trajectory, self.device, choice, rounding
+        )
 
     def units(self) -> Iterator[tuple[str, list[str]]]:
-        """(unit, its layers): first what lies outside the blocks, then the blocks in order.
+        """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.
 
         A layer outside whose algorithm wants inputs is a unit of its own, where it runs.
         """
         place = {name: self.backbone.block_of(name) for name in self.plan}
+        place |= dict.fromkeys(self.time.layers(), TEMPORAL)
         alone = {n for n, rule in self.plan.items() if place[n] is None and _needs(rule)}
         place |= {n: n if n in alone else place[n] or "outside" for n in self.plan}
         units = list(self.backbone.blocks)
         if alone:
             call = self.trajectory.calls[0]
             units = in_order(self.model, [*units, *sorted(alone)], call, self.device)
-        for unit in ["outside", *units]:
+        for unit in [TEMPORAL, "outside", *units]:
             yield unit, [n for n in self.plan if place[n] == unit]
 
     def run(self, work: Work, on_progress: Progress | None) -> None:
         """Every unit, from `work` where it is finished."""
         units = [(unit, names) for unit, names in self.units() if names]
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
-        blocks = [unit for unit, _ in units if unit != "outside"]
+        blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
         calls = self.trajectory.calls
         chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
         for place, (unit, names) in enumerate(units):
@@ -163,16 +142,31 @@ class Job:
             if kept is None:
                 kept = self._quantized(unit, names, chain, note)
                 work.save(unit, kept)
-            self._take(names, kept)
+            self._take(self._settled(kept) if unit == TEMPORAL else names, kept)
             chain.passed(unit)
         if on_progress:
             on_progress(len(units) * UNIT, len(units) * UNIT, "activation ranges")
         self._find_ranges(work)
+        if not self.time.layers():
+            self.maintained = self.time.plain(self.weights, self.ranges)
+
+    def _settled(self, kept: dict[str, Tensor]) -> list[str]:
+        """Take over what became of the time-only modules; returns their layers that are left."""
+        self.maintained = kept
+        for name in self.time.layers():
+            rule, scale = self.plan.pop(name), kept.get(f"ranges/{name}.scale")
+            if f"{name}.qdata" in kept and rule.scheme is not None:
+                self.plan[name] = replace(rule, scheme=per_step(rule.scheme))
+            if scale is not None:
+                self.ranges[name] = scale, kept[f"ranges/{name}.zero_point"]
+        return [n for n in self.time.layers() if n in self.plan]
 
     def _quantized(
         self, unit: str, names: list[str], chain: Chain, note: Progress
     ) -> dict[str, Tensor]:
         """The tensors of one unit, grouped by algorithm."""
+        if unit == TEMPORAL:
+            return self.time.quantized(_seed(self.seed, unit), note)
         root = self.model if unit == "outside" else self.model.get_submodule(unit)
         short = {n: n if unit == "outside" else n[len(unit) + 1 :] for n in names}
         groups: dict[Any, dict[str, Scheme]] = {}
@@ -204,48 +198,12 @@ class Job:
             self.weights[name] = q
             layer.weight.data.copy_(value)
 
-    @torch.no_grad()
     def _find_ranges(self, work: Work) -> None:
-        """Stored activation ranges: min-max over the recorded calls, per step where asked."""
-        wanted = {
-            n: r.scheme.activation for n, r in self.plan.items() if r.scheme and r.scheme.activation
-        }
-        wanted = {n: f for n, f in wanted.items() if f is not None and not f.dynamic}
-        if not wanted:
-            return
-        kept = work.load("ranges")
-        if kept is None:
-            kept = self._observed(list(wanted))
-            work.save("ranges", kept)
-        for name, form in wanted.items():
-            low, high = kept[f"{name}.low"], kept[f"{name}.high"]
-            if not form.per_step:
-                low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
-            self.ranges[name] = affine(low, high, form.bits, form.symmetric)
-
-    def _observed(self, names: list[str]) -> dict[str, Tensor]:
-        steps, row = len(self.trajectory.timesteps), 0
-        found = {f"{n}.low": torch.full((steps,), torch.inf) for n in names}
-        found |= {f"{n}.high": torch.full((steps,), -torch.inf) for n in names}
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any) -> None:
-                low, high = torch.aminmax(args[0].detach())
-                lows, highs = found[f"{name}.low"], found[f"{name}.high"]
-                lows[row] = min(float(lows[row]), float(low))
-                highs[row] = max(float(highs[row]), float(high))
-
-            return hook
-
-        hooks = [self.model.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
-        try:
-            for call in self.trajectory.calls:
-                row = call.row
-                self.model(**arguments(self.model, call, self.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        """Stored activation ranges, of the layers that have none yet."""
+        schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
+        forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
+        forms = {n: form for n, form in forms.items() if not form.dynamic}
+        self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
 
     def fill(self, artifact: Artifact, preset: str) -> Artifact:
         """`artifact` with the sections weights and ranges and what is known of them."""
@@ -253,11 +211,15 @@ class Job:
             artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
         for name, (scale, zero) in self.ranges.items():
             artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
+        for key, value in self.maintained.items():
+            if key.startswith("table/"):
+                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
         used = {r.scheme.name: r.scheme for r in self.plan.values() if r.scheme is not None}
         artifact.header |= {
             "schemes": {name: scheme.to_json() for name, scheme in used.items()},
             "recipe": self.recipe.to_json(),
             "preset": preset,
+            TEMPORAL: self.time.header(self.maintained),
             "layers": {
                 name: {
                     "scheme": rule.scheme.name,

@@ -194,6 +194,12 @@ def _quantize(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--scheme", required=True, metavar="S", help="w8a8, w4a8, w8a16 or w4a16")
+    parser.add_argument(
+        "--temporal",
+        default="auto",
+        metavar="T",
+        help="time-only modules: none, tiar, table or auto (%(default)s)",
+    )
     _preset(parser)
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line"

@@ -46,9 +46,11 @@ class Sampling:
 def quantize(args: Namespace, bars: Bars) -> Answer:
     """`tenuto quantize`: record, quantize, save."""
     from .calibrate import effort, quantize
+    from .maintenance import check_choice
     from .scheme import named
 
     scheme, preset = named(args.scheme), effort(args.preset)
+    check_choice(args.temporal)
     check_model(args.model)
     work, lines = check_out(args.out), calibration_prompts(args)
     sampling = sampling_of(args)
@@ -58,7 +60,7 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
         trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
         artifact = quantize(
             pipe, scheme, trajectory, preset=args.preset, device=sampling.device, seed=args.seed,
-            work=work, on_progress=bars("Quantizing"),
+            temporal=args.temporal, work=work, on_progress=bars("Quantizing"),
         )  # fmt: skip
         artifact.save(args.out)
     bars.close()

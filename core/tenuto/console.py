@@ -106,6 +106,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
     if by_scheme:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    rows += [("temporal", line) for line in _temporal_lines(header)]
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("made", line) for line in _made_lines(header)]
     return "\n".join([*table(rows), *step_map(artifact)])
@@ -123,6 +124,18 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
 
 def _worst(header: dict[str, Any]) -> float:
     return max((layer.get("weight_error", 0.0) for layer in header["layers"].values()), default=0.0)
+
+
+def _temporal_lines(header: dict[str, Any]) -> Iterator[str]:
+    """One line a kind: how many time-only modules, and how far their features are off."""
+    modules = header.get("temporal", {}).get("modules", {}).values()
+    kinds = Counter(facts["kind"] for facts in modules)
+    for kind, count in kinds.items():
+        errors = [f for f in modules if f["kind"] == kind]
+        mean = sum(f["mean"] for f in errors) / count
+        worst = max(f["worst"] for f in errors)
+        noun = "module" if count == 1 else "modules"
+        yield f"{kind}: {count} {noun}, 1 - cosine {mean:.1e} mean, {worst:.1e} worst step"
 
 
 def _route_lines(header: dict[str, Any]) -> Iterator[str]:

@@ -87,6 +87,13 @@ class Swap:
             self.old.to(device, dtype)
         setattr(self.parent, self.key, self.old)
 
+    def release(self) -> None:
+        """Forget the old module, and whatever the new one keeps of it."""
+        self.old = None
+        forget = getattr(self.new, "release", None)
+        if forget is not None:
+            forget()
+
 
 def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Where a replacement computes, and the dtype that it stands for, if it says so."""
@@ -111,7 +118,7 @@ class Attached:
         """Forget the replaced modules: their memory is free, and there is no way back."""
         for patch in self.patches:
             if isinstance(patch, Swap):
-                patch.old = None
+                patch.release()
 
     def __enter__(self: Self) -> Self:
         return self

@@ -118,11 +118,24 @@ def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: An
     a timestep, is given to each where it changes from call to call.
     Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
     """
-    found: list[tuple[Any, list[Tensor], int]] = []
+    found = []
     for call in calls:
         args, kwargs = run_to(denoiser, block, call, device)
-        cut: list[Tensor] = []
-        found.append((_cut((tuple(args), dict(kwargs)), cut), cut, call.row))
+        found.append(cut_out((tuple(args), dict(kwargs)), call.row))
+    return banked(block, found)
+
+
+Seen = tuple[Any, list[Tensor], int]
+
+
+def cut_out(arguments: tuple[tuple[Any, ...], dict[str, Any]], row: int) -> Seen:
+    """(template, its tensors on the CPU, step) of one call with `arguments` = (args, kwargs)."""
+    cut: list[Tensor] = []
+    return _cut(arguments, cut), cut, row
+
+
+def banked(block: str, found: Sequence[Seen]) -> Bank:
+    """The calls that `block` got as one bank; see `inputs_of`."""
     shapes = [tuple(t.shape[1:] for t in cut) for _, cut, _ in found]
     usual = Counter(shapes).most_common(1)[0][0]
     kept = [f for f, s in zip(found, shapes, strict=True) if s == usual]

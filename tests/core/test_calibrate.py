@@ -62,7 +62,7 @@ def test_every_scheme_on_every_kind(
     tiny: Any, kind: str, recorded: Any, name: str, tmp_path: Path
 ) -> None:
     model, trajectory, scheme = tiny(kind), recorded(kind, steps=2), named(name)
-    artifact = quantize(model, recipe(model, scheme), trajectory)
+    artifact = quantize(model, recipe(model, scheme), trajectory, temporal="none")
     every = {n: tuple(m.weight.shape) for n, m in layers(model)}
     facts = artifact.header["layers"]
     assert {n: tuple(f["shape"]) for n, f in facts.items()} == every
@@ -108,12 +108,14 @@ def test_the_recipe_keeps_the_ends(tiny: Any, kind: str) -> None:
         assert rule is not None and rule.scheme is not None
         inside = backbone.block_of(name) is not None
         time_only = any(name.startswith(t) for t in backbone.temporal)
-        if rule.scheme.weight.bits == 4:
-            assert rule.scheme is schemes.W4A8 and rule.algorithm is BRIEF and not time_only
+        if time_only:
+            assert rule.scheme is schemes.W4A8 and isinstance(rule.algorithm, RoundToNearest)
+        elif rule.scheme.weight.bits == 4:
+            assert rule.scheme is schemes.W4A8 and rule.algorithm is BRIEF
         else:
             assert rule.scheme.activation == schemes.W4A8.activation
             assert isinstance(rule.algorithm, RoundToNearest)
-            assert not inside or time_only or ".norm1." in name
+            assert not inside or ".norm1." in name
     kept = replace(backbone, keep=("*.attn1.*",))
     for name, _ in layers(model):
         rule = recipe_for(schemes.W8A8, kept).rule(name)
@@ -139,7 +141,7 @@ def test_everything_by_adaround(tiny: Any, kind: str, recorded: Any) -> None:
     """A user's own recipe: one rule for all, the time path and the ends included."""
     model = tiny(kind)
     rule = Rule("*", schemes.W4A8, BRIEF)
-    artifact = quantize(model, Recipe((rule,)), recorded(kind, steps=2))
+    artifact = quantize(model, Recipe((rule,)), recorded(kind, steps=2), temporal="none")
     assert artifact.header["layers"].keys() == {n for n, _ in layers(model)}
 
 
@@ -269,7 +271,7 @@ def test_the_callers_state_is_no_matter(tiny: Any, recorded: Any, tmp_path: Path
 def test_ranges_hold_what_was_seen_at_each_step(tiny: Any, kind: str, recorded: Any) -> None:
     """Min and max of every layer's inputs, step by step, with the weights already quantized."""
     model, trajectory = tiny(kind), recorded(kind)
-    artifact = quantize(model, schemes.W8A8_STATIC, trajectory)
+    artifact = quantize(model, schemes.W8A8_STATIC, trajectory, temporal="none")
     twin = copy.deepcopy(model)
     with attach(model, artifact), torch.no_grad():
         for name, layer in layers(twin):

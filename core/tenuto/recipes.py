@@ -1,0 +1,59 @@
+"""Presets of effort, and the recipe that a scheme stands for where a user names no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .algorithms.adaround import AdaRound
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+from .backbone import Backbone
+from .errors import SchemeError
+from .scheme import Recipe, Rule, Scheme, schemes
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Effort. prompts and batch: of the recording; rounding: how weights below 8 bits round.
+
+    temporal: the same for the time-only modules as one block.
+    """
+
+    prompts: int
+    batch: int
+    rounding: AdaRound
+    temporal: Tiar
+
+
+PRESETS = {
+    "quick": Preset(8, 4, AdaRound(120, 16), Tiar(100)),
+    "standard": Preset(16, 8, AdaRound(300, 16), Tiar(300)),
+    "thorough": Preset(64, 8, AdaRound(2000), Tiar(1000)),
+}
+
+
+def effort(name: str) -> Preset:
+    """The preset called `name`; SchemeError names the choices."""
+    if name not in PRESETS:
+        raise SchemeError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def recipe_for(scheme: Scheme, backbone: Backbone, rounding: Any = None) -> Recipe:
+    """The default recipe: first and last layers at 8 bits, the rest at `scheme`.
+
+    Weights below 8 bits are rounded by `rounding` (an algorithm), 8-bit ones to nearest; so are
+    time-only layers, for which `quantize` has better than to round them apart.
+    """
+    nearest = RoundToNearest()
+    wide = schemes.W8A16 if scheme.activation is None else Scheme(
+        f"w8{scheme.name[2:]}", schemes.W8A8.weight, scheme.activation
+    )  # fmt: skip
+    rules = [Rule(pattern, None) for pattern in backbone.keep]
+    if scheme.weight.bits < 8:
+        time = [pattern for name in backbone.temporal for pattern in (name, f"{name}.*")]
+        rules += [Rule(pattern, scheme, nearest) for pattern in time]
+        rules += [Rule(pattern, wide, nearest) for pattern in backbone.ends]
+    rules.append(Rule("*", scheme, (rounding or nearest) if scheme.weight.bits < 8 else nearest))
+    return Recipe(tuple(rules))
