@@ -548,6 +548,27 @@ def test_a_module_that_is_not_there_is_refused(made: Any, tiny: Any, bits: Any) 
     assert bits(model) == before
 
 
+def test_compiled_it_follows_the_clock() -> None:
+    """One graph for the table at whatever step, one for the original off it."""
+    from torch._dynamo import reset
+    from torch._dynamo.testing import CompileCounter
+
+    reset()
+    counter, clock, module = CompileCounter(), Clock((999.0, 500.0, 1.0)), nn.Linear(4, 6)
+    table = TemporalTable(module, [torch.randn(3, 6).half()], True, clock)
+    compiled, x = torch.compile(table, backend=counter, fullgraph=True), torch.ones(2, 4)
+    with torch.no_grad():
+        for row, timestep in enumerate((999, 500, 1)):
+            clock.tick(timestep, (0,))
+            assert torch.equal(compiled(x), table.rows()[0][row].float().expand(2, 6))
+        assert counter.frame_count == 1
+        for timestep in (700, 300):
+            clock.tick(timestep, (0,))
+            assert torch.equal(compiled(x), module(x))
+        assert counter.frame_count == 2
+    reset()
+
+
 def test_values_beyond_half_precision_stay_as_they_are(tiny: Any, recorded: Any) -> None:
     model = tiny("pixart")
     with torch.no_grad():
