@@ -103,10 +103,12 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     ]
     for name, held in facts["sections"].items():
         rows.append((name, f"{mib(held['bytes'])} in {held['tensors']} tensors"))
+        rows += [(name, line) for line in _temporal_lines(header) if name == "temporal"]
+    if "temporal" not in facts["sections"]:
+        rows += [("temporal", line) for line in _temporal_lines(header)]
     by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
     if by_scheme:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
-    rows += [("temporal", line) for line in _temporal_lines(header)]
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("made", line) for line in _made_lines(header)]
     return "\n".join([*table(rows), *step_map(artifact)])
