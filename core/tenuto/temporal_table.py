@@ -57,8 +57,8 @@ class TemporalTable(nn.Module):
         return found[0] if self.single else found
 
     def _read(self, values: Tensor, batch: int) -> Tensor:
-        row = values.index_select(0, self.clock.index.to(values.device)).to(self.dtype)
-        return row.expand(batch, *row.shape[1:])
+        index = self.clock.index.to(values.device).expand(batch)  # a row each: it may be written to
+        return values.index_select(0, index).to(self.dtype)
 
     def _computed(self, *args: Any, **kwargs: Any) -> Any:
         (module,) = self._original
