@@ -1,15 +1,39 @@
-"""What several tests share: a tiny text-to-image model, made here, with random weights."""
+"""What several tests share: the project's files, and a tiny model with random weights."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 WORDS = "a photo of the red blue goldfish lemon school bus dog cat on table in snow at night"
+
+
+@pytest.fixture(scope="session")
+def files_under() -> Callable[..., list[Path]]:
+    """files_under(folder, links=False): its files that belong to the project, and links if asked.
+
+    In git's eyes where git can tell: no leftovers. What a link leads to is not looked into.
+    """
+
+    def found(folder: Path, links: bool = False) -> list[Path]:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if listed.returncode == 0:
+            paths = [folder / name for name in set(listed.stdout.split("\0")) if name]
+        else:
+            paths = [p for p in folder.rglob("*") if "__pycache__" not in p.parts]
+        kept = (p for p in paths if (links if p.is_symlink() else p.is_file()))
+        return sorted(path for path in kept if ".egg-info" not in str(path))
+
+    return found
 
 
 @pytest.fixture(scope="session")

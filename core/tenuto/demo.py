@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from .shipped import prompts as shipped_prompts
 
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general")
+OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -36,9 +40,9 @@ class Defaults(NamedTuple):
 def demo(model: str = "transformer", *, device: Any = None, dtype: Any = None) -> Any:
     """The shipped text-to-image model as a diffusers pipeline, in fp32 on the CPU by default.
 
-    It comes from the installed files alone: no network. Call it with `use_resolution_binning=False,
-    clean_caption=False`: PixArt's pipeline does not know so small a picture.
-    Raises ModelError if no such model ships.
+    model: "transformer" or "unet". It comes from the installed files alone: no network. Call the
+    transformer with `use_resolution_binning=False, clean_caption=False`: PixArt's pipeline does
+    not know so small a picture. Raises ModelError if no such model ships.
     """
     return _read(demo_folder(model), device, dtype, local=True)
 
@@ -138,17 +142,45 @@ def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
 
     new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
     kind = {"dtype" if new else "torch_dtype": dtype or torch.float32}
+    kind |= {"use_safetensors": True, "local_files_only": local}
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(source),
-            use_safetensors=True,
-            local_files_only=local,
-            **kind,
-        )
+        with _without_advice():
+            pipe = DiffusionPipeline.from_pretrained(str(source), **_shared(source, kind), **kind)
     except Exception as error:  # diffusers, transformers and the hub each have their own
         where = "Cannot load" if local else "There is no such folder, and the hub does not give"
         raise ModelError(f"{where} {source}: {_first_line(error)}") from error
     return pipe if device is None else pipe.to(device)
+
+
+def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a demo model has from another one and its folder lacks.
+
+    In a clone, `demo-unet/vae` is a link. A wheel leaves it out, so as to hold the autoencoder
+    once, and a checkout without links (Windows) has a text file in its place.
+    """
+    folder = Path(source)
+    ours = folder.name.startswith("demo-") and (folder / "model_index.json").is_file()
+    vae = folder.parent / OWNER / "vae"
+    if not ours or (folder / "vae").is_dir() or not vae.is_dir():
+        return {}
+    from diffusers import AutoencoderKL
+
+    return {"vae": AutoencoderKL.from_pretrained(str(vae), **options)}
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without transformers' advice to install torchvision: drawing reads no picture."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "requires torchvision" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _first_line(error: Exception) -> str:
