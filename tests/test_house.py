@@ -24,10 +24,10 @@ MIB = 2**20
 # A module imports only from rows above its own; a folder is one name, and its files may import each
 # other. CONTRIBUTING.md has the same rows: a new top-level module gets its place in both.
 ROWS = (
-    ("errors", "version"),
+    ("errors", "version", "arguments"),
     ("numerics", "scheme", "clock", "work", "metrics", "shipped", "comparison", "pictures"),
-    ("backbone", "kernels", "perceptual", "cost", "bf16"),
-    ("families", "patching"),
+    ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "stepwise"),
+    ("families", "patching", "plots"),
     ("trajectory", "qtensor"),
     ("replay", "tape", "temporal_table", "turns"),
     ("algorithms", "caching", "discovery", "ranges", "temporal"),

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,15 @@ def check_file(path: Path) -> None:
             pass
     except OSError as error:
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_picture(path: Path | Literal[True], artifact: Path) -> Path:
+    """Where a picture of `artifact` goes: `path`, or beside it if that is True. A PNG only."""
+    out = artifact.with_suffix(".png") if path is True else path
+    if out.suffix.lower() != ".png" or out.absolute() == artifact.absolute():
+        raise TenutoError(f"Cannot draw into {out}: name another file that ends in .png.")
+    check_file(out)
+    return out
 
 
 def work_folder(path: Path) -> Path:

@@ -8,12 +8,13 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
+from .arguments import real, text, whole
 from .errors import TenutoError
 from .version import __version__
 
@@ -86,44 +87,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < 2**62:
-            raise argparse.ArgumentTypeError(f"takes a whole number of {least} or more, not {text}")
-        return value
-
-    return parse
-
-
-def _real(low: float, high: float, open_low: bool = False) -> Callable[[str], float]:
-    """An argument type: finite numbers from `low` (or above it) to below `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value < high if open_low else low <= value < high):
-            above = "above" if open_low else "from"
-            most = "" if high == math.inf else f" to below {high:g}"
-            raise argparse.ArgumentTypeError(f"takes a number {above} {low:g}{most}, not {text}")
-        return value
-
-    return parse
-
-
-def _text(value: str) -> str:
-    if not value.strip():
-        raise argparse.ArgumentTypeError("takes some text")
-    return value
-
-
 def _parser() -> _Parser:
     parser = _Parser(
         prog="tenuto",
@@ -155,17 +118,17 @@ def _sampling(parser: Any, seed: int = 0) -> None:
     add = parser.add_argument
     add(
         "--steps",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="sampling steps (the artifact's or the model's, else 20)",
     )
     add(
         "--guidance",
-        type=_real(0, math.inf),
+        type=real(0, math.inf),
         metavar="G",
         help="guidance (the artifact's or the model's)",
     )
-    add("--seed", type=_whole(0), default=seed, metavar="S", help="first seed (%(default)s)")
+    add("--seed", type=whole(0), default=seed, metavar="S", help="first seed (%(default)s)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
 
 
@@ -221,16 +184,16 @@ def _train_router(commands: Any) -> None:
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument(
         "--speedup",
-        type=_real(1, math.inf, True),
+        type=real(1, math.inf, True),
         metavar="X",
         help="how many times less work the denoiser does",
     )
     aim.add_argument(
-        "--reuse", type=_real(0, 1, True), metavar="R", help="share of branch calls to hold (0.3)"
+        "--reuse", type=real(0, 1, True), metavar="R", help="share of branch calls to hold (0.3)"
     )
     _preset(parser)
     parser.add_argument(
-        "--iterations", type=_whole(1), metavar="N", help="training iterations (the preset's)"
+        "--iterations", type=whole(1), metavar="N", help="training iterations (the preset's)"
     )
     _sampling(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new artifact")
@@ -251,13 +214,13 @@ def _generate(commands: Any) -> None:
         'tenuto generate demo:transformer --prompt "a golden retriever" --artifact a.safetensors',
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to draw")
+    parser.add_argument("--prompt", type=text, required=True, metavar="TEXT", help="what to draw")
     parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--artifact", type=Path, metavar="FILE", help="draw with this artifact")
     _sampling(parser)
     parser.add_argument(
         "--batch",
-        type=_whole(1),
+        type=whole(1),
         default=1,
         metavar="N",
         help="pictures, in one grid (%(default)s)",
@@ -278,7 +241,7 @@ def _compare(commands: Any) -> None:
     parser.add_argument("--artifact", type=Path, required=True, metavar="FILE", help="the artifact")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to draw, one a line")
     parser.add_argument(
-        "--count", type=_whole(1), default=64, metavar="N", help="pictures (%(default)s)"
+        "--count", type=whole(1), default=64, metavar="N", help="pictures (%(default)s)"
     )
     _sampling(parser, FIRST_SEED)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -289,6 +252,17 @@ def _inspect(commands: Any) -> None:
         commands, "inspect", "show what is in an artifact", "tenuto inspect demo.safetensors"
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="an artifact")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="PNG",
+        help="draw what it tells step by step (FILE with the ending .png)",
+    )
+    parser.add_argument(
+        "--layer", metavar="NAME", help="whose ranges to draw (those that change most)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

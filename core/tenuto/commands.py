@@ -19,6 +19,7 @@ from .checks import (
     calibration_prompts,
     check_file,
     check_out,
+    check_picture,
     comparison_prompts,
     damage_told,
     device_of,
@@ -154,11 +155,22 @@ def compare(args: Namespace, bars: Bars) -> Answer:
 
 
 def inspect(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto inspect`: what is in an artifact."""
+    """`tenuto inspect`: what is in an artifact, with `--plot` as a picture too."""
+    from .pictures import save_png
+    from .plots import plot
+
+    if args.layer is not None and args.plot is None:
+        raise TenutoError("--layer says whose ranges --plot draws: ask for --plot too.")
+    out = None if args.plot is None else check_picture(args.plot, args.file)
     artifact = load_artifact(args.file)
     size = args.file.stat().st_size
     with damage_told(args.file):
-        return Answer(about(str(args.file), artifact, size), facts_of(artifact, size))
+        text, data = about(str(args.file), artifact, size), facts_of(artifact, size)
+        if out is None:
+            return Answer(text, data)
+        picture = plot(artifact.header, artifact.tensors, args.file.name, args.layer)
+    save_png(picture, out, {"artifact": args.file.name, "layer": args.layer})
+    return Answer(f"{text}\n\nThe picture is in {out}.", data | {"plot": str(out)})
 
 
 def demo(args: Namespace, bars: Bars) -> Answer:
