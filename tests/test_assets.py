@@ -1,15 +1,119 @@
-"""The recipe of the demo models: every stage runs, tiny and on a CPU."""
+"""The demo models' folders as a stranger finds them, and their recipe, tiny and on a CPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from tenuto.demo import defaults, load
+from tenuto.errors import ModelError
+from tenuto.trajectory import sampler
 
 ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "assets"
+MODELS = ("transformer", "unet")
+SHARED = "vae"  # demo-unet has it as a link to demo-transformer's
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What diffusers and transformers warn of in their logs: they hand nothing on to the root."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for library in libraries:
+        library.addHandler(ear)
+    yield lines
+    for library in libraries:
+        library.removeHandler(ear)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stock_class_loads_and_draws(name: str, heard: list[str]) -> None:
+    """In a clone, without Tenuto and without a warning: the picture that Tenuto's sampler draws."""
+    import diffusers
+
+    folder = ASSETS / f"demo-{name}"
+    if not (folder / SHARED).is_dir():
+        pytest.skip("this checkout has no links")
+    kind = {"transformer": "PixArtAlphaPipeline", "unet": "StableDiffusionPipeline"}[name]
+    stock = getattr(diffusers, kind)
+    heard.clear()  # importing the class may advise torchvision
+    pipe = stock.from_pretrained(str(folder), local_files_only=True)
+    options = {"transformer": {"use_resolution_binning": False, "clean_caption": False}}
+    picture = pipe(
+        "a lemon", num_inference_steps=2, guidance_scale=defaults(folder).guidance,
+        generator=[torch.Generator().manual_seed(0)], output_type="pt", **options.get(name, {}),
+    ).images  # fmt: skip
+    assert not heard
+    ours = load(f"demo:{name}")
+    assert torch.equal(drawn(ours), picture * 2 - 1)
+    assert not heard
+
+
+def drawn(pipe: Any) -> torch.Tensor:
+    """One picture of two steps."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    return sampler(pipe, ("a lemon",), 2, defaults(pipe).guidance)(denoiser, 0, 1)
+
+
+@pytest.mark.parametrize("left", ["a text file", "nothing"])
+def test_a_checkout_without_links_draws_the_same(left: str, tmp_path: Path) -> None:
+    """As on Windows, where git writes a link as a file, and as in a wheel, which leaves it out."""
+    for name in MODELS:
+        folder = tmp_path / f"demo-{name}"
+        folder.mkdir()
+        for path in (ASSETS / folder.name).iterdir():
+            if name == "transformer" or path.name != SHARED:
+                (folder / path.name).symlink_to(path)
+    if left == "a text file":
+        (tmp_path / "demo-unet" / SHARED).write_text(f"../demo-transformer/{SHARED}")
+    pipe = load(str(tmp_path / "demo-unet"))
+    assert torch.equal(drawn(pipe), drawn(load("demo:unet")))
+    (tmp_path / "demo-transformer" / SHARED).unlink()
+    with pytest.raises(ModelError, match="Cannot load"):
+        load(str(tmp_path / "demo-unet"))
+
+
+def test_loading_leaves_the_logs_as_they_were() -> None:
+    """The advice about torchvision is kept away for as long as it takes."""
+    names = ("transformers", "transformers.utils.import_utils", "diffusers", "tenuto")
+
+    def state() -> list[Any]:
+        loggers = [logging.getLogger(name) for name in names]
+        return [(x.level, list(x.filters), list(x.handlers), x.propagate) for x in loggers]
+
+    load("demo:transformer")  # the libraries configure their own at first use
+    before = state()
+    load("demo:unet")
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_file_is_too_large(name: str) -> None:
+    weights = list((ASSETS / f"demo-{name}").rglob("*.safetensors"))
+    assert weights and max(f.stat().st_size for f in weights) <= 15 * 2**20
 
 
 @pytest.mark.slow

@@ -12,16 +12,21 @@ import torch
 from PIL import Image
 
 from tenuto import cli, showcase
+from tenuto.attachment import attach
 from tenuto.calibrate import quantize
 from tenuto.demo import LISTS, Defaults, check_model, defaults, demo, load, prompts
 from tenuto.errors import ModelError, TenutoError
 from tenuto.measure import BF16, FULL, compare, compare_all
+from tenuto.patching import denoiser_of
+from tenuto.route import train_router
 from tenuto.scheme import schemes
 from tenuto.trajectory import Call, Trajectory, record, sampler
 from tenuto.work import Work
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 LINES = ("a red dog", "a blue cat on snow")
+SHOWN = ("a lemon", "a school bus")
+PIPELINES = {"transformer": "PixArtAlphaPipeline", "unet": "StableDiffusionPipeline"}
 
 
 @pytest.fixture(autouse=True)
@@ -79,24 +84,91 @@ def test_load_gives_what_is_asked(tiny_pixart_folder: Path, pipe: Any) -> None:
     assert half.transformer.dtype is half.text_encoder.dtype is torch.bfloat16
 
 
-def test_the_demo_model_draws() -> None:
-    """In fp32, from the installed files, at the shipped steps and guidance."""
-    model = demo("transformer")
-    assert type(model).__name__ == "PixArtAlphaPipeline"
-    for part in (model.transformer, model.text_encoder, model.vae):
+@pytest.fixture(scope="module", params=sorted(PIPELINES))
+def shipped(request: pytest.FixtureRequest) -> Any:
+    """Each demo model in turn, in fp32."""
+    return demo(request.param)
+
+
+@pytest.fixture(scope="module")
+def seen(shipped: Any) -> Trajectory:
+    """Two steps of two pictures of each demo model."""
+    return record(shipped, SHOWN, steps=2, guidance=defaults(shipped).guidance, batch=2)
+
+
+def test_the_demo_models_draw(shipped: Any) -> None:
+    """In fp32, from the installed files, at the shipped guidance; twice the same."""
+    assert type(shipped).__name__ in PIPELINES.values()
+    denoiser = denoiser_of(shipped)
+    for part in (denoiser, shipped.text_encoder, shipped.vae):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
         assert all(p.isfinite().all() for p in part.parameters())
-    steps, guidance = defaults(model)
+    steps, guidance = defaults(shipped)
     assert steps == 20 and guidance is not None and guidance >= 2
-    pictures = sampler(model, ("a lemon", "a school bus"), 5, guidance)(model.transformer, 0, 2)
+    sample = sampler(shipped, SHOWN, 5, guidance)
+    pictures = sample(denoiser, 0, 2)
     assert pictures.shape == (2, 3, 64, 64)
     red, _, blue = pictures[0, :, 20:44, 20:44].mean((1, 2)).tolist()
     assert red > blue, "a lemon is yellow"
+    assert torch.equal(sample(denoiser, 0, 2), pictures)
 
 
-def test_the_demo_models_own_size() -> None:
-    weights = list((ASSETS / "demo-transformer").rglob("*.safetensors"))
-    assert weights and max(f.stat().st_size for f in weights) <= 15 * 2**20
+def test_a_demo_model_by_name_is_the_model() -> None:
+    assert set(PIPELINES) == {"transformer", "unet"}
+    for name, kind in PIPELINES.items():
+        check_model(f"demo:{name}")
+        assert defaults(f"demo:{name}") == defaults(ASSETS / f"demo-{name}")
+        assert type(load(f"demo:{name}")).__name__ == kind
+
+
+def rows(call: Call, part: list[int], batch: int) -> Call:
+    """The rows `part` of a call of `batch`."""
+    inputs = {
+        name: value[part] if getattr(value, "shape", ())[:1] == (batch,) else value
+        for name, value in call.inputs.items()
+    }
+    return Call(call.run, call.row, call.timestep, inputs)
+
+
+def outputs(model: torch.nn.Module, calls: list[Call]) -> list[torch.Tensor]:
+    """What the denoiser answers to recorded calls."""
+    with torch.no_grad():
+        return [model(**(c.inputs | {"return_dict": False}))[0] for c in calls]
+
+
+def gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative error."""
+    return float((one - other).norm() / other.norm())
+
+
+def test_a_quick_artifact_fits_and_comes_off(shipped: Any, seen: Trajectory) -> None:
+    """Attached: close, in int8, and batched equals split. Detached: not a bit has changed."""
+    model = denoiser_of(shipped)
+    whole, parts = seen.calls, ([0, 1], [3, 2])
+    assert {len(next(iter(c.inputs.values()))) for c in whole} == {4}, "guidance doubles the batch"
+    before = outputs(model, whole)
+    artifact = quantize(shipped, schemes.W8A8, seen)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, whole), before, strict=True))
+    with attach(shipped, artifact) as attached:
+        assert attached.execution()["mode"] == "int8"
+        after = outputs(model, whole)
+        for part in parts:
+            some = outputs(model, [rows(call, part, 4) for call in whole])
+            assert max(gap(a, b[part]) for a, b in zip(some, after, strict=True)) <= 1e-3
+        assert sampler(shipped, SHOWN, 2, 2.0)(model, 0, 1).shape == (1, 3, 64, 64)
+    assert 0 < max(gap(a, b) for a, b in zip(after, before, strict=True)) < 0.1
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, whole), before, strict=True))
+    for part in parts:
+        some = outputs(model, [rows(call, part, 4) for call in whole])
+        assert max(gap(a, b[part]) for a, b in zip(some, before, strict=True)) < 3e-6
+
+
+def test_a_route_fits_a_demo_model(shipped: Any, seen: Trajectory) -> None:
+    route = train_router(shipped, seen, reuse=0.25, iterations=1)
+    model = denoiser_of(shipped)
+    with attach(shipped, route) as attached:
+        sampler(shipped, SHOWN, 2, 2.0)(model, 0, 1)
+        assert sum(held for _, held in attached.counts().values()) > 0
 
 
 # --- a recording on disk --------------------------------------------------------------------------
