@@ -20,6 +20,7 @@ CORE = ROOT / "core" / "tenuto"
 SHIPPED = ("core", "comfy_nodes", "webui_ext", "gradio_app", "scripts")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MIB = 2**20
+Files = Callable[..., list[Path]]
 
 # A module imports only from rows above its own; a folder is one name, and its files may import each
 # other. CONTRIBUTING.md has the same rows: a new top-level module gets its place in both.
@@ -30,8 +31,10 @@ ROWS = (
     ("families", "patching", "plots"),
     ("trajectory", "qtensor"),
     ("replay", "tape", "temporal_table", "turns"),
+    ("gram",),
     ("algorithms", "caching", "discovery", "ranges", "temporal"),
     ("artifact", "maintenance", "recipes"),
+    ("compact",),
     ("attachment",),
     ("calibrate", "route", "measure", "demo"),
     ("__init__", "console", "checks"),

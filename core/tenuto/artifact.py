@@ -68,8 +68,9 @@ class Artifact:
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
         header = self.header | other.header
         header["made"] = self.header["made"] | other.header["made"]
-        if whole and "temporal" not in other.header:
-            header.pop("temporal", None)
+        for key in ("temporal", "compact"):  # of the weights
+            if whole and key not in other.header:
+                header.pop(key, None)
         if any(k.startswith(STEPWISE) for k in kept):  # bound to the steps they were found at
             header["schedule"] = self.header["schedule"]
         return Artifact(header, kept | other.tensors)
@@ -125,7 +126,12 @@ class Artifact:
 
     def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
         """What `attach` will read, of the shape and type that it will need."""
-        wanted = {f"weights/{k}": v for k, v in layout(layer, shape, scheme.weight).items()}
+        parts = layout(layer, shape, scheme.weight)
+        if "compact" in self.header:  # see compact.py
+            stream = self.tensors[f"weights/{layer}.delta"]
+            parts[f"{layer}.delta"] = (torch.uint8, (stream.numel(),))
+            del parts[f"{layer}.qdata"]
+        wanted = {f"weights/{k}": v for k, v in parts.items()}
         if scheme.activation is not None and not scheme.activation.dynamic:
             steps = len(self.header["schedule"]["timesteps"]) if scheme.activation.per_step else 1
             fact = (torch.float32, (steps,))

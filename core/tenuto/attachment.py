@@ -16,6 +16,7 @@ from .artifact import Artifact, tabled
 from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .clock import Clock
+from .compact import expanded
 from .errors import ArtifactError
 from .kernels.activation import Memo
 from .patching import Attached, Follow, Override, Swap, denoiser_of
@@ -72,6 +73,7 @@ def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: boo
     """
     artifact.validate()
     artifact.check(model)
+    made, artifact = artifact, expanded(artifact, model)
     denoiser = denoiser_of(model)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
@@ -81,7 +83,7 @@ def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: boo
     if missing:
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
     share = _share(denoiser, leaves, tables)
-    attached = Tenuto(model, artifact, clock, share)
+    attached = Tenuto(model, made, clock, share)
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):

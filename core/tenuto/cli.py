@@ -168,6 +168,9 @@ def _quantize(commands: Any) -> None:
         "--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line"
     )
     _sampling(parser)
+    parser.add_argument(
+        "--compact", action="store_true", help="a smaller file that leaves out what the model knows"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the artifact")
 
 

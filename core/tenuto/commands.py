@@ -47,6 +47,7 @@ class Sampling:
 def quantize(args: Namespace, bars: Bars) -> Answer:
     """`tenuto quantize`: record, quantize, save."""
     from .calibrate import effort, quantize
+    from .compact import compact
     from .maintenance import check_choice
     from .scheme import named
 
@@ -63,7 +64,7 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
             pipe, scheme, trajectory, preset=args.preset, device=sampling.device, seed=args.seed,
             temporal=args.temporal, work=work, on_progress=bars("Quantizing"),
         )  # fmt: skip
-        artifact.save(args.out)
+        (compact(artifact, pipe) if args.compact else artifact).save(args.out)
     bars.close()
     return Answer("\n".join(quantized_lines(args.out, artifact, pipe, len(wanted))))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .algorithms.adaround import AdaRound
+from .algorithms.gptq import GPTQ
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .backbone import Backbone
@@ -22,14 +22,14 @@ class Preset:
 
     prompts: int
     batch: int
-    rounding: AdaRound
+    rounding: GPTQ
     temporal: Tiar
 
 
 PRESETS = {
-    "quick": Preset(8, 4, AdaRound(120, 16), Tiar(100)),
-    "standard": Preset(16, 8, AdaRound(300, 16), Tiar(300)),
-    "thorough": Preset(64, 8, AdaRound(2000), Tiar(1000)),
+    "quick": Preset(16, 4, GPTQ(256), Tiar(100)),
+    "standard": Preset(64, 8, GPTQ(512), Tiar(300)),
+    "thorough": Preset(64, 8, GPTQ(2048), Tiar(1000)),
 }
 
 

@@ -20,24 +20,31 @@ from ..patching import override_
 from ..qtensor import QTensor
 from ..replay import Bank, first_tensor
 from ..scheme import Format, Scheme
+from .gptq import GPTQ
 from .nearest import rows_as, weight_of, weight_range
 
 STRETCH, SHIFT = 1.2, -0.1
 
 
 class Rounding:
-    """The rounding of one weight: soft while it is learnt, hard at the end."""
+    """The rounding of one weight: soft while it is learnt, hard at the end.
 
-    def __init__(self, weight: Tensor, form: Format) -> None:
+    start: signed codes (N, ...) from which it goes up or down, towards the weight; else the
+    weight's own neighbours.
+    """
+
+    def __init__(self, weight: Tensor, form: Format, start: Tensor | None = None) -> None:
         w = weight.detach().float()
         self.form = form
         self.low, self.high = code_limits(form.bits, form.symmetric)
         self.scale, self.zero = weight_range(w, form)
         self.wide, self.shift = rows_as(self.scale, w), rows_as(self.zero, w)
-        self.floor = (w / self.wide).floor()
-        share = (w / self.wide - self.floor).clamp(0.01, 0.99)
-        start = torch.log((share - SHIFT) / (STRETCH + SHIFT - share))
-        self.alpha = start.requires_grad_(True)
+        exact = w / self.wide
+        self.floor = exact.floor() if start is None else start - (exact < start).float()
+        share = (exact if start is None else start) - self.floor
+        share = share.clamp(0.01, 0.99)
+        alpha = torch.log((share - SHIFT) / (STRETCH + SHIFT - share))
+        self.alpha = alpha.requires_grad_(True)
         self.soft = w
 
     def up(self) -> Tensor:
@@ -62,6 +69,7 @@ class AdaRound:
 
     iterations, batch: optimizer steps and rows in each. lr: of Adam on the rounding alone.
     weight: of the rounding term, per weight. warmup: share of iterations without it.
+    start: "nearest", or "gptq" to go on from what GPTQ found.
     """
 
     iterations: int = 400
@@ -69,6 +77,7 @@ class AdaRound:
     lr: float = 1e-2
     weight: float = 0.01
     warmup: float = 0.2
+    start: str = "nearest"
 
     needs_inputs = True
 
@@ -84,7 +93,7 @@ class AdaRound:
     ) -> dict[str, QTensor]:
         """The weights of `layers`, rounded so that the block gives `target` (R, ...) on `bank`."""
         device = next(block.parameters()).device
-        roundings = {n: Rounding(weight_of(block, n), s.weight) for n, s in layers.items()}
+        roundings = self._started(block, layers, bank, seed, on_progress)
         patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
         optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
         draw = torch.Generator().manual_seed(seed)
@@ -100,6 +109,21 @@ class AdaRound:
             for patch in patches:
                 patch.remove()
         return {n: r.qtensor() for n, r in roundings.items()}
+
+    def _started(
+        self,
+        block: nn.Module,
+        layers: dict[str, Scheme],
+        bank: Bank,
+        seed: int,
+        on_progress: Callable[[int, int, str], None] | None,
+    ) -> dict[str, Rounding]:
+        """A rounding of every layer."""
+        first: dict[str, QTensor] = {}
+        if self.start == "gptq":
+            first = GPTQ()(block, layers, bank, seed=seed, on_progress=on_progress)
+        codes = {n: q.codes().float() for n, q in first.items()}
+        return {n: Rounding(weight_of(block, n), s.weight, codes.get(n)) for n, s in layers.items()}
 
     def _step(
         self,

@@ -1,0 +1,179 @@
+"""GPTQ: round a column at a time, and let the columns that are left make up for its error.
+
+Frantar et al. 2022 (arXiv 2210.17323): for the inputs x (R, K) of a layer and A = x^T x, with U the
+upper Cholesky factor of A^-1, column j is rounded and its error e_j = (w_j - q_j) / U_jj goes on as
+    w_k -= e_j U_jk   for k > j.
+Two additions. The layer is to give what it gave in full precision, y = W x, on the inputs that it
+gets now, x^: the weight to be rounded is then the least-squares one, B A^-1 with A = x^^T x^ and
+B = y^T x^ (asymmetric calibration, Li et al. 2025, arXiv 2504.02692). And afterwards every column
+is rounded again with all others fixed, a few times (cyclic descent, Behdin et al. 2023, arXiv
+2309.01885): this never raises the error
+    |W^ x^ - y|^2 = tr(W^ A W^T) - 2 tr(W^ B^T) + const.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gram import inputs_seen, patches, shared_inputs
+from ..numerics import code_limits
+from ..qtensor import QTensor
+from ..replay import Bank
+from ..scheme import Format, Scheme
+from .nearest import RoundToNearest, weight_of, weight_range
+
+WIDTH = 128  # columns whose errors are handed on in one product
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Layer by layer in the order of the block, each on what the layers before it now give.
+
+    rows: of the bank that are used. damping: share of A's mean diagonal that is added to it; it
+    draws the weight to the full-precision one where the inputs say nothing. sweeps: of cyclic
+    descent. asymmetric: aim at the outputs of the full-precision block.
+    """
+
+    rows: int = 256
+    damping: float = 0.1
+    sweeps: int = 2
+    asymmetric: bool = True
+
+    needs_inputs = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        block: nn.Module,
+        layers: dict[str, Scheme],
+        bank: Bank,
+        target: Tensor | None = None,
+        *,
+        seed: int = 0,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> dict[str, QTensor]:
+        """The weights of `layers`; `target` is not looked at."""
+        device = next(block.parameters()).device
+        whole, block, done = block, copy.deepcopy(block), 0
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(bank), generator=draw)[: self.rows]
+        found = RoundToNearest()(block, layers)  # what the block never calls stays like that
+        for group in shared_inputs(block, list(layers), bank, device):
+            if on_progress:
+                on_progress(done, len(layers), "compensating")
+            gram, cross = self._moments(whole, block, group, bank, rows, device)
+            for name in group:
+                weight = weight_of(whole, name)
+                found[name] = self.weight(weight, layers[name].weight, gram, cross[name])
+                layer: Any = block.get_submodule(name)
+                layer.weight.data.copy_(found[name].dequantize())
+            done += len(group)
+        return found
+
+    def _moments(
+        self,
+        whole: nn.Module,
+        block: nn.Module,
+        group: Sequence[str],
+        bank: Bank,
+        rows: Tensor,
+        device: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A (G, K, K) of the inputs that the layers share, and B (G, N / G, K) of each."""
+        first = whole.get_submodule(group[0])
+        gram: Any = 0.0
+        cross: dict[str, Any] = dict.fromkeys(group, 0.0)
+        now = inputs_seen(block, group[:1], bank, rows, device)
+        was = inputs_seen(whole, group[:1], bank, rows, device) if self.asymmetric else now
+        for seen in now:
+            x = patches(first, seen[group[0]])  # (G, R, K)
+            gram = gram + x.mT @ x
+            if self.asymmetric:
+                old = patches(first, next(was)[group[0]])
+                for name in group:
+                    y = old @ _by_group(weight_of(whole, name), len(x)).mT  # (G, R, N / G)
+                    cross[name] = cross[name] + y.mT @ x
+        if not self.asymmetric:
+            cross = {n: _by_group(weight_of(whole, n), len(gram)) @ gram for n in group}
+        return gram, cross
+
+    def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
+        """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
+        scale, zero = weight_range(weight, form)
+        low, high = code_limits(form.bits, form.symmetric)
+        grid = [t.unflatten(0, (len(gram), -1)) for t in (scale, low - zero, high - zero)]
+        codes = [
+            self.rounded(w, a, b, *limits)
+            for w, a, b, *limits in zip(
+                _by_group(weight, len(gram)).float(), gram, cross, *grid, strict=True
+            )
+        ]
+        unsigned = torch.cat(codes).view(weight.shape) + zero.view(-1, *[1] * (weight.ndim - 1))
+        return QTensor.from_codes(unsigned, scale, zero, form.bits, form.symmetric)
+
+    def rounded(
+        self, weight: Tensor, gram: Tensor, cross: Tensor, scale: Tensor, low: Tensor, high: Tensor
+    ) -> Tensor:
+        """Signed codes (N, K) of a weight (N, K). gram: (K, K); the rest as rows (N,)."""
+        gram, cross = gram.double(), cross.double()
+        extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
+        gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        cross = cross + extra * weight
+        order = gram.diagonal().argsort(descending=True)
+        gram, cross = gram[order][:, order], cross[:, order]
+        factor = torch.linalg.cholesky(gram)
+        wanted = torch.cholesky_solve(cross.mT, factor).mT.float().contiguous()
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+        grid = scale[:, None], low[:, None], high[:, None]
+        codes = compensated(wanted, inverse, *grid)
+        for _ in range(self.sweeps):
+            codes = descended(codes, gram.float(), cross.float(), *grid)
+        return codes[:, order.argsort()]
+
+
+def _by_group(weight: Tensor, groups: int) -> Tensor:
+    """A weight (N, ...) as (G, N / G, K)."""
+    return weight.detach().flatten(1).unflatten(0, (groups, -1))
+
+
+def compensated(
+    weight: Tensor, inverse: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Codes (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
+    rest, codes = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], WIDTH):
+        end = min(start + WIDTH, weight.shape[1])
+        errors = torch.empty_like(rest[:, start:end])
+        for j in range(start, end):
+            w = rest[:, j : j + 1]
+            codes[:, j : j + 1] = code = (w / scale).round().clamp(low, high)
+            errors[:, j - start : j - start + 1] = error = (w - code * scale) / inverse[j, j]
+            rest[:, j:end] -= error * inverse[j : j + 1, j:end]
+        rest[:, end:] -= errors @ inverse[start:end, end:]
+    return codes
+
+
+def descended(
+    codes: Tensor, gram: Tensor, cross: Tensor, scale: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Codes (N, K) after one sweep in which every column takes its best value."""
+    values = codes * scale
+    slope = values @ gram - cross  # half the gradient
+    for start in range(0, codes.shape[1], WIDTH):
+        end = min(start + WIDTH, codes.shape[1])
+        near, steps = slope[:, start:end].clone(), torch.empty_like(slope[:, start:end])
+        for j in range(start, end):
+            old, i = values[:, j : j + 1], j - start
+            best = (old - near[:, i : i + 1] / gram[j, j]) / scale
+            new = best.round().clamp(low, high) * scale
+            steps[:, i : i + 1] = step = new - old
+            near += step * gram[j : j + 1, start:end]
+            values[:, j : j + 1] = new
+        slope += steps @ gram[start:end]
+    return (values / scale).round()
