@@ -121,6 +121,19 @@ def test_a_demo_model_by_name_is_the_model() -> None:
         assert type(load(f"demo:{name}")).__name__ == kind
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_command_draws_with_a_demo_model(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.png"
+    arguments = ["generate", f"demo:{name}", "--prompt", "a lemon", "--steps", "2"]
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(out)]) == 0
+    assert not capfd.readouterr().err
+    with Image.open(out) as picture:
+        assert picture.size == (64, 64)
+        assert json.loads(picture.info["tenuto"])["guidance"] == defaults(f"demo:{name}").guidance
+
+
 def rows(call: Call, part: list[int], batch: int) -> Call:
     """The rows `part` of a call of `batch`."""
     inputs = {
