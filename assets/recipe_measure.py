@@ -76,9 +76,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def save_grid(pictures: Tensor, file: Path, columns: int, zoom: int = 2) -> None:
-    """Save pictures (N, 3, H, W) uint8 as one PNG, row by row."""
+    """Save pictures (N, 3, H, W) uint8 as one JPEG, row by row."""
     n, c, h, w = pictures.shape
     grid = pictures.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)
     image = Image.fromarray(grid.reshape(n // columns * h, columns * w, c).numpy())
     image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-    image.save(file, optimize=True)
+    image.save(file, quality=92, subsampling=0, optimize=True)

@@ -266,7 +266,7 @@ def grid(args: Arguments, pipeline: object) -> None:
     texts = [caption(name, "a photo of {a}{x}") for name in GRID for _ in range(4)]
     call = KINDS[args.model].call
     drawn = draw(pipeline, texts, args.guidance, args.steps, args.seed, **call)
-    save_grid(drawn, args.out / "grid.png", columns=8)
+    save_grid(drawn, args.out / f"grid-{args.model}.jpg", columns=8)
 
 
 def picture(args: Arguments) -> None:
@@ -301,7 +301,7 @@ def smoke(args: Arguments) -> None:
             print("smoke:", *stage)
             main(stage)
         size = sum(f.stat().st_size for f in (out / "demo-transformer").rglob("*"))
-        print(json.dumps({"bytes": size, "grid": (out / "grid.png").exists()}))
+        print(json.dumps({"bytes": size, "grid": (out / "grid-transformer.jpg").exists()}))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,8 +4,9 @@
     python benchmarks/quantization.py --artifact a.safetensors --rows "W8A8*" "*nearest*"
 
 Prints one JSON line a row as it goes and a Markdown table at the end. Rows: the bf16 floor, W8A8
-with ranges per token and per step, weight-only, and W4A8 by AdaRound and by round-to-nearest with
-the same layers kept at 8 bits, and with everything at 4 bits.
+with ranges per token and per step, weight-only, and W4A8 by GPTQ, by AdaRound, by AdaRound that
+goes on from GPTQ and by round-to-nearest with the same layers kept at 8 bits, and with everything
+at 4 bits. The time-only modules become tables in all of them (`--temporal` says otherwise).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
+from tenuto.algorithms.adaround import AdaRound
 from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.bf16 import bf16_arithmetic, bf16_copy
 from tenuto.calibrate import effort, recipe_for
@@ -40,14 +42,17 @@ FIRST_SEED = 10_000
 def recipes(model: nn.Module, preset: str) -> Iterator[tuple[str, tn.Recipe]]:
     """(name, recipe) of every row."""
     backbone, s = tn.describe(model), tn.schemes
-    nearest, learnt = RoundToNearest(), effort(preset).rounding
+    nearest, compensated = RoundToNearest(), effort(preset).rounding
+    learnt, both = AdaRound(300, 16), AdaRound(300, 16, start="gptq")
     yield "W8A8, per token", recipe_for(s.W8A8, backbone)
     yield "W8A8, per step", recipe_for(s.W8A8_STATIC, backbone)
     yield "W8A16", recipe_for(s.W8A16, backbone)
+    yield "W4A8, GPTQ, ends at 8 bits", recipe_for(s.W4A8, backbone, compensated)
     yield "W4A8, AdaRound, ends at 8 bits", recipe_for(s.W4A8, backbone, learnt)
+    yield "W4A8, AdaRound from GPTQ, ends at 8 bits", recipe_for(s.W4A8, backbone, both)
     yield "W4A8, round-to-nearest, ends at 8 bits", recipe_for(s.W4A8, backbone, nearest)
     yield "W4A8, round-to-nearest, everything", tn.Recipe((tn.Rule("*", s.W4A8, nearest),))
-    yield "W4A16, AdaRound, ends at 8 bits", recipe_for(s.W4A16, backbone, learnt)
+    yield "W4A16, GPTQ, ends at 8 bits", recipe_for(s.W4A16, backbone, compensated)
 
 
 def draw(sample: Any, denoiser: nn.Module, count: int, batch: int) -> tuple[Tensor, float]:
@@ -89,8 +94,9 @@ def measured(args: argparse.Namespace) -> Iterator[dict]:
     sample = sampler(pipe, tuple(evaluation), steps, guidance)
     reference, seconds = draw(sample, denoiser, args.count, args.batch)
     yield row("full precision", reference, reference, seconds)
-    twin = bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
-    yield row("bf16", *[draw(sample, twin, args.count, args.batch)[0], reference, float("nan")])
+    if wanted("bf16", args.rows):
+        twin = bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
+        yield row("bf16", draw(sample, twin, args.count, args.batch)[0], reference, float("nan"))
     for name, artifact, spent in artifacts(args, pipe, trajectory):
         with tn.attach(pipe, artifact) as attached:
             pictures, seconds = draw(sample, denoiser, args.count, args.batch)
@@ -111,11 +117,16 @@ def artifacts(
         found.header.pop("route", None)  # weights alone
         yield f"{file.stem}, preset {found.header['preset']}", found, None
     for name, recipe in recipes(denoiser_of(pipe), args.preset):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in args.rows):
+        if not wanted(name, args.rows):
             continue
-        begin = time.perf_counter()
-        artifact = tn.quantize(pipe, recipe, trajectory, preset=args.preset, seed=args.seed)
+        begin, options = time.perf_counter(), {"preset": args.preset, "temporal": args.temporal}
+        artifact = tn.quantize(pipe, recipe, trajectory, seed=args.seed, **options)
         yield name, artifact, round(time.perf_counter() - begin, 1)
+
+
+def wanted(name: str, patterns: list[str]) -> bool:
+    """Whether a row is asked for."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def main() -> None:
@@ -125,6 +136,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--preset", default="standard")
+    parser.add_argument("--temporal", default="auto", help="none, tiar, table or auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows to make (fnmatch)")
