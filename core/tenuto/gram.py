@@ -7,7 +7,7 @@ time. All that a least-squares fit of the weight needs is A = x^T x and B = y^T 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,16 +19,43 @@ from .replay import Bank
 CHUNK = 32  # rows of the bank in one call of the block
 
 
+class _Enough(Exception):  # leaves a block once everything was seen
+    pass
+
+
 def inputs_seen(
     block: nn.Module, names: Sequence[str], bank: Bank, rows: Tensor, device: Any
 ) -> Iterator[dict[str, Tensor]]:
-    """name -> the input of that layer, as it came, for `rows` of the bank, a chunk at a time."""
-    with _watched(block, names) as found:
+    """name -> the input of that layer, as it came, for `rows` of the bank, a chunk at a time.
+
+    The first chunk tells how often the layers are called; others are left after the last call.
+    """
+    found: dict[str, Tensor] = {}
+    calls, last = 0, 0
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            nonlocal calls
+            x, calls = args[0].detach(), calls + 1
+            found[name] = torch.cat((found[name], x)) if name in found else x
+            if calls == last:
+                raise _Enough
+
+        return hook
+
+    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
+    try:
         for index in rows.split(CHUNK):
             args, kwargs = bank.rows(index, device)
-            block(*args, **kwargs)
+            calls = 0
+            with suppress(_Enough):
+                block(*args, **kwargs)
+            last = calls
             yield dict(found)
             found.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
@@ -68,22 +95,3 @@ def shared_inputs(
             groups.append([name])
             last = x
     return groups
-
-
-@contextmanager
-def _watched(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    found: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            x = args[0].detach()
-            found[name] = torch.cat((found[name], x)) if name in found else x
-
-        return hook
-
-    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

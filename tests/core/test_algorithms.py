@@ -23,7 +23,7 @@ from tenuto.algorithms.gptq import GPTQ, compensated, descended
 from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.backbone import layers
 from tenuto.errors import Cancelled, SchemeError
-from tenuto.gram import patches
+from tenuto.gram import inputs_seen, patches
 from tenuto.numerics import code_limits
 from tenuto.patching import frozen
 from tenuto.qtensor import QTensor
@@ -381,6 +381,29 @@ def test_gptq_of_grouped_convolutions(tiny: Any, recorded: Any) -> None:
     assert bias is not None
     expected = (layer(x) - bias[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_seen_are_whole(case: Case) -> None:
+    """Also of a layer that is called twice in a block, and when a block is left half-way."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.shared(self.shared(self.first(x))))
+
+    block = Twice()
+    x = torch.randn(70, 3, 4, generator=torch.Generator().manual_seed(0))
+    bank = Bank(((Rows(0),), {}), {0: x}, {}, torch.zeros(70, dtype=torch.int64))
+    seen = list(inputs_seen(block, ["shared"], bank, torch.arange(70), "cpu"))
+    assert [len(row["shared"]) for row in seen] == [64, 64, 12]
+    first = block.first(x).detach()
+    torch.testing.assert_close(seen[2]["shared"][:6], first[64:])
+    torch.testing.assert_close(seen[2]["shared"][6:], block.shared(first[64:]).detach())
+    assert not block.shared._forward_pre_hooks
 
 
 def test_adaround_goes_on_from_gptq(case: Case) -> None:
