@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 
 from tenuto import cli
 from tenuto.artifact import Artifact
+from tenuto.compact import expanded
 from tenuto.console import Bars
+from tenuto.demo import load
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTIZE = ("quantize", "MODEL", "--scheme", "w8a8", "--prompts", "p.txt", "--out", "o.safetensors")
@@ -360,6 +362,20 @@ def test_generate_draws_a_grid_that_says_how_it_was_made(
         said = json.loads(picture.info["tenuto"])
         assert (said["artifact"], said["steps"]) == ("a.safetensors", 2)
         assert picture.size == (32, 32)
+
+
+def test_a_compact_artifact_is_the_same_one(
+    here: Path, made: Path, tiny_pixart_folder: Path
+) -> None:
+    arguments = ["quantize", str(tiny_pixart_folder), "--scheme", "w8a8", "--prompts", "p.txt"]
+    assert cli.main([*arguments, "--compact", "--out", "small.safetensors"]) == 0
+    assert (here / "small.safetensors").stat().st_size < made.stat().st_size
+    small, whole = Artifact.load(here / "small.safetensors"), Artifact.load(made)
+    again = expanded(small, load(str(tiny_pixart_folder)))
+    assert "compact" in small.header and again.header.keys() == whole.header.keys()
+    assert again.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in whole.tensors)
+    assert cli.main(["inspect", "small.safetensors"]) == 0
 
 
 def test_a_router_joins_the_artifact(
