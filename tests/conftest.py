@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +89,12 @@ def _save_tiny_pixart(folder: Path) -> None:
     )  # fmt: skip
     pipe.save_pretrained(folder, safe_serialization=True)
     (folder / "tenuto.json").write_text(json.dumps({"guidance": 2.0, "steps": 4}))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products are faster so, and the bytes do not depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,12 +23,7 @@ MODELS = ("transformer", "unet")
 SHARED = "vae"  # demo-unet has it as a link to demo-transformer's
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -58,8 +53,8 @@ def test_the_stock_class_loads_and_draws(name: str, heard: list[str]) -> None:
     import diffusers
 
     folder = ASSETS / f"demo-{name}"
-    if not (folder / SHARED).is_dir():
-        pytest.skip("this checkout has no links")
+    if os.name == "nt" and not (folder / SHARED).is_dir():
+        pytest.skip("git made no links here: Windows does so only where it is allowed to")
     kind = {"transformer": "PixArtAlphaPipeline", "unet": "StableDiffusionPipeline"}[name]
     stock = getattr(diffusers, kind)
     heard.clear()  # importing the class may advise torchvision

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,22 @@ WITH_CODE = [page for page in DOCS if blocks(page)]
 
 
 @pytest.fixture(scope="module")
-def ran() -> Iterator[dict[str, dict[str, Any]]]:
-    """Page -> the names that its blocks leave, run one after the other in one namespace."""
+def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Page -> the names that its blocks leave, imported as one module with the page's lines."""
     found: dict[str, dict[str, Any]] = {}
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     for page in WITH_CODE:
-        names: dict[str, Any] = {"__name__": page.stem}
+        lines: list[str] = []
+        for line, code in blocks(page):
+            lines += [""] * (line - len(lines)) + code.splitlines()
+        file = tmp_path_factory.mktemp("docs") / f"{page.stem.replace('-', '_')}.py"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
         with torch.random.fork_rng():
-            for line, code in blocks(page):
-                exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), names)
-        found[page.stem] = names
-    yield found
-    torch.set_num_threads(before)
+            spec.loader.exec_module(module)
+        found[page.stem] = vars(module)
+    return found
 
 
 def test_there_is_code_and_it_runs(ran: dict[str, dict[str, Any]]) -> None:

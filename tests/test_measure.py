@@ -27,13 +27,7 @@ KEYS = (
 FULL, MINE, LOW = measure.FULL, measure.ARTIFACT, measure.BF16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waiting for a second thread than they gain by it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sample(denoiser: nn.Module, seed: int, batch: int, steps: int = 4) -> Tensor:
