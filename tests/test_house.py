@@ -27,7 +27,7 @@ Files = Callable[..., list[Path]]
 ROWS = (
     ("errors", "version", "arguments"),
     ("numerics", "scheme", "clock", "work", "metrics", "shipped", "comparison", "pictures"),
-    ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "stepwise"),
+    ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "grid", "stepwise"),
     ("families", "patching", "plots"),
     ("trajectory", "qtensor"),
     ("replay", "tape", "temporal_table", "turns"),

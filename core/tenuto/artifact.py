@@ -24,7 +24,7 @@ from .qtensor import layout
 from .scheme import Scheme
 from .work import write_tensors
 
-VERSION = "1.0"
+VERSION = "1.1"  # 1.1: groups of columns
 KEY = "tenuto"
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
 HEADER_LIMIT = 64 * 2**20  # bytes; a header of a real artifact is far smaller

@@ -153,7 +153,7 @@ def _leaves(
         if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
             raise ArtifactError(f"The model has no layer {name} of shape {facts['shape']}.")
         scheme = schemes[facts["scheme"]]
-        weight = QTensor.from_tensors(weights, name, facts["shape"], scheme.weight.bits)
+        weight = QTensor.from_tensors(weights, name, facts["shape"], scheme.weight)
         static = scheme.activation is not None and not scheme.activation.dynamic
         pair = (ranges[f"{name}.scale"], ranges[f"{name}.zero_point"]) if static else None
         kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear

@@ -191,7 +191,7 @@ class Job:
         for name in names:
             rule, layer = self.plan[name], self.model.get_submodule(name)
             assert rule.scheme is not None and isinstance(layer, nn.Linear | nn.Conv2d)
-            q = QTensor.from_tensors(tensors, name, layer.weight.shape, rule.scheme.weight.bits)
+            q = QTensor.from_tensors(tensors, name, layer.weight.shape, rule.scheme.weight)
             value = q.dequantize().to(self.device)
             gap = (value - layer.weight).norm() / layer.weight.norm().clamp_min(1e-12)
             self.errors[name] = float(f"{float(gap):.4g}")

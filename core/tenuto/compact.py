@@ -1,8 +1,8 @@
 """Compact weights: of an artifact's codes only what the model's own weights do not tell.
 
 A code lies near that of the model's own weight, n = clip(round(w / s) + z): the file keeps d = code
-- n, several to a byte, in a zlib stream, and a checksum of the codes. An 8-bit layer that was
-rounded to nearest needs no more than its scales. Who attaches such an artifact has the model at
+- n, several to a byte, in a zlib stream, and a checksum of the levels (code - z). An 8-bit layer
+that was rounded to nearest needs no more than its scales. Who attaches such an artifact has the model at
 hand; `expanded` puts the codes back, bit for bit, or says that it is not the same model.
 
 In the file: `weights/NAME.delta`, uint8 (bytes,), in the place of `weights/NAME.qdata`, and in the
@@ -20,7 +20,7 @@ from torch import Tensor
 from .artifact import Artifact
 from .backbone import layers
 from .errors import ArtifactError
-from .numerics import code_limits, quantize
+from .grid import Grid
 from .patching import denoiser_of
 from .qtensor import QTensor
 from .scheme import Format, Scheme
@@ -35,13 +35,13 @@ def compact(artifact: Artifact, model: Any) -> Artifact:
         return artifact
     tensors, facts = dict(artifact.tensors), {}
     for name, form, weight in _layers(artifact, model):
-        q = QTensor.from_tensors(artifact.section("weights"), name, weight.shape, form.bits)
-        codes = q.codes().to("cpu", torch.int16)
-        delta = codes - _nearest(weight, form, q)
+        q = QTensor.from_tensors(artifact.section("weights"), name, weight.shape, form)
+        levels = q.levels().to("cpu", torch.int16)
+        delta = levels - _grid(tensors, name, form).nearest(weight).to(torch.int16)
         most = int(delta.abs().max()) if delta.numel() else 0
         del tensors[f"weights/{name}.qdata"]
         tensors[f"weights/{name}.delta"] = _pack(delta, most)
-        facts[name] = {"most": most, "crc32": _checksum(codes)}
+        facts[name] = {"most": most, "crc32": _checksum(levels)}
     return Artifact(artifact.header | {"compact": facts}, tensors)
 
 
@@ -53,22 +53,18 @@ def expanded(artifact: Artifact, model: Any) -> Artifact:
     for name, form, weight in _layers(artifact, model):
         try:
             facts = artifact.header["compact"][name]
-            scale = tensors[f"weights/{name}.scale"]
-            zero = tensors.get(f"weights/{name}.zero_point")
+            grid = _grid(tensors, name, form)
             most, wanted = int(facts["most"]), int(facts["crc32"])
             delta = _unpack(tensors.pop(f"weights/{name}.delta"), most, weight.numel())
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise ArtifactError(f"The artifact is damaged: {name} cannot be expanded.") from error
-        like = QTensor(delta, scale, zero, tuple(weight.shape), form.bits)
-        codes = _nearest(weight, form, like) + delta.view(weight.shape)
-        if _checksum(codes) != wanted:
+        levels = grid.nearest(weight).to(torch.int16) + delta.view(weight.shape)
+        if _checksum(levels) != wanted:
             raise ArtifactError(
                 f"The weights of {name} are not those that the artifact was made from: load the "
                 "model in the precision in which it is stored."
             )
-        shift = torch.zeros_like(scale) if zero is None else zero
-        unsigned = codes.float() + shift.float().view(-1, *[1] * (weight.ndim - 1))
-        q = QTensor.from_codes(unsigned, scale, shift, form.bits, form.symmetric)
+        q = QTensor.of(levels.float(), grid)
         tensors |= {f"weights/{key}": value for key, value in q.tensors(name).items()}
     header = {key: value for key, value in artifact.header.items() if key != "compact"}
     return Artifact(header, tensors)
@@ -88,15 +84,14 @@ def _layers(artifact: Artifact, model: Any) -> list[tuple[str, Format, Tensor]]:
     return found
 
 
-def _nearest(weight: Tensor, form: Format, like: QTensor) -> Tensor:
-    """Signed codes int16 of the nearest values to `weight` (N, ...) on the grid of `like`."""
-    shape = -1, *[1] * (weight.ndim - 1)
-    scale = like.scale.cpu().view(shape)
-    zero = torch.zeros_like(scale)
-    if like.zero_point is not None and not form.symmetric:
-        zero = like.zero_point.cpu().float().view(shape)
-    low, high = code_limits(form.bits, form.symmetric)
-    return (quantize(weight, scale, zero, low, high) - zero).to(torch.int16)
+def _grid(tensors: dict[str, Tensor], name: str, form: Format) -> Grid:
+    """The grid of a layer as the file has it."""
+    parts = (tensors.get(f"weights/{name}.{part}") for part in ("zero_point", "step"))
+    zero, step = (None if t is None else t.cpu().float() for t in parts)
+    scale = tensors[f"weights/{name}.scale"].cpu()
+    if zero is None or form.symmetric:
+        zero = torch.zeros_like(scale)
+    return Grid(scale, zero if form.group else zero[:, None], step, form)
 
 
 def _checksum(codes: Tensor) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,16 +17,18 @@ from torch.nn import functional as F
 
 from . import numerics
 from .clock import Clock
+from .grid import Grid, spread
 from .kernels import activation, int8_conv2d, int8_linear
 from .scheme import Format, Scheme
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """Codes of a weight, one range per output channel.
+    """Codes of a weight (N, ...), K columns a row, G ranges a row; see `grid.py`.
 
     qdata: int8 (N, ...) for 5 to 8 bits, else two codes a byte, uint8 (N, ceil(K / 2)).
     scale: fp32 (N,). zero_point: uint8 (N,), or None where the range is symmetric.
+    With groups of columns, zero_point and step are uint8 (N, G).
     """
 
     qdata: Tensor
@@ -34,28 +36,48 @@ class QTensor:
     zero_point: Tensor | None
     shape: tuple[int, ...]
     bits: int
+    step: Tensor | None = None
+    group: int = 0
 
     @staticmethod
-    def from_codes(
-        codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool
-    ) -> QTensor:
-        """A weight from float codes (N, ...) as `numerics.quantize` makes them."""
-        shape, zero = tuple(codes.shape), None
-        if not symmetric:
-            zero = zero_point.to(torch.uint8)
-            codes = codes - zero_point.view(-1, *[1] * (codes.ndim - 1))
-        elif bits <= 4:  # stored unsigned
-            zero = torch.full_like(zero_point, 2 ** (bits - 1), dtype=torch.uint8)
-        return QTensor(stored(codes, zero, bits), scale.float(), zero, shape, bits)
+    def of(levels: Tensor, grid: Grid) -> QTensor:
+        """A weight from whole levels (N, ...), floating, as `Grid.nearest` gives them."""
+        form, shape, zero, step = grid.form, tuple(levels.shape), None, None
+        if not form.symmetric:
+            zero = grid.zero.to(torch.uint8)
+        elif form.bits <= 4:  # stored unsigned
+            zero = torch.full_like(grid.zero, 2 ** (form.bits - 1), dtype=torch.uint8)
+        if grid.step is not None:
+            step = grid.step.to(torch.uint8)
+        elif zero is not None:
+            zero = zero[:, 0]
+        qdata = stored(levels, zero, form.bits, form.group)
+        return QTensor(qdata, grid.scale.float(), zero, shape, form.bits, step, form.group)
 
-    def codes(self) -> Tensor:
+    def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
         if self.zero_point is None:
             return self.qdata
         size = int(torch.Size(self.shape[1:]).numel())
         rows = numerics.unpack_int4(self.qdata, size) if self.bits <= 4 else self.qdata
-        wide = rows.to(torch.int16) - self.zero_point.to(torch.int16)[:, None]
+        wide = rows.to(torch.int16) - _columns(self.zero_point, self.group, size).to(torch.int16)
         return (wide.to(torch.int8) if self.bits < 8 else wide).view(self.shape)
+
+    def codes(self) -> Tensor:
+        """What `scale` multiplies, int8 (or int16) of the weight's shape: levels, times steps."""
+        levels = self.levels()
+        if self.step is None:
+            return levels
+        rows = levels.flatten(1)
+        steps = _columns(self.step, self.group, rows.shape[1])
+        return (rows * steps.to(torch.int8)).view(self.shape)
+
+    def qdata_of(self, codes: Tensor) -> Tensor:
+        """`qdata` of other codes in these ranges: the inverse of `codes`."""
+        if self.step is not None:
+            rows = codes.flatten(1)
+            codes = rows // _columns(self.step, self.group, rows.shape[1]).to(torch.int8)
+        return stored(codes, self.zero_point, self.bits, self.group)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for."""
@@ -64,26 +86,44 @@ class QTensor:
 
     def to(self, device: Any) -> QTensor:
         """The same weight on another device."""
-        zero = None if self.zero_point is None else self.zero_point.to(device)
-        return QTensor(self.qdata.to(device), self.scale.to(device), zero, self.shape, self.bits)
+        zero, step = (None if t is None else t.to(device) for t in (self.zero_point, self.step))
+        return replace(
+            self,
+            qdata=self.qdata.to(device),
+            scale=self.scale.to(device),
+            zero_point=zero,
+            step=step,
+        )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Named tensors for a file."""
-        found = {f"{name}.qdata": self.qdata, f"{name}.scale": self.scale}
-        return found if self.zero_point is None else found | {f"{name}.zero_point": self.zero_point}
+        parts = {
+            "qdata": self.qdata,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "step": self.step,
+        }
+        return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
     @staticmethod
-    def from_tensors(tensors: dict[str, Tensor], name: str, shape: Any, bits: int) -> QTensor:
-        """The weight that `tensors` stored under `name`."""
-        zero = tensors.get(f"{name}.zero_point")
-        return QTensor(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], zero, tuple(shape), bits)
+    def from_tensors(tensors: dict[str, Tensor], name: str, shape: Any, form: Format) -> QTensor:
+        """The weight of format `form` that `tensors` stored under `name`."""
+        qdata, scale = tensors[f"{name}.qdata"], tensors[f"{name}.scale"]
+        zero, step = (tensors.get(f"{name}.{part}") for part in ("zero_point", "step"))
+        return QTensor(qdata, scale, zero, tuple(shape), form.bits, step, form.group)
 
 
-def stored(codes: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """`QTensor.qdata` of signed codes (N, ...): the inverse of `QTensor.codes`."""
+def _columns(values: Tensor, group: int, columns: int) -> Tensor:
+    """Values of every range, (N,) or (N, G), as (N, K) of every column."""
+    return spread(values if group else values[:, None], group, columns)
+
+
+def stored(levels: Tensor, zero_point: Tensor | None, bits: int, group: int = 0) -> Tensor:
+    """`QTensor.qdata` of levels (N, ...): the inverse of `QTensor.levels`."""
     if zero_point is None:
-        return codes.to(torch.int8)
-    rows = codes.flatten(1).to(torch.int16) + zero_point.to(torch.int16)[:, None]
+        return levels.to(torch.int8)
+    rows = levels.flatten(1).to(torch.int16)
+    rows = rows + _columns(zero_point, group, rows.shape[1]).to(torch.int16)
     return numerics.pack_int4(rows.to(torch.uint8)) if bits <= 4 else rows.to(torch.uint8)
 
 
@@ -92,14 +132,15 @@ def layout(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Type and shape of each of `QTensor.tensors(name)`, for a weight of `shape` in `form`."""
     size = math.prod(shape[1:])
+    found = {f"{name}.scale": (torch.float32, shape[:1])}
     if form.symmetric and form.bits > 4:
-        return {f"{name}.qdata": (torch.int8, shape), f"{name}.scale": (torch.float32, shape[:1])}
+        return found | {f"{name}.qdata": (torch.int8, shape)}
     columns = (size + 1) // 2 if form.bits <= 4 else size
-    return {
-        f"{name}.qdata": (torch.uint8, (shape[0], columns)),
-        f"{name}.scale": (torch.float32, shape[:1]),
-        f"{name}.zero_point": (torch.uint8, shape[:1]),
-    }
+    found[f"{name}.qdata"] = (torch.uint8, (shape[0], columns))
+    if not form.group:
+        return found | {f"{name}.zero_point": (torch.uint8, shape[:1])}
+    facts = (torch.uint8, (shape[0], math.ceil(size / form.group)))
+    return found | {f"{name}.zero_point": facts, f"{name}.step": facts}
 
 
 class QLayer(nn.Module):
@@ -122,6 +163,7 @@ class QLayer(nn.Module):
         self.qdata: Tensor
         self.weight_scale: Tensor
         self.zero_point: Tensor | None
+        self.step: Tensor | None
         self.input_scale: Tensor | None
         self.input_zero: Tensor | None
         weight = layer.weight
@@ -132,6 +174,7 @@ class QLayer(nn.Module):
         self.register_buffer("qdata", q.qdata)
         self.register_buffer("weight_scale", q.scale)
         self.register_buffer("zero_point", q.zero_point)
+        self.register_buffer("step", q.step)
         self.bias = layer.bias
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
         self.register_buffer("input_scale", scale)
@@ -164,7 +207,7 @@ class QLayer(nn.Module):
     def _unpack(self) -> None:
         """Codes back into `qdata` as they were stored, caches gone."""
         if self._packed is not None:
-            self.qdata = stored(self._packed.codes(), self.zero_point, self.bits)
+            self.qdata = self._kept().qdata_of(self._packed.codes())
         self._packed = self._float = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -179,7 +222,12 @@ class QLayer(nn.Module):
         """The weight; once packed, the packed codes are the only copy."""
         if self._packed is not None:
             return QTensor(self._packed.codes(), self.weight_scale, None, self.shape, 8)
-        return QTensor(self.qdata, self.weight_scale, self.zero_point, self.shape, self.bits)
+        return self._kept()
+
+    def _kept(self) -> QTensor:
+        """The weight as the buffers have it; without codes once packed."""
+        zero, step, group = self.zero_point, self.step, self.scheme.weight.group
+        return QTensor(self.qdata, self.weight_scale, zero, self.shape, self.bits, step, group)
 
     @property
     def weight(self) -> Tensor:

@@ -20,6 +20,7 @@ class Format:
     "token" one per row, found on the fly (per picture in a convolution, whose pixels mix).
     per_step: with "tensor", one range for every calibrated step (FSC of TFMQ-DM, arXiv 2311.16503).
     ranges: how a stored range is found: "minmax", "mse" or "percentile".
+    group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
     """
 
     bits: int
@@ -27,6 +28,7 @@ class Format:
     granularity: str = "channel"
     per_step: bool = False
     ranges: str = "minmax"
+    group: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -35,6 +37,8 @@ class Format:
             raise SchemeError(f"Unknown granularity {self.granularity!r}: one of {GRANULARITIES}.")
         if self.ranges not in ("minmax", "mse", "percentile"):
             raise SchemeError(f"Unknown range search {self.ranges!r}.")
+        if self.group and (self.bits > 4 or self.symmetric or self.group < 8 or self.group % 8):
+            raise SchemeError("Groups are for asymmetric weights of 4 bits or less: 8, 16, 24, ...")
 
     @property
     def dynamic(self) -> bool:
@@ -52,7 +56,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.weight.granularity != "channel":
-            raise SchemeError("Weights are quantized per output channel.")
+            raise SchemeError("Weights are quantized per output channel, or in groups of it.")
         if self.weight.bits == 8 and not self.weight.symmetric:
             raise SchemeError(
                 "8-bit weights are symmetric: the integer kernels have no zero point."
@@ -78,7 +82,7 @@ def _check_activation(form: Format) -> None:
     """What no layer computes is refused here, before it passes as something else."""
     if form.granularity == "channel":
         raise SchemeError("Activations are quantized per tensor or per token.")
-    if form.bits != 8 or form.ranges != "minmax":
+    if form.bits != 8 or form.ranges != "minmax" or form.group:
         raise SchemeError("Activations have 8 bits and min-max ranges.")
     if form.symmetric != form.dynamic:
         raise SchemeError("Activation ranges are symmetric per token, asymmetric per tensor.")
@@ -134,7 +138,7 @@ class Recipe:
 
 
 _W8 = Format(8, symmetric=True, ranges="minmax")
-_W4 = Format(4, symmetric=False, ranges="mse")
+_W4 = Format(4, symmetric=False, ranges="mse", group=32)
 _TOKEN = Format(8, symmetric=True, granularity="token")
 _STEP = Format(8, symmetric=False, granularity="tensor", per_step=True)
 

@@ -24,7 +24,7 @@ from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.backbone import layers
 from tenuto.errors import Cancelled, SchemeError
 from tenuto.gram import inputs_seen, patches
-from tenuto.numerics import code_limits
+from tenuto.grid import Grid
 from tenuto.patching import frozen
 from tenuto.qtensor import QTensor
 from tenuto.replay import Bank, Rows, inputs_of, outputs
@@ -108,16 +108,16 @@ def test_not_worse_than_round_to_nearest(cls: type, scheme: Scheme, case: Case) 
 @pytest.mark.parametrize("scheme", [schemes.W8A8, schemes.W4A8], ids=lambda s: s.name)
 def test_the_weights_are_of_the_scheme(cls: type, scheme: Scheme, case: Case) -> None:
     form = scheme.weight
-    low, high = code_limits(form.bits, form.symmetric)
     for name, q in case.run(quick(cls), scheme).items():
         weight = case.block.get_submodule(name).weight
         assert q.shape == tuple(weight.shape) and q.bits == form.bits
-        zero = 0 if q.zero_point is None else q.zero_point.view(-1, *[1] * (weight.ndim - 1))
-        codes = q.codes().int() + zero
-        assert codes.min() >= low and codes.max() <= high
-        step = q.scale.view(-1, *[1] * (weight.ndim - 1))
-        inside = (weight / step + zero > low) & (weight / step + zero < high)
-        gap = ((q.dequantize() - weight).abs() / step)[inside]
+        grid = Grid.of(weight, form)
+        columns = weight[0].numel()
+        size = grid.size(columns).view(weight.shape)
+        bottom, top = (t.view(weight.shape) for t in grid.limits(columns))
+        assert (q.levels() >= bottom).all() and (q.levels() <= top).all()
+        inside = (weight / size > bottom) & (weight / size < top)
+        gap = ((q.dequantize() - weight).abs() / size)[inside]
         farther = cls is GPTQ  # it makes up for the errors of other columns
         assert farther or gap.max() < 1.001, "a code above or below, never farther"
 
@@ -182,12 +182,11 @@ def test_an_unknown_one_is_said() -> None:
 def test_nearest_is_nearest() -> None:
     w = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
     for form in (schemes.W8A8.weight, schemes.W4A8.weight):
-        q = RoundToNearest().weight(w, form)
-        error = (q.dequantize() - w).abs()
+        q, grid = RoundToNearest().weight(w, form), Grid.of(w, form)
+        error, (bottom, top) = (q.dequantize() - w).abs(), grid.limits(40)
         for step in (-1, 1):
-            moved = q.dequantize() + step * q.scale[:, None]
-            low, high = q.dequantize().amin(1, keepdim=True), q.dequantize().amax(1, keepdim=True)
-            reachable = (moved >= low) & (moved <= high)
+            moved = q.dequantize() + step * grid.size(40)
+            reachable = (q.levels() + step >= bottom) & (q.levels() + step <= top)
             assert (error <= (moved - w).abs() + 1e-6)[reachable].all()
 
 
@@ -201,8 +200,8 @@ def test_rounding_starts_at_the_weight(form: Format, shape: tuple[int, ...]) -> 
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     rounding = Rounding(w, form)
     soft = rounding.weight(rounding.up()).detach()
-    step = rounding.wide
-    inside = (w / step + rounding.shift).sub((rounding.low + rounding.high) / 2).abs()
+    step = rounding.size
+    inside = (w / step).sub((rounding.low + rounding.high) / 2).abs()
     inside = inside < (rounding.high - rounding.low) / 2 - 1
     assert ((soft - w).abs() / step)[inside].max() < 0.02
     nearest = RoundToNearest().weight(w, form)
@@ -316,9 +315,8 @@ def moments(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 def test_gptq_and_sweeps_lower_the_error_of_the_layer() -> None:
     """Each stage gives at most the error of the one before; in all much less than nearest."""
     x, weight, gram = moments(300, 40)
-    scale = weight.abs().amax(1) / 7
-    low, high = torch.full_like(scale, -8), torch.full_like(scale, 7)
-    grid = scale[:, None], low[:, None], high[:, None]
+    size = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
+    grid = size, torch.full_like(size, -8), torch.full_like(size, 7)
     inverse = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).float()
     nearest = (weight / grid[0]).round().clamp(-8, 7)
     found = [nearest, compensated(weight, inverse, *grid)]
@@ -333,7 +331,7 @@ def test_gptq_and_sweeps_lower_the_error_of_the_layer() -> None:
 def test_a_sweep_ends_where_no_single_code_can_do_better() -> None:
     """All codes of three columns, tried one by one."""
     _, weight, gram = moments(50, 3)
-    scale = weight.abs().amax(1, keepdim=True) / 3
+    scale = (weight.abs().amax(1, keepdim=True) / 3).expand_as(weight)
     low, high = torch.full_like(scale, -4), torch.full_like(scale, 3)
     cross = (weight.double() @ gram).float()
     codes = (weight / scale).round().clamp(-4, 3)

@@ -9,6 +9,7 @@ import os
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def old_artifact(model: nn.Module) -> Artifact:
         "stem": schemes.W8A8_STATIC, "blocks.0.attn": schemes.W4A8, "blocks.0.mlp": schemes.W4A16,
         "blocks.1.attn": schemes.W4A8_STATIC, "blocks.1.mlp": schemes.W8A8,
     }  # fmt: skip
+    plan = {n: replace(s, weight=replace(s.weight, group=0)) for n, s in plan.items()}
     for name, scheme in plan.items():
         weight: Any = model.get_submodule(name).weight
         q = RoundToNearest().weight(weight, scheme.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from torch.nn import functional as F
 from tenuto import numerics
 from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.clock import Clock
-from tenuto.qtensor import QConv2d, QLayer, QLinear, QTensor
+from tenuto.grid import Grid
+from tenuto.qtensor import QConv2d, QLayer, QLinear, QTensor, layout
 from tenuto.scheme import Format, Scheme, schemes
 
 TIMES = (999, 499, 0)
 FORMATS = [Format(b, symmetric=s) for b, s in itertools.product((2, 3, 4, 5, 7, 8), (True, False))]
 FORMATS = [f for f in FORMATS if f.bits < 8 or f.symmetric]
+FORMATS += [Format(bits, symmetric=False, group=16) for bits in (2, 3, 4)]
 SHAPES = [(6, 32), (5, 33), (1, 1), (4, 3, 3, 3), (8, 2, 1, 1)]
 ALL = [s for s in vars(schemes).values() if isinstance(s, Scheme)]
 WITH_CODES = [s for s in ALL if s.activation is not None]
@@ -70,27 +73,33 @@ def quantized(kind: str, scheme: Scheme, *, simulate: bool = False, **options: A
 # --- the weight -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.bits}{'s' if f.symmetric else 'a'}")
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.bits}{'s' if f.symmetric else 'a'}{f.group}")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_is_its_codes(form: Format, shape: tuple[int, ...]) -> None:
     """Every code that the format has, in storage and back, and through named tensors."""
+    gen, columns = torch.Generator().manual_seed(1), math.prod(shape[1:])
     low, high = numerics.code_limits(form.bits, form.symmetric)
-    gen = torch.Generator().manual_seed(1)
-    codes = torch.randint(low, high + 1, shape, generator=gen).float()
-    codes.view(-1)[0], codes.view(-1)[-1] = low, high
-    scale = torch.rand(shape[0], generator=gen) + 0.1
-    zero = torch.zeros(shape[0])
+    count = math.ceil(columns / form.group) if form.group else 1
+    zero, step = torch.zeros(shape[0], count), None
     if not form.symmetric:
-        zero = torch.randint(low, high + 1, (shape[0],), generator=gen).float()
-    q = QTensor.from_codes(codes, scale, zero, form.bits, form.symmetric)
-    wide = [-1, *[1] * (len(shape) - 1)]
-    assert torch.equal(q.codes().float(), codes - zero.view(wide))
-    expected = (codes - zero.view(wide)) * scale.view(wide)
+        zero = torch.randint(low, high + 1, zero.shape, generator=gen).float()
+    if form.group:
+        step = torch.randint(1, 9, zero.shape, generator=gen).float()
+    grid = Grid(torch.rand(shape[0], generator=gen) + 0.1, zero, step, form)
+    codes = torch.randint(low, high + 1, (shape[0], columns), generator=gen).float()
+    codes.view(-1)[0], codes.view(-1)[-1] = low, high
+    levels = codes - grid.spread(zero, columns)
+    q = QTensor.of(levels.view(shape), grid)
+    steps = 1 if step is None else grid.spread(step, columns)
+    assert torch.equal(q.levels().float(), levels.view(shape))
+    assert torch.equal(q.codes().float(), (levels * steps).view(shape))
+    assert torch.equal(q.qdata_of(q.codes()), q.qdata)
+    expected = (levels * steps * grid.scale[:, None]).view(shape)
     assert torch.equal(q.dequantize(), expected)
     assert q.dequantize(torch.bfloat16).dtype is torch.bfloat16
     tensors = q.tensors("a.b")
-    assert all(k.startswith("a.b.") for k in tensors)
-    again = QTensor.from_tensors(tensors, "a.b", list(shape), form.bits)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()} == layout("a.b", shape, form)
+    again = QTensor.from_tensors(tensors, "a.b", list(shape), form)
     assert torch.equal(again.dequantize(), expected) and again.shape == shape
     assert torch.equal(q.to("cpu").dequantize(), expected)
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..numerics import code_limits
+from ..grid import Grid
 from ..patching import override_
 from ..qtensor import QTensor
 from ..replay import Bank, first_tensor
 from ..scheme import Format, Scheme
 from .gptq import GPTQ
-from .nearest import rows_as, weight_of, weight_range
+from .nearest import weight_of
 
 STRETCH, SHIFT = 1.2, -0.1
 
@@ -29,17 +29,17 @@ STRETCH, SHIFT = 1.2, -0.1
 class Rounding:
     """The rounding of one weight: soft while it is learnt, hard at the end.
 
-    start: signed codes (N, ...) from which it goes up or down, towards the weight; else the
-    weight's own neighbours.
+    start: levels (N, ...) from which it goes up or down, towards the weight; else the weight's own
+    neighbours.
     """
 
     def __init__(self, weight: Tensor, form: Format, start: Tensor | None = None) -> None:
         w = weight.detach().float()
-        self.form = form
-        self.low, self.high = code_limits(form.bits, form.symmetric)
-        self.scale, self.zero = weight_range(w, form)
-        self.wide, self.shift = rows_as(self.scale, w), rows_as(self.zero, w)
-        exact = w / self.wide
+        self.grid = Grid.of(w, form)
+        columns = w.shape[1:].numel()
+        self.size = self.grid.size(columns).view(w.shape)
+        self.low, self.high = (t.view(w.shape) for t in self.grid.limits(columns))
+        exact = w / self.size
         self.floor = exact.floor() if start is None else start - (exact < start).float()
         share = (exact if start is None else start) - self.floor
         share = share.clamp(0.01, 0.99)
@@ -53,14 +53,12 @@ class Rounding:
 
     def weight(self, up: Tensor) -> Tensor:
         """The weight that the rounding `up` stands for."""
-        codes = (self.floor + up + self.shift).clamp(self.low, self.high)
-        return (codes - self.shift) * self.wide
+        return (self.floor + up).clamp(self.low, self.high) * self.size
 
     def qtensor(self) -> QTensor:
         """The weight with every decision made."""
         up = (self.alpha.detach() >= 0).float()
-        codes = (self.floor + up + self.shift).clamp(self.low, self.high)
-        return QTensor.from_codes(codes, self.scale, self.zero, self.form.bits, self.form.symmetric)
+        return QTensor.of((self.floor + up).clamp(self.low, self.high), self.grid)
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,8 @@ class AdaRound:
         first: dict[str, QTensor] = {}
         if self.start == "gptq":
             first = GPTQ()(block, layers, bank, seed=seed, on_progress=on_progress)
-        codes = {n: q.codes().float() for n, q in first.items()}
-        return {n: Rounding(weight_of(block, n), s.weight, codes.get(n)) for n, s in layers.items()}
+        start = {n: q.levels().float() for n, q in first.items()}
+        return {n: Rounding(weight_of(block, n), s.weight, start.get(n)) for n, s in layers.items()}
 
     def _step(
         self,

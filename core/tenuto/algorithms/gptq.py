@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..gram import inputs_seen, patches, shared_inputs
-from ..numerics import code_limits
+from ..grid import Grid
 from ..qtensor import QTensor
 from ..replay import Bank
 from ..scheme import Format, Scheme
-from .nearest import RoundToNearest, weight_of, weight_range
+from .nearest import RoundToNearest, weight_of
 
 WIDTH = 128  # columns whose errors are handed on in one product
 
@@ -105,22 +105,22 @@ class GPTQ:
 
     def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
         """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
-        scale, zero = weight_range(weight, form)
-        low, high = code_limits(form.bits, form.symmetric)
-        grid = [t.unflatten(0, (len(gram), -1)) for t in (scale, low - zero, high - zero)]
-        codes = [
-            self.rounded(w, a, b, *limits)
-            for w, a, b, *limits in zip(
-                _by_group(weight, len(gram)).float(), gram, cross, *grid, strict=True
+        grid, groups = Grid.of(weight, form), len(gram)
+        columns = weight.shape[1:].numel()
+        parts = (grid.size(columns), *grid.limits(columns))
+        split = [t.unflatten(0, (groups, -1)) for t in parts]
+        levels = [
+            self.rounded(w, a, b, *rows)
+            for w, a, b, *rows in zip(
+                _by_group(weight, groups).float(), gram, cross, *split, strict=True
             )
         ]
-        unsigned = torch.cat(codes).view(weight.shape) + zero.view(-1, *[1] * (weight.ndim - 1))
-        return QTensor.from_codes(unsigned, scale, zero, form.bits, form.symmetric)
+        return QTensor.of(torch.cat(levels).view(weight.shape), grid)
 
     def rounded(
-        self, weight: Tensor, gram: Tensor, cross: Tensor, scale: Tensor, low: Tensor, high: Tensor
+        self, weight: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
     ) -> Tensor:
-        """Signed codes (N, K) of a weight (N, K). gram: (K, K); the rest as rows (N,)."""
+        """Levels (N, K) of a weight (N, K). gram: (K, K); the rest (N, K), see `Grid`."""
         gram, cross = gram.double(), cross.double()
         extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
         gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -130,11 +130,11 @@ class GPTQ:
         factor = torch.linalg.cholesky(gram)
         wanted = torch.cholesky_solve(cross.mT, factor).mT.float().contiguous()
         inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-        grid = scale[:, None], low[:, None], high[:, None]
-        codes = compensated(wanted, inverse, *grid)
+        grid = [t[:, order] for t in (size, low, high)]
+        levels = compensated(wanted, inverse, *grid)
         for _ in range(self.sweeps):
-            codes = descended(codes, gram.float(), cross.float(), *grid)
-        return codes[:, order.argsort()]
+            levels = descended(levels, gram.float(), cross.float(), *grid)
+        return levels[:, order.argsort()]
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:
@@ -142,38 +142,37 @@ def _by_group(weight: Tensor, groups: int) -> Tensor:
     return weight.detach().flatten(1).unflatten(0, (groups, -1))
 
 
-def compensated(
-    weight: Tensor, inverse: Tensor, scale: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    """Codes (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
-    rest, codes = weight.clone(), torch.empty_like(weight)
+def compensated(weight: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Levels (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
+    rest, levels = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], WIDTH):
         end = min(start + WIDTH, weight.shape[1])
         errors = torch.empty_like(rest[:, start:end])
         for j in range(start, end):
-            w = rest[:, j : j + 1]
-            codes[:, j : j + 1] = code = (w / scale).round().clamp(low, high)
-            errors[:, j - start : j - start + 1] = error = (w - code * scale) / inverse[j, j]
-            rest[:, j:end] -= error * inverse[j : j + 1, j:end]
+            w, one = rest[:, j : j + 1], slice(j, j + 1)
+            level = (w / size[:, one]).round().clamp(low[:, one], high[:, one])
+            errors[:, j - start : j - start + 1] = error = (w - level * size[:, one]) / inverse[j, j]
+            levels[:, one] = level
+            rest[:, j:end] -= error * inverse[one, j:end]
         rest[:, end:] -= errors @ inverse[start:end, end:]
-    return codes
+    return levels
 
 
 def descended(
-    codes: Tensor, gram: Tensor, cross: Tensor, scale: Tensor, low: Tensor, high: Tensor
+    levels: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
-    """Codes (N, K) after one sweep in which every column takes its best value."""
-    values = codes * scale
+    """Levels (N, K) after one sweep in which every column takes its best value."""
+    values = levels * size
     slope = values @ gram - cross  # half the gradient
-    for start in range(0, codes.shape[1], WIDTH):
-        end = min(start + WIDTH, codes.shape[1])
+    for start in range(0, levels.shape[1], WIDTH):
+        end = min(start + WIDTH, levels.shape[1])
         near, steps = slope[:, start:end].clone(), torch.empty_like(slope[:, start:end])
         for j in range(start, end):
-            old, i = values[:, j : j + 1], j - start
-            best = (old - near[:, i : i + 1] / gram[j, j]) / scale
-            new = best.round().clamp(low, high) * scale
-            steps[:, i : i + 1] = step = new - old
-            near += step * gram[j : j + 1, start:end]
-            values[:, j : j + 1] = new
+            one, i = slice(j, j + 1), j - start
+            best = (values[:, one] - near[:, i : i + 1] / gram[j, j]) / size[:, one]
+            new = best.round().clamp(low[:, one], high[:, one]) * size[:, one]
+            steps[:, i : i + 1] = step = new - values[:, one]
+            near += step * gram[one, start:end]
+            values[:, one] = new
         slope += steps @ gram[start:end]
-    return (values / scale).round()
+    return (values / size).round()

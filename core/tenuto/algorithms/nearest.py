@@ -8,14 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..numerics import RANGES, code_limits, quantize
+from ..grid import Grid
 from ..qtensor import QTensor
 from ..scheme import Format, Scheme
-
-
-def weight_range(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point (N,) of a weight (N, ...) as its format searches them."""
-    return RANGES[form.ranges](weight.detach().float().flatten(1), form.bits, form.symmetric)
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:
@@ -24,14 +19,9 @@ def weight_of(block: nn.Module, name: str) -> Tensor:
     return layer.weight
 
 
-def rows_as(x: Tensor, weight: Tensor) -> Tensor:
-    """(N,) shaped to broadcast over the rows of `weight` (N, ...)."""
-    return x.view(-1, *[1] * (weight.ndim - 1))
-
-
 @dataclass(frozen=True)
 class RoundToNearest:
-    """codes = clip(round(w / s) + z): no data needed."""
+    """The nearest value of the grid: no data needed."""
 
     needs_inputs = False
 
@@ -50,8 +40,5 @@ class RoundToNearest:
 
     def weight(self, weight: Tensor, form: Format) -> QTensor:
         """One weight (N, ...) at the nearest codes."""
-        w = weight.detach().float()
-        scale, zero = weight_range(w, form)
-        low, high = code_limits(form.bits, form.symmetric)
-        codes = quantize(w, rows_as(scale, w), rows_as(zero, w), low, high)
-        return QTensor.from_codes(codes, scale, zero, form.bits, form.symmetric)
+        grid = Grid.of(weight, form)
+        return QTensor.of(grid.nearest(weight), grid)

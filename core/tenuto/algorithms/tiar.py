@@ -86,14 +86,13 @@ def flipped(
     should give; both float64. A row is done when no flip lowers its error, or after `most`.
     """
     rounding = Rounding(weight, form)
-    low, high = rounding.low - rounding.shift, rounding.high - rounding.shift
-    free = (rounding.floor >= low) & (rounding.floor + 1 <= high)  # not clipped
-    codes, scale = q.codes().to(torch.float64), rounding.scale.double()[:, None]
-    slope = (codes * scale) @ gram - cross  # half the gradient, (N, K)
-    curve, active = gram.diagonal(), torch.arange(len(codes), device=codes.device)
+    free = (rounding.floor >= rounding.low) & (rounding.floor + 1 <= rounding.high)  # not clipped
+    levels, size = q.levels().to(torch.float64), rounding.size.double()
+    slope = (levels * size) @ gram - cross  # half the gradient, (N, K)
+    curve, active = gram.diagonal(), torch.arange(len(levels), device=levels.device)
     for _ in range(most):
-        up = codes[active] - rounding.floor[active]
-        step = (1 - 2 * up) * scale[active]
+        up = levels[active] - rounding.floor[active]
+        step = (1 - 2 * up) * size[active]
         gain = 2 * step * slope[active] + step.square() * curve
         best, place = gain.masked_fill_(~free[active], 0).min(1)
         better = best < 0
@@ -102,9 +101,8 @@ def flipped(
             break
         change = step[better].gather(1, place[:, None])
         slope[active] += change * gram[place]
-        codes[active, place] += change[:, 0].sign()
-    unsigned = codes.float() + rounding.shift
-    return QTensor.from_codes(unsigned, q.scale, rounding.zero, form.bits, form.symmetric)
+        levels[active, place] += change[:, 0].sign()
+    return QTensor.of(levels.float(), rounding.grid)
 
 
 def _order(block: nn.Module, names: Mapping[str, Scheme], bank: Bank, device: Any) -> list[str]:
