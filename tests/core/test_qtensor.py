@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from tenuto import numerics
 from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.clock import Clock
-from tenuto.qtensor import QConv2d, QLayer, QLinear, QTensor
+from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.qtensor import QTensor
 from tenuto.scheme import Format, Scheme, schemes
 
 TIMES = (999, 499, 0)
