@@ -128,7 +128,8 @@ class QLayer(nn.Module):
         if self._packed is None:
             self._packed = self._pack()
             self.qdata = self.qdata.new_empty(0)
-        return self._integer(codes, scale, zero).to(x.dtype)
+        with torch.no_grad():
+            return self._integer(codes, scale, zero, x.dtype)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
@@ -151,7 +152,7 @@ class QLayer(nn.Module):
     def _pack(self) -> Any:
         raise NotImplementedError
 
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any) -> Tensor:
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -171,8 +172,9 @@ class QLinear(QLayer):
     def _pack(self) -> Any:
         return int8_linear.pack(self.qtensor().codes(), self.weight_scale)
 
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any) -> Tensor:
-        return int8_linear.int8_linear(codes, scale, zero, self._packed, self._bias(torch.float32))
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
+        bias = self._bias(torch.float32)
+        return int8_linear.int8_linear(codes, scale, zero, self._packed, bias, dtype)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -189,13 +191,14 @@ class QConv2d(QLayer):
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def _supported(self) -> bool:
-        return int8_conv2d.supported(self.qdata.device, self.shape)
+        return int8_conv2d.supported(self.qdata.device, self.shape, self.geometry[-1])
 
     def _pack(self) -> Any:
         return int8_conv2d.pack(self.qtensor().codes(), self.weight_scale, self.geometry)
 
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any) -> Tensor:
-        return int8_conv2d.int8_conv2d(codes, scale, zero, self._packed, self._bias(torch.float32))
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
+        bias = self._bias(torch.float32)
+        return int8_conv2d.int8_conv2d(codes, scale, zero, self._packed, bias, dtype)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding, dilation, groups = self.geometry
