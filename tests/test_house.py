@@ -30,7 +30,7 @@ ROWS = (
     ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "grid", "stepwise"),
     ("families", "patching", "plots"),
     ("trajectory", "qtensor"),
-    ("replay", "tape", "temporal_table", "turns"),
+    ("qlayer", "replay", "tape", "temporal_table", "turns"),
     ("gram",),
     ("algorithms", "caching", "discovery", "ranges", "temporal"),
     ("artifact", "maintenance", "recipes"),

@@ -20,7 +20,8 @@ from .compact import expanded
 from .errors import ArtifactError
 from .kernels.activation import Memo
 from .patching import Attached, Follow, Override, Swap, denoiser_of
-from .qtensor import QConv2d, QLayer, QLinear, QTensor
+from .qlayer import QConv2d, QLayer, QLinear
+from .qtensor import QTensor
 from .scheme import Scheme
 from .temporal_table import TemporalTable
 

@@ -2,8 +2,8 @@
 
 A code lies near that of the model's own weight, n = clip(round(w / s) + z): the file keeps d = code
 - n, several to a byte, in a zlib stream, and a checksum of the levels (code - z). An 8-bit layer
-that was rounded to nearest needs no more than its scales. Who attaches such an artifact has the model at
-hand; `expanded` puts the codes back, bit for bit, or says that it is not the same model.
+that was rounded to nearest needs no more than its scales. Who attaches such an artifact has the
+model at hand; `expanded` puts the codes back, bit for bit, or says that it is another model.
 
 In the file: `weights/NAME.delta`, uint8 (bytes,), in the place of `weights/NAME.qdata`, and in the
 header "compact": {NAME: {"most": the largest |d|, "crc32": of the codes as int8, row by row}}.

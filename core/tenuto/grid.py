@@ -4,7 +4,7 @@ A range is that of a whole row,
     value = scale[n] * (code - zero[n]),
 or that of a group of columns, in two levels, so that every value is an 8-bit code of its row too
 and the integer kernels need not know of groups (QServe, arXiv 2405.04532; LLMC):
-    value = scale[n] * step[n, g] * (code - zero[n, g]),   step whole,  |step * (code - zero)| <= 127.
+    value = scale[n] * step[n, g] * (code - zero[n, g]),   |step * (code - zero)| <= 127.
 A *level* is code - zero: signed, whole, between `limits`.
 """
 

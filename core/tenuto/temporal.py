@@ -20,7 +20,8 @@ from .clock import Clock
 from .errors import ModelError
 from .numerics import affine
 from .patching import Swap, place, tensors_in
-from .qtensor import QConv2d, QLinear, QTensor
+from .qlayer import QConv2d, QLinear
+from .qtensor import QTensor
 from .replay import Bank, arguments, banked, cut_out
 from .scheme import Scheme
 from .temporal_table import TemporalTable

@@ -17,7 +17,7 @@ from tenuto.caching.schedule import CacheSchedule
 from tenuto.caching.student import Student
 from tenuto.clock import Clock
 from tenuto.patching import frozen, override_
-from tenuto.qtensor import QConv2d, QLinear
+from tenuto.qlayer import QConv2d, QLinear
 from tenuto.work import Work
 
 QUICK = HarmoniCa(reuse=0.4, iterations=6, batch=2)

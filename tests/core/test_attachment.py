@@ -20,7 +20,7 @@ from tenuto.backbone import layers
 from tenuto.clock import active
 from tenuto.errors import ArtifactError, ModelError
 from tenuto.patching import override_
-from tenuto.qtensor import QLayer
+from tenuto.qlayer import QLayer
 from tenuto.scheme import Recipe, Rule
 from tenuto.trajectory import Call
 

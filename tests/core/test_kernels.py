@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenuto import kernels, numerics
-from tenuto.kernels import activation, int8_conv2d, int8_linear, onednn
+from tenuto.kernels import activation, finish, int8_conv2d, int8_linear, onednn
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CODES = ("random", "extreme", "halfway")
@@ -85,7 +86,7 @@ def test_linear_by_library_matmul(name: str) -> None:
     for rows in (1, 16, 17, 40):
         x, codes = inputs(name, (2, rows, 64), draw), weights(name, (24, 64), draw)
         scale, x_scale = torch.rand(24, generator=draw), torch.rand(2, rows, 1, generator=draw)
-        packed = int8_linear.CudaLinear(codes, scale)
+        packed = int8_linear.IntLinear(codes, scale)
         for zero in zero_points("cpu"):
             found = int8_linear.int8_linear(x, x_scale, zero, packed, None)
             expected = int8_linear.reference(x, x_scale, zero, codes, scale, None)
@@ -136,6 +137,65 @@ def test_conv2d(
                     found = int8_conv2d.int8_conv2d(given, x_scale, zero, packed, b)
                     expected = int8_conv2d.reference(x, x_scale, zero, codes, w_scale, b, geometry)
                     close(found, expected, size)
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize(("shape", "weight", "geometry"), [c for c in CONV if c[2][3] == 1])
+def test_conv2d_by_library_matmul(
+    name: str, shape: tuple[int, ...], weight: tuple[int, ...], geometry: tuple[Any, ...]
+) -> None:
+    """What a GPU computes: patches of codes, whatever the sizes."""
+    draw = torch.Generator().manual_seed(sum(weight))
+    x, codes = inputs(name, shape, draw), weights(name, weight, draw)
+    w_scale, bias = torch.rand(len(codes), generator=draw), torch.randn(len(codes), generator=draw)
+    packed = int8_conv2d.IntConv2d(codes, w_scale, geometry)
+    assert torch.equal(packed.codes(), codes)
+    size = 255 * 127 * 2.25 * codes[0].numel()
+    for x_scale in (torch.rand(1, generator=draw), torch.rand(len(x), 1, 1, 1, generator=draw)):
+        for zero in zero_points("cpu"):
+            for form in (torch.contiguous_format, torch.channels_last):
+                given = x.contiguous(memory_format=form)  # type: ignore[call-overload]
+                found = int8_conv2d.int8_conv2d(given, x_scale, zero, packed, bias)
+                expected = int8_conv2d.reference(x, x_scale, zero, codes, w_scale, bias, geometry)
+                close(found, expected, size)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_output_is_rounded_once_and_laid_out_as_the_input(
+    dtype: torch.dtype, form: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece or in many, with the scale in the operator or after it."""
+    draw = torch.Generator().manual_seed(0)
+    x, codes = inputs("random", (5, 8, 6, 6), draw), weights("random", (16, 8, 3, 3), draw)
+    w_scale, bias = torch.rand(16, generator=draw), torch.randn(16, generator=draw)
+    geometry: Any = ((1, 1), (1, 1), (1, 1), 1)
+    packed, given = int8_conv2d.pack(codes, w_scale, geometry), x.contiguous(memory_format=form)
+    dense, rows = int8_linear.pack(codes.flatten(1), w_scale), inputs("random", (3, 7, 72), draw)
+    one = torch.rand(1, generator=draw)
+    for piece in (2**20, 16 * 36 * 2):
+        monkeypatch.setattr(finish, "PIECE", piece)
+        for scale, zero in ((one, torch.tensor([7], dtype=torch.int32)), (one.expand(5, 1), 128)):
+            per_picture = scale.reshape(-1, 1, 1, 1) if len(scale) > 1 else scale
+            args = (given, per_picture, zero)
+            found = int8_conv2d.int8_conv2d(*args, packed, bias, dtype)
+            expected = int8_conv2d.reference(x, *args[1:], codes, w_scale, bias, geometry)
+            assert found.dtype is dtype and found.is_contiguous(memory_format=form)
+            near(found, expected, dtype)
+            token = torch.rand(3, 7, 1, generator=draw) if len(scale) > 1 else scale
+            found = int8_linear.int8_linear(rows, token, zero, dense, bias, dtype)
+            expected = int8_linear.reference(rows, token, zero, codes.flatten(1), w_scale, bias)
+            assert found.dtype is dtype and found.is_contiguous()
+            near(found, expected, dtype)
+
+
+def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Equal to half a step of `dtype`, and the noise of fp32."""
+    half = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+    slack = 3e-6 * float(expected.abs().max())
+    fits = expected.abs() < torch.finfo(dtype).max
+    gap = (found.float() - expected).abs() - half * 2 * expected.abs()
+    assert float(gap[fits].max()) <= slack
 
 
 def test_what_is_not_supported_is_said() -> None:
@@ -227,6 +287,52 @@ def test_an_input_is_quantized_once_while_it_stays_the_same() -> None:
         before = memo.per_row(y)[1].clone()
         y.mul_(2)
         assert torch.allclose(memo.per_row(y)[1], 2 * before)
+
+
+def layouts() -> Iterator[Tensor]:
+    """Inputs of every kind of stride, small and larger than a piece."""
+    draw = torch.Generator().manual_seed(3)
+    big, small = torch.randn(3, 40, 9, 16, generator=draw), torch.randn(2, 1, 3, 5, generator=draw)
+    yield from (big, small, big[:1], big.transpose(1, 3), big[..., ::2], big.expand(3, 40, 9, 16))
+    yield from (big.contiguous(memory_format=torch.channels_last), torch.zeros(2, 2, 2, 2))
+    yield from (torch.arange(-64.0, 64).view(2, 4, 4, 4) / 2, torch.empty(2, 0, 3, 4))
+
+
+@pytest.mark.parametrize("piece", [2**18, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_codes_are_those_of_the_reference(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, ties too; and laid out as the input, so that nothing is turned over later."""
+    monkeypatch.setattr(activation, "PIECE", piece)
+    monkeypatch.setattr(activation, "_kept", threading.local())
+    for x in layouts():
+        x = x.to(dtype)
+        for dims in ((-1,), (1, 2, 3)):
+            if not x.numel():
+                continue
+            found, expected = activation.per_row(x, dims), activation.reference_per_row(x, dims)
+            assert all(map(torch.equal, found, expected))
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        assert not last or found[0].is_contiguous(memory_format=torch.channels_last)
+        for zero in (0.0, 37.0, 255.0):
+            args = (x, torch.tensor([0.5]), torch.tensor([zero]))
+            assert torch.equal(activation.per_tensor(*args), activation.reference_per_tensor(*args))
+
+
+def test_the_kept_buffer_serves_every_mode() -> None:
+    """Made inside inference mode, it is written to outside; threads have their own."""
+    found: list[Tensor] = []
+
+    def first() -> None:
+        with torch.inference_mode():
+            activation.per_row(torch.randn(4, 8))
+        found.append(activation.per_row(torch.ones(2, 4))[0])
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    assert found[0].eq(255).all()
 
 
 @pytest.mark.parametrize("dims", [(-1,), (1, 2, 3)])

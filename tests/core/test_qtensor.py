@@ -16,7 +16,8 @@ from tenuto import numerics
 from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.clock import Clock
 from tenuto.grid import Grid
-from tenuto.qtensor import QConv2d, QLayer, QLinear, QTensor, layout
+from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.qtensor import QTensor, layout
 from tenuto.scheme import Format, Scheme, schemes
 
 TIMES = (999, 499, 0)
@@ -73,7 +74,9 @@ def quantized(kind: str, scheme: Scheme, *, simulate: bool = False, **options: A
 # --- the weight -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.bits}{'s' if f.symmetric else 'a'}{f.group}")
+@pytest.mark.parametrize(
+    "form", FORMATS, ids=lambda f: f"{f.bits}{'s' if f.symmetric else 'a'}{f.group}"
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_weight_is_its_codes(form: Format, shape: tuple[int, ...]) -> None:
     """Every code that the format has, in storage and back, and through named tensors."""

@@ -151,7 +151,9 @@ def compensated(weight: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high
         for j in range(start, end):
             w, one = rest[:, j : j + 1], slice(j, j + 1)
             level = (w / size[:, one]).round().clamp(low[:, one], high[:, one])
-            errors[:, j - start : j - start + 1] = error = (w - level * size[:, one]) / inverse[j, j]
+            errors[:, j - start : j - start + 1] = error = (w - level * size[:, one]) / inverse[
+                j, j
+            ]
             levels[:, one] = level
             rest[:, j:end] -= error * inverse[one, j:end]
         rest[:, end:] -= errors @ inverse[start:end, end:]

@@ -17,7 +17,7 @@ from torch.nn.grad import conv2d_input
 
 from ..clock import Clock
 from ..patching import Override, override_
-from ..qtensor import QConv2d, QLayer
+from ..qlayer import QConv2d, QLayer
 from .schedule import Slot, each, shape_of
 
 

@@ -49,6 +49,15 @@ def _product(x: Tensor, zero: Any, packed: Tensor, w_scale: Tensor, w_zero: Tens
     )
 
 
+@functools.cache
+def writes_bf16() -> bool:
+    """Whether a product comes out in bf16 at full speed: older processors take the slow way."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def _halves(x: Tensor, zero: Any) -> list[tuple[Tensor, Any]]:
     """`x` and its zero point as two addends of at most 128 each."""
     low = x >> 1
@@ -56,59 +65,93 @@ def _halves(x: Tensor, zero: Any) -> list[tuple[Tensor, Any]]:
     return [(low, zero_low), (x - low, zero - zero_low)]
 
 
-class PackedLinear:
-    """An int8 weight (N, K) prepacked for uint8 inputs. A cache: never state, never copied."""
+class _Packed:
+    """An int8 weight prepacked for uint8 inputs. A cache: never state, never copied."""
+
+    weight: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        self.weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         self.scale = scale.float().contiguous()
         self.zero = torch.zeros(len(scale), dtype=torch.int32)
         self.split = saturates() and int(codes.abs().amax()) > SAFE_WEIGHT
 
-    def __call__(self, x: Tensor, zero: Any) -> Tensor:
-        """(x - zero) @ (scale * codes).T in fp32: uint8 (..., K) -> (..., N)."""
-        parts = _halves(x, zero) if self.split else [(x, zero)]
-        outs = [_product(p, z, self.weight, self.scale, self.zero) for p, z in parts]
-        return outs[0] if len(outs) == 1 else outs[0].add_(outs[1])
+    def __call__(
+        self,
+        x: Tensor,
+        zero: Any,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The operation on scale * (x - zero) and the weight, plus bias, in fp32 or bf16.
+
+        x: uint8. zero: an int, or one int32 element. scale: one fp32 element, or None for 1.
+        """
+        if not self.split:
+            return self._one(x, zero, scale, bias, dtype)
+        (low, low_zero), (high, high_zero) = _halves(x, zero)
+        one = self._one(low, low_zero, scale, bias, torch.float32)
+        return one.add_(self._one(high, high_zero, scale, None, torch.float32)).to(dtype)
+
+    def _one(
+        self, x: Tensor, zero: Any, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """What is resident."""
+        return [self.weight, self.scale, self.zero]
+
+
+class PackedLinear(_Packed):
+    """An int8 weight (N, K): (..., K) -> (..., N)."""
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(codes, scale)
+        self.weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+
+    def _one(
+        self, x: Tensor, zero: Any, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        op, pair = _overload(torch.ops.onednn.qlinear_pointwise, scale, zero)
+        tail = (1.0, 0, dtype, "none", [], "")
+        return op(x, *pair, self.weight, self.scale, self.zero, bias, *tail)
 
     def codes(self) -> Tensor:
         """The weight that was packed, int8 (N, K)."""
         return self.weight.to_dense().t().contiguous()
 
-    def tensors(self) -> list[Tensor]:
-        """What is resident."""
-        return [self.weight, self.scale, self.zero]
 
-
-class PackedConv2d:
-    """An int8 weight (O, I / groups, kh, kw) prepacked for uint8 inputs."""
+class PackedConv2d(_Packed):
+    """An int8 weight (O, I / groups, kh, kw): (B, I, H, W) -> (B, O, H', W'), channels last."""
 
     def __init__(self, codes: Tensor, scale: Tensor, geometry: tuple[Any, ...]) -> None:
+        super().__init__(codes, scale)
         self.geometry = geometry  # stride, padding, dilation, groups
-        self.scale = scale.float().contiguous()
-        self.zero = torch.zeros(len(scale), dtype=torch.int32)
         pack = torch.ops.onednn.qconv_prepack
         self.weight = pack(codes.contiguous(), self.scale, 1.0, 0, *geometry, None)
-        self.split = saturates() and int(codes.abs().amax()) > SAFE_WEIGHT
 
-    def __call__(self, x: Tensor, zero: Any) -> Tensor:
-        """The convolution of (x - zero) with scale * codes in fp32: uint8 (B, I, H, W)."""
-        parts = _halves(x, zero) if self.split else [(x, zero)]
-        outs = [self._one(p, z) for p, z in parts]
-        return outs[0] if len(outs) == 1 else outs[0].add_(outs[1])
-
-    def _one(self, x: Tensor, zero: Any) -> Tensor:
-        op = torch.ops.onednn.qconv2d_pointwise
-        one = torch.ones(1) if isinstance(zero, Tensor) else 1.0
-        return (op.tensor if isinstance(zero, Tensor) else op)(
-            x.contiguous(memory_format=torch.channels_last), one, zero, self.weight, self.scale,
-            self.zero, None, *self.geometry, 1.0, 0, torch.float32, "none", [], ""
-        )  # fmt: skip
+    def _one(
+        self, x: Tensor, zero: Any, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        op, pair = _overload(torch.ops.onednn.qconv2d_pointwise, scale, zero)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, tail = (self.weight, self.scale, self.zero), (1.0, 0, dtype, "none", [], "")
+        return op(x, *pair, *weight, bias, *self.geometry, *tail)
 
     def codes(self) -> Tensor:
         """The weight that was packed, int8 (O, I / groups, kh, kw)."""
         return self.weight.to_dense().contiguous()
 
-    def tensors(self) -> list[Tensor]:
-        """What is resident."""
-        return [self.weight, self.scale, self.zero]
+
+def takes(packed: Any, scale: Tensor, zero: Any, dtype: torch.dtype) -> bool:
+    """Whether scale and bias go into the operator, and `dtype` comes out of it: stored ranges."""
+    stored = isinstance(packed, _Packed) and isinstance(zero, Tensor) and scale.numel() == 1
+    return stored and (dtype is torch.float32 or (dtype is torch.bfloat16 and writes_bf16()))
+
+
+def _overload(op: Any, scale: Tensor | None, zero: Any) -> tuple[Any, tuple[Any, Any]]:
+    """The overload that takes this zero point, and scale and zero point as it takes them."""
+    if not isinstance(zero, Tensor):
+        return op, (1.0 if scale is None else float(scale), zero)
+    return op.tensor, (torch.ones(1) if scale is None else scale, zero)

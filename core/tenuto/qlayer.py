@@ -1,0 +1,212 @@
+"""`QLinear`, `QConv2d`: layers that compute with a quantized weight.
+
+A layer executes in 8 bits where a kernel of `kernels/` can, else it simulates: the same codes, the
+arithmetic in float. Weight-only layers dequantize on use.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .clock import Clock
+from .kernels import activation, int8_conv2d, int8_linear
+from .qtensor import QTensor
+from .scheme import Scheme
+
+
+class QLayer(nn.Module):
+    """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
+
+    ranges: (scale, zero_point) fp32 (T,), one row per calibrated step, or None.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        qweight: QTensor,
+        scheme: Scheme,
+        clock: Clock,
+        ranges: tuple[Tensor, Tensor] | None = None,
+        simulate: bool = False,
+        memo: activation.Memo | None = None,
+    ) -> None:
+        super().__init__()
+        self.qdata: Tensor
+        self.weight_scale: Tensor
+        self.zero_point: Tensor | None
+        self.step: Tensor | None
+        self.input_scale: Tensor | None
+        self.input_zero: Tensor | None
+        weight = layer.weight
+        self.scheme, self.clock, self.simulate = scheme, clock, simulate
+        self.memo = memo or activation.Memo()
+        self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
+        q = qweight.to(weight.device)
+        self.register_buffer("qdata", q.qdata)
+        self.register_buffer("weight_scale", q.scale)
+        self.register_buffer("zero_point", q.zero_point)
+        self.register_buffer("step", q.step)
+        self.bias = layer.bias
+        scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero", zero)
+        self._packed: Any = None
+        self._float: Tensor | None = None
+        self.train(layer.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QLayer:
+        self._unpack()
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        for key, value in self.__dict__.items():
+            clone.__dict__[key] = copy.deepcopy(value, memo)
+        return clone
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
+        self._unpack()  # another device or dtype: pack again
+        kept = self.weight_scale, self.input_scale, self.input_zero
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
+        device = self.qdata.device
+        weight_scale, self.input_scale, self.input_zero = (
+            None if s is None else s.to(device) for s in kept
+        )  # a cast of the model must not round the ranges
+        assert weight_scale is not None
+        self.weight_scale = weight_scale
+        return self
+
+    def _unpack(self) -> None:
+        """Codes back into `qdata` as they were stored, caches gone."""
+        if self._packed is not None:
+            self.qdata = self._kept().qdata_of(self._packed.codes())
+        self._packed = self._float = None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()  # a cache is no state
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def qtensor(self) -> QTensor:
+        """The weight; once packed, the packed codes are the only copy."""
+        if self._packed is not None:
+            return QTensor(self._packed.codes(), self.weight_scale, None, self.shape, 8)
+        return self._kept()
+
+    def _kept(self) -> QTensor:
+        """The weight as the buffers have it; without codes once packed."""
+        zero, step, group = self.zero_point, self.step, self.scheme.weight.group
+        return QTensor(self.qdata, self.weight_scale, zero, self.shape, self.bits, step, group)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made on use: what loaders and dtype checks of hosts look at."""
+        return self.qtensor().dequantize(self.dtype)
+
+    @property
+    def execution(self) -> str:
+        """One of int8, simulated, weight-only: how this layer computes on its device."""
+        if self.scheme.activation is None:
+            return "weight-only"
+        return "int8" if not self.simulate and self._supported() else "simulated"
+
+    def packed_tensors(self) -> list[Tensor]:
+        """What the caches keep resident beside parameters and buffers."""
+        found = [] if self._packed is None else self._packed.tensors()
+        return found if self._float is None else [*found, self._float]
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
+        if self.scheme.activation is None:
+            return self._dense(x, self.weight.to(x.dtype), self._bias(x.dtype))
+        codes, scale, zero = self._quantize(x)
+        if self.execution == "simulated":
+            if self._float is None:
+                self._float = self.qtensor().dequantize()
+            simulated = (codes.float() - zero) * scale
+            return self._dense(simulated, self._float, self._bias(torch.float32)).to(x.dtype)
+        if self._packed is None:
+            self._packed = self._pack()
+            self.qdata = self.qdata.new_empty(0)
+        with torch.no_grad():
+            return self._integer(codes, scale, zero, x.dtype)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        if self.input_scale is None or self.input_zero is None:
+            codes, scale = self.memo.per_row(x, self._dims)
+            return codes, scale, activation.MIDDLE
+        index = self.clock.index.to(self.input_scale.device)
+        index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
+        scale = self.input_scale.index_select(0, index)
+        zero = self.input_zero.index_select(0, index)
+        return activation.per_tensor(x, scale, zero), scale, zero.to(torch.int32)
+
+    _dims: tuple[int, ...] = (-1,)
+
+    def _supported(self) -> bool:
+        raise NotImplementedError
+
+    def _pack(self) -> Any:
+        raise NotImplementedError
+
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class QLinear(QLayer):
+    """A Linear with a quantized weight (N, K)."""
+
+    def __init__(self, layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
+        super().__init__(layer, *args, **kwargs)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def _supported(self) -> bool:
+        return int8_linear.supported(self.qdata.device, self.shape)
+
+    def _pack(self) -> Any:
+        return int8_linear.pack(self.qtensor().codes(), self.weight_scale)
+
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
+        bias = self._bias(torch.float32)
+        return int8_linear.int8_linear(codes, scale, zero, self._packed, bias, dtype)
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QConv2d(QLayer):
+    """A Conv2d with a quantized weight (O, I / groups, kh, kw)."""
+
+    _dims = (1, 2, 3)
+
+    def __init__(self, layer: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
+        super().__init__(layer, *args, **kwargs)
+        assert not isinstance(layer.padding, str)  # such layers stay float
+        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def _supported(self) -> bool:
+        return int8_conv2d.supported(self.qdata.device, self.shape, self.geometry[-1])
+
+    def _pack(self) -> Any:
+        return int8_conv2d.pack(self.qtensor().codes(), self.weight_scale, self.geometry)
+
+    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
+        bias = self._bias(torch.float32)
+        return int8_conv2d.int8_conv2d(codes, scale, zero, self._packed, bias, dtype)
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stride, padding, dilation, groups = self.geometry
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
