@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .metrics import percentile
 
@@ -170,6 +169,8 @@ def multiply_adds(
     Counted in what runs: Linear, convolution and the two products of attention (computed by plain
     products here, so that each kernel's count is the same). Element-wise work counts nothing.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one
+
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         module(*args, **kwargs)

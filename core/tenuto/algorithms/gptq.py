@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..gram import inputs_seen, patches, shared_inputs
 from ..grid import Grid
+from ..kernels.columns import compensate, descend
 from ..qtensor import QTensor
 from ..replay import Bank
 from ..scheme import Format, Scheme
@@ -146,17 +147,10 @@ def compensated(weight: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high
     """Levels (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
     rest, levels = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], WIDTH):
-        end = min(start + WIDTH, weight.shape[1])
-        errors = torch.empty_like(rest[:, start:end])
-        for j in range(start, end):
-            w, one = rest[:, j : j + 1], slice(j, j + 1)
-            level = (w / size[:, one]).round().clamp(low[:, one], high[:, one])
-            errors[:, j - start : j - start + 1] = error = (w - level * size[:, one]) / inverse[
-                j, j
-            ]
-            levels[:, one] = level
-            rest[:, j:end] -= error * inverse[one, j:end]
-        rest[:, end:] -= errors @ inverse[start:end, end:]
+        tile = slice(start, start + WIDTH)
+        grid = size[:, tile], low[:, tile], high[:, tile]
+        levels[:, tile], errors = compensate(rest[:, tile], inverse[tile, tile], *grid)
+        rest[:, start + WIDTH :] -= errors @ inverse[tile, start + WIDTH :]
     return levels
 
 
@@ -167,14 +161,9 @@ def descended(
     values = levels * size
     slope = values @ gram - cross  # half the gradient
     for start in range(0, levels.shape[1], WIDTH):
-        end = min(start + WIDTH, levels.shape[1])
-        near, steps = slope[:, start:end].clone(), torch.empty_like(slope[:, start:end])
-        for j in range(start, end):
-            one, i = slice(j, j + 1), j - start
-            best = (values[:, one] - near[:, i : i + 1] / gram[j, j]) / size[:, one]
-            new = best.round().clamp(low[:, one], high[:, one]) * size[:, one]
-            steps[:, i : i + 1] = step = new - values[:, one]
-            near += step * gram[one, start:end]
-            values[:, one] = new
-        slope += steps @ gram[start:end]
+        tile = slice(start, start + WIDTH)
+        grid = size[:, tile], low[:, tile], high[:, tile]
+        new = descend(slope[:, tile], gram[tile, tile], values[:, tile], *grid)
+        slope += (new - values[:, tile]) @ gram[tile]
+        values[:, tile] = new
     return (values / size).round()
