@@ -421,7 +421,8 @@ def test_constraints_pin_what_is_installed() -> None:
         wanted += extra
     for requirement in wanted:
         name = re.split(r"[\[<>=!~; ]", requirement)[0]
-        assert name == "tenuto" or re.sub(r"[-_.]+", "-", name).lower() in names, requirement
+        free = name in ("tenuto", "triton")  # a CUDA torch pins its own triton
+        assert free or re.sub(r"[-_.]+", "-", name).lower() in names, requirement
 
 
 def test_requirements_name_no_package() -> None:
