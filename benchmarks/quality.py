@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fnmatch
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Quality:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every wanted row: as it stands in OUT, or measured now and written there."""
         for row in self.bench.rows():
-            if not any(fnmatch.fnmatchcase(row.name, pattern) for pattern in self.args.rows):
+            if not row.wanted(self.args.rows):
                 continue
             if row.name == AUTOENCODER and self.real is None:
                 continue
@@ -91,8 +91,12 @@ class Quality:
         }  # fmt: skip
 
     def made(self, kept: Kept | None) -> dict[str, Any]:
-        """When and with what."""
+        """When and with what; how far the time path is off, 1 - cosine over steps and modules."""
+        modules = kept.artifact.header.get("temporal", {}).get("modules", {}) if kept else {}
+        errors = [facts["cosine_error"] for facts in modules.values()]
+        steps = [value for some in errors for value in some]
         return {
+            "temporal_error": {"mean": fmean(steps), "worst": max(steps)} if steps else None,
             "model": self.bench.model,
             "chip": chip(self.bench.denoiser),
             "date": str(datetime.date.today()),
@@ -230,7 +234,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--data", type=Path, help="a folder with val*.npz and classes.json")
     parser.add_argument("--features", type=Path, help="what convert_inception.py made")
-    parser.add_argument("--rows", nargs="*", default=["*"], help="names of rows to make (fnmatch)")
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        default=["*"],
+        help="names of rows to make (fnmatch); some only by name",
+    )
     parser.add_argument("--work", type=Path, default=Path("quality.work"), help="keeps artifacts")
     parser.add_argument("--out", type=Path, help="append the JSON lines here; rows there are done")
     parser.add_argument("--picture", type=Path, help="a PNG of samples side by side")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,20 @@ def note(text: str) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One row. make: an artifact for it; file: where one is that ships. Neither: no artifact."""
+    """One row. make: an artifact for it; file: where one is that ships. Neither: no artifact.
+
+    extra: made only where it is asked for by name.
+    """
 
     name: str
     make: Callable[[], tn.Artifact] | None = None
     file: Path | None = None
+    extra: bool = False
+
+    def wanted(self, patterns: list[str]) -> bool:
+        """Whether one of `patterns` (fnmatch) asks for it; "*" is all but the extra ones."""
+        patterns = [p for p in patterns if p != "*" or not self.extra]
+        return any(fnmatch.fnmatchcase(self.name, p) for p in patterns)
 
 
 @dataclass(frozen=True)
@@ -70,14 +80,20 @@ class Bench:
         yield from (Row(FULL), Row(BF16), Row(AUTOENCODER))
         for path in sorted(asset("artifacts").glob(f"demo-{self.short}.*.safetensors")):
             yield Row(f"shipped {path.name.split('.')[1]}", file=path)
-        yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest))
-        yield Row("W4A8 (round to nearest)", partial(self.quantized, schemes.W4A8, nearest))
-        yield Row("W4A8 (AdaRound)", partial(self.quantized, schemes.W4A8, learnt))
-        yield Row(W4A8, partial(self.quantized, schemes.W4A8, gptq))
+        w4a8, row = schemes.W4A8, replace(schemes.W4A8.weight, group=0)
+        yield Row("W4A8 (round to nearest)", partial(self.quantized, w4a8, nearest))
+        yield Row(W4A8, partial(self.quantized, w4a8, gptq))
         yield Row("W4A16 (GPTQ)", partial(self.quantized, schemes.W4A16, gptq))
-        for reuse in (REUSE, 0.5):
-            yield Row(f"router {reuse:.0%}", partial(self.routed, reuse))
-        yield Row(f"W4A8 + router {REUSE:.0%}", self.both)
+        yield Row(f"router {REUSE:.0%}", partial(self.routed, REUSE))
+        yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest), extra=True)
+        yield Row("W4A8 (AdaRound)", partial(self.quantized, w4a8, learnt), extra=True)
+        whole = replace(w4a8, weight=row)
+        yield Row("W4A8 (a range a row)", partial(self.quantized, whole, gptq), extra=True)
+        for kind in ("none", "tiar", "table"):
+            make = partial(self.quantized, w4a8, gptq, kind)
+            yield Row(f"W4A8, time path {kind}", make, extra=True)
+        yield Row("router 50%", partial(self.routed, 0.5), extra=True)
+        yield Row(f"W4A8 + router {REUSE:.0%}", self.both, extra=True)
 
     @cached_property
     def marks(self) -> str:
@@ -122,11 +138,12 @@ class Bench:
             batch=batch, runs=runs,
         )  # fmt: skip
 
-    def quantized(self, scheme: tn.Scheme, rounding: Any) -> tn.Artifact:
+    def quantized(self, scheme: tn.Scheme, rounding: Any, temporal: str = "auto") -> tn.Artifact:
         """Weights and activations at `scheme`, the ends of the model at 8 bits."""
         recipe = recipe_for(scheme, tn.describe(self.denoiser), rounding)
         return tn.quantize(
-            self.pipe, recipe, self.recorded, preset=self.preset, seed=self.seed
+            self.pipe, recipe, self.recorded, preset=self.preset, seed=self.seed,
+            temporal=temporal,
         )  # fmt: skip
 
     def routed(self, reuse: float, artifact: tn.Artifact | None = None) -> tn.Artifact:
