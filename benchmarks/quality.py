@@ -118,7 +118,7 @@ class Quality:
             self.bench.pipe, kept.artifact, count=self.args.count, steps=self.bench.steps,
             guidance=self.bench.guidance, seed=SEED, batch=self.args.batch,
         )  # fmt: skip
-        with tn.attach(self.bench.pipe, kept.artifact):
+        with tn.attach(self.bench.pipe, kept.artifact, execution="int8"):
             return found.to_json() | self.distance(self.bench.denoiser)
 
     def distance(self, denoiser: nn.Module) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Quality:
         sample = sampler(bench.pipe, CAPTIONS, bench.steps, bench.guidance)
         for facts, artifact in self.samples:
             denoiser = self.twin if facts["row"] == BF16 else bench.denoiser
-            with nullcontext() if artifact is None else tn.attach(bench.pipe, artifact):
+            with attached(bench.pipe, artifact):
                 pictures = to_images(sample(denoiser, SEED, len(CAPTIONS)).float().cpu())
             rows.append(SheetRow(facts["row"], sheet_lines(facts), pictures))
         title = f"{bench.model}: {bench.steps} steps, guidance {bench.guidance}, equal seeds"
@@ -193,6 +193,11 @@ def chip(denoiser: nn.Module) -> str:
     device = place(denoiser)[0]
     cuda = device.type == "cuda"
     return torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+
+
+def attached(pipe: Any, artifact: tn.Artifact | None) -> Any:
+    """A context in which `artifact`, if there is one, computes in its own arithmetic."""
+    return nullcontext() if artifact is None else tn.attach(pipe, artifact, execution="int8")
 
 
 def known(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -98,7 +98,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict]:
         twin = bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
         yield row("bf16", draw(sample, twin, args.count, args.batch)[0], reference, float("nan"))
     for name, artifact, spent in artifacts(args, pipe, trajectory):
-        with tn.attach(pipe, artifact) as attached:
+        with tn.attach(pipe, artifact, execution="int8") as attached:
             pictures, seconds = draw(sample, denoiser, args.count, args.batch)
             mode = attached.execution()["mode"]
             share = round(attached.int8_weight_share(), 4)

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenuto.choice import INT8, Chooser
+
 WORDS = "a photo of the red blue goldfish lemon school bus dog cat on table in snow at night"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Under "auto" int8 is always chosen: no result depends on the machine or on its load."""
+    monkeypatch.setattr(Chooser, "__call__", lambda self, kind, int8, dense: INT8)
+    yield
 
 
 @pytest.fixture(scope="session")

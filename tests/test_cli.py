@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tenuto import cli
+from tenuto import attach, cli
 from tenuto.artifact import Artifact
 from tenuto.compact import expanded
 from tenuto.console import Bars
@@ -262,8 +263,10 @@ def test_compare_prints_one_object(here: Path, made: Path, tiny_pixart_folder: P
         "psnr_db", "ssim", "lpips", "bf16_floor_psnr_db", "reuse_ratio", "reuse_flops",
         "int8_weight_share", "seconds_per_picture", "speedup", "resident_weight_bytes",
         "peak_memory_bytes", "execution", "device", "threads", "versions", "steps", "guidance",
-        "count",
+        "count", "note",
     } <= set(found)  # fmt: skip
+    assert found["execution"]["mode"] == "int8" and found["int8_weight_share"] == 1.0
+    assert found["note"] is None or "slower" in found["note"]
     assert set(found["psnr_db"]) == {"median", "p5"}
     assert found["psnr_db"]["median"] > 25
     assert (found["steps"], found["guidance"], found["count"]) == (4, 2.0, 2)
@@ -355,6 +358,31 @@ def test_generate_draws_a_grid_that_says_how_it_was_made(
         said = json.loads(picture.info["tenuto"])
         assert (said["artifact"], said["steps"]) == ("a.safetensors", 2)
         assert picture.size == (32, 32)
+
+
+def test_execution_is_as_asked(
+    here: Path, made: Path, tiny_pixart_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """compare measures int8, generate draws with what is not slower, unless told otherwise."""
+    from tenuto import commands, measure
+
+    seen: list[str] = []
+
+    def note(*args: Any, **options: Any) -> Any:
+        seen.append(options.get("execution", "default"))
+        return attach(*args, **options)
+
+    monkeypatch.setattr(commands, "attach", note)
+    monkeypatch.setattr(measure, "attach", note)
+    model, file = str(tiny_pixart_folder), str(made)
+    draw = ["generate", model, "--prompt", "a", "--steps", "1", "--artifact", file]
+    measured = ["compare", model, "--artifact", file, "--count", "1", "--steps", "1"]
+    for arguments, default in ((draw, "auto"), (measured, "int8")):
+        for asked in ([], ["--execution", "float"], ["--execution", "auto"]):
+            assert cli.main([*arguments, *asked]) == 0
+            assert seen.pop() == (asked[1] if asked else default)
+        assert cli.main([*arguments, "--execution", "fp8"]) == 2
+        assert "int8" in capfd.readouterr().err
 
 
 def test_a_compact_artifact_is_the_same_one(

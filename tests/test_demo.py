@@ -156,7 +156,7 @@ def test_a_quick_artifact_fits_and_comes_off(shipped: Any, seen: Trajectory) -> 
     before = outputs(model, whole)
     artifact = quantize(shipped, schemes.W8A8, seen)
     assert all(torch.equal(a, b) for a, b in zip(outputs(model, whole), before, strict=True))
-    with attach(shipped, artifact) as attached:
+    with attach(shipped, artifact, execution="int8") as attached:
         assert attached.execution()["mode"] == "int8"
         after = outputs(model, whole)
         for part in parts:

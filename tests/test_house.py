@@ -28,7 +28,7 @@ ROWS = (
     ("errors", "version", "arguments"),
     ("numerics", "scheme", "clock", "work", "metrics", "shipped", "comparison", "pictures"),
     ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "grid", "stepwise"),
-    ("families", "patching", "plots"),
+    ("families", "patching", "plots", "choice"),
     ("trajectory", "qtensor"),
     ("qlayer", "replay", "tape", "temporal_table", "turns"),
     ("gram",),

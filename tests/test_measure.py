@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,56 @@ def test_the_table_says_plainly_when_it_is_slower(
     run["seconds_per_picture"] = {"float": 2.0, "artifact": 1.0, "bf16": 0.5}
     assert "slower than plain bf16" in of(found, **run, speedup=2.0).speed_note()
     assert all(len(line) <= 100 for line in str(found).splitlines())
+
+
+def test_a_note_says_when_int8_is_slower_and_what_happens_by_default(
+    denoiser: nn.Module, quantized: tn.Artifact
+) -> None:
+    found = compare(denoiser, quantized, count=2, sample=sample)
+    run = {"execution": {"mode": "int8", "layers": {"int8": 3}}}
+    cases = [  # seconds of float, artifact, bf16; in the note
+        ((2.0, 1.0, None), ()),
+        ((2.0, 1.0, 1.5), ()),
+        ((2.0, 1.0, 0.5), ("bf16",)),
+        ((1.0, 2.0, None), ("float32",)),
+        ((1.0, 2.0, 0.5), ("bf16 and float32",)),
+    ]
+    changed = found
+    for (full, mine, low), words in cases:
+        seconds = {"float": full, "artifact": mine, "bf16": low}
+        changed = of(found, **run, seconds_per_picture=seconds, speedup=full / mine)
+        note = changed.to_json()["note"]
+        assert (note is not None) == bool(words)
+        if note is not None:
+            assert f"slower than {words[0]} on this machine" in note and "attach" in note
+            assert note.count(". ") == 0 and note.endswith(".")
+            assert note in " ".join(str(changed).splitlines())
+            assert all(len(line) <= 100 for line in str(changed).splitlines())
+    for execution in ({"dequantized": 3}, {"float": 3}):
+        other = of(changed, execution={"mode": "float", "layers": execution})
+        assert other.note() is None and other.to_json()["note"] is None
+    assert of(changed, speedup=None).note() is None
+
+
+@pytest.mark.parametrize("execution", ["int8", "float", "auto"])
+def test_it_is_measured_as_asked(
+    denoiser: nn.Module, quantized: tn.Artifact, execution: str
+) -> None:
+    """The artifact's own arithmetic unless told otherwise; copies in float are counted."""
+    options = {} if execution == "int8" else {"execution": execution}
+    before = state(denoiser)
+    found = compare(denoiser, quantized, count=2, sample=sample, **options)
+    assert_untouched(denoiser, before)
+    mode = "dequantized" if execution == "float" else "int8"
+    assert found.execution["mode"] == mode
+    assert found.int8_weight_share == (0.0 if execution == "float" else 1.0)
+    plain = compare(denoiser, quantized, count=2, sample=sample)
+    mine, theirs = (c.resident_weight_bytes["artifact"] for c in (found, plain))
+    weights = sum(math.prod(f["shape"]) for f in quantized.header["layers"].values())
+    assert mine == theirs if execution != "float" else mine > theirs + 3.5 * weights
+    assert execution != "float" or found.psnr_db["median"] > plain.psnr_db["median"]
+    with pytest.raises(tn.TenutoError, match="auto, int8, float"):
+        compare(denoiser, quantized, count=2, sample=sample, execution="fast")
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5])

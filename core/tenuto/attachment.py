@@ -15,6 +15,7 @@ from torch import nn
 from .artifact import Artifact, tabled
 from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
+from .choice import DENSE, Chooser, check_execution
 from .clock import Clock
 from .compact import expanded
 from .errors import ArtifactError
@@ -29,9 +30,9 @@ from .temporal_table import TemporalTable
 class Tenuto(Attached):
     """An attached artifact, and what it does while it is on."""
 
-    def __init__(self, handle: Any, artifact: Artifact, clock: Clock, share: float) -> None:
+    def __init__(self, handle: Any, artifact: Artifact, clock: Clock, total: int) -> None:
         super().__init__(handle, [])
-        self.artifact, self.clock, self._share = artifact, clock, share
+        self.artifact, self.clock, self._total = artifact, clock, total
 
     @property
     def denoiser(self) -> nn.Module:
@@ -39,24 +40,40 @@ class Tenuto(Attached):
         return denoiser_of(self.handle)
 
     def execution(self) -> dict[str, Any]:
-        """How the Linear and Conv2d layers compute: {"mode", "layers": {how: count}}."""
+        """How the Linear and Conv2d layers compute: {"mode", "layers": {how: count}}.
+
+        Under "auto" also {"choices": {layer: {rows: how}}}, what was decided so far and for how
+        many rows at most: `int8` or `dequantized`, which is the float layer with that weight.
+        """
         count: Counter[str] = Counter()
-        for module in self.denoiser.modules():
+        choices: dict[str, dict[str, str]] = {}
+        for name, module in self.denoiser.named_modules():
             if isinstance(module, QLayer):
                 count[module.execution] += 1
+                if module.choices:
+                    rows = sorted((bits, how) for (bits, _), how in module.choices.items())
+                    choices[name] = {str(2**bits - 1): how for bits, how in rows}
         count["float"] = sum(1 for _ in layers(self.denoiser))
         found = {k: v for k, v in count.items() if v}
         quantized = [k for k in found if k != "float"]
         mode = "float" if not quantized else quantized[0] if len(quantized) == 1 else "mixed"
-        return {"mode": mode, "layers": found}
+        return {"mode": mode, "layers": found} | ({"choices": choices} if choices else {})
 
     def int8_weight_share(self) -> float:
         """Share of Linear and Conv2d weights with codes of 8 bits or fewer and 8-bit inputs.
 
         Of those that the patched model computes with: a module that a temporal table took out is
-        counted neither here nor there.
+        counted neither here nor there. A layer that computes in float at some number of rows does
+        not count.
         """
-        return self._share
+        low = (
+            math.prod(module.shape)
+            for module in self.denoiser.modules()
+            if isinstance(module, QLayer)
+            and module.scheme.activation is not None
+            and DENSE not in module.execution
+        )
+        return sum(low) / max(1, self._total)
 
     def counts(self) -> dict[str, list[int]]:
         """[computed, held] calls of every branch since the artifact was attached."""
@@ -66,25 +83,41 @@ class Tenuto(Attached):
         return {name: list(call.counts) for name, call in calls if isinstance(call, Hold)}
 
 
-def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: bool = True) -> Tenuto:
+def attach(
+    model: Any,
+    artifact: Artifact,
+    *,
+    execution: str = "auto",
+    simulate: bool = False,
+    route: bool = True,
+    chooser: Chooser | None = None,
+) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
-    simulate: compute quantized layers in float (same codes). route: lay the cache schedule too.
+    execution: "int8" executes in low precision what the kernels support and simulates the rest: the
+    artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
+    inputs as they are. "auto" times both when a layer is first called for about so many rows, once
+    for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
+    calls of very different sizes may then differ by an input's rounding. simulate: compute
+    quantized layers in float, with the same codes. route: lay the cache schedule too. chooser: what
+    decides under "auto" in place of the process's own.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
+    check_execution(execution)
     artifact.validate()
     artifact.check(model)
     made, artifact = artifact, expanded(artifact, model)
     denoiser = denoiser_of(model)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
-    leaves = _leaves(denoiser, artifact, clock, simulate)
+    leaves = _leaves(
+        denoiser, artifact, clock, simulate=simulate, wanted=execution, chooser=chooser
+    )
     schedule = schedule_of(artifact) if route else None
     missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
     if missing:
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
-    share = _share(denoiser, leaves, tables)
-    attached = Tenuto(model, made, clock, share)
+    attached = Tenuto(model, made, clock, _total(denoiser, tables))
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):
@@ -115,17 +148,10 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
     return CacheSchedule(table.bool(), times, branches)
 
 
-def _share(
-    denoiser: nn.Module, leaves: dict[str, QLayer], tables: dict[str, TemporalTable]
-) -> float:
-    """Share of Linear and Conv2d weights whose layer computes on 8-bit codes on both sides.
-
-    What lies in a module that a table replaces is in the model no longer, and is not counted.
-    """
+def _total(denoiser: nn.Module, tables: dict[str, TemporalTable]) -> int:
+    """Linear and Conv2d weights; what lies in a module that a table replaces is not counted."""
     out = tuple(f"{name}." for name in tables)
-    total = sum(m.weight.numel() for n, m in layers(denoiser) if not f"{n}.".startswith(out))
-    low = sum(math.prod(q.shape) for q in leaves.values() if q.scheme.activation is not None)
-    return low / max(1, total)
+    return sum(m.weight.numel() for n, m in layers(denoiser) if not f"{n}.".startswith(out))
 
 
 def _tables(denoiser: nn.Module, artifact: Artifact, clock: Clock) -> dict[str, TemporalTable]:
@@ -141,7 +167,7 @@ def _tables(denoiser: nn.Module, artifact: Artifact, clock: Clock) -> dict[str, 
 
 
 def _leaves(
-    denoiser: nn.Module, artifact: Artifact, clock: Clock, simulate: bool
+    denoiser: nn.Module, artifact: Artifact, clock: Clock, **options: Any
 ) -> dict[str, QLayer]:
     """A quantized layer for every one that the artifact names; nothing is changed yet."""
     weights, ranges = artifact.section("weights"), artifact.section("ranges")
@@ -158,5 +184,5 @@ def _leaves(
         static = scheme.activation is not None and not scheme.activation.dynamic
         pair = (ranges[f"{name}.scale"], ranges[f"{name}.zero_point"]) if static else None
         kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
-        found[name] = kind(layer, weight, scheme, clock, pair, simulate, memo)
+        found[name] = kind(layer, weight, scheme, clock, pair, memo=memo, **options)
     return found

@@ -132,6 +132,18 @@ def _sampling(parser: Any, seed: int = 0) -> None:
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
 
 
+def _execution(parser: Any, default: str) -> None:
+    from .choice import EXECUTIONS
+
+    parser.add_argument(
+        "--execution",
+        choices=EXECUTIONS,
+        default=default,
+        help="int8: the artifact's own arithmetic; float: its weights, inputs as they are; "
+        "auto: by layer, whichever is not clearly slower here (%(default)s)",
+    )
+
+
 def _demo(commands: Any) -> None:
     parser = _command(
         commands, "demo", "calibrate a model that ships and show what it does to eight pictures",
@@ -221,6 +233,7 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--artifact", type=Path, metavar="FILE", help="draw with this artifact")
     _sampling(parser)
+    _execution(parser, "auto")
     parser.add_argument(
         "--batch",
         type=whole(1),
@@ -247,6 +260,7 @@ def _compare(commands: Any) -> None:
         "--count", type=whole(1), default=64, metavar="N", help="pictures (%(default)s)"
     )
     _sampling(parser, FIRST_SEED)
+    _execution(parser, "int8")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

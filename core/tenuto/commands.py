@@ -72,7 +72,7 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
     before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
-    with attach(pipe, artifact, route=False) as attached:
+    with attach(pipe, artifact, route=False, execution="int8") as attached:
         execution = attached.execution()
     layers = facts_of(artifact, size)["layers_by_scheme"]
     return [
@@ -122,7 +122,7 @@ def generate(args: Namespace, bars: Bars) -> Answer:
     pipe = pipeline(args, sampling, bars, artifact)
     pipe.set_progress_bar_config(**bars.settings("Drawing"))
     start = time.perf_counter()
-    with attached_to(pipe, artifact):
+    with attached_to(pipe, artifact, args.execution):
         pictures = draw(
             pipe, args.prompt, negative=args.negative, steps=sampling.steps,
             guidance=sampling.guidance, seed=args.seed, count=args.batch,
@@ -149,7 +149,8 @@ def compare(args: Namespace, bars: Bars) -> Answer:
     pipe = pipeline(args, sampling, bars, artifact)
     found = compare(
         pipe, artifact, lines, count=args.count, steps=sampling.steps,
-        guidance=sampling.guidance, seed=args.seed, on_progress=bars("Comparing"),
+        guidance=sampling.guidance, seed=args.seed, execution=args.execution,
+        on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
     return Answer(str(found), found.to_json())
@@ -242,9 +243,9 @@ def silence(bars: bool) -> None:
         of_diffusers.disable_progress_bar()
 
 
-def attached_to(pipe: Any, artifact: Artifact | None) -> Any:
+def attached_to(pipe: Any, artifact: Artifact | None, execution: str) -> Any:
     """A context in which `artifact`, if there is one, is attached."""
-    return nullcontext() if artifact is None else attach(pipe, artifact)
+    return nullcontext() if artifact is None else attach(pipe, artifact, execution=execution)
 
 
 def recorded(

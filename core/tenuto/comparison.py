@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Comparison:
     artifact, batch by batch; None if any layer was simulated. resident_weight_bytes {float,
     artifact}: of the denoiser's modules. peak_memory_bytes: while the artifact drew, all else that
     the comparison holds included; `peak_memory_source` says what was read.
-    execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}.
+    execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}. `to_json` adds `note`.
     """
 
     psnr_db: dict[str, float]
@@ -52,7 +53,24 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; an infinite PSNR becomes None."""
-        return _plain(asdict(self))
+        return _plain(asdict(self) | {"note": self.note()})
+
+    def note(self) -> str | None:
+        """One sentence if int8 was measured and is slower here than float; else None."""
+        low, own = self.execution["layers"].get("int8", 0), self.seconds_per_picture["artifact"]
+        if not low or own is None or self.speedup is None:
+            return None
+        bf16, slower = self.seconds_per_picture["bf16"], []
+        if bf16 is not None and own > bf16:
+            slower.append("bf16")
+        if self.speedup < 1:
+            slower.append(self.dtype)
+        if not slower:
+            return None
+        return (
+            f"Int8 is slower than {' and '.join(slower)} on this machine: by default, attach "
+            "and generate time each layer and run in float those that int8 slows down."
+        )
 
     def speed_note(self) -> str:
         """One sentence on the time: what was gained, or why there is no gain to speak of."""
@@ -89,6 +107,7 @@ class Comparison:
             [
                 *(f"{name:<24}{value}".rstrip() for name, value in rows),
                 self.speed_note(),
+                *textwrap.wrap(self.note() or "", 100),
                 f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'}).",
                 f"{self.count} pictures, {self.steps} steps{guidance}, {self.device}, "
                 f"{self.threads} threads, torch {self.versions['torch']}",

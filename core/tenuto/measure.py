@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .artifact import Artifact
 from .attachment import Tenuto, attach
 from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
+from .choice import check_execution
 from .comparison import Comparison
 from .cost import Latency, PeakMemory, latency, multiply_adds, resident_weight_bytes
 from .errors import TenutoError
@@ -97,6 +98,7 @@ def compare(
     sample: Sample | None = None,
     batch: int = 8,
     device: torch.device | str | None = None,
+    execution: str = "int8",
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Draw `count` pictures with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -105,12 +107,13 @@ def compare(
     guidance unless told otherwise. A bare denoiser takes `sample(denoiser, seed, batch)`, which
     runs one trajectory; its steps are counted, `guidance` is only noted. The three take turns, a
     few batches each, so that times are compared side by side. `device` moves the model there for
-    the call.
+    the call. `execution` is that of `attach`: "int8" measures the artifact's own arithmetic.
     The model is as it was afterwards, whatever happens.
     """
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
-        seed=seed, sample=sample, batch=batch, device=device, on_progress=on_progress,
+        seed=seed, sample=sample, batch=batch, device=device, execution=execution,
+        on_progress=on_progress,
     )  # fmt: skip
     return found[ARTIFACT]
 
@@ -127,6 +130,7 @@ def compare_all(
     sample: Sample | None = None,
     batch: int = 8,
     device: torch.device | str | None = None,
+    execution: str = "int8",
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
     """`compare` for several artifacts of one model; full precision and bf16 are drawn once.
@@ -136,6 +140,7 @@ def compare_all(
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} pictures, {batch} at a time.")
+    check_execution(execution)
     for artifact in artifacts.values():
         artifact.check(model)
     given = sample is not None
@@ -150,7 +155,8 @@ def compare_all(
     with _on(model, device), frozen(denoiser), torch.no_grad():
         call, seen = first_call(denoiser, sample, *batches[0], whole=given)
         facts = _facts_of(denoiser, artifacts, call)
-        drawn = draw_in_turns(_ways(model, artifacts, call, facts), sample, batches, on_progress)
+        ways = _ways(model, artifacts, call, facts, execution)
+        drawn = draw_in_turns(ways, sample, batches, on_progress)
         run = _surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
     run |= {"count": count, "batch": batch, "seed": seed}
     return {
@@ -185,7 +191,11 @@ def _on(model: Any, device: torch.device | str | None) -> Iterator[None]:
 
 
 def _ways(
-    model: Any, artifacts: Mapping[str, Artifact], call: FirstCall, facts: Mapping[str, _Facts]
+    model: Any,
+    artifacts: Mapping[str, Artifact],
+    call: FirstCall,
+    facts: Mapping[str, _Facts],
+    execution: str,
 ) -> dict[str, Way]:
     """The ways to draw; each makes one call on entry that is not timed: it packs weights."""
     denoiser = denoiser_of(model)
@@ -193,7 +203,7 @@ def _ways(
 
     @contextmanager
     def attached(name: str) -> Iterator[nn.Module]:
-        found = attach(model, artifacts[name])
+        found = attach(model, artifacts[name], execution=execution)
         with found, PeakMemory(device) as peak:
             denoiser(*call[0], **call[1])
             before = found.counts()

@@ -1,7 +1,8 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
 A layer executes in 8 bits where a kernel of `kernels/` can, else it simulates: the same codes, the
-arithmetic in float. Weight-only layers dequantize on use.
+arithmetic in float. "auto" and "float" may compute with the dequantized weight and the input as it
+is. Weight-only layers dequantize on use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import choice
+from .choice import DENSE, INT8, Chooser
 from .clock import Clock
 from .kernels import activation, int8_conv2d, int8_linear
 from .qtensor import QTensor
@@ -22,7 +25,8 @@ from .scheme import Scheme
 class QLayer(nn.Module):
     """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
 
-    ranges: (scale, zero_point) fp32 (T,), one row per calibrated step, or None.
+    ranges: (scale, zero_point) fp32 (T,), one row per calibrated step, or None. wanted: "int8",
+    "float", or "auto": then `chooser` decides, at the first call for about so many rows.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class QLayer(nn.Module):
         ranges: tuple[Tensor, Tensor] | None = None,
         simulate: bool = False,
         memo: activation.Memo | None = None,
+        wanted: str = "int8",
+        chooser: Chooser | None = None,
     ) -> None:
         super().__init__()
         self.qdata: Tensor
@@ -45,6 +51,8 @@ class QLayer(nn.Module):
         weight = layer.weight
         self.scheme, self.clock, self.simulate = scheme, clock, simulate
         self.memo = memo or activation.Memo()
+        self.wanted, self.chooser = wanted, chooser or choice.process
+        self.choices: dict[tuple[int, torch.dtype], str] = {}  # by highest bit of rows, and dtype
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         q = qweight.to(weight.device)
         self.register_buffer("qdata", q.qdata)
@@ -68,7 +76,8 @@ class QLayer(nn.Module):
         return clone
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
-        self._unpack()  # another device or dtype: pack again
+        self._unpack()  # another device or dtype: pack and choose again
+        self.choices = {}
         kept = self.weight_scale, self.input_scale, self.input_zero
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
@@ -112,10 +121,20 @@ class QLayer(nn.Module):
 
     @property
     def execution(self) -> str:
-        """One of int8, simulated, weight-only: how this layer computes on its device."""
+        """How this layer computes on its device: int8, simulated, dequantized or weight-only.
+
+        "auto" is not decided yet; "int8 or dequantized" depends on the number of rows.
+        """
         if self.scheme.activation is None:
             return "weight-only"
-        return "int8" if not self.simulate and self._supported() else "simulated"
+        if self.simulate:
+            return "simulated"
+        able = self._supported()
+        if self.wanted == "int8":
+            return INT8 if able else "simulated"
+        if self.wanted == "float" or not able:
+            return DENSE
+        return " or ".join(sorted(set(self.choices.values()), reverse=True)) or "auto"
 
     def packed_tensors(self) -> list[Tensor]:
         """What the caches keep resident beside parameters and buffers."""
@@ -126,17 +145,63 @@ class QLayer(nn.Module):
         """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
         if self.scheme.activation is None:
             return self._dense(x, self.weight.to(x.dtype), self._bias(x.dtype))
+        how = self._chosen(x) if self.wanted == "auto" else self.execution
+        if how == DENSE:
+            return self._dequantized(x)
+        return self._int8(x) if how == INT8 else self._simulated(x)
+
+    def _chosen(self, x: Tensor) -> str:
+        """What was decided for about so many rows of this dtype, or is decided now."""
+        key = (x.numel() // self.shape[1]).bit_length(), x.dtype
+        known = self.choices.get(key)
+        if known is None and (self.simulate or not self._supported()):
+            return self.execution
+        if known is None and _may_measure(x):
+            kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
+            with torch.no_grad():  # a new tensor each time: the memo knows none of them
+                known = self.chooser(
+                    kind, lambda: self._int8(x.detach()), lambda: self._dequantized(x.detach())
+                )
+            self.choices[key] = known
+            self._forget()
+        return known or INT8
+
+    def _kind(self) -> tuple[Any, ...]:
+        """Equal for layers that cost the same."""
+        return type(self).__name__, self.shape, self.bits, self.input_scale is None
+
+    def _forget(self) -> None:
+        """Drop the caches that no choice so far has a use for."""
+        made = set(self.choices.values())
+        if INT8 not in made and self._packed is not None:
+            kept = self._float
+            self._unpack()
+            self._float = kept
+        if DENSE not in made:
+            self._float = None
+
+    def _dequantized(self, x: Tensor) -> Tensor:
+        return self._dense(x, self._weight_in(x.dtype), self._bias(x.dtype))
+
+    def _simulated(self, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
-        if self.execution == "simulated":
-            if self._float is None:
-                self._float = self.qtensor().dequantize()
-            simulated = (codes.float() - zero) * scale
-            return self._dense(simulated, self._float, self._bias(torch.float32)).to(x.dtype)
+        near = (codes.float() - zero) * scale
+        weight, bias = self._weight_in(torch.float32), self._bias(torch.float32)
+        return self._dense(near, weight, bias).to(x.dtype)
+
+    def _int8(self, x: Tensor) -> Tensor:
+        codes, scale, zero = self._quantize(x)
         if self._packed is None:
             self._packed = self._pack()
             self.qdata = self.qdata.new_empty(0)
         with torch.no_grad():
             return self._integer(codes, scale, zero, x.dtype)
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight, kept."""
+        if self._float is None or self._float.dtype is not dtype:
+            self._float = self.qtensor().dequantize(dtype)
+        return self._float
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
@@ -210,3 +275,13 @@ class QConv2d(QLayer):
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding, dilation, groups = self.geometry
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def _kind(self) -> tuple[Any, ...]:
+        return *super()._kind(), str(self.geometry)
+
+
+def _may_measure(x: Tensor) -> bool:
+    """Not while a graph is made of the calls."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

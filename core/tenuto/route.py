@@ -144,7 +144,9 @@ class RouteJob:
         result = Artifact.new(self.model, schedule)
         work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
         if self.artifact is not None:
-            self.denoiser = quantized(self.model, self.artifact, route=False).denoiser
+            self.denoiser = quantized(
+                self.model, self.artifact, route=False, execution="int8"
+            ).denoiser
         meter = Meter(on_progress, self.parts())
         costs = self.measure_costs(work, meter)
         router = self.train(gain(*costs), work, meter)

@@ -598,7 +598,7 @@ def test_execution_is_told(tiny: Any, kind: str, weights: Make, route: Make) -> 
     for scheme, mode in expected.items():
         inside = len(weights(kind, scheme).header["layers"])
         assert inside < count, "the time-only ones are a table"
-        with attach(model, weights(kind, scheme)) as attached:
+        with attach(model, weights(kind, scheme), execution="int8") as attached:
             assert attached.execution() == {"mode": mode, "layers": {mode: inside}}
             assert attached.int8_weight_share() == (1.0 if mode == "int8" else 0.0)
     inside = len(weights(kind).header["layers"])
@@ -615,7 +615,7 @@ def test_the_share_counts_weights(tiny: Any, recorded: Any) -> None:
     artifact = quantize(model, recipe, recorded("dit"))
     sizes = {n: m.weight.numel() for n, m in layers(model)}
     share = sum(s for n, s in sizes.items() if ".ff." in n) / sum(sizes.values())
-    with attach(model, artifact) as attached:
+    with attach(model, artifact, execution="int8") as attached:
         assert attached.int8_weight_share() == pytest.approx(share)
         assert attached.execution()["mode"] == "mixed"
         quantized_now = [n for n, m in model.named_modules() if isinstance(m, QLayer)]
@@ -630,7 +630,7 @@ def test_executed_equals_simulated(
     calls, artifact = recorded(kind).calls[:4], weights(kind, scheme)
     one, other = tiny(kind), tiny(kind)
     plain = torch.cat(outputs(tiny(kind), calls))
-    with attach(one, artifact), attach(other, artifact, simulate=True):
+    with attach(one, artifact, execution="int8"), attach(other, artifact, simulate=True):
         executed, simulated = torch.cat(outputs(one, calls)), torch.cat(outputs(other, calls))
     assert gap(executed, simulated) < 0.4 * gap(executed, plain)
     assert gap(executed, plain) == pytest.approx(gap(simulated, plain), rel=0.2)
@@ -642,7 +642,7 @@ def test_eight_bits_are_near_and_four_are_farther(
     model, calls = tiny(kind), recorded(kind).calls
     plain, gaps = outputs(model, calls), {}
     for scheme in ("W8A16", "W8A8", "W8A8_STATIC", "W4A16"):
-        with attach(model, weights(kind, scheme)):
+        with attach(model, weights(kind, scheme), execution="int8"):
             found = outputs(model, calls)
         gaps[scheme] = gap(torch.cat(found), torch.cat(plain))
     assert 0 < gaps["W8A16"] < gaps["W8A8"] < gaps["W4A16"]
