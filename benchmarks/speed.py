@@ -14,7 +14,6 @@ torch.compile, which needs a C++ compiler on a CPU.
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 import json
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
-from benchmarks.quantization import cpu_name
+from benchmarks.quantization import cpu_name, wanted
 from tenuto.attachment import quantized
 from tenuto.bf16 import bf16_arithmetic, bf16_copy
 from tenuto.calibrate import effort
@@ -56,9 +55,8 @@ def ways(denoiser: nn.Module, artifact: tn.Artifact, compiled: bool) -> dict[str
     for how in ("int8", "auto"):
         found[f"W8A8 in fp32, {how}"] = quantized(denoiser, artifact, execution=how).denoiser
     if compiled:
-        twin = copy.deepcopy(found[BASE])
-        twin.__dict__["forward"] = torch.compile(bf16_copy(denoiser, arithmetic).forward)
-        found["bf16 compiled"] = twin
+        found["bf16 compiled"] = bf16_copy(denoiser, arithmetic)
+        found["bf16 compiled"].compile()
     return found
 
 
@@ -85,6 +83,7 @@ def rows(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
     )
     artifact = tn.quantize(pipe, tn.schemes.W8A8, trajectory)
     found = ways(denoiser, artifact, args.compile)
+    found = {name: way for name, way in found.items() if name == BASE or wanted(name, args.rows)}
     sample = sampler(pipe, prompts("evaluation"), steps, guidance)
     for count in args.pictures:
         call, _ = first_call(denoiser, sample, SEED, count, whole=False)
@@ -154,6 +153,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--repeats", type=int, default=15, help="runs of a denoiser call")
     parser.add_argument("--drawn", type=int, default=3, help="runs of drawing; 0 leaves it out")
+    parser.add_argument("--rows", nargs="*", default=["*"], help="names of ways (fnmatch)")
     parser.add_argument("--device", default=None)
     parser.add_argument("--compile", action="store_true", help="bf16 under torch.compile too")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ from torch import Tensor
 MIDDLE = 128  # zero point of a symmetric range in uint8
 TINY = 1e-8
 MAGIC = 1.5 * 2**23  # from here to 2^24 floats are whole numbers
-PIECE = 2**18  # elements: 1 MiB of floats, about a core's second cache
+PIECE = 2**18  # elements a thread: 1 MiB of floats, about a core's second cache
 
 _kept = threading.local()
 
@@ -46,7 +46,7 @@ def per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         flat = rows.reshape(1, -1)
         codes = torch.empty(flat.shape, dtype=torch.uint8)
         zero = zero_point.float() + MAGIC
-        step = flat.shape[1] if flat.shape[1] < PIECE else PIECE
+        step = _piece()
         for some, out in zip(flat.split(step, 1), codes.split(step, 1), strict=True):
             work = _scratch(some)
             if x.dtype is torch.float32:
@@ -100,19 +100,23 @@ def _memory_order(x: Tensor) -> tuple[Tensor, Any]:
 
 
 def _pieces(flat: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal rows of all tensors, about `PIECE` elements of the first at a time."""
-    step = max(1, PIECE // flat.shape[1])
+    """Equal rows of all tensors, about a piece of the first at a time."""
+    step = max(1, _piece() // flat.shape[1])
     return zip(*(t.split(step) for t in (flat, *others)), strict=True)
 
 
+def _piece() -> int:
+    return PIECE * torch.get_num_threads()
+
+
 def _scratch(like: Tensor) -> Tensor:
-    """An fp32 buffer of this shape that lives on; one a thread, larger ones are not kept."""
-    if like.numel() > PIECE:
+    """An fp32 buffer of this shape that lives on; larger ones do not."""
+    if like.numel() > _piece():
         return torch.empty(like.shape)
     buffer = getattr(_kept, "buffer", None)
-    if buffer is None:
+    if buffer is None or buffer.numel() < _piece():
         with torch.inference_mode(False):  # or no one could write to it later
-            buffer = _kept.buffer = torch.empty(PIECE)
+            buffer = _kept.buffer = torch.empty(_piece())
     return buffer[: like.numel()].view(like.shape)
 
 
