@@ -168,7 +168,8 @@ class QLayer(nn.Module):
 
     def _kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
-        return type(self).__name__, self.shape, self.bits, self.input_scale is None
+        grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors
+        return type(self).__name__, self.shape, self.bits, grouped, self.input_scale is None
 
     def _forget(self) -> None:
         """Drop the caches that no choice so far has a use for."""
