@@ -27,7 +27,7 @@ Files = Callable[..., list[Path]]
 ROWS = (
     ("errors", "version", "arguments"),
     ("numerics", "scheme", "clock", "work", "metrics", "shipped", "comparison", "pictures"),
-    ("backbone", "kernels", "perceptual", "cost", "bf16", "drawing", "stepwise"),
+    ("backbone", "keymap", "kernels", "perceptual", "cost", "bf16", "drawing", "stepwise"),
     ("families", "patching", "plots"),
     ("trajectory", "qtensor"),
     ("replay", "tape", "temporal_table", "turns"),
@@ -35,6 +35,7 @@ ROWS = (
     ("algorithms", "caching", "discovery", "ranges", "temporal"),
     ("artifact", "maintenance", "recipes"),
     ("compact",),
+    ("localize",),
     ("attachment",),
     ("calibrate", "route", "measure", "demo"),
     ("__init__", "console", "checks"),

@@ -16,9 +16,11 @@ from .artifact import Artifact, tabled
 from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .clock import Clock
-from .compact import expanded
 from .errors import ArtifactError
+from .families import names
 from .kernels.activation import Memo
+from .keymap import KeyMap
+from .localize import localized
 from .patching import Attached, Follow, Override, Swap, denoiser_of
 from .qtensor import QConv2d, QLayer, QLinear, QTensor
 from .scheme import Scheme
@@ -28,9 +30,11 @@ from .temporal_table import TemporalTable
 class Tenuto(Attached):
     """An attached artifact, and what it does while it is on."""
 
-    def __init__(self, handle: Any, artifact: Artifact, clock: Clock, share: float) -> None:
+    def __init__(
+        self, handle: Any, artifact: Artifact, clock: Clock, share: float, keys: KeyMap | None
+    ) -> None:
         super().__init__(handle, [])
-        self.artifact, self.clock, self._share = artifact, clock, share
+        self.artifact, self.clock, self._share, self.keys = artifact, clock, share, keys
 
     @property
     def denoiser(self) -> nn.Module:
@@ -58,23 +62,23 @@ class Tenuto(Attached):
         return self._share
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, held] calls of every branch since the artifact was attached."""
-        names = {m: n for n, m in self.denoiser.named_modules()}
+        """[computed, held] calls of every branch, by canonical name, since it was attached."""
+        keys = self.keys
+        named = {m: keys.canonical(n) if keys else n for n, m in self.denoiser.named_modules()}
         patches = [p for p in self.patches if isinstance(p, Override)]
-        calls = [(names[p.module], p.call) for p in patches]
+        calls = [(named[p.module], p.call) for p in patches]
         return {name: list(call.counts) for name, call in calls if isinstance(call, Hold)}
 
 
 def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: bool = True) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
+    A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family.
     simulate: compute quantized layers in float (same codes). route: lay the cache schedule too.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
-    artifact.validate()
-    artifact.check(model)
-    made, artifact = artifact, expanded(artifact, model)
     denoiser = denoiser_of(model)
+    made, artifact, keys = artifact, localized(artifact, model), names(denoiser)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
     leaves = _leaves(denoiser, artifact, clock, simulate)
@@ -83,13 +87,13 @@ def attach(model: Any, artifact: Artifact, *, simulate: bool = False, route: boo
     if missing:
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
     share = _share(denoiser, leaves, tables)
-    attached = Tenuto(model, made, clock, share)
+    attached = Tenuto(model, made, clock, share, keys)
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):
             attached.patches.append(Swap(denoiser, name, new))
         if schedule is not None:
-            attached.patches += lay_(denoiser, schedule, clock)
+            attached.patches += lay_(denoiser, schedule, clock, keys is not None)
     except BaseException:
         attached.detach()
         raise
