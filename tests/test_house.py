@@ -37,7 +37,7 @@ ROWS = (
     ("compact",),
     ("localize",),
     ("attachment",),
-    ("calibrate", "route", "measure", "demo"),
+    ("calibrate", "route", "measure", "demo", "host"),
     ("__init__", "console", "checks"),
     ("showcase",),
     ("commands",),
