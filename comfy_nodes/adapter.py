@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from tenuto import families
@@ -80,6 +80,7 @@ class Installed(Attached):
             self.handle.remove_injections(part.key)
             for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
                 self.handle.remove_wrappers_with_key(kind, part.key)
+            self.handle.remove_callbacks_with_key(CallbacksMP.ON_DETACH, part.key)
             self.handle.remove_attachments(part.key)
 
 

@@ -7,7 +7,8 @@ the weight as it is loaded: one that a LoRA has changed is rounded anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ops
@@ -44,6 +45,9 @@ class Weights(Wrapped):
         simulate: bool = False,
     ) -> None:
         super().__init__()
+        self.kept: dict[str, QLayer] = {}  # they outlive an ejection: core ejects at every run
+        self.token: Any = None  # what their weights were made of
+        self.how: dict[str, int] = {}
         self.schemes, self.artifact, self.simulate = dict(schemes), artifact, simulate
         if artifact is not None:
             self.clock = Clock(artifact.header["schedule"]["timesteps"])
@@ -54,6 +58,10 @@ class Weights(Wrapped):
         changed = {key.removeprefix(PREFIX) for key in patched(patcher)}
         dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
         found, memo = [], Memo()
+        token = patcher.patches_uuid, patcher.current_hooks
+        if self.token != token:
+            self.kept.clear()
+            self.token = token
         for name, facts in self.tables().items():
             module = denoiser.get_submodule(name)
             if any(key.startswith(f"{name}.") for key in changed):
@@ -94,14 +102,18 @@ class Weights(Wrapped):
         sizes = {name: math.prod(layer.weight.shape) for name, layer in layers(denoiser)}
         return sum(sizes[n] for n in self.schemes if n in sizes) / max(1, sum(sizes.values()))
 
-    def execution(self, denoiser: nn.Module) -> dict[str, int]:
-        """How the layers that have computed so far did: {"int8": 12, ...}."""
-        count: dict[str, int] = {}
-        for patch in self.placed.get(denoiser, []):
-            if isinstance(patch.call, Quantized) and patch.call.layer is not None:
-                how = patch.call.layer.execution
-                count[how] = count.get(how, 0) + 1
-        return count
+    def opened(self, times: Sequence[float]) -> Callable[[], None]:
+        """What the layers did is known when the run ends: core may unload them after it."""
+
+        def close() -> None:
+            self.how = dict(Counter(layer.execution for layer in self.kept.values()))
+
+        return close
+
+    def detached(self, patcher: Any, unpatch_all: bool) -> None:
+        """The codes go with the MODEL that core unloads."""
+        if unpatch_all:
+            self.kept.clear()
 
 
 class Quantized:
@@ -109,15 +121,18 @@ class Quantized:
 
     def __init__(self, owner: Weights, name: str, own: bool, memo: Memo) -> None:
         self.owner, self.name, self.own, self.memo = owner, name, own, memo
-        self.layer: QLayer | None = None
 
     def __call__(self, original: Any, module: nn.Module, x: Tensor, *args: Any) -> Tensor:
         if not self.owner.on:
             return original(x, *args)
         _run_every_op()
-        if self.layer is None:
-            self.layer = self.owner.made(self.name, module, self.own, self.memo).to(x.device)
-        return self.layer(x)
+        layer = self.owner.kept.get(self.name)
+        if layer is None:
+            layer = self.owner.made(self.name, module, self.own, self.memo).to(x.device)
+            self.owner.kept[self.name] = layer
+        if layer.bias is not module.bias:  # core exchanges what a LoRA changes
+            layer.bias = module.bias
+        return layer(x)
 
 
 class Table:

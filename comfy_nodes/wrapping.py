@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
 from tenuto.clock import Clock
@@ -57,6 +57,8 @@ class Wrapped:
         ):
             made.remove_wrappers_with_key(kind, self.key)
             made.add_wrapper_with_key(kind, self.key, call)
+        made.remove_callbacks_with_key(CallbacksMP.ON_DETACH, self.key)
+        made.add_callback_with_key(CallbacksMP.ON_DETACH, self.key, self.detached)
         made.set_injections(self.key, [PatcherInjection(self.inject, self.eject)])
         made.set_attachments(self.key, self)
         return made
@@ -72,6 +74,9 @@ class Wrapped:
         """Core unloads it, or wants to look at its weights."""
         for patch in reversed(self.placed.pop(patcher.model.diffusion_model, [])):
             patch.retire()
+
+    def detached(self, patcher: Any, unpatch_all: bool) -> None:
+        """Core unloads the MODEL, or (unpatch_all False) only makes room for a clone of it."""
 
     def sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """One sampling run: its state is opened here, and dropped whatever happens.
