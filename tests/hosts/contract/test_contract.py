@@ -237,3 +237,35 @@ def test_the_clock_follows(bench: Any, settings: Any) -> None:
         bench.run(handle, settings())
     patch.remove()
     assert rows == [(row, 2, True) for row in range(4)]
+
+
+def test_lora_before_and_after(bench: Any, artifact: Any, settings: Any, bits: Any) -> None:
+    """By the host's own loader: as strong as in full precision, in either order, and gone again."""
+    if bench.kind != "comfy":
+        pytest.skip("a bare denoiser has no LoRA loader: what is merged into it is another model")
+    from comfy import weight_adapter
+
+    handle, made = bench.fresh(), artifact(bench.family)
+    denoiser = bench.host.denoiser(handle)
+    layers = [n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+    name = next(n for n in layers if n.endswith(("to_q", "attn.proj", "img_attn.proj")))
+    rows, columns = denoiser.get_submodule(name).weight.shape
+    draw = torch.Generator().manual_seed(2)
+    up, down = (torch.randn(s, generator=draw) for s in ((rows, 2), (2, columns)))
+    factors = (up * 0.3, down * 0.3, 2.0, None, None, None)
+    patch = {f"diffusion_model.{name}.weight": weight_adapter.LoRAAdapter(set(), factors)}
+
+    def with_lora(model: Any) -> Any:
+        found = model.clone()
+        assert found.add_patches(patch, 1.0) == list(patch)
+        return found
+
+    plain, full = bench.run(handle, settings()), bench.run(with_lora(handle), settings())
+    with bench.on(handle, made) as attached:
+        quantized = bench.run(attached.handle, settings())
+        after = bench.run(with_lora(attached.handle), settings())
+        assert torch.equal(bench.run(attached.handle, settings()), quantized)
+    with bench.on(with_lora(handle), made) as attached:
+        assert torch.equal(bench.run(attached.handle, settings()), after)
+    assert gap(after, quantized) > 0.3 * gap(full, plain) > 1e-3
+    assert torch.equal(bench.run(handle, settings()), plain)
