@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from .api import ComfyExtension, io
+from .calibration import Calibrate
 from .nodes import ApplyCache, LoadArtifact, QuantizeModel
 from .report import Report
 
@@ -18,7 +19,7 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""
-        return [LoadArtifact, QuantizeModel, ApplyCache, Report]
+        return [LoadArtifact, QuantizeModel, ApplyCache, Report, Calibrate]
 
 
 def extension() -> Extension:
