@@ -111,8 +111,8 @@ class Calibrate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                ArtifactType.Output("artifact", tooltip="For Quantize Model, or load the file."),
-                io.String.Output("info", tooltip="What is in it, in a few lines."),
+                ArtifactType.Output("artifact", "artifact", tooltip="For Quantize Model."),
+                io.String.Output("info", "info", tooltip="What is in it, in a few lines."),
             ],
             is_output_node=True,
         )  # fmt: skip

@@ -54,8 +54,10 @@ class LoadArtifact(io.ComfyNode):
                 )
             ],
             outputs=[
-                ArtifactType.Output("artifact", tooltip="For Quantize Model and Apply Cache."),
-                io.String.Output("info", tooltip="What is in the file, in a few lines."),
+                ArtifactType.Output(
+                    "artifact", "artifact", tooltip="For Quantize Model and Apply Cache."
+                ),
+                io.String.Output("info", "info", tooltip="What is in the file, in a few lines."),
             ],
         )
 
@@ -138,7 +140,9 @@ class QuantizeModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
-                io.String.Output("report", tooltip="How many layers, how much of the model."),
+                io.String.Output(
+                    "report", "report", tooltip="How many layers, how much of the model."
+                ),
             ],
         )
 

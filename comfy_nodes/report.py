@@ -36,8 +36,8 @@ class Report(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="What the sampler made; it waits for it."),
             ],
             outputs=[
-                io.String.Output("text"),
-                io.Image.Output("map", tooltip="Steps along x, branches along y."),
+                io.String.Output("text", "text"),
+                io.Image.Output("map", "map", tooltip="Steps along x, branches along y."),
             ],
             is_output_node=True,
         )

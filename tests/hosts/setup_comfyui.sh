@@ -83,9 +83,15 @@ PY
 fi
 grep -v -E '^(torch|torchvision|torchaudio)$|^#|^[[:space:]]*$' "$COMFY/requirements.txt" > "$DIR/requirements.txt"
 # requests: imported, but not declared
-pip -r "$DIR/requirements.txt" requests omegaconf "$(pin pytest)"
+pip -r "$DIR/requirements.txt" requests omegaconf playwright==1.65.2 "$(pin pytest)"
 pip --no-deps stable-diffusion-sdkit==2.1.5 k-diffusion==0.1.1.post1 torchdiffeq==0.2.5 \
   "$(pin diffusers)" "$(pin importlib_metadata)" "$(pin zipp)"
+
+# The page is looked at in the distribution's browser: root gets it, for others its tests are skipped.
+command -v chromium >/dev/null || {
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null
+  else echo "Chromium is missing: apt install chromium" >&2; fi; }
 
 "$PY" -W ignore - "$COMFY" <<'PY'
 import sys
