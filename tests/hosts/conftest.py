@@ -27,7 +27,7 @@ CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
 WIDTH = 24  # of the prompt's embedding
 
 if COMFYUI is None:
-    collect_ignore_glob = ["test_*.py"]
+    collect_ignore_glob = ["test_*.py", "*/test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
