@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tenuto.caching.schedule import CacheSchedule, Hold
 from tenuto.clock import Clock
+from tenuto.errors import ModelError
 from tenuto.families import describe, names
 from tenuto.patching import Override, override_
 
@@ -51,8 +52,10 @@ class Cache(Wrapped):
         super().__init__()
         denoiser = model.model.diffusion_model
         keys = names(denoiser)
+        if keys is None:  # what its parts hand out is not known to be theirs alone
+            raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
         self.branches = tuple(b.name for b in describe(denoiser).branches)
-        self.canonical = tuple(keys.canonical(b) if keys else b for b in self.branches)
+        self.canonical = tuple(map(keys.canonical, self.branches))
         self.policy = policy
         self.run: Run | None = None
         self.last: Run | None = None
