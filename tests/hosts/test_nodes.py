@@ -105,3 +105,40 @@ def test_no_file_of_the_pack_imports_what_comfyui_has_not() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 found = [node.module or ""]
             assert {name.split(".")[0] for name in found} <= allowed | standard, path
+
+
+def test_what_is_calibrated_here_is_used_in_diffusers(
+    in_comfy: Any, original: Any, family: str, prompts: Any, call_as: Any, tmp_path: Any
+) -> None:
+    """In the graph's own loops, every family; the artifact quantizes the same there as here."""
+    from comfy_nodes.adapter import ComfyUI
+    from comfy_nodes.calibration import Sampling, calibrated, recorded
+    from tenuto import attach
+    from tenuto.host import Patches
+
+    model, unet = in_comfy(family), original(family)
+    text = prompts([1])
+    cond = [[text, {"pooled_output": text[:, 0]}]]
+    side, channels = (36 if family == "pixart" else 8), 16 if family in ("sd3", "flux") else 4
+    latent = torch.zeros(1, channels, side, side)
+    how = Sampling(0, 3, 2.0, "euler", "simple", cond, cond, latent)
+    seen = recorded(model, how, 1)
+    made = calibrated(model, seen, schemes.W8A8_STATIC, "quick", "table", 0, tmp_path / "work")
+    made.save(tmp_path / "one.safetensors")
+    made = Artifact.load(tmp_path / "one.safetensors")
+    assert made.header["model_class"] == type(unet).__name__ and made.section("ranges")
+
+    scale = 1000 if family == "flux" else 1
+    x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([made.header["schedule"]["timesteps"][1] * scale])
+    plain = call_as(family, unet, x, t, text)
+    with attach(unet, made):
+        found = call_as(family, unet, x, t, text)
+    denoiser = model.model.diffusion_model
+    with attach(denoiser, made):
+        here = call_as(family, denoiser, x, t, text)
+    assert float((here - found).norm() / found.norm()) < 2e-2
+    assert 0 < float((found - plain).norm() / plain.norm()) < 0.3
+    attached = ComfyUI().install(model, Patches(made))
+    assert attached.parts[0].schemes
+    attached.detach()
