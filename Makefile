@@ -1,17 +1,19 @@
 # make demo    installs Tenuto into .venv and runs the main job on a model that ships: pictures in demo-out/
-# make test    installs what the tests need, then format, lint, types and every test
+# make test    installs what the tests need, then format, lint, types and every test, those of the hosts last
+# make hosts   the tests inside the hosts alone: real ComfyUI modules and server, real ldm U-Net, in .venv-comfy
 # make check   format, lint and types alone        make fmt   formats and fixes
-# make venv    installs and stops                  make clean deletes .venv and what the commands wrote
+# make venv    installs and stops                  make clean deletes .venv* and what the commands wrote
 #
 # PYTHON picks the interpreter. TORCH picks torch's build: the constraints fix its version, and the index that pip asks
 # decides the rest. The README says how to get the small CPU build where a plain install would bring CUDA.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch
 BIN    := .venv/bin
+COMFY  ?= .venv-comfy
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
-.PHONY: demo test check fmt venv clean
+.PHONY: demo test hosts check fmt venv clean
 
 demo: .venv/.base
 	$(BIN)/tenuto demo --model transformer --out demo-out
@@ -20,6 +22,12 @@ demo: .venv/.base
 test: check
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow --durations=8
+	$(MAKE) hosts
+
+# An environment of its own: ComfyUI brings other versions of what Tenuto uses, and its process must hold nothing of ours.
+hosts: $(COMFY)/.ready
+	PYTHONPATH=core OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TENUTO_COMFYUI="$(abspath $(COMFY))/ComfyUI" \
+	  $(COMFY)/venv/bin/python -m pytest -W ignore tests/hosts --durations=8
 
 check: .venv/.test
 	$(BIN)/ruff format --check .
@@ -33,7 +41,7 @@ fmt: .venv/.test
 venv: .venv/.test
 
 clean:
-	rm -rf .venv build dist demo-out .pytest_cache .ruff_cache core/tenuto.egg-info
+	rm -rf .venv .venv-comfy build dist demo-out .pytest_cache .ruff_cache core/tenuto.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that TORCH may name another index without the rest coming from there.
@@ -46,6 +54,11 @@ clean:
 
 .venv/.test: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(COMFY)/.ready: tests/hosts/setup_comfyui.sh constraints.txt
+	@echo "Installing ComfyUI and ldm for the tests of the hosts into $(COMFY): a few minutes, once"
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tests/hosts/setup_comfyui.sh $(COMFY)
 	@touch $@
 
 # Debian and Ubuntu keep the venv module in a package of its own: root gets it, others are told.

@@ -1,8 +1,22 @@
 """ComfyUI entry: what `git clone` into custom_nodes/ finds.
 
-This version has no nodes yet: ComfyUI loads the folder, finds an empty list and goes on. Nothing is
-imported and no path is changed.
+Nothing is imported before ComfyUI asks for the nodes. Then the library is made importable, where it
+is not installed, as `tenuto`: the name of its folder, core, is that of other packs' packages too.
 """
 
 if __package__:  # ComfyUI imports the folder as a package; pytest sees this file bare
-    NODE_CLASS_MAPPINGS: dict[str, type] = {}
+    from typing import Any
+
+    WEB_DIRECTORY = "./comfy_nodes/web"
+
+    async def comfy_entrypoint() -> Any:
+        """The extension (V3 API)."""
+        import importlib
+        import importlib.util
+        import sys
+        from pathlib import Path
+
+        core = str(Path(__file__).resolve().parent / "core")
+        if importlib.util.find_spec("tenuto") is None:
+            sys.path.insert(0, core)
+        return importlib.import_module(".comfy_nodes.extension", __package__).extension()

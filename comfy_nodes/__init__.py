@@ -1,1 +1,1 @@
-"""The place of the ComfyUI nodes. This version has none yet."""
+"""Tenuto's ComfyUI nodes. `extension.py` is what ComfyUI asks for; this imports nothing."""

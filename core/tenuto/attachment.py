@@ -17,9 +17,11 @@ from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .choice import DENSE, Chooser, check_execution
 from .clock import Clock
-from .compact import expanded
 from .errors import ArtifactError
+from .families import names
 from .kernels.activation import Memo
+from .keymap import KeyMap
+from .localize import localized
 from .patching import Attached, Follow, Override, Swap, denoiser_of
 from .qlayer import QConv2d, QLayer, QLinear
 from .qtensor import QTensor
@@ -30,9 +32,11 @@ from .temporal_table import TemporalTable
 class Tenuto(Attached):
     """An attached artifact, and what it does while it is on."""
 
-    def __init__(self, handle: Any, artifact: Artifact, clock: Clock, total: int) -> None:
+    def __init__(
+        self, handle: Any, artifact: Artifact, clock: Clock, total: int, keys: KeyMap | None
+    ) -> None:
         super().__init__(handle, [])
-        self.artifact, self.clock, self._total = artifact, clock, total
+        self.artifact, self.clock, self._total, self.keys = artifact, clock, total, keys
 
     @property
     def denoiser(self) -> nn.Module:
@@ -76,10 +80,11 @@ class Tenuto(Attached):
         return sum(low) / max(1, self._total)
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, held] calls of every branch since the artifact was attached."""
-        names = {m: n for n, m in self.denoiser.named_modules()}
+        """[computed, held] calls of every branch, by canonical name, since it was attached."""
+        keys = self.keys
+        named = {m: keys.canonical(n) if keys else n for n, m in self.denoiser.named_modules()}
         patches = [p for p in self.patches if isinstance(p, Override)]
-        calls = [(names[p.module], p.call) for p in patches]
+        calls = [(named[p.module], p.call) for p in patches]
         return {name: list(call.counts) for name, call in calls if isinstance(call, Hold)}
 
 
@@ -94,6 +99,7 @@ def attach(
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
+    A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family.
     execution: "int8" executes in low precision what the kernels support and simulates the rest: the
     artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
@@ -104,10 +110,8 @@ def attach(
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     check_execution(execution)
-    artifact.validate()
-    artifact.check(model)
-    made, artifact = artifact, expanded(artifact, model)
     denoiser = denoiser_of(model)
+    made, artifact, keys = artifact, localized(artifact, model), names(denoiser)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
     leaves = _leaves(
@@ -117,13 +121,13 @@ def attach(
     missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
     if missing:
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
-    attached = Tenuto(model, made, clock, _total(denoiser, tables))
+    attached = Tenuto(model, made, clock, _total(denoiser, tables), keys)
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):
             attached.patches.append(Swap(denoiser, name, new))
         if schedule is not None:
-            attached.patches += lay_(denoiser, schedule, clock)
+            attached.patches += lay_(denoiser, schedule, clock, keys is not None)
     except BaseException:
         attached.detach()
         raise

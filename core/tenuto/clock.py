@@ -101,9 +101,15 @@ class Clock:
         return mark
 
     def _follow_owner(self, timestep: Tensor | float) -> None:
-        """A scheduler makes new `timesteps` for every run: a view of others is a new run."""
+        """A scheduler makes new `timesteps` for every run: an element of others is a new run.
+
+        One element, repeated at most: k-diffusion hands out a view of what it has just computed.
+        """
         base = timestep._base if isinstance(timestep, Tensor) else None
         if base is None or base.numel() < 2:
+            return
+        assert isinstance(timestep, Tensor)
+        if timestep.numel() > 1 and any(timestep.stride()):
             return
         if self._owner is not None and self._owner() is not base:
             self.begin()

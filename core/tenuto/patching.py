@@ -40,9 +40,11 @@ class Override:
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call
-        self.before = module.__dict__.get("forward")
+        self.before, self.off = _live(module.__dict__.get("forward")), False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
         return self.call(self.original, self.module, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,10 +57,27 @@ class Override:
         """Take the replacement out."""
         if self.module.__dict__.get("forward") is not self:
             raise ModelError("Another patch was put on top of this one: remove that first.")
+        self.before = _live(self.before)
         if self.before is None:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.before
+
+    def retire(self) -> None:
+        """Take it out, or, under another patch, do nothing from now on: hosts keep no order.
+
+        What is put on or taken out later finds it and lets go of it.
+        """
+        self.off = True
+        if self.module.__dict__.get("forward") is self:
+            self.remove()
+
+
+def _live(forward: Any) -> Any:
+    """What `forward` leads to: retired overrides are left out."""
+    while isinstance(forward, Override) and forward.off:
+        forward = forward.before
+    return forward
 
 
 def override_(module: nn.Module, call: Callable[..., Any]) -> Override:

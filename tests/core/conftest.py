@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-KINDS = ("pixart", "dit", "unet", "home")
+KINDS = ("pixart", "dit", "unet", "home")  # what every test of patches runs on
+LATENT = ("pixart", "unet", "sd3", "flux")  # their samples have 4 channels
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -80,8 +81,26 @@ class HomeMade(nn.Module):
 
 
 def _made(kind: str) -> nn.Module:
-    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+    from diffusers import (
+        DiTTransformer2DModel,
+        FluxTransformer2DModel,
+        PixArtTransformer2DModel,
+        SD3Transformer2DModel,
+        UNet2DConditionModel,
+    )
 
+    if kind == "sd3":
+        return SD3Transformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            num_layers=3, joint_attention_dim=24, caption_projection_dim=32, sample_size=8,
+            patch_size=2, pooled_projection_dim=24, pos_embed_max_size=8, qk_norm="rms_norm",
+        )  # fmt: skip
+    if kind == "flux":
+        return FluxTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=16, num_layers=2,
+            num_single_layers=2, joint_attention_dim=24, pooled_projection_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        )  # fmt: skip
     if kind == "pixart":
         return PixArtTransformer2DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
@@ -119,7 +138,7 @@ def _randomized(module: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], nn.Module]:
-    """tiny(kind): a new denoiser, "pixart", "dit", "unet" or "home"; the same weights each time."""
+    """tiny(kind): a new denoiser, of KINDS, "sd3" or "flux"; the same weights each time."""
     made: dict[str, nn.Module] = {}
 
     def build(kind: str) -> nn.Module:
@@ -158,7 +177,28 @@ def call(kind: str, denoiser: nn.Module, x: Tensor, t: Tensor, given: dict[str, 
         return denoiser(x, timestep=step, class_labels=given["labels"]).sample
     if kind == "unet":
         return denoiser(x, t, encoder_hidden_states=given["text"]).sample
+    if kind == "sd3":
+        text, step = given["text"], t[None].expand(len(x))
+        return denoiser(
+            x, encoder_hidden_states=text, pooled_projections=text[:, 0], timestep=step
+        ).sample
+    if kind == "flux":
+        return _packed_call(denoiser, x, t, given["text"])
     return denoiser(x, t, given["labels"])
+
+
+def _packed_call(denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """FLUX takes 2 x 2 pixels as a token, with its place."""
+    size = x.shape[-1] // 2
+    tokens = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+    ids = torch.zeros(size, size, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(size)[:, None], torch.arange(size)[None]
+    out = denoiser(
+        tokens, encoder_hidden_states=text, pooled_projections=text[:, 0],
+        timestep=t[None].expand(len(x)) / 1000, img_ids=ids.flatten(0, 1),
+        txt_ids=torch.zeros(text.shape[1], 3),
+    ).sample  # fmt: skip
+    return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(2, (size, size)), 2)
 
 
 @dataclass
@@ -183,7 +223,7 @@ class Loop:
 
     def noise(self, seed: int, batch: int) -> Tensor:
         """(batch, C, size, size); picture i depends on seed + i alone."""
-        channels = 4 if self.kind in ("pixart", "unet") else 3
+        channels = 4 if self.kind in LATENT else 3
         draws = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
         shape = (channels, self.size, self.size)
         return torch.stack([torch.randn(shape, generator=g) for g in draws])

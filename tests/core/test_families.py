@@ -18,7 +18,16 @@ from tenuto.errors import ModelError
 from tenuto.patching import tensors_in
 from tenuto.scheme import schemes
 
-MODEL_OF = {"pixart": "pixart", "dit": "dit", "unet": "unet", "generic": "home"}
+MODEL_OF = {
+    "pixart": "pixart", "dit": "dit", "unet": "unet", "sd3": "sd3", "flux": "flux",
+    "generic": "home",
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODEL_OF.values())
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of denoiser in turn, those that few tests run on too."""
+    return request.param
 
 
 def names(backbone: Backbone) -> list[str]:
@@ -132,8 +141,9 @@ def test_first_and_last_layers_are_among_the_ends(tiny: Any, kind: str, loop: An
     order = reached(denoiser, every, loop(kind, steps=1))
     assert bits[order[-1]] == 8
     takes_sample = [n for n in order if "time" not in n and "emb" not in n and "adaln" not in n]
-    assert bits["pos_embed.proj" if kind in ("pixart", "dit") else takes_sample[0]] == 8
-    inner = [n for n in every if describe(denoiser).block_of(n) and ".norm1." not in n]
+    first = {"flux": "x_embedder"} | dict.fromkeys(("pixart", "dit", "sd3"), "pos_embed.proj")
+    assert bits[first.get(kind, takes_sample[0])] == 8
+    inner = [n for n in every if describe(denoiser).block_of(n) and ".norm" not in n]
     assert {bits[n] for n in inner if "time_emb_proj" not in n} == {4}
 
 
@@ -149,7 +159,7 @@ def outputs_at(
         return lambda module, args, out: found.__setitem__(name, list(tensors_in(out)))
 
     hooks = [denoiser.get_submodule(n).register_forward_hook(keep(n)) for n in names]
-    channels = 4 if kind in ("pixart", "unet") else 3
+    channels = 3 if kind in ("dit", "home") else 4
     x = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         call_as(kind, denoiser, x, torch.tensor(t), given)

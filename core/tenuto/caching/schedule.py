@@ -108,14 +108,21 @@ class Slot:
             return None
         if isinstance(out, Tensor):
             return torch.stack([held[row] for held, row in rows])
-        return tuple(torch.stack([held[i][row] for held, row in rows]) for i in range(len(out)))
+        return tuple(
+            None if part is None else torch.stack([held[i][row] for held, row in rows])
+            for i, part in enumerate(out)
+        )
 
 
 def each(fn: Callable[..., Tensor], *outputs: Any) -> Any:
-    """`fn` on tensors, or member by member on equal tuples of them: what branches return."""
+    """`fn` on tensors, or member by member on equal tuples of them: what branches return.
+
+    A member may be None: the last joint block of SD3 returns no context.
+    """
     if isinstance(outputs[0], Tensor):
         return fn(*outputs)
-    return tuple(fn(*parts) for parts in zip(*outputs, strict=True))
+    pairs = zip(*outputs, strict=True)
+    return tuple(None if parts[0] is None else fn(*parts) for parts in pairs)
 
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,10 +131,13 @@ def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class Hold:
-    """The forward of a branch under a schedule: compute and store, or hand out what is held."""
+    """The forward of a branch under a schedule: compute and store, or hand out what is held.
 
-    def __init__(self, clock: Clock, rows: list[bool]) -> None:
-        self.clock, self.rows, self.slot = clock, rows, Slot()
+    copies: hand out and keep copies, for hosts that add to what a branch returned in place.
+    """
+
+    def __init__(self, clock: Clock, rows: list[bool], copies: bool = False) -> None:
+        self.clock, self.rows, self.slot, self.copies = clock, rows, Slot(), copies
         self.keeps = not all(rows)
         self.counts = [0, 0]  # computed, held
 
@@ -139,17 +149,23 @@ class Hold:
             found = self.slot.find(self.clock, shape)
             if found is not None:
                 self.counts[1] += 1
-                return found
+                return each(torch.clone, found) if self.copies else found
         out = original(*args, **kwargs)
         self.counts[0] += 1
-        self.slot.store(self.clock, shape, each(Tensor.detach, out))
+        kept = each(torch.clone if self.copies else Tensor.detach, out)
+        self.slot.store(self.clock, shape, kept)
         return out
 
 
-def lay_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
-    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
+def lay_(
+    denoiser: nn.Module, schedule: CacheSchedule, clock: Clock, copies: bool = False
+) -> list[Override]:
+    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser.
+
+    copies: see `Hold`.
+    """
     columns = schedule.at(clock.timesteps).table.t().tolist()
     return [
-        override_(denoiser.get_submodule(name), Hold(clock, rows))
+        override_(denoiser.get_submodule(name), Hold(clock, rows, copies))
         for name, rows in zip(schedule.branches, columns, strict=True)
     ]

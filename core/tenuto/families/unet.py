@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers)."""
+"""The U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers; ldm, sgm and ComfyUI by key map)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..backbone import Backbone, Branch, Subset
+from ..keymap import KeyMap, keymap
 
 CLASSES = ("UNet2DConditionModel",)
+HOSTS = ("UNetModel",)
 KINDS = {"attn1": "attention", "attn2": "cross-attention", "ff": "feed-forward"}
+INNER = "transformer_blocks"
+RESIDUAL = {
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
+OUTER = {
+    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+}  # fmt: skip
 
 
 def describe(module: Any) -> Backbone:
@@ -18,7 +30,7 @@ def describe(module: Any) -> Backbone:
     branches: list[Branch] = []
     for name in blocks:
         child = module.get_submodule(name)
-        if type(child).__name__ == "ResnetBlock2D":
+        if getattr(child, "conv1", None) is not None:
             branches.append(Branch(name, "resnet", name))
         else:
             found = (part for part in KINDS if getattr(child, part, None) is not None)
@@ -46,13 +58,13 @@ def _temporal(module: Any, embeddings: tuple[str, ...]) -> tuple[str, ...]:
 def _blocks(module: Any) -> Iterator[str]:
     """ResnetBlock2D and BasicTransformerBlock by level: they alternate inside one level."""
     levels = [f"down_blocks.{i}" for i in range(len(module.down_blocks))]
-    levels += ["mid_block"] if module.mid_block is not None else []
+    levels += ["mid_block"] if getattr(module, "mid_block", None) is not None else []
     levels += [f"up_blocks.{i}" for i in range(len(module.up_blocks))]
     for level in levels:
         found = [
             f"{level}.{name}"
             for name, child in module.get_submodule(level).named_modules()
-            if type(child).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")
+            if getattr(child, "conv1", None) is not None or name.split(".")[-2:-1] == [INNER]
         ]
         yield from sorted(found, key=_place)
 
@@ -74,3 +86,58 @@ def _subsets(blocks: list[str], module: Any) -> Iterator[Subset]:
             yield Subset(tuple(f"{name}.attn1.{p}" for p in ("to_q", "to_k", "to_v")))
         if getattr(child, "attn2", None) is not None:
             yield Subset(tuple(f"{name}.attn2.{p}" for p in ("to_k", "to_v")))
+
+
+# --- names in ldm, sgm, ComfyUI, Forge ------------------------------------------------------------
+
+
+def names(module: Any) -> KeyMap:
+    """Where the parts of a `UNetModel` are; its blocks are lists of layers, counted through."""
+    prefixes: dict[str, Any] = dict(OUTER)
+    modules = {"time_embedding": ("time_embed",), "add_embedding": ("label_emb.0",)}
+    for host, name in _layers(module):
+        layer = module.get_submodule(host)
+        modules[name] = (host,)
+        prefixes[host] = name
+        if hasattr(layer, "in_layers"):
+            prefixes |= {f"{host}.{theirs}": f"{name}.{own}" for theirs, own in RESIDUAL.items()}
+        elif hasattr(layer, "op"):
+            prefixes[f"{host}.op"] = f"{name}.conv"
+        inner = (n for n, _ in layer.named_modules() if n.startswith(INNER))
+        modules |= {f"{name}.{n}": (f"{host}.{n}",) for n in inner}
+    return keymap(module, "UNet2DConditionModel", prefixes, modules)
+
+
+def _layers(module: Any) -> Iterator[tuple[str, str]]:
+    """(host, canonical) of every residual block, transformer, down- and upsampler."""
+    level = place = 0
+    for number, block in enumerate(module.input_blocks):
+        if number and hasattr(block[0], "op"):
+            yield f"input_blocks.{number}.0", f"down_blocks.{level}.downsamplers.0"
+            level, place = level + 1, 0
+        elif number:
+            yield from _parts(f"input_blocks.{number}", block, f"down_blocks.{level}", place)
+            place += 1
+    found = {"resnets": 0, "attentions": 0}
+    for number, layer in enumerate(module.middle_block):
+        kind = "resnets" if hasattr(layer, "in_layers") else "attentions"
+        yield f"middle_block.{number}", f"mid_block.{kind}.{found[kind]}"
+        found[kind] += 1
+    level = place = 0
+    for number, block in enumerate(module.output_blocks):
+        yield from _parts(f"output_blocks.{number}", block, f"up_blocks.{level}", place)
+        last = any(_is_upsampler(layer) for layer in block)
+        level, place = (level + 1, 0) if last else (level, place + 1)
+
+
+def _parts(host: str, block: Any, level: str, place: int) -> Iterator[tuple[str, str]]:
+    for number, layer in enumerate(block):
+        if _is_upsampler(layer):
+            yield f"{host}.{number}", f"{level}.upsamplers.0"
+        else:
+            kind = "resnets" if hasattr(layer, "in_layers") else "attentions"
+            yield f"{host}.{number}", f"{level}.{kind}.{place}"
+
+
+def _is_upsampler(layer: Any) -> bool:
+    return hasattr(layer, "conv") and not hasattr(layer, "in_layers")

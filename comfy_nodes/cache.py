@@ -1,0 +1,120 @@
+"""A feature cache in a MODEL: branches held from step to step, and what the last run did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenuto.caching.schedule import CacheSchedule, Hold
+from tenuto.clock import Clock
+from tenuto.errors import ModelError
+from tenuto.families import describe, names
+from tenuto.patching import Override, override_
+
+from .wrapping import Wrapped
+
+Policy = Callable[[Sequence[float], Sequence[str]], CacheSchedule]
+
+
+@dataclass
+class Run:
+    """One sampling run. computed, held: how often each cell was, int (T, N)."""
+
+    clock: Clock
+    holds: list[Hold]
+    names: tuple[str, ...]
+    computed: Tensor
+    held: Tensor
+    seconds: list[float]
+    calls: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Of the rows."""
+        return self.clock.timesteps
+
+
+class Cache(Wrapped):
+    """Holds branches by a policy: policy(timesteps, branches) says what to compute in a run.
+
+    branches: the host's names. last: the last run that ended, for a report.
+    """
+
+    key = "tenuto_cache"
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        super().__init__()
+        denoiser = model.model.diffusion_model
+        keys = names(denoiser)
+        if keys is None:  # what its parts hand out is not known to be theirs alone
+            raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
+        self.branches = tuple(b.name for b in describe(denoiser).branches)
+        self.canonical = tuple(map(keys.canonical, self.branches))
+        self.policy = policy
+        self.run: Run | None = None
+        self.last: Run | None = None
+
+    def opened(self, times: Sequence[float]) -> Callable[[], None]:
+        """A table for the timesteps of this run; a run inside another has its own."""
+        before = self.run
+        self.run = self._run(times) if times else None
+
+        def close() -> None:
+            self.last, self.run = self.run or self.last, before
+            if self.last is not None:
+                self.last.holds = []  # what was held goes with the run
+
+        return close
+
+    def _run(self, times: Sequence[float]) -> Run:
+        schedule = self.policy(times, self.branches)
+        clock = Clock(schedule.timesteps)
+        holds = [Hold(clock, rows, copies=True) for rows in schedule.table.t().tolist()]
+        count = torch.zeros(schedule.table.shape, dtype=torch.int64)
+        seconds = [0.0] * len(schedule.timesteps)
+        return Run(clock, holds, self.canonical, count, count.clone(), seconds)
+
+    def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
+        """One a branch."""
+        modules = map(denoiser.get_submodule, self.branches)
+        return [override_(m, BranchCall(self, number)) for number, m in enumerate(modules)]
+
+    def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
+        """The clock is the run's own."""
+        if self.run is not None:
+            self.clock = self.run.clock
+            super().observe(times, batch, options, device)
+
+    def calling(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As for every patch; the run counts it."""
+        run, start = self.run, time.perf_counter()
+        try:
+            return super().calling(executor, x, t, *args, **kwargs)
+        finally:
+            if run is not None:
+                run.calls += 1
+                run.seconds[run.clock.row] += time.perf_counter() - start
+
+
+class BranchCall:
+    """The forward of one branch: under the run's table inside a call of ours, else its own."""
+
+    def __init__(self, owner: Cache, number: int) -> None:
+        self.owner, self.number = owner, number
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = self.owner.run
+        if run is None or not self.owner.on:
+            return original(*args, **kwargs)
+        hold = run.holds[self.number]
+        before = hold.counts[1]
+        out = hold(original, module, *args, **kwargs)
+        cells = run.held if hold.counts[1] > before else run.computed
+        cells[run.clock.row, self.number] += 1
+        return out

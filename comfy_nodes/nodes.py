@@ -1,0 +1,249 @@
+"""The nodes that use an artifact: load it, quantize a MODEL, lay a cache on it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from tenuto.artifact import Artifact, tabled
+from tenuto.attachment import schedule_of
+from tenuto.caching.interval import Interval, LateInterval
+from tenuto.caching.schedule import CacheSchedule
+from tenuto.errors import TenutoError
+from tenuto.scheme import named
+
+from .adapter import here, quantized, rounded, routed
+from .api import ArtifactType, io
+from .cache import Cache, Policy
+from .weights import Weights
+
+SCHEMES = {"W8A8": "w8a8", "W8 (weights only)": "w8a16", "W4 (weights only)": "w4a16"}
+FROM_ARTIFACT = "from artifact"
+ROUTE, LATE, INTERVAL = "route of the artifact", "first steps, then one of", "one of"
+KIND = "models/tenuto"
+
+
+def path_of(name: str) -> str | None:
+    """The file of an artifact in the folder; None where there is none, or a name leads out."""
+    found = folder_paths.get_full_path("tenuto", name)
+    return found if found is not None and Path(found).is_file() else None
+
+
+class LoadArtifact(io.ComfyNode):
+    """A file of models/tenuto, checked."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """One file in, the artifact and what is in it out."""
+        return io.Schema(
+            node_id="Tenuto_LoadArtifact",
+            display_name="Load Tenuto Artifact",
+            category="Tenuto/loaders",
+            description="Reads what calibration found out about one model, from models/tenuto.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folder_paths.get_filename_list("tenuto"),
+                    tooltip="A .safetensors file of models/tenuto, made by `tenuto quantize`, by "
+                    "`tenuto train-router` or by the node Tenuto Calibrate.",
+                )
+            ],
+            outputs=[
+                ArtifactType.Output(
+                    "artifact", "artifact", tooltip="For Quantize Model and Apply Cache."
+                ),
+                io.String.Output("info", "info", tooltip="What is in the file, in a few lines."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        """A sentence where the file is not there."""
+        if path_of(name) is None:
+            return f"There is no artifact called {name} in {KIND}."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> Any:
+        """Another file of the same name is another artifact."""
+        path = path_of(name)
+        if path is None:
+            return name
+        facts = Path(path).stat()
+        return name, facts.st_size, facts.st_mtime_ns
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        """Raises TenutoError in one sentence if it is no artifact."""
+        path = path_of(name)
+        if path is None:
+            raise TenutoError(f"There is no artifact called {name} in {KIND}.")
+        found = Artifact.load(path)
+        found.validate(name)
+        return io.NodeOutput(found, info(found, name))
+
+
+def info(artifact: Artifact, name: str) -> str:
+    """What is in an artifact, in a few lines."""
+    header = artifact.header
+    schemes = Counter(f["scheme"] for f in header.get("layers", {}).values())
+    lines = [f"{name}: {header['family']} ({header['model_class']})"]
+    lines += [f"{count} layers {scheme}" for scheme, count in sorted(schemes.items())]
+    lines += [f"{len(tabled(header))} temporal tables"] if tabled(header) else []
+    route = schedule_of(artifact)
+    if route is not None:
+        lines.append(
+            f"route: {route.reuse_ratio:.0%} of {len(route.timesteps)} steps x "
+            f"{len(route.branches)} branches held"
+        )
+    return "\n".join(lines)
+
+
+class QuantizeModel(io.ComfyNode):
+    """Quantized layers in a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """MODEL to MODEL."""
+        return io.Schema(
+            node_id="Tenuto_QuantizeModel",
+            display_name="Tenuto Quantize Model",
+            category="Tenuto/quantize",
+            description="Computes the model's layers from 8- or 4-bit codes: those of an artifact, "
+            "or rounded on the fly without calibration. LoRA loaders may come before or after it.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model; it stays as it is."),
+                io.Combo.Input(
+                    "scheme",
+                    options=[FROM_ARTIFACT, *SCHEMES],
+                    default="W8A8",
+                    tooltip="What to compute with. W8A8 quantizes weights and activations, the "
+                    "others weights alone; 4-bit weights want an artifact.",
+                ),
+                io.Boolean.Input(
+                    "convolutions", default=True, tooltip="On the fly: convolutions too."
+                ),
+                io.String.Input(
+                    "skip",
+                    default="",
+                    tooltip="On the fly: patterns of layers that stay in full precision, with "
+                    "commas between them, such as *.attn2.*, proj_out",
+                ),
+                ArtifactType.Input(
+                    "artifact", optional=True, tooltip="Codes, ranges and tables for this model."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The quantized model."),
+                io.String.Output(
+                    "report", "report", tooltip="How many layers, how much of the model."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, scheme: str, convolutions: bool, skip: str, artifact: Any = None
+    ) -> io.NodeOutput:
+        """Raises TenutoError in one sentence if the artifact is for another model."""
+        if scheme == FROM_ARTIFACT:
+            if artifact is None:
+                raise TenutoError("Connect an artifact, or choose a scheme to round on the fly.")
+            made = here(model, artifact)
+            if not made.header.get("layers"):
+                raise TenutoError("The artifact has no quantized weights.")
+            part = quantized(model, made)
+        else:
+            patterns = tuple(p.strip() for p in skip.split(",") if p.strip())
+            part = rounded(model, named(SCHEMES[scheme]), patterns, convolutions)
+        return io.NodeOutput(part.apply(model), about(part, model))
+
+
+def about(part: Weights, model: Any) -> str:
+    """How many layers are quantized and how much of the model that is."""
+    count = Counter(s.name for s in part.schemes.values())
+    share = part.share(model.model.diffusion_model)
+    layers = ", ".join(f"{n} layers {name}" for name, n in sorted(count.items()))
+    tables = len(part.tables())
+    more = f", {tables} temporal tables" if tables else ""
+    return f"{layers}: {share:.0%} of the weights of its layers{more}"
+
+
+class ApplyCache(io.ComfyNode):
+    """Branches of a MODEL held from step to step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """MODEL to MODEL."""
+        return io.Schema(
+            node_id="Tenuto_ApplyCache",
+            display_name="Tenuto Apply Cache",
+            category="Tenuto/cache",
+            description="Reuses attention, feed-forward and residual blocks (in SD3 and Flux whole "
+            "blocks) of earlier steps, by the artifact's route or by a fixed rule. Last in the "
+            "chain, before the sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model; it stays as it is."),
+                io.Combo.Input(
+                    "mode",
+                    options=[ROUTE, LATE, INTERVAL],
+                    default=LATE,
+                    tooltip="Where to reuse: as the artifact's route says; all of the first steps, "
+                    "then one step of every `period`; or one of every `period` from the start on.",
+                ),
+                io.Int.Input(
+                    "first", default=6, min=1, max=1000, tooltip="Steps that are all computed."
+                ),
+                io.Int.Input(
+                    "period", default=2, min=1, max=100, tooltip="1 computes every step."
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="The share of the run before which everything is computed.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="The share of the run after which everything is computed.",
+                ),
+                io.Boolean.Input(
+                    "compute_last", default=True, tooltip="Compute the whole of the last step."
+                ),
+                ArtifactType.Input("artifact", optional=True, tooltip="One with a route."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the cache.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, mode: str, first: int, period: int, start_percent: float,
+        end_percent: float, compute_last: bool, artifact: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        """Raises TenutoError in one sentence if the artifact is for another model."""
+        if mode == ROUTE:
+            if artifact is None:
+                raise TenutoError("Connect an artifact with a route, or choose another mode.")
+            policy = routed(here(model, artifact))
+        else:
+            policy = LateInterval(first, period) if mode == LATE else Interval(period)
+        policy = bounded(policy, start_percent, end_percent, compute_last)
+        return io.NodeOutput(Cache(model, policy).apply(model))
+
+
+def bounded(policy: Policy, start: float, end: float, last: bool) -> Policy:
+    """`policy` between two shares of the run alone; last: the last step computes too."""
+
+    def inside(times: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        found = policy(times, branches)
+        table, steps = found.table.clone(), len(found.timesteps)
+        table[: math.floor(start * steps + 1e-9)] = True
+        table[math.ceil(end * steps - 1e-9) :] = True
+        if last:
+            table[-1:] = True
+        return CacheSchedule(table, found.timesteps, found.branches)
+
+    return inside

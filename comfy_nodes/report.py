@@ -1,0 +1,90 @@
+"""What the last sampling run of a MODEL computed and what it reused, in words and as a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenuto.drawing import stacked
+from tenuto.errors import TenutoError
+from tenuto.plots import map_panel, title_panel
+from tenuto.stepwise import StepMap
+
+from .api import io, ui
+from .cache import Cache, Run
+from .weights import Weights
+
+NOTHING = "This model carries nothing of Tenuto's."
+
+
+class Report(io.ComfyNode):
+    """An output node: it runs after the sampler whose latent it takes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """MODEL and the latent that was sampled with it."""
+        return io.Schema(
+            node_id="Tenuto_Report",
+            display_name="Tenuto Report",
+            category="Tenuto/tools",
+            description="What the last run computed and what it reused, step by step.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the sampler used."),
+                io.Latent.Input("samples", tooltip="What the sampler made; it waits for it."),
+            ],
+            outputs=[
+                io.String.Output("text", "text"),
+                io.Image.Output("map", "map", tooltip="Steps along x, branches along y."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: Any = None, samples: Any = None) -> float:
+        """It tells of the last run, so that it is read anew each time: NaN never repeats."""
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model: Any, samples: Any) -> io.NodeOutput:
+        """Words and picture; one pixel where nothing was held."""
+        weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
+        run = cache.last if cache is not None else None
+        if weights is None and cache is None:
+            raise TenutoError(NOTHING)
+        lines = [] if weights is None else [weights_line(weights)]
+        lines += [] if cache is None else cache_lines(run)
+        text = "\n".join(lines)
+        picture = torch.zeros(1, 64, 64, 3) if run is None else heat_map(run)
+        return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
+
+
+def weights_line(weights: Weights) -> str:
+    """How the quantized layers computed in the last run."""
+    done = ", ".join(f"{name} {count}" for name, count in sorted(weights.how.items()))
+    return f"Quantized layers: {len(weights.schemes)} ({done or 'none has run'})"
+
+
+def cache_lines(run: Run | None) -> list[str]:
+    """What was computed and what was held; the time of the calls, by step."""
+    if run is None:
+        return ["Cache: no run yet"]
+    computed, held = int(run.computed.sum()), int(run.held.sum())
+    total = computed + held
+    share = held / total if total else 0.0
+    steps = [f"{s:.3f}" for s in run.seconds]
+    return [
+        f"Cache: {held} of {total} branch evaluations reused ({share:.0%})",
+        f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
+        f"Seconds by step: {' '.join(steps)}",
+    ]
+
+
+def heat_map(run: Run) -> Tensor:
+    """(1, H, W, 3) in [0, 1]: a cell is computed, or held at every one of its evaluations."""
+    route = StepMap(run.held == 0, run.timesteps, run.names, "last run")
+    panel = map_panel(route)
+    image = stacked([title_panel("Tenuto: the last run", cache_lines(run)[0], panel.width), panel])
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]

@@ -1,0 +1,116 @@
+"""What every patch of a MODEL shares: where it lies, when it acts, how it leaves.
+
+The patches are forwards of single modules, put in by an injection while the MODEL is loaded. They
+act during a denoiser call of a MODEL that carries them, and are nothing but the original at any
+other time: clones share their modules, and core ejects in no order that one could count on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from torch import Tensor, nn
+
+from tenuto.clock import Clock
+from tenuto.patching import Override
+
+
+class Wrapped:
+    """Overrides round a MODEL. A subclass says which ones, and what a sampling run opens.
+
+    `clock` follows every denoiser call; `on` is True inside of one.
+    """
+
+    key = "tenuto"
+
+    def __init__(self) -> None:
+        self.clock = Clock(())
+        self.on = False
+        self.placed: weakref.WeakKeyDictionary[nn.Module, list[Override]]
+        self.placed = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:
+        return self  # model_options are copied deeply with every clone
+
+    # --- what a subclass fills in -----------------------------------------------------------------
+
+    def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
+        """Put the patches in."""
+        raise NotImplementedError
+
+    def opened(self, times: Sequence[float]) -> Callable[[], None]:
+        """A sampling run at these timesteps begins; returns what ends it."""
+        return lambda: None
+
+    # --- round a MODEL ----------------------------------------------------------------------------
+
+    def apply(self, model: Any) -> Any:
+        """A clone of `model` with the patches; another of the same kind before it is replaced."""
+        made = model.clone()
+        for kind, call in (
+            (WrappersMP.OUTER_SAMPLE, self.sampling),
+            (WrappersMP.APPLY_MODEL, self.calling),
+        ):
+            made.remove_wrappers_with_key(kind, self.key)
+            made.add_wrapper_with_key(kind, self.key, call)
+        made.remove_callbacks_with_key(CallbacksMP.ON_DETACH, self.key)
+        made.add_callback_with_key(CallbacksMP.ON_DETACH, self.key, self.detached)
+        made.set_injections(self.key, [PatcherInjection(self.inject, self.eject)])
+        made.set_attachments(self.key, self)
+        return made
+
+    def inject(self, patcher: Any) -> None:
+        """Core loads the MODEL."""
+        self.eject(patcher)
+        denoiser = patcher.model.diffusion_model
+        self.placed[denoiser] = []
+        self.placed[denoiser] = self.overrides(patcher, denoiser)
+
+    def eject(self, patcher: Any) -> None:
+        """Core unloads it, or wants to look at its weights."""
+        for patch in reversed(self.placed.pop(patcher.model.diffusion_model, [])):
+            patch.retire()
+
+    def detached(self, patcher: Any, unpatch_all: bool) -> None:
+        """Core unloads the MODEL, or (unpatch_all False) only makes room for a clone of it."""
+
+    def sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """One sampling run: its state is opened here, and dropped whatever happens.
+
+        args: noise, latent, sampler, sigmas (T + 1,), ...
+        """
+        sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
+        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+        close = self.opened(timesteps(sampling, sigmas[:-1]).tolist())
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            close()
+
+    def calling(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One denoiser call: `x` (B, ...) at `t` (B,) sigmas, several prompts in one or apart."""
+        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+        self.observe(timesteps(executor.class_obj.model_sampling, t), len(x), options, x.device)
+        before, self.on = self.on, True
+        try:
+            return executor(x, t, *args, **kwargs)
+        finally:
+            self.on = before
+
+    def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
+        """Move the clock. A stream is a prompt's id and a picture's place in its share of rows."""
+        self.clock.observe(times, batch, (), device)
+        ids = options.get("uuids") or ()
+        if ids and batch % len(ids) == 0 and options.get("context_window") is None:
+            self.clock.streams = tuple((i, row) for i in ids for row in range(batch // len(ids)))
+        else:
+            self.clock.begin()  # windows show other frames to the same prompt: nothing is held
+
+
+def timesteps(sampling: Any, sigmas: Tensor) -> Tensor:
+    """What the denoiser is told at `sigmas`: float (n,), no view of anything."""
+    return torch.as_tensor(sampling.timestep(sigmas)).float().reshape(-1).clone()

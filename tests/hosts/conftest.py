@@ -1,0 +1,250 @@
+"""The tests inside the hosts: the same tiny models in diffusers, in ComfyUI and in ldm.
+
+They run in the environment that `make hosts` sets up and are not collected anywhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+COMFYUI = os.environ.get("TENUTO_COMFYUI")
+FAMILIES = ("unet", "pixart", "sd3", "flux")
+SIZE = {"unet": 8, "pixart": 36, "sd3": 8, "flux": 8}  # of the latent
+CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
+WIDTH = 24  # of the prompt's embedding
+
+if COMFYUI is None:
+    collect_ignore_glob = ["test_*.py", "*/test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """ComfyUI reads the command line when it is imported, if told to; without, it asks CUDA."""
+    if COMFYUI is None:
+        return
+    sys.path.insert(0, COMFYUI)
+    given, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    importlib.import_module("comfy.model_management")
+    sys.argv = given
+    torch.set_num_threads(1)
+    # k_diffusion's own __init__ wants what training needs; its samplers do not
+    found = importlib.util.find_spec("k_diffusion")
+    assert found is not None
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = list(found.submodule_search_locations or ())
+    sys.modules["k_diffusion"] = package
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return request.param
+
+
+# --- tiny models ----------------------------------------------------------------------------------
+
+
+def in_diffusers(family: str) -> nn.Module:
+    """A tiny model of diffusers' class."""
+    import diffusers
+
+    if family == "unet":
+        return diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=WIDTH,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+    if family == "pixart":
+        return diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=4,
+            out_channels=8, cross_attention_dim=32, sample_size=64, caption_channels=WIDTH,
+            use_additional_conditions=False,
+        )  # fmt: skip
+    if family == "sd3":
+        return diffusers.SD3Transformer2DModel(
+            num_attention_heads=2, attention_head_dim=64, num_layers=2, caption_projection_dim=128,
+            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, pos_embed_max_size=16,
+            sample_size=16, in_channels=16, out_channels=16, qk_norm="rms_norm",
+        )  # fmt: skip
+    return diffusers.FluxTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+        in_channels=64,
+    )  # fmt: skip
+
+
+LDM_UNET: dict[str, Any] = {
+    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_heads": 8,
+    "context_dim": WIDTH, "use_spatial_transformer": True, "legacy": False,
+    "use_checkpoint": False, "channel_mult": [1, 2],
+}  # fmt: skip
+COMFY: dict[str, tuple[str, dict[str, Any]]] = {
+    "unet": ("SD15", LDM_UNET | {
+        "num_res_blocks": [1, 1], "transformer_depth": [1, 0], "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 0, 0], "num_head_channels": -1,
+        "use_linear_in_transformer": False, "adm_in_channels": None,
+    }),
+    "pixart": ("PixArtSigma", {
+        "hidden_size": 32, "depth": 2, "num_heads": 2, "caption_channels": WIDTH,
+        "micro_condition": False, "model_max_length": 300,
+    }),
+    "sd3": ("SD3", {
+        "input_size": None, "patch_size": 2, "in_channels": 16, "out_channels": 16, "depth": 2,
+        "adm_in_channels": WIDTH, "num_patches": 256, "pos_embed_max_size": 16,
+        "pos_embed_scaling_factor": None, "qk_norm": "rms", "context_embedder_config": {
+            "target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 128},
+        },
+    }),
+    "flux": ("FluxSchnell", {
+        "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": WIDTH,
+        "context_in_dim": WIDTH, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 2, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
+        "guidance_embed": False,
+    }),
+}  # fmt: skip
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """Random weights, of the same seed each time, with which nothing stays zero."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in sorted(module.named_parameters()):
+            if p.ndim > 1:
+                width = 0.2 if "table" in name or "embed" in name else 1.2 / math.sqrt(p[0].numel())
+                p.copy_(torch.randn(p.shape, generator=draw) * width)
+            else:
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.1)
+                p.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return module.eval()
+
+
+def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
+    """Put the weights of a diffusers model into a host's, by the key map of its family."""
+    from tenuto import families
+    from tenuto.keymap import turned
+
+    keys = families.names(host)
+    assert keys is not None
+    values, theirs = dict(source.named_parameters()), dict(host.named_parameters())
+    assert values.keys() == keys.places.keys(), "a canonical name has no place, or a wrong one"
+    filled = dict.fromkeys(theirs, 0)
+    with torch.no_grad():
+        for name, place in keys.places.items():
+            value = turned(values[name]) if place.turned else values[name]
+            theirs[place.name][slice(*place.rows)].copy_(value)
+            filled[place.name] += value.numel()
+        if hasattr(source, "pos_embed") and getattr(host, "pos_embed", None) is not None:
+            host.pos_embed.copy_(source.pos_embed.pos_embed)
+    missing = [n for n, p in theirs.items() if filled[n] != p.numel() and "y_embedding" not in n]
+    assert not missing, "rows of the host that no canonical name has"
+    return host.eval()
+
+
+@pytest.fixture(scope="session")
+def original() -> Callable[[str], nn.Module]:
+    """original(family): a new tiny model of diffusers, the same weights each time."""
+    return lambda family: randomized(in_diffusers(family))
+
+
+@pytest.fixture(scope="session")
+def in_ldm(original: Callable[[str], nn.Module]) -> Callable[[], nn.Module]:
+    """in_ldm(): the U-Net in the real ldm code."""
+
+    def build() -> nn.Module:
+        from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+        facts = LDM_UNET | {"num_res_blocks": 1, "attention_resolutions": [1]}
+        return take_over_(UNetModel(**facts), original("unet"))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def in_comfy(original: Callable[[str], nn.Module]) -> Callable[[str], Any]:
+    """in_comfy(family): a MODEL of ComfyUI (a ModelPatcher) round the same weights."""
+
+    def build(family: str) -> Any:
+        from comfy import supported_models
+        from comfy.model_patcher import ModelPatcher
+
+        name, facts = COMFY[family]
+        config = getattr(supported_models, name)(dict(facts))
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "")
+        take_over_(model.diffusion_model, original(family))
+        model.diffusion_model.requires_grad_(False)
+        cpu = torch.device("cpu")
+        return ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+
+    return build
+
+
+# --- calls of the bare denoisers ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[[list[int]], Tensor]:
+    """prompts(seeds): embeddings (B, 5, WIDTH); seed -1 is the empty prompt."""
+
+    def build(seeds: list[int]) -> Tensor:
+        draws = [torch.Generator().manual_seed(7000 + s) for s in seeds]
+        return torch.stack([torch.randn(5, WIDTH, generator=g) for g in draws])
+
+    return build
+
+
+def call(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """One call of a bare denoiser, of diffusers or of a host; `t` (B,) on 0..1000."""
+    pooled = text[:, 0]
+    if not hasattr(denoiser, "config"):
+        if family == "unet":
+            return denoiser(x, t, context=text)
+        if family == "flux":
+            return denoiser(x, t / 1000, text, y=pooled)
+        return denoiser(x, t, context=text, **({"y": pooled} if family == "sd3" else {}))
+    if family == "unet":
+        return denoiser(x, t, encoder_hidden_states=text).sample
+    if family == "pixart":
+        return denoiser(x, encoder_hidden_states=text, timestep=t).sample[:, :4]
+    if family == "sd3":
+        given = {"encoder_hidden_states": text, "pooled_projections": pooled}
+        return denoiser(x, timestep=t, **given).sample
+    return packed(denoiser, x, t / 1000, text, pooled)
+
+
+def packed(denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    """FLUX of diffusers takes tokens of 2 x 2 pixels and their places."""
+    size = x.shape[-1] // 2
+    tokens = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+    ids = torch.zeros(size, size, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(size)[:, None], torch.arange(size)[None]
+    out = denoiser(
+        tokens, encoder_hidden_states=text, pooled_projections=pooled, timestep=t,
+        img_ids=ids.flatten(0, 1), txt_ids=torch.zeros(text.shape[1], 3),
+    ).sample  # fmt: skip
+    return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(2, (size, size)), 2)
+
+
+@pytest.fixture(scope="session")
+def call_as() -> Callable[..., Tensor]:
+    """call_as(family, denoiser, x, t, text)."""
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield

@@ -1,0 +1,271 @@
+"""One list of cases for every adapter. docs/hosts.md shows it as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenuto.errors import ArtifactError
+
+WHAT = {"route": (None, 0.5), "weights": ("W8A8", 1.1), "both": ("W8A8_STATIC", 0.5)}
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Relative error."""
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture(params=WHAT)
+def made(request: pytest.FixtureRequest, bench: Any, artifact: Any) -> Any:
+    """A route, weights, both: in turn."""
+    return artifact(bench.family, *WHAT[request.param])
+
+
+class Stop(BaseException):
+    """What a host raises when its user stops it."""
+
+
+def stop_at(number: int, error: Any = Stop) -> Any:
+    def on_step(step: int) -> None:
+        if step == number:
+            raise error
+
+    return on_step
+
+
+def test_off_is_off(bench: Any, made: Any, settings: Any, bits: Any) -> None:
+    """A run, a second one, off: the picture and every bit of the model are what they were."""
+    handle = bench.fresh()
+    plain, before = bench.run(handle, settings()), bits(bench.host.denoiser(handle))
+    with bench.on(handle, made) as attached:
+        changed = bench.run(attached.handle, settings())
+        assert torch.equal(bench.run(attached.handle, settings()), changed)
+    assert bits(bench.host.denoiser(handle)) == before
+    assert torch.equal(bench.run(handle, settings()), plain)
+    assert not torch.equal(changed, plain), "it was not even on"
+    attached.detach()
+    assert bits(bench.host.denoiser(handle)) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
+def test_off_after_an_interrupt(
+    bench: Any, artifact: Any, settings: Any, bits: Any, error: Any
+) -> None:
+    """In mid-run; the next run is as if nothing had been, and so is the model afterwards."""
+    handle, made = bench.fresh(), artifact(bench.family)
+    plain, before = bench.run(handle, settings()), bits(bench.host.denoiser(handle))
+    with bench.on(handle, made) as attached:
+        expected = bench.run(attached.handle, settings())
+        with pytest.raises(error):
+            bench.run(attached.handle, settings(on_step=stop_at(2, error)))
+        assert torch.equal(bench.run(attached.handle, settings()), expected)
+        with pytest.raises(error):
+            bench.run(attached.handle, settings(on_step=stop_at(2, error)))
+    assert bits(bench.host.denoiser(handle)) == before
+    assert torch.equal(bench.run(handle, settings()), plain)
+
+
+def test_off_after_an_error_deep_inside(
+    bench: Any, artifact: Any, settings: Any, bits: Any
+) -> None:
+    handle, made = bench.fresh(), artifact(bench.family)
+    denoiser = bench.host.denoiser(handle)
+    plain, before = bench.run(handle, settings()), bits(denoiser)
+    norms = torch.nn.LayerNorm, torch.nn.GroupNorm
+    names = [n for n, m in denoiser.named_modules() if isinstance(m, norms)]
+    calls: list[int] = []
+
+    def trap(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+
+    with pytest.raises(Stop), bench.on(handle, made) as attached:
+        hook = denoiser.get_submodule(names[-1]).register_forward_pre_hook(trap)
+        try:
+            bench.run(attached.handle, settings())
+        finally:
+            hook.remove()
+    assert bits(denoiser) == before
+    assert torch.equal(bench.run(handle, settings()), plain)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_all_compute_is_exact(bench: Any, artifact: Any, settings: Any, sampler: str) -> None:
+    handle, how = bench.fresh(), settings(sampler=sampler)
+    plain = bench.run(handle, how)
+    with bench.on(handle, artifact(bench.family, None, 1.1)) as attached:
+        assert torch.equal(bench.run(attached.handle, how), plain)
+        assert sum(held for _, held in bench.counts(attached).values()) == 0
+
+
+def test_the_table_is_what_is_held(bench: Any, artifact: Any, settings: Any) -> None:
+    """Cell by cell: as many computed and held as the route says, and the same ones."""
+    handle, made = bench.fresh(), artifact(bench.family)
+    with bench.on(handle, made) as attached:
+        bench.run(attached.handle, settings())
+        counts = bench.counts(attached)
+    table = made.tensors["route/table"]
+    for name, column in zip(made.header["route"]["branches"], table.t(), strict=True):
+        if not bool(column.all()):
+            assert counts[name] == [int(column.sum()), int((~column).sum())], name
+
+
+def test_batched_equals_split(bench: Any, made: Any, settings: Any) -> None:
+    """The halves of guidance in one call or in two, whichever first: sums alone differ."""
+    handle = bench.fresh()
+    noise = gap(bench.run(handle, settings(split=True)), bench.run(handle, settings()))
+    with bench.on(handle, made) as attached:
+        together = bench.run(attached.handle, settings())
+        apart = bench.run(attached.handle, settings(split=True))
+    quantized = bool(made.section("weights"))
+    assert noise < 1e-5
+    assert gap(apart, together) < (2e-2 if quantized else 1e-5 + 4 * noise)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
+def test_second_order_samplers(bench: Any, artifact: Any, settings: Any, sampler: str) -> None:
+    """Several evaluations a step: something is held, a second run is the same, and it is finite."""
+    handle, how = bench.fresh(), settings(sampler=sampler)
+    plain = bench.run(handle, how)
+    with bench.on(handle, artifact(bench.family)) as attached:
+        found = bench.run(attached.handle, how)
+        assert sum(held for _, held in bench.counts(attached).values()) > 0
+        assert torch.equal(bench.run(attached.handle, how), found)
+    assert torch.isfinite(found).all() and not torch.equal(found, plain)
+
+
+def test_runs_are_isolated(bench: Any, made: Any, settings: Any) -> None:
+    """Another size, batch, seed and step count in between: each run is what it is alone."""
+    many = {
+        "usual": settings(), "pictures": settings(batch=3, seed=5), "larger": settings(
+            size=bench.size + 4), "steps": settings(times=(999, 850, 700, 550, 400, 250, 100)),
+    }  # fmt: skip
+    alone = {}
+    for name, how in many.items():
+        handle = bench.fresh()
+        with bench.on(handle, made) as attached:
+            alone[name] = bench.run(attached.handle, how)
+    handle = bench.fresh()
+    with bench.on(handle, made) as attached:
+        for name in (*many, "usual", "larger", "pictures"):
+            assert torch.equal(bench.run(attached.handle, many[name]), alone[name]), name
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_partial_denoising(bench: Any, artifact: Any, settings: Any, start: int) -> None:
+    """A start in mid-schedule (image to image): its first step computes whatever the route says."""
+    handle, how = bench.fresh(), settings(start=start)
+    plain = bench.run(handle, how)
+    with bench.on(handle, artifact(bench.family, None, 0.0)) as attached:
+        bench.run(attached.handle, settings())
+        bench.begins(attached)
+        found = bench.run(attached.handle, how)
+        bench.begins(attached)
+        assert torch.equal(bench.run(attached.handle, how), found)
+    assert torch.equal(found, plain) == (start == 3), "with one step there is nothing to hold"
+
+
+def test_nested_runs(bench: Any, artifact: Any, settings: Any) -> None:
+    """A run inside a step of another: neither takes the other's features."""
+    handle, made = bench.fresh(), artifact(bench.family, None, 0.0)
+    found: list[Tensor] = []
+    inner = settings(seed=3, times=(999, 600, 300))
+
+    def nest(step: int) -> None:
+        if step == 1:
+            found.append(bench.run(attached.handle, inner))
+            if bench.kind == "comfy":  # it forgets the outer run's MODEL, with or without us
+                attached.handle.pre_run()
+
+    with bench.on(handle, made) as attached:
+        alone, plain = bench.run(attached.handle, inner), bench.run(attached.handle, settings())
+        outer = bench.run(attached.handle, settings(on_step=nest))
+        again = bench.run(attached.handle, settings(on_step=nest))
+        assert torch.equal(bench.run(attached.handle, settings()), plain)
+    assert all(torch.equal(picture, alone) for picture in found) and len(found) == 2
+    assert torch.equal(outer, again)
+    if bench.kind == "comfy":  # its runs have a beginning and an end, so the outer one goes on
+        assert torch.equal(outer, plain)
+
+
+def test_clones_are_apart(bench: Any, made: Any, settings: Any) -> None:
+    """One handle with it, one without, in turn and in any order."""
+    handle = bench.fresh()
+    other = bench.clone(handle)
+    plain = bench.run(other, settings())
+    with bench.on(handle, made) as attached:
+        changed = bench.run(attached.handle, settings())
+        assert torch.equal(bench.run(other, settings()), plain)
+        assert torch.equal(bench.run(attached.handle, settings()), changed)
+        twin = bench.clone(attached.handle)
+        assert torch.equal(bench.run(twin, settings()), changed)
+        assert torch.equal(bench.run(other, settings(seed=4)), bench.run(other, settings(seed=4)))
+    assert torch.equal(bench.run(other, settings()), plain)
+
+
+def test_another_models_artifact_is_refused(
+    bench: Any, artifact: Any, settings: Any, bits: Any
+) -> None:
+    handle = bench.fresh()
+    before = bits(bench.host.denoiser(handle))
+    wrong = "unet" if bench.family != "unet" else "pixart"
+    with pytest.raises(ArtifactError), bench.on(handle, artifact(wrong)):
+        pass
+    assert bits(bench.host.denoiser(handle)) == before
+
+
+def test_the_clock_follows(bench: Any, settings: Any) -> None:
+    """`Host.follow`: the steps in order, each half of guidance a stream of its own."""
+    from tenuto.clock import Clock
+    from tenuto.patching import override_
+
+    handle = bench.fresh()
+    scale = 1 / 1000 if bench.family == "flux" else 1
+    clock, rows = Clock([t * scale for t in (999, 750, 500, 250)]), []
+    denoiser = bench.host.denoiser(handle)
+
+    def note(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.append((clock.row, len(set(clock.streams)), clock.exact))
+        return original(*args, **kwargs)
+
+    patch = override_(denoiser, note)
+    with bench.host.follow(handle, clock):
+        bench.run(handle, settings())
+    patch.remove()
+    assert rows == [(row, 2, True) for row in range(4)]
+
+
+def test_lora_before_and_after(bench: Any, artifact: Any, settings: Any, bits: Any) -> None:
+    """By the host's own loader: as strong as in full precision, in either order, and gone again."""
+    if bench.kind != "comfy":
+        pytest.skip("a bare denoiser has no LoRA loader: what is merged into it is another model")
+    from comfy import weight_adapter
+
+    handle, made = bench.fresh(), artifact(bench.family)
+    denoiser = bench.host.denoiser(handle)
+    layers = [n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+    name = next(n for n in layers if n.endswith(("to_q", "attn.proj", "img_attn.proj")))
+    rows, columns = denoiser.get_submodule(name).weight.shape
+    draw = torch.Generator().manual_seed(2)
+    up, down = (torch.randn(s, generator=draw) for s in ((rows, 2), (2, columns)))
+    factors = (up * 0.3, down * 0.3, 2.0, None, None, None)
+    patch = {f"diffusion_model.{name}.weight": weight_adapter.LoRAAdapter(set(), factors)}
+
+    def with_lora(model: Any) -> Any:
+        found = model.clone()
+        assert found.add_patches(patch, 1.0) == list(patch)
+        return found
+
+    plain, full = bench.run(handle, settings()), bench.run(with_lora(handle), settings())
+    with bench.on(handle, made) as attached:
+        quantized = bench.run(attached.handle, settings())
+        after = bench.run(with_lora(attached.handle), settings())
+        assert torch.equal(bench.run(attached.handle, settings()), quantized)
+    with bench.on(with_lora(handle), made) as attached:
+        assert torch.equal(bench.run(attached.handle, settings()), after)
+    assert gap(after, quantized) > 0.3 * gap(full, plain) > 1e-3
+    assert torch.equal(bench.run(handle, settings()), plain)

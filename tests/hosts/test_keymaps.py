@@ -1,0 +1,204 @@
+"""Key maps: one artifact and the same weights compute the same in diffusers, ComfyUI and ldm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenuto import Artifact, attach, describe, families, quantize, record, schemes
+from tenuto.artifact import fingerprint
+from tenuto.backbone import layers
+from tenuto.errors import ArtifactError
+from tenuto.localize import canonicalized, localized
+from tenuto.qlayer import QLayer
+from tenuto.trajectory import Trajectory
+
+TIMES = (999.0, 750.0, 500.0, 250.0)
+EDGE = 2e-2  # a code on an edge may fall the other way, and tiny models feel each one
+HOSTS = [*(f"comfy {f}" for f in ("unet", "pixart", "sd3", "flux")), "ldm unet"]
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Relative error."""
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture(params=HOSTS)
+def case(request: pytest.FixtureRequest, in_comfy: Any, in_ldm: Any) -> tuple[str, nn.Module]:
+    """(family, the host's bare denoiser)."""
+    host, family = request.param.split()
+    return family, in_ldm() if host == "ldm" else in_comfy(family).model.diffusion_model
+
+
+@pytest.fixture(scope="module")
+def run(call_as: Any, prompts: Any) -> Callable[..., Tensor]:
+    """run(family, denoiser): a few Euler steps with guidance; every answer, (calls, ...)."""
+    size = {"pixart": 36}
+    channels = {"unet": 4, "pixart": 4}
+
+    def go(family: str, denoiser: nn.Module, seed: int = 0, batch: int = 1) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        side = size.get(family, 8)
+        x = torch.randn(batch, channels.get(family, 16), side, side, generator=draw)
+        text = torch.cat([prompts([-1] * batch), prompts(list(range(batch)))])
+        seen = []
+        for t in TIMES:
+            step = torch.full((2 * batch,), t)
+            out = call_as(family, denoiser, torch.cat([x, x]), step, text)
+            empty, full = out.chunk(2)
+            x = x - 0.2 * (empty + 2 * (full - empty))
+            seen.append(out)
+        return torch.stack(seen)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def trajectory(original: Any, run: Any) -> Callable[[str], Trajectory]:
+    known: dict[str, Trajectory] = {}
+
+    def build(family: str) -> Trajectory:
+        def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
+            return run(family, denoiser, seed, batch)[-1, :batch, :3].clamp(-1, 1)
+
+        if family not in known:
+            known[family] = record(original(family), sample=sample, batch=2, runs=1)
+        return known[family]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def artifact(original: Any, trajectory: Any) -> Callable[..., Artifact]:
+    """artifact(family, scheme, temporal): codes, ranges or tables, and a route; made once."""
+    known: dict[Any, Artifact] = {}
+
+    def build(family: str, scheme: str = "W8A8_STATIC", temporal: str = "table") -> Artifact:
+        if (family, scheme, temporal) not in known:
+            model, seen = original(family), trajectory(family)
+            made = quantize(model, getattr(schemes, scheme), seen, temporal=temporal)
+            branches = [b.name for b in describe(model).branches]
+            draw = torch.Generator().manual_seed(1)
+            table = torch.rand(len(TIMES), len(branches), generator=draw) < 0.6
+            table[0] = True
+            route = Artifact.new(model, seen.schedule())
+            route.header["route"] = {"timesteps": list(seen.timesteps), "branches": branches}
+            route.tensors["route/table"] = table
+            known[family, scheme, temporal] = made | route
+        return known[family, scheme, temporal]
+
+    return build
+
+
+def test_the_same_weights_compute_the_same(case: Any, original: Any, run: Any) -> None:
+    family, host = case
+    assert gap(run(family, host), run(family, original(family))) < 1e-5
+
+
+def test_names_are_those_of_comfyui(in_comfy: Any) -> None:
+    """Its own conversion, which is not ours: every canonical parameter goes to the same place."""
+    from comfy import utils
+
+    makers = {
+        "unet": utils.unet_to_diffusers, "pixart": utils.pixart_to_diffusers,
+        "sd3": utils.mmdit_to_diffusers, "flux": utils.flux_to_diffusers,
+    }  # fmt: skip
+    for family, maker in makers.items():
+        model = in_comfy(family).model
+        keys = families.names(model.diffusion_model)
+        theirs = maker(dict(model.model_config.unet_config))
+        for name, place in keys.places.items():
+            wanted = theirs[name]
+            if isinstance(wanted, str):
+                assert (place.name, place.turned) == (wanted, False), name
+            else:
+                assert place.name == wanted[0] and place.turned == (len(wanted) > 2), name
+                if wanted[1] is not None:
+                    assert place.rows == (wanted[1][1], sum(wanted[1][1:])), name
+
+
+def test_fingerprint_and_description_are_the_same(case: Any, original: Any) -> None:
+    family, host = case
+    model, keys = original(family), families.names(host)
+    view = keys.view(host)
+    assert fingerprint(view) == fingerprint(model)
+    own, theirs, seen = describe(host), describe(model), describe(view)
+    assert seen == replace(theirs, temporal=seen.temporal)
+    assert set(seen.temporal) == set(theirs.temporal)
+    assert own.family == theirs.family and len(own.branches) == len(theirs.branches)
+    for name in (*own.blocks, *(b.name for b in own.branches), *own.temporal):
+        assert isinstance(host.get_submodule(name), nn.Module)
+    assert [keys.canonical(n) for n in own.blocks] == list(theirs.blocks)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W4A8"])
+def test_one_artifact_everywhere(
+    case: Any, original: Any, run: Any, artifact: Any, scheme: str
+) -> None:
+    family, host = case
+    model, made, keys = original(family), artifact(family, scheme), families.names(host)
+    plain, before = run(family, model), run(family, host)
+    with attach(model, made) as one, attach(host, made) as other:
+        expected, found = run(family, model), run(family, host)
+        assert one.counts() == other.counts()
+        assert sum(held for _, held in other.counts().values()) > 0
+        inside = {n for n, m in host.named_modules() if isinstance(m, QLayer)}
+        parts = {part for n in inside for part in keys.layers()[n]}
+        assert parts == {n for n, m in model.named_modules() if isinstance(m, QLayer)}
+    assert gap(found, expected) < (1e-3 if scheme == "W8A8_STATIC" else EDGE)
+    assert gap(found, plain) > 10 * gap(found, expected), "it was not even on"
+    assert torch.equal(run(family, host), before)
+
+
+def test_temporal_tables_are_used(case: Any, original: Any, run: Any, artifact: Any) -> None:
+    """As tables, and as layers with a range a step: the same in both."""
+    family, host = case
+    for temporal in ("table", "tiar"):
+        made, model = artifact(family, "W8A8_STATIC", temporal), original(family)
+        with attach(model, made), attach(host, made):
+            assert gap(run(family, host), run(family, model)) < EDGE
+            kinds = {type(m).__name__ for m in host.modules()}
+            assert ("TemporalTable" in kinds) == (temporal == "table")
+
+
+def test_there_and_back(case: Any, artifact: Any) -> None:
+    """What was fused is taken apart again: every tensor, every fact."""
+    family, host = case
+    made = artifact(family)
+    back = canonicalized(localized(made, host), host)
+    assert back.tensors.keys() == made.tensors.keys()
+    assert all(torch.equal(back.tensors[k], v) for k, v in made.tensors.items())
+    for key in ("family", "model_class", "fingerprint", "route"):
+        assert back.header[key] == made.header[key]
+    assert back.header["temporal"]["modules"] == made.header["temporal"]["modules"]
+    assert {n: f["shape"] for n, f in back.header["layers"].items()} == {
+        n: f["shape"] for n, f in made.header["layers"].items()
+    }
+    back.validate()
+
+
+def test_another_family_is_refused(in_comfy: Any, artifact: Any) -> None:
+    host = in_comfy("unet").model.diffusion_model
+    with pytest.raises(ArtifactError, match="artifact is for a PixArtTransformer2DModel"):
+        attach(host, artifact("pixart"))
+    for parameter in host.parameters():
+        parameter.mul_(1.1)
+    with pytest.raises(ArtifactError, match="weights differ"):
+        attach(host, artifact("unet"))
+
+
+def test_parts_with_ranges_of_their_own_cannot_be_fused(in_comfy: Any, artifact: Any) -> None:
+    host, made = in_comfy("sd3").model.diffusion_model, artifact("sd3")
+    tensors = dict(made.tensors)
+    name = "ranges/transformer_blocks.0.attn.to_k.scale"
+    tensors[name] = tensors[name] * 2
+    with pytest.raises(ArtifactError, match="ranges of its parts differ"):
+        attach(host, Artifact(made.header, tensors))
+    assert sum(1 for _ in layers(host)) > 0 and not [
+        m for m in host.modules() if isinstance(m, QLayer)
+    ]
