@@ -16,6 +16,7 @@ from tenuto.artifact import Artifact
 from tenuto.attachment import schedule_of
 from tenuto.backbone import layers
 from tenuto.caching.schedule import CacheSchedule
+from tenuto.choice import check_execution
 from tenuto.clock import Clock
 from tenuto.errors import ArtifactError, ModelError
 from tenuto.families import describe
@@ -47,7 +48,7 @@ class ComfyUI:
         made = here(handle, patches.artifact)
         parts: list[Wrapped] = []
         if made.header.get("layers") or made.header.get("temporal"):
-            parts.append(quantized(handle, made, patches.simulate))
+            parts.append(quantized(handle, made, patches.execution, patches.simulate))
         if patches.route and schedule_of(made) is not None:
             parts.append(Cache(handle, routed(made)))
         return Installed(handle, parts)
@@ -96,11 +97,14 @@ def here(model: Any, artifact: Artifact) -> Artifact:
     return found
 
 
-def quantized(model: Any, made: Artifact, simulate: bool = False) -> Weights:
+def quantized(
+    model: Any, made: Artifact, execution: str = "int8", simulate: bool = False
+) -> Weights:
     """The weights of an artifact that is in the names of `model`."""
+    check_execution(execution)
     schemes = {k: Scheme.from_json(v) for k, v in made.header.get("schemes", {}).items()}
     facts = made.header.get("layers", {})
-    return Weights({n: schemes[f["scheme"]] for n, f in facts.items()}, made, simulate)
+    return Weights({n: schemes[f["scheme"]] for n, f in facts.items()}, made, execution, simulate)
 
 
 def rounded(model: Any, scheme: Scheme, skip: tuple[str, ...] = (), conv: bool = True) -> Weights:

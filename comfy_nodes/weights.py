@@ -35,6 +35,7 @@ class Weights(Wrapped):
     """Layers that compute with codes, and tables of what depends on the timestep alone.
 
     schemes: by the host's names. artifact: one in the host's names, or None: round to nearest.
+    execution: as in `attach`; "int8" makes of a seed the same picture in every process.
     """
 
     key = "tenuto_weights"
@@ -43,13 +44,15 @@ class Weights(Wrapped):
         self,
         schemes: Mapping[str, Scheme],
         artifact: Artifact | None = None,
+        execution: str = "int8",
         simulate: bool = False,
     ) -> None:
         super().__init__()
         self.kept: dict[str, QLayer] = {}  # they outlive an ejection: core ejects at every run
         self.token: Any = None  # what their weights were made of
         self.how: dict[str, int] = {}
-        self.schemes, self.artifact, self.simulate = dict(schemes), artifact, simulate
+        self.schemes, self.artifact = dict(schemes), artifact
+        self.options = {"wanted": execution, "simulate": simulate}
         if artifact is not None:
             self.clock = Clock(artifact.header["schedule"]["timesteps"])
             self.codes, self.ranges = artifact.section("weights"), artifact.section("ranges")
@@ -96,7 +99,7 @@ class Weights(Wrapped):
             known = self.ranges.get(f"{name}.scale"), self.ranges.get(f"{name}.zero_point")
             pair = known if known[0] is not None else None
         kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
-        return kind(layer, weight, scheme, self.clock, pair, self.simulate, memo)
+        return kind(layer, weight, scheme, self.clock, pair, memo=memo, **self.options)
 
     def share(self, denoiser: nn.Module) -> float:
         """Share of Linear and Conv2d weights whose layer is quantized here."""

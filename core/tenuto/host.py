@@ -23,11 +23,12 @@ from .patching import Attached, denoiser_of, follow
 class Patches:
     """What is to be put into a model: an artifact, with or without its route.
 
-    simulate: compute quantized layers in float, from the same codes.
+    execution and simulate: as in `attach`.
     """
 
     artifact: Artifact
     route: bool = True
+    execution: str = "auto"
     simulate: bool = False
 
 
@@ -68,7 +69,13 @@ class InPlace:
 
     def install(self, handle: Any, patches: Patches) -> Attached:
         """`attach`."""
-        return attach(handle, patches.artifact, simulate=patches.simulate, route=patches.route)
+        return attach(
+            handle,
+            patches.artifact,
+            execution=patches.execution,
+            simulate=patches.simulate,
+            route=patches.route,
+        )
 
     def follow(self, handle: Any, clock: Clock) -> AbstractContextManager[Clock]:
         """By a hook on the denoiser."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import Artifact, attach, describe, families, quantize, record, schemes
+import tenuto
+from tenuto import Artifact, describe, families, quantize, record, schemes
 from tenuto.artifact import fingerprint
 from tenuto.backbone import layers
 from tenuto.errors import ArtifactError
@@ -18,6 +20,7 @@ from tenuto.localize import canonicalized, localized
 from tenuto.qlayer import QLayer
 from tenuto.trajectory import Trajectory
 
+attach = partial(tenuto.attach, execution="int8")  # the artifact's own arithmetic
 TIMES = (999.0, 750.0, 500.0, 250.0)
 EDGE = 2e-2  # a code on an edge may fall the other way, and tiny models feel each one
 HOSTS = [*(f"comfy {f}" for f in ("unet", "pixart", "sd3", "flux")), "ldm unet"]

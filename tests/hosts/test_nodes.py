@@ -132,10 +132,10 @@ def test_what_is_calibrated_here_is_used_in_diffusers(
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([made.header["schedule"]["timesteps"][1] * scale])
     plain = call_as(family, unet, x, t, text)
-    with attach(unet, made):
+    with attach(unet, made, execution="int8"):
         found = call_as(family, unet, x, t, text)
     denoiser = model.model.diffusion_model
-    with attach(denoiser, made):
+    with attach(denoiser, made, execution="int8"):
         here = call_as(family, denoiser, x, t, text)
     assert float((here - found).norm() / found.norm()) < 2e-2
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.3

@@ -61,7 +61,7 @@ class Bench:
     @contextmanager
     def on(self, handle: Any, artifact: Artifact, **options: Any) -> Iterator[Any]:
         """The handle with `artifact` in it, and out again."""
-        attached = self.host.install(handle, Patches(artifact, **options))
+        attached = self.host.install(handle, Patches(artifact, execution="int8", **options))
         try:
             yield attached
         finally:

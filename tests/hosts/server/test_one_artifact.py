@@ -219,7 +219,7 @@ class Seen:
 def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> Seen:
     """Diffusers and ldm: attach, run, detach."""
     plain, keys = run(unet, parts), families.names(unet)
-    with attach(unet, artifact) as attached:
+    with attach(unet, artifact, execution="int8") as attached:
         found, cells = run(unet, parts), attached.counts()
         inside = [n for n, m in unet.named_modules() if isinstance(m, QLayer)]
     assert torch.equal(run(unet, parts), plain)
@@ -232,7 +232,7 @@ def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     from tenuto.host import Patches
 
     plain, keys = by_comfy(parts.model, parts), families.names(parts.denoiser)
-    attached = ComfyUI().install(parts.model, Patches(artifact))
+    attached = ComfyUI().install(parts.model, Patches(artifact, execution="int8"))
     found = by_comfy(attached.handle, parts)
     weights, cache = attached.parts
     layers = {part for name in weights.kept for part in keys.layers()[name]}
