@@ -10,7 +10,9 @@ pictures (captions: the validation set's class names) against the 10,000 validat
 are distances to full precision at equal seeds over `--count` evaluation prompts; times are of the
 same batches side by side. Full precision is IEEE fp32 there; the pictures of FID and KID are drawn
 with TF32 products on a GPU (`--no-tf32`: without). A row that OUT already has is not made again,
-and artifacts are kept in WORK: an interrupted run goes on where it was.
+and artifacts are kept in WORK: an interrupted run goes on where it was. On a GPU the artifacts of
+both models are made side by side first (`--calibrate`: that and no more), then all is measured, one
+model after the other, with the card to itself.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -78,6 +81,12 @@ class Quality:
             if row.name != AUTOENCODER:
                 self.samples.append((facts, kept and kept.artifact))
             yield facts
+
+    def calibrate(self) -> None:
+        """Make the artifacts of the wanted rows that WORK lacks, and keep them there."""
+        for row in self.bench.rows():
+            if row.make is not None and row.wanted(self.args.rows):
+                self.bench.kept(row)
 
     def key(self, row: Row, kept: Kept | None) -> dict[str, Any]:
         """What decides a row: another key is another row."""
@@ -223,6 +232,16 @@ def emit(facts: dict[str, Any], path: Path | None) -> None:
             file.write(line + "\n" if before in (b"", b"\n") else f"\n{line}\n")
 
 
+def calibrated(names: tuple[str, ...]) -> None:
+    """Make the artifacts of several models, a process each; CalledProcessError if one fails."""
+    command = [sys.executable, *sys.argv, "--calibrate", "--model"]
+    with ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen([*command, name])) for name in names]
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -246,10 +265,11 @@ def parsed() -> argparse.Namespace:
         help="names of rows to make (fnmatch); some only by name",
     )
     parser.add_argument("--work", type=Path, default=Path("quality.work"), help="keeps artifacts")
+    parser.add_argument("--calibrate", action="store_true", help="make the artifacts and stop")
     parser.add_argument("--out", type=Path, help="append the JSON lines here; rows there are done")
     parser.add_argument("--picture", type=Path, help="a PNG of samples side by side")
     args = parser.parse_args()
-    if args.pictures and (args.data is None or args.features is None):
+    if args.pictures and not args.calibrate and (args.data is None or args.features is None):
         parser.error("FID needs --data and --features; --pictures 0 goes without.")
     return args
 
@@ -261,17 +281,22 @@ def main() -> None:
     if fast:
         torch.cuda.set_device(args.device if ":" in args.device else 0)
     args.tf32 = args.tf32 and fast
+    names, rows = MODELS if args.model == "all" else (args.model,), []
+    if fast and len(names) > 1:
+        calibrated(names)
     real = None
-    if args.pictures:
+    if args.pictures and not args.calibrate:
         note("features of the real pictures")
         real = Real(args.data, args.features, args.device, args.pictures, args.tf32)
-    names, rows = MODELS if args.model == "all" else (args.model,), []
     with tf32(False):
         for name in names:
             try:
                 model = Quality(args, f"demo:{name}", real)
             except tn.ModelError as error:
                 note(f"{name} is left out: {error}")
+                continue
+            if args.calibrate:
+                model.calibrate()
                 continue
             rows += list(model.rows())
             if args.picture and model.samples:

@@ -87,6 +87,8 @@ class Bench:
         yield Row(f"router {REUSE:.0%}", partial(self.routed, REUSE))
         yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest), extra=True)
         yield Row("W4A8 (AdaRound)", partial(self.quantized, w4a8, learnt), extra=True)
+        further = replace(learnt, iterations=600, batch=32, start="gptq")
+        yield Row("W4A8 (GPTQ, AdaRound)", partial(self.quantized, w4a8, further), extra=True)
         whole = replace(w4a8, weight=row)
         yield Row("W4A8 (a range a row)", partial(self.quantized, whole, gptq), extra=True)
         for kind in ("none", "tiar", "table"):
