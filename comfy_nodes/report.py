@@ -58,7 +58,19 @@ class Report(io.ComfyNode):
         lines += [] if cache is None else cache_lines(run)
         text = "\n".join(lines)
         picture = torch.zeros(1, 64, 64, 3) if run is None else heat_map(run)
-        return io.NodeOutput(text, picture, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, picture, ui=ui.PreviewText(text).as_dict() | lists(weights, run))
+
+
+def lists(weights: Weights | None, run: Run | None) -> dict[str, Any]:
+    """The last run for programs that read the server's history.
+
+    layers: names of the quantized ones. cells: [branch, times computed, times held].
+    """
+    layers = [] if weights is None else weights.ran
+    counts = (
+        [] if run is None else zip(run.names, run.computed.sum(0), run.held.sum(0), strict=True)
+    )
+    return {"layers": layers, "cells": [[name, int(c), int(h)] for name, c, h in counts]}
 
 
 def weights_line(weights: Weights) -> str:

@@ -51,6 +51,7 @@ class Weights(Wrapped):
         self.kept: dict[str, QLayer] = {}  # they outlive an ejection: core ejects at every run
         self.token: Any = None  # what their weights were made of
         self.how: dict[str, int] = {}
+        self.ran: list[str] = []  # layers of the last run
         self.schemes, self.artifact = dict(schemes), artifact
         self.options = {"wanted": execution, "simulate": simulate}
         if artifact is not None:
@@ -111,6 +112,7 @@ class Weights(Wrapped):
 
         def close() -> None:
             self.how = dict(Counter(layer.execution for layer in self.kept.values()))
+            self.ran = sorted(self.kept)
 
         return close
 

@@ -168,7 +168,12 @@ def _quantize(commands: Any) -> None:
         "tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors", resumes=True,
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--scheme", required=True, metavar="S", help="w8a8, w4a8, w8a16 or w4a16")
+    parser.add_argument(
+        "--scheme",
+        required=True,
+        metavar="S",
+        help="w8a8, w4a8, w8a16, w4a16; w8a8-static, w4a8-static: stored ranges, one a step",
+    )
     parser.add_argument(
         "--temporal",
         default="auto",
