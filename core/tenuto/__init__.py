@@ -5,6 +5,7 @@ from .attachment import attach
 from .caching.schedule import CacheSchedule
 from .calibrate import quantize
 from .demo import demo, prompts
+from .encoders import quantize_encoder
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
 from .families import describe
 from .measure import compare
@@ -33,6 +34,7 @@ __all__ = [
     "describe",
     "prompts",
     "quantize",
+    "quantize_encoder",
     "record",
     "schemes",
     "train_router",

@@ -24,7 +24,7 @@ from .qtensor import layout
 from .scheme import Scheme
 from .work import write_tensors
 
-VERSION = "1.1"  # 1.1: groups of columns
+VERSION = "1.2"  # 1.1: groups of columns; 1.2: text encoders, a scale per column
 KEY = "tenuto"
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
 HEADER_LIMIT = 64 * 2**20  # bytes; a header of a real artifact is far smaller
@@ -71,7 +71,8 @@ class Artifact:
         for key in ("temporal", "compact"):  # of the weights
             if whole and key not in other.header:
                 header.pop(key, None)
-        if any(k.startswith(STEPWISE) for k in kept):  # bound to the steps they were found at
+        bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at
+        if bound or taken == {"encoder"}:
             header["schedule"] = self.header["schedule"]
         return Artifact(header, kept | other.tensors)
 
@@ -105,10 +106,23 @@ class Artifact:
             schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
             for layer, facts in self.header.get("layers", {}).items():
                 self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
+            for encoder, facts in self.header.get("encoders", {}).items():
+                self._check_encoder(encoder, facts, name)
             for module, facts in tabled(self.header).items():
                 self._check_table(module, [tuple(shape) for shape in facts["outputs"]], name)
         except (AttributeError, KeyError, TypeError, SchemeError) as error:
             raise ArtifactError(f"{name} is damaged: its header misses a layer.") from error
+
+    def _check_encoder(self, encoder: str, facts: dict[str, Any], name: str) -> None:
+        """The codes of a text encoder; its weights alone are quantized."""
+        schemes = {k: Scheme.from_json(v) for k, v in facts["schemes"].items()}
+        if any(scheme.activation is not None for scheme in schemes.values()):
+            raise ArtifactError(f"{name} is damaged: the inputs of {encoder} have a format.")
+        _ = int(facts["fingerprint"]["parameters"]), list(facts["fingerprint"]["values"])
+        for layer, about in facts["layers"].items():
+            form = schemes[about["scheme"]].weight
+            wanted = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
+            self._check_tensors({f"encoder/{k}": v for k, v in wanted.items()}, name)
 
     def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
         """The features of one module, a row for every step; none of its layers beside them."""
@@ -136,6 +150,9 @@ class Artifact:
             steps = len(self.header["schedule"]["timesteps"]) if scheme.activation.per_step else 1
             fact = (torch.float32, (steps,))
             wanted |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
+        self._check_tensors(wanted, name)
+
+    def _check_tensors(self, wanted: dict[str, Any], name: str) -> None:
         for key, (dtype, size) in wanted.items():
             found = self.tensors.get(key)
             if found is None:

@@ -10,9 +10,9 @@ import math
 from collections import Counter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .artifact import Artifact, tabled
+from .artifact import Artifact, fingerprint, same, tabled
 from .backbone import layers
 from .caching.schedule import CacheSchedule, Hold, lay_
 from .choice import DENSE, Chooser, check_execution
@@ -22,7 +22,7 @@ from .families import names
 from .kernels.activation import Memo
 from .keymap import KeyMap
 from .localize import localized
-from .patching import Attached, Follow, Override, Swap, denoiser_of
+from .patching import Attached, Follow, Override, Swap, denoiser_of, encoders_of
 from .qlayer import QConv2d, QLayer, QLinear
 from .qtensor import QTensor
 from .scheme import Scheme
@@ -42,6 +42,14 @@ class Tenuto(Attached):
     def denoiser(self) -> nn.Module:
         """The patched denoiser."""
         return denoiser_of(self.handle)
+
+    def encoders(self) -> dict[str, int]:
+        """How many layers of each text encoder are quantized: weights alone, inputs in float."""
+        found = {
+            name: sum(isinstance(m, QLayer) for m in encoder.modules())
+            for name, encoder in encoders_of(self.handle).items()
+        }
+        return {name: count for name, count in found.items() if count}
 
     def execution(self) -> dict[str, Any]:
         """How the Linear and Conv2d layers compute: {"mode", "layers": {how: count}}.
@@ -106,7 +114,8 @@ def attach(
     for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
     calls of very different sizes may then differ by an input's rounding. simulate: compute
     quantized layers in float, with the same codes. route: lay the cache schedule too. chooser: what
-    decides under "auto" in place of the process's own.
+    decides under "auto" in place of the process's own. The text encoders of a pipeline get what the
+    artifact has of them; a bare denoiser has none.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     check_execution(execution)
@@ -117,6 +126,10 @@ def attach(
     leaves = _leaves(
         denoiser, artifact, clock, simulate=simulate, wanted=execution, chooser=chooser
     )
+    encoders = {
+        name: (encoder, encoder_layers(encoder, artifact, name))
+        for name, encoder in encoders_of(model).items()
+    }
     schedule = schedule_of(artifact) if route else None
     missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
     if missing:
@@ -126,6 +139,8 @@ def attach(
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):
             attached.patches.append(Swap(denoiser, name, new))
+        for encoder, replaced in encoders.values():
+            attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         if schedule is not None:
             attached.patches += lay_(denoiser, schedule, clock, keys is not None)
     except BaseException:
@@ -175,11 +190,38 @@ def _leaves(
 ) -> dict[str, QLayer]:
     """A quantized layer for every one that the artifact names; nothing is changed yet."""
     weights, ranges = artifact.section("weights"), artifact.section("ranges")
-    by_name = dict(layers(denoiser))
-    schemes = {k: Scheme.from_json(v) for k, v in artifact.header.get("schemes", {}).items()}
+    return _replaced(denoiser, artifact.header, weights, ranges, clock, options)
+
+
+def encoder_layers(encoder: nn.Module, artifact: Artifact, name: str) -> dict[str, QLayer]:
+    """A layer for every one that the artifact has of the text encoder `name`; none is put in.
+
+    Raises ArtifactError if they are of another encoder.
+    """
+    facts = artifact.header.get("encoders", {}).get(name)
+    if facts is None:
+        return {}
+    if not same(facts["fingerprint"], fingerprint(encoder)):
+        raise ArtifactError(f"The artifact was made for another {name}: the weights differ.")
+    start = f"{name}."
+    section = artifact.section("encoder").items()
+    weights = {key.removeprefix(start): t for key, t in section if key.startswith(start)}
+    return _replaced(encoder, facts, weights, {}, Clock((0.0,)), {})
+
+
+def _replaced(
+    model: nn.Module,
+    header: dict[str, Any],
+    weights: dict[str, Tensor],
+    ranges: dict[str, Tensor],
+    clock: Clock,
+    options: dict[str, Any],
+) -> dict[str, QLayer]:
+    by_name = dict(layers(model))
+    schemes = {k: Scheme.from_json(v) for k, v in header.get("schemes", {}).items()}
     found: dict[str, QLayer] = {}
     memo = Memo()
-    for name, facts in artifact.header.get("layers", {}).items():
+    for name, facts in header.get("layers", {}).items():
         layer = by_name.get(name)
         if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
             raise ArtifactError(f"The model has no layer {name} of shape {facts['shape']}.")

@@ -170,9 +170,16 @@ def _quantize(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--scheme",
-        required=True,
         metavar="S",
         help="w8a8, w4a8, w8a16, w4a16; w8a8-static, w4a8-static: stored ranges, one a step",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="W",
+        help="w8 or w4: the text encoders' weights too, or alone where no --scheme is given",
+    )
+    parser.add_argument(
+        "--method", metavar="M", help="how those are rounded: rtn, awq or gptq (gptq)"
     )
     parser.add_argument(
         "--temporal",

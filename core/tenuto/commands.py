@@ -34,6 +34,8 @@ from .tape import keep, kept
 from .trajectory import Trajectory, record
 from .work import MANIFEST, Work
 
+ENCODERS = "encoders"  # the folder of the text encoders inside the work folder
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,41 +50,59 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
     """`tenuto quantize`: record, quantize, save."""
     from .calibrate import effort, quantize
     from .compact import compact
+    from .encoders import encoder_scheme, quantize_encoder
     from .maintenance import check_choice
     from .scheme import named
 
-    scheme, preset = named(args.scheme), effort(args.preset)
+    encoder, method = args.text_encoder, args.method or "gptq"
+    if args.scheme is None and encoder is None:
+        raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
+    if args.method is not None and encoder is None:
+        raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
+    if encoder is not None:
+        encoder_scheme(encoder, method)
+    scheme, preset = args.scheme and named(args.scheme), effort(args.preset)
     check_choice(args.temporal)
     check_model(args.model)
     work, lines = check_out(args.out), calibration_prompts(args)
     sampling = sampling_of(args)
     pipe = pipeline(args, sampling, bars)
-    wanted = lines[: preset.prompts]
+    wanted, made = lines[: preset.prompts], []
     with unfinished(work):
-        trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
-        artifact = quantize(
-            pipe, scheme, trajectory, preset=args.preset, device=sampling.device, seed=args.seed,
-            temporal=args.temporal, work=work, on_progress=bars("Quantizing"),
-        )  # fmt: skip
-        (compact(artifact, pipe) if args.compact else artifact).save(args.out)
+        if scheme is not None:
+            trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
+            artifact = quantize(
+                pipe, scheme, trajectory, preset=args.preset, device=sampling.device,
+                seed=args.seed, temporal=args.temporal, work=work, on_progress=bars("Quantizing"),
+            )  # fmt: skip
+            made.append(compact(artifact, pipe) if args.compact else artifact)
+        if encoder is not None:
+            apart = work if scheme is None else work / ENCODERS
+            made.append(quantize_encoder(
+                pipe, encoder, lines, method=method, seed=args.seed, steps=sampling.steps,
+                guidance=sampling.guidance, device=sampling.device, work=apart,
+                on_progress=bars("Text encoders"),
+            ))  # fmt: skip
+        whole = made[0] if len(made) == 1 else made[0] | made[1]
+        whole.save(args.out)
     bars.close()
-    return Answer("\n".join(quantized_lines(args.out, artifact, pipe, len(wanted))))
+    count = len(lines) if scheme is None else len(wanted)
+    return Answer("\n".join(quantized_lines(args.out, whole, pipe, count)))
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
     before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
     with attach(pipe, artifact, route=False, execution="int8") as attached:
-        execution = attached.execution()
+        execution, encoders = attached.execution(), attached.encoders()
     layers = facts_of(artifact, size)["layers_by_scheme"]
-    return [
-        f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory.",
-        f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.",
-        "Here they run as "
-        + ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
-        + ".",
-        f"Calibrated on {count} prompts.",
-    ]
+    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
+    if layers:
+        how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
+        found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
+        found.append(f"Here they run as {how}.")
+    found += [f"{name}: {n} layers, weights alone." for name, n in encoders.items()]
+    return [*found, f"Calibrated on {count} prompts."]
 
 
 def train_router(args: Namespace, bars: Bars) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -22,7 +22,9 @@ class Comparison:
     artifact, batch by batch; None if any layer was simulated. resident_weight_bytes {float,
     artifact}: of the denoiser's modules. peak_memory_bytes: while the artifact drew, all else that
     the comparison holds included; `peak_memory_source` says what was read.
-    execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}. `to_json` adds `note`.
+    execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}. encoders: how far the
+    states of quantized text encoders are from full precision, by name; see `encoding.py`.
+    `to_json` adds `note`.
     """
 
     psnr_db: dict[str, float]
@@ -50,6 +52,7 @@ class Comparison:
     count: int
     batch: int
     seed: int
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; an infinite PSNR becomes None."""
@@ -101,6 +104,12 @@ class Comparison:
             ("held: calls, work", f"{_share(self.reuse_ratio)}{_share(self.reuse_flops)}"),
             ("weights in int8", _share(self.int8_weight_share)),
         ]
+        for name, facts in self.encoders.items():
+            cosine, gap, floor = facts["cosine"]["mean"], facts["relative_l2"], facts["bf16"]
+            text = f"{cosine:>12.5f}   relative L2{gap:>8.4f}; of bf16 {floor['cosine']:.5f}"
+            rows.append(
+                (f"{name.replace('_', ' ')} cosine", f"{text},{floor['relative_l2']:>7.4f}")
+            )
         layers = ", ".join(f"{n} {kind}" for kind, n in self.execution["layers"].items() if n)
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         return "\n".join(

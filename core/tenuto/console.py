@@ -109,6 +109,10 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
     if by_scheme:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    for name, encoder in header.get("encoders", {}).items():
+        count = Counter(layer["scheme"] for layer in encoder["layers"].values())
+        kinds = ", ".join(f"{n} in {scheme}" for scheme, n in count.items())
+        rows.append((name, f"{kinds}; weight error up to {_worst(encoder):.3f}"))
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("made", line) for line in _made_lines(header)]
     return "\n".join([*table(rows), *step_map(artifact)])

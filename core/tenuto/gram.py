@@ -29,14 +29,16 @@ def inputs_seen(
     """name -> the input of that layer, as it came, for `rows` of the bank, a chunk at a time.
 
     The first chunk tells how often the layers are called; others are left after the last call.
+    Tokens that do not count are zero.
     """
     found: dict[str, Tensor] = {}
     calls, last = 0, 0
+    counted: Tensor | None = None
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             nonlocal calls
-            x, calls = args[0].detach(), calls + 1
+            x, calls = _counted(args[0].detach(), counted), calls + 1
             found[name] = torch.cat((found[name], x)) if name in found else x
             if calls == last:
                 raise _Enough
@@ -47,6 +49,7 @@ def inputs_seen(
     try:
         for index in rows.split(CHUNK):
             args, kwargs = bank.rows(index, device)
+            counted = None if bank.counted is None else bank.counted[index].to(device)
             calls = 0
             with suppress(_Enough):
                 block(*args, **kwargs)
@@ -56,6 +59,13 @@ def inputs_seen(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _counted(x: Tensor, counted: Tensor | None) -> Tensor:
+    """x (B, L, K) with zeros where `counted` (B, L) is 0; other shapes as they are."""
+    if counted is None or x.shape[:-1] != counted.shape:
+        return x
+    return x * counted[..., None].to(x.dtype)
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:

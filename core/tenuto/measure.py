@@ -5,12 +5,10 @@ Every number that the project shows anywhere comes from here or from what is nam
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from statistics import mean
 from typing import Any
 
@@ -23,14 +21,15 @@ from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
 from .choice import check_execution
 from .comparison import Comparison
 from .cost import Latency, PeakMemory, latency, multiply_adds, resident_weight_bytes
+from .encoding import hidden_distance
 from .errors import TenutoError
 from .metrics import frechet_distance, kernel_distance, percentile, psnr, ssim
 from .patching import denoiser_of, frozen, place
 from .perceptual import lpips
 from .shipped import prompts as shipped_prompts
+from .surroundings import surroundings
 from .trajectory import Progress, Sample, sampler
 from .turns import Drawn, FirstCall, Way, distances, draw_in_turns, first_call, split
-from .version import __version__
 
 __all__ = [
     "Comparison",
@@ -143,24 +142,32 @@ def compare_all(
     check_execution(execution)
     for artifact in artifacts.values():
         artifact.check(model)
-    given = sample is not None
+    given, lines = sample is not None, tuple(prompts or shipped_prompts("evaluation"))
     if sample is None:
         if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
         schedule = next(iter(artifacts.values())).header["schedule"]
         steps = int(schedule["steps"] if steps is None else steps)
         guidance = schedule["guidance"] if guidance is None else guidance
-        sample = sampler(model, tuple(prompts or shipped_prompts("evaluation")), steps, guidance)
+        sample = sampler(model, lines, steps, guidance)
     denoiser, batches = denoiser_of(model), split(seed, count, batch)
     with _on(model, device), frozen(denoiser), torch.no_grad():
         call, seen = first_call(denoiser, sample, *batches[0], whole=given)
         facts = _facts_of(denoiser, artifacts, call)
         ways = _ways(model, artifacts, call, facts, execution)
         drawn = draw_in_turns(ways, sample, batches, on_progress)
-        run = _surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
+        states = {
+            n: {} if given else hidden_distance(model, a, lines) for n, a in artifacts.items()
+        }
+        run = surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
     run |= {"count": count, "batch": batch, "seed": seed}
     return {
-        name: Comparison(**_distances(drawn, name), **_costs(drawn, name, facts[name]), **run)
+        name: Comparison(
+            **_distances(drawn, name),
+            **_costs(drawn, name, facts[name]),
+            **run,
+            encoders=states[name],
+        )
         for name in artifacts
     }, drawn
 
@@ -271,27 +278,4 @@ def _costs(drawn: dict[str, Drawn], name: str, facts: _Facts) -> dict[str, Any]:
         "peak_memory_source": facts.peak_source,
         "execution": facts.execution,
         "bf16_arithmetic": facts.arithmetic,
-    }
-
-
-def _surroundings(denoiser: nn.Module) -> dict[str, Any]:
-    """On what the numbers were measured."""
-    device, dtype = place(denoiser)
-    cuda = device.type == "cuda"
-    chip = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-    versions = {
-        "tenuto": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    for package in ("diffusers", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": f"{device.type} ({chip})",
-        "threads": torch.get_num_threads(),
-        "versions": versions,
     }

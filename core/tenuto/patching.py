@@ -32,6 +32,13 @@ def denoiser_of(model: Any) -> nn.Module:
     raise ModelError(f"{type(model).__name__} has no `transformer` or `unet`.")
 
 
+def encoders_of(model: Any) -> dict[str, nn.Module]:
+    """The text encoders of a diffusers pipeline by name; none of a bare denoiser."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    found = {name: getattr(model, name, None) for name in names}
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
 class Override:
     """A replaced forward on one instance; a deep copy of the module keeps it and its own state.
 

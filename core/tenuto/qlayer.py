@@ -46,6 +46,7 @@ class QLayer(nn.Module):
         self.weight_scale: Tensor
         self.zero_point: Tensor | None
         self.step: Tensor | None
+        self.channel: Tensor | None
         self.input_scale: Tensor | None
         self.input_zero: Tensor | None
         weight = layer.weight
@@ -59,6 +60,7 @@ class QLayer(nn.Module):
         self.register_buffer("weight_scale", q.scale)
         self.register_buffer("zero_point", q.zero_point)
         self.register_buffer("step", q.step)
+        self.register_buffer("channel", q.channel)
         self.bias = layer.bias
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
         self.register_buffer("input_scale", scale)
@@ -78,11 +80,11 @@ class QLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
         self._unpack()  # another device or dtype: pack and choose again
         self.choices = {}
-        kept = self.weight_scale, self.input_scale, self.input_zero
+        kept = self.weight_scale, self.input_scale, self.input_zero, self.channel
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
         device = self.qdata.device
-        weight_scale, self.input_scale, self.input_zero = (
+        weight_scale, self.input_scale, self.input_zero, self.channel = (
             None if s is None else s.to(device) for s in kept
         )  # a cast of the model must not round the ranges
         assert weight_scale is not None
@@ -112,7 +114,8 @@ class QLayer(nn.Module):
     def _kept(self) -> QTensor:
         """The weight as the buffers have it; without codes once packed."""
         zero, step, group = self.zero_point, self.step, self.scheme.weight.group
-        return QTensor(self.qdata, self.weight_scale, zero, self.shape, self.bits, step, group)
+        facts = self.shape, self.bits, step, group, self.channel
+        return QTensor(self.qdata, self.weight_scale, zero, *facts)
 
     @property
     def weight(self) -> Tensor:

@@ -20,7 +20,8 @@ class QTensor:
 
     qdata: int8 (N, ...) for 5 to 8 bits, else two codes a byte, uint8 (N, ceil(K / 2)).
     scale: fp32 (N,). zero_point: uint8 (N,), or None where the range is symmetric.
-    With groups of columns, zero_point and step are uint8 (N, G).
+    With groups of columns, zero_point and step are uint8 (N, G). channel: fp32 (K,), what the
+    columns were multiplied by before they were rounded, or None.
     """
 
     qdata: Tensor
@@ -30,9 +31,10 @@ class QTensor:
     bits: int
     step: Tensor | None = None
     group: int = 0
+    channel: Tensor | None = None
 
     @staticmethod
-    def of(levels: Tensor, grid: Grid) -> QTensor:
+    def of(levels: Tensor, grid: Grid, channel: Tensor | None = None) -> QTensor:
         """A weight from whole levels (N, ...), floating, as `Grid.nearest` gives them."""
         form, shape, zero, step = grid.form, tuple(levels.shape), None, None
         if not form.symmetric:
@@ -44,7 +46,8 @@ class QTensor:
         elif zero is not None:
             zero = zero[:, 0]
         qdata = stored(levels, zero, form.bits, form.group)
-        return QTensor(qdata, grid.scale.float(), zero, shape, form.bits, step, form.group)
+        scale = grid.scale.float()
+        return QTensor(qdata, scale, zero, shape, form.bits, step, form.group, channel)
 
     def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
@@ -74,17 +77,23 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for."""
         scale = self.scale.view(-1, *[1] * (len(self.shape) - 1))
-        return (self.codes().to(scale.dtype) * scale).to(dtype)
+        value = self.codes().to(scale.dtype) * scale
+        if self.channel is not None:
+            value = (value.flatten(1) / self.channel).view(self.shape)
+        return value.to(dtype)
 
     def to(self, device: Any) -> QTensor:
         """The same weight on another device."""
-        zero, step = (None if t is None else t.to(device) for t in (self.zero_point, self.step))
+        zero, step, channel = (
+            None if t is None else t.to(device) for t in (self.zero_point, self.step, self.channel)
+        )
         return replace(
             self,
             qdata=self.qdata.to(device),
             scale=self.scale.to(device),
             zero_point=zero,
             step=step,
+            channel=channel,
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -94,6 +103,7 @@ class QTensor:
             "scale": self.scale,
             "zero_point": self.zero_point,
             "step": self.step,
+            "channel": self.channel,
         }
         return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
@@ -101,8 +111,9 @@ class QTensor:
     def from_tensors(tensors: dict[str, Tensor], name: str, shape: Any, form: Format) -> QTensor:
         """The weight of format `form` that `tensors` stored under `name`."""
         qdata, scale = tensors[f"{name}.qdata"], tensors[f"{name}.scale"]
-        zero, step = (tensors.get(f"{name}.{part}") for part in ("zero_point", "step"))
-        return QTensor(qdata, scale, zero, tuple(shape), form.bits, step, form.group)
+        parts = ("zero_point", "step", "channel")
+        zero, step, channel = (tensors.get(f"{name}.{part}") for part in parts)
+        return QTensor(qdata, scale, zero, tuple(shape), form.bits, step, form.group, channel)
 
 
 def _columns(values: Tensor, group: int, columns: int) -> Tensor:
@@ -125,6 +136,8 @@ def layout(
     """Type and shape of each of `QTensor.tensors(name)`, for a weight of `shape` in `form`."""
     size = math.prod(shape[1:])
     found = {f"{name}.scale": (torch.float32, shape[:1])}
+    if form.smooth:
+        found[f"{name}.channel"] = (torch.float32, (size,))
     if form.symmetric and form.bits > 4:
         return found | {f"{name}.qdata": (torch.int8, shape)}
     columns = (size + 1) // 2 if form.bits <= 4 else size

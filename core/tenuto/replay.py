@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Bank:
 
     template: (args, kwargs) in which a tensor is `Rows(key)`; tensors: key -> (R, ...); fixed: the
     tensors that are the same in every call. steps: int64 (R,), the calibrated step of each row.
+    counted: (R, L), 1 where a token matters, or None.
     """
 
     template: tuple[tuple[Any, ...], dict[str, Any]]
     tensors: dict[int, Tensor]
     fixed: dict[int, Tensor]
     steps: Tensor
+    counted: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -50,7 +52,7 @@ class Bank:
 
     def advance(self, hidden: Tensor) -> Bank:
         """The bank of the next block of a chain: its first argument is this block's output."""
-        return Bank(self.template, self.tensors | {0: hidden}, self.fixed, self.steps)
+        return replace(self, tensors=self.tensors | {0: hidden})
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,12 @@ def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: An
     for call in calls:
         args, kwargs = run_to(denoiser, block, call, device)
         found.append(cut_out((tuple(args), dict(kwargs)), call.row))
-    return banked(block, found)
+    bank = banked(block, found)
+    known = [call.counted for call in calls]
+    rows = [t for t in known if t is not None]
+    if len(rows) == len(known) and sum(map(len, rows)) == len(bank):  # and no call was left out
+        bank.counted = torch.cat(rows)
+    return bank
 
 
 Seen = tuple[Any, list[Tensor], int]

@@ -21,6 +21,8 @@ class Format:
     per_step: with "tensor", one range for every calibrated step (FSC of TFMQ-DM, arXiv 2311.16503).
     ranges: how a stored range is found: "minmax", "mse" or "percentile".
     group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
+    smooth: a weight is multiplied by a scale per column before it is rounded, and divided by it
+    afterwards (AWQ, arXiv 2306.00978).
     """
 
     bits: int
@@ -29,6 +31,7 @@ class Format:
     per_step: bool = False
     ranges: str = "minmax"
     group: int = 0
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -63,10 +66,16 @@ class Scheme:
             )
         if self.activation is not None:
             _check_activation(self.activation)
+            if self.weight.smooth:
+                raise SchemeError("A scale per column is for weights whose inputs stay in float.")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a header."""
-        return asdict(self)
+        """Plain data for a header; without what older versions do not know, where it says no."""
+        found = asdict(self)
+        for form in (found["weight"], found["activation"]):
+            if form and not form["smooth"]:
+                del form["smooth"]
+        return found
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Scheme:
@@ -82,7 +91,7 @@ def _check_activation(form: Format) -> None:
     """What no layer computes is refused here, before it passes as something else."""
     if form.granularity == "channel":
         raise SchemeError("Activations are quantized per tensor or per token.")
-    if form.bits != 8 or form.ranges != "minmax" or form.group:
+    if form.bits != 8 or form.ranges != "minmax" or form.group or form.smooth:
         raise SchemeError("Activations have 8 bits and min-max ranges.")
     if form.symmetric != form.dynamic:
         raise SchemeError("Activation ranges are symmetric per token, asymmetric per tensor.")

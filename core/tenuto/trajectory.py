@@ -21,12 +21,16 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: the arguments by name (on the CPU), its step and its run."""
+    """One call of a denoiser or a text encoder: its arguments by name (on the CPU), step and run.
+
+    counted: (B, L), 1 where a token is looked at by what follows; None: all are.
+    """
 
     run: int
     row: int
     timestep: float
     inputs: dict[str, Any]
+    counted: Tensor | None = None
 
 
 @dataclass

@@ -1,0 +1,134 @@
+"""Text encoders in 8 or 4 bits: their weights alone; inputs stay in float, as encoders are run.
+
+Calibration is on prompts, exactly as the pipeline gives them to the encoder: its templates, padding
+and masks, and the empty prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .algorithms.awq import AWQ
+from .algorithms.gptq import GPTQ
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+from .artifact import Artifact, fingerprint
+from .calibrate import Job
+from .encoding import BATCH, encoder_calls
+from .errors import SchemeError
+from .families import describe
+from .patching import encoders_of, frozen
+from .recipes import recipe_for
+from .scheme import Recipe, Scheme, schemes
+from .trajectory import Progress, Trajectory
+from .work import Work
+
+METHODS = {"rtn": RoundToNearest(), "awq": AWQ(), "gptq": GPTQ()}
+WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
+
+
+def encoder_scheme(width: str, method: str) -> Scheme:
+    """The scheme of such a width and method; SchemeError names the choices."""
+    if width not in WIDTHS or method not in METHODS:
+        raise SchemeError(
+            f"A text encoder is quantized to {' or '.join(WIDTHS)} by {', '.join(METHODS)}, "
+            f"not to {width!r} by {method!r}."
+        )
+    scheme = WIDTHS[width]
+    if method != "awq":
+        return scheme
+    return Scheme(f"{scheme.name}-awq", replace(scheme.weight, smooth=True))
+
+
+def quantize_encoder(
+    pipe: Any,
+    width: str,
+    prompts: Sequence[str],
+    *,
+    method: str = "awq",
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float | None = None,
+    device: Any = None,
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Artifact:
+    """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
+
+    width: "w8" or "w4" (a range per 32 columns). method: "rtn", "awq" or "gptq". steps and
+    guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
+    """
+    scheme, algorithm = encoder_scheme(width, method), METHODS[method]
+    calls = encoder_calls(pipe, prompts)
+    about = {"method": method, "prompts": len(prompts), "seed": seed}
+    artifact = Artifact.new(pipe, _schedule(pipe, steps, guidance), {"encoder": about})
+    artifact.header["encoders"] = {}
+    mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
+    shelf = Work(work, mark).path
+    for number, (name, own) in enumerate(calls.items()):
+        encoder = encoders_of(pipe)[name]
+        backbone = describe(encoder)
+        rules = (
+            replace(rule, algorithm=rule.scheme and algorithm)
+            for rule in recipe_for(scheme, backbone, algorithm).rules
+        )
+        trajectory = Trajectory((0.0,), own, seed, BATCH, len(own), 1, prompts=tuple(prompts))
+        job = Job(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
+        job.maintain("none", Tiar())
+        inputs = {
+            "job": f"encoder {name}", "recipe": job.recipe.to_json(), "seed": seed,
+            "calibration": trajectory.about(), "version": artifact.header["made"],
+            "model": fingerprint(encoder),
+        }  # fmt: skip
+        with frozen(job.model):
+            done = Work(shelf and shelf / name, inputs)
+            job.run(done, _part(on_progress, number, len(calls), name))
+        _fill(artifact, name, encoder, backbone.family, job)
+    return artifact
+
+
+def _fill(artifact: Artifact, name: str, encoder: nn.Module, family: str, job: Job) -> None:
+    """Put the codes of one encoder, and what is known of them, into the artifact."""
+    for layer, q in job.weights.items():
+        artifact.tensors |= {f"encoder/{name}.{k}": v for k, v in q.tensors(layer).items()}
+    used = {r.scheme.name: r.scheme for r in job.plan.values() if r.scheme is not None}
+    artifact.header["encoders"][name] = {
+        "family": family,
+        "model_class": type(encoder).__name__,
+        "fingerprint": fingerprint(encoder),
+        "recipe": job.recipe.to_json(),
+        "schemes": {n: scheme.to_json() for n, scheme in used.items()},
+        "layers": {
+            n: {
+                "scheme": rule.scheme.name,
+                "shape": list(job.weights[n].shape),
+                "weight_error": job.errors[n],
+            }
+            for n, rule in job.plan.items()
+            if rule.scheme is not None
+        },
+    }
+
+
+def _schedule(pipe: Any, steps: int, guidance: float | None) -> dict[str, Any]:
+    """The pipeline's own schedule: an artifact has one, an encoder asks for none."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    times = [float(t) for t in scheduler.timesteps]
+    return {"timesteps": times, "steps": steps, "guidance": guidance}
+
+
+def _part(on_progress: Progress | None, number: int, count: int, name: str) -> Progress | None:
+    """The progress of one encoder of several on one scale."""
+    if on_progress is None:
+        return None
+
+    def note(done: int, total: int, text: str) -> None:
+        on_progress(number * total + done, count * total, f"{name} {text}".strip())
+
+    return note
