@@ -132,6 +132,13 @@ BAD = {
     ),
     "nothing to compare": (("compare", "MODEL", "--artifact", "none"), "Cannot read none"),
     "unknown temporal choice": ((*QUANTIZE, "--temporal", "half"), "none, tiar, table, auto"),
+    "nothing to quantize": (
+        ("quantize", "MODEL", "--prompts", "p.txt", "--out", "o.safetensors"),
+        "--text-encoder",
+    ),
+    "unknown width": ((*QUANTIZE, "--text-encoder", "w3"), "w8 or w4"),
+    "unknown method": ((*QUANTIZE, "--text-encoder", "w4", "--method", "magic"), "awq, gptq"),
+    "method alone": ((*QUANTIZE, "--method", "awq"), "--text-encoder"),
     "unknown demo": (("quantize", "demo:nothing", *QUANTIZE[2:]), "no demo model 'nothing'"),
     "unknown demo to show": (("demo", "--model", "nothing"), "no demo model 'nothing'"),
     "no such folder": (("generate", "./none", "--prompt", "a"), "There is no folder ./none"),
@@ -397,6 +404,28 @@ def test_a_compact_artifact_is_the_same_one(
     assert again.tensors.keys() == whole.tensors.keys()
     assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in whole.tensors)
     assert cli.main(["inspect", "small.safetensors"]) == 0
+
+
+def test_text_encoders_alone_and_beside_the_denoiser(
+    here: Path, tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One section more in the file, no work left; `inspect` and `compare` tell of it."""
+    start = ["quantize", str(tiny_pixart_folder), "--prompts", "p.txt", "--text-encoder", "w4"]
+    assert cli.main([*start, "--method", "awq", "--out", "encoder.safetensors"]) == 0
+    assert "text_encoder:" in capfd.readouterr().out
+    assert cli.main([*start, "--scheme", "w8a8", "--out", "both.safetensors"]) == 0
+    assert not list(here.glob("*.work"))
+    alone, both = (Artifact.load(here / f"{name}.safetensors") for name in ("encoder", "both"))
+    assert {key.split("/")[0] for key in alone.tensors} == {"encoder"}
+    assert alone.header["made"]["encoder"]["method"] == "awq"
+    assert {"encoder", "weights"} <= {key.split("/")[0] for key in both.tensors}
+    capfd.readouterr()
+    assert cli.main(["inspect", "both.safetensors"]) == 0
+    assert "w4a16" in capfd.readouterr().out
+    measured = ["compare", str(tiny_pixart_folder), "--artifact", "both.safetensors"]
+    assert cli.main([*measured, "--count", "1", "--steps", "1", "--json"]) == 0
+    states = json.loads(capfd.readouterr().out)["encoders"]["text_encoder"]
+    assert 0.9 < states["cosine"]["mean"] < 1 and states["bf16"]["relative_l2"] > 0
 
 
 def test_a_router_joins_the_artifact(
