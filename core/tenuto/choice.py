@@ -6,6 +6,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .cost import latency
 from .errors import TenutoError
 
@@ -34,6 +37,13 @@ class Chooser:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         return self  # a copy of a model decides as the model does
+
+
+def may_measure(x: Tensor) -> bool:
+    """Not while a graph is made of the calls."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 process = Chooser()  # what this process has found out

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import choice
 from .choice import DENSE, INT8, Chooser
 from .clock import Clock
-from .kernels import activation, int8_conv2d, int8_linear
+from .kernels import activation, dense, int8_conv2d, int8_linear
 from .qtensor import QTensor
 from .scheme import Scheme
 
@@ -66,6 +66,7 @@ class QLayer(nn.Module):
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero", zero)
         self._packed: Any = None
+        self._dense_packed: Any = None
         self._float: Tensor | None = None
         self.train(layer.training)
 
@@ -95,7 +96,7 @@ class QLayer(nn.Module):
         """Codes back into `qdata` as they were stored, caches gone."""
         if self._packed is not None:
             self.qdata = self._kept().qdata_of(self._packed.codes())
-        self._packed = self._float = None
+        self._packed = self._float = self._dense_packed = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()  # a cache is no state
@@ -141,8 +142,9 @@ class QLayer(nn.Module):
 
     def packed_tensors(self) -> list[Tensor]:
         """What the caches keep resident beside parameters and buffers."""
+        wide = self._dense_packed and self._dense_packed.weight
         found = [] if self._packed is None else self._packed.tensors()
-        return found if self._float is None else [*found, self._float]
+        return [*found, *(t for t in (self._float, wide) if t is not None)]
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
@@ -159,7 +161,7 @@ class QLayer(nn.Module):
         known = self.choices.get(key)
         if known is None and (self.simulate or not self._supported()):
             return self.execution
-        if known is None and _may_measure(x):
+        if known is None and choice.may_measure(x):
             kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
             with torch.no_grad():  # a new tensor each time: the memo knows none of them
                 known = self.chooser(
@@ -178,14 +180,21 @@ class QLayer(nn.Module):
         """Drop the caches that no choice so far has a use for."""
         made = set(self.choices.values())
         if INT8 not in made and self._packed is not None:
-            kept = self._float
+            kept = self._float, self._dense_packed
             self._unpack()
-            self._float = kept
+            self._float, self._dense_packed = kept
         if DENSE not in made:
-            self._float = None
+            self._float = self._dense_packed = None
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        return self._dense(x, self._weight_in(x.dtype), self._bias(x.dtype))
+        bias = self._bias(x.dtype)
+        if self.small or not dense.supported(x):
+            return self._dense(x, self._weight_in(x.dtype), bias)
+        if self._dense_packed is None:
+            self._float = None
+            weight = self.qtensor().dequantize(x.dtype)
+            self._dense_packed = dense.pack(weight, x, self.geometry)
+        return self._dense_packed(x, bias)
 
     def _simulated(self, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
@@ -221,6 +230,8 @@ class QLayer(nn.Module):
         return activation.per_tensor(x, scale, zero), scale, zero.to(torch.int32)
 
     _dims: tuple[int, ...] = (-1,)
+    geometry: Any = None  # of a convolution: stride, padding, dilation, groups
+    small = False  # gains nothing from a packed weight in float
 
     def _supported(self) -> bool:
         raise NotImplementedError
@@ -265,6 +276,7 @@ class QConv2d(QLayer):
         super().__init__(layer, *args, **kwargs)
         assert not isinstance(layer.padding, str)  # such layers stay float
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.small = self.shape[2] * self.shape[3] == 1
 
     def _supported(self) -> bool:
         return int8_conv2d.supported(self.qdata.device, self.shape, self.geometry[-1])
@@ -282,10 +294,3 @@ class QConv2d(QLayer):
 
     def _kind(self) -> tuple[Any, ...]:
         return *super()._kind(), str(self.geometry)
-
-
-def _may_measure(x: Tensor) -> bool:
-    """Not while a graph is made of the calls."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,79 @@
+"""bf16 layers whose weight is packed once: the same bits as torch's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tenuto.algorithms.nearest import RoundToNearest
+from tenuto.clock import Clock
+from tenuto.kernels import dense
+from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.scheme import schemes
+
+needs = pytest.mark.skipif(not dense.available(), reason="this processor has no fast bf16 product")
+
+
+@needs
+@pytest.mark.parametrize("shape", [(3, 7, 96), (5, 384), (1, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(shape).bfloat16(), torch.randn(48, shape[-1]).bfloat16()
+    b = torch.randn(48).bfloat16() if bias else None
+    packed = dense.PackedLinear(w, x)
+    for given in (x, x[:1], torch.cat([x, x])):  # whatever it was packed for
+        assert torch.equal(packed(given, b), F.linear(given, w, b))
+
+
+@needs
+@pytest.mark.parametrize("kind", [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 2, 1)])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_conv2d(kind: tuple[int, int, int, int], form: torch.memory_format) -> None:
+    """Stride, padding, dilation and groups; another size; memory laid out as it came."""
+    torch.manual_seed(0)
+    stride, padding, dilation, groups = kind
+    geometry = ((stride, stride), (padding, padding), (dilation, dilation), groups)
+    x = torch.randn(2, 32, 9, 9).bfloat16().contiguous(memory_format=form)
+    w = torch.randn(16, 32 // groups, 3, 3).bfloat16()
+    packed = dense.PackedConv2d(w, geometry, x)
+    for given in (x, torch.randn(1, 32, 15, 11).bfloat16().contiguous(memory_format=form)):
+        wanted = F.conv2d(given, w, None, stride, padding, dilation, groups)
+        found = packed(given, None)
+        assert torch.equal(found, wanted) and found.stride() == wanted.stride()
+
+
+@needs
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_in_bf16_packs_its_float_weight(kind: str) -> None:
+    """Instead of keeping it: one copy is resident, none after a move, none in a deep copy."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32) if kind == "linear" else nn.Conv2d(16, 32, 3, padding=1)
+    x = torch.randn(4, 64) if kind == "linear" else torch.randn(2, 16, 8, 8)
+    layer, x = layer.bfloat16(), x.bfloat16()
+    q = RoundToNearest().weight(layer.weight, schemes.W8A8.weight)
+    cls = QLinear if kind == "linear" else QConv2d
+    ours: QLayer = cls(layer, q, schemes.W8A8, Clock((1.0,)), wanted="float")
+    twin = copy.deepcopy(layer)
+    twin.weight.data.copy_(q.dequantize(torch.bfloat16))
+    with torch.no_grad():
+        assert torch.equal(ours(x), twin(x))
+        kept = ours.packed_tensors()
+        assert [t.numel() for t in kept] == [layer.weight.numel()]
+        assert not copy.deepcopy(ours).packed_tensors()
+        assert torch.equal(ours(x), twin(x))
+        ours.float()
+        assert not ours.packed_tensors()
+    x.requires_grad_()
+    ours.bfloat16()(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_elsewhere_torchs_own_is_used() -> None:
+    """In fp32, and where a gradient is wanted."""
+    assert not dense.supported(torch.ones(2, 4))
+    assert not dense.supported(torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True))
