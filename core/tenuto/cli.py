@@ -97,7 +97,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for add in (_demo, _quantize, _train_router, _generate, _compare, _inspect):
+    for add in (_demo, _quantize, _train_router, _generate, _compare, _inspect, _app):
         add(commands)
     return parser
 
@@ -281,6 +281,14 @@ def _inspect(commands: Any) -> None:
         "--layer", metavar="NAME", help="whose ranges to draw (those that change most)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _app(commands: Any) -> None:
+    from .launch import add_options
+
+    add_options(
+        _command(commands, "app", "open the app in a browser", "tenuto app --roots ~/models")
+    )
 
 
 if __name__ == "__main__":

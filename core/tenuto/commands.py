@@ -185,6 +185,14 @@ def demo(args: Namespace, bars: Bars) -> Answer:
     return showcase(args.model, args.out, bars)
 
 
+def app(args: Namespace, bars: Bars) -> Answer:
+    """`tenuto app`: the app in a browser or a window, until it is closed."""
+    from .launch import launch
+
+    launch(args)
+    return Answer("The app is closed.")
+
+
 @contextmanager
 def unfinished(work: Path) -> Iterator[None]:
     """Keep `work` while the job is not done, unless it was refused before it began."""
@@ -218,17 +226,27 @@ def sampling_of(args: Namespace, artifact: Artifact | None = None) -> Sampling:
 def pipeline(
     args: Namespace, sampling: Sampling, bars: Bars, artifact: Artifact | None = None
 ) -> Any:
-    """The model, loaded and checked. A model of one's own is in bf16 on a GPU, all else in fp32."""
-    wide = args.model.startswith(PREFIX) or sampling.device.type == "cpu"
-    silence(not bars.watched)
-    pipe = load(args.model, sampling.device, torch.float32 if wide else torch.bfloat16)
-    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
-    if most is not None and sampling.steps > most:
-        raise TenutoError(f"This model samples in at most {most} steps, not {sampling.steps}.")
+    """The model, loaded and checked."""
+    pipe = loaded(args.model, sampling.device, bars)
+    check_steps(pipe, sampling.steps)
     if artifact is not None:
         with damage_told(args.artifact), attach(pipe, artifact):
             pass  # it fits
     return pipe
+
+
+def loaded(model: str, device: torch.device, bars: Bars) -> Any:
+    """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
+    wide = model.startswith(PREFIX) or device.type == "cpu"
+    silence(not bars.watched)
+    return load(model, device, torch.float32 if wide else torch.bfloat16)
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """TenutoError unless the model can be sampled in so many steps."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
 
 
 def silence(bars: bool) -> None:
