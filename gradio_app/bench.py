@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from .png import texts
 from .settings import Settings
 from .studio import OnCall, Picture, Studio, Wanted, settings_of
 
-ROUTES = {"none": None, "holds 30 %": 0.3}
 NO_ARTIFACT = ""
 COUNT = {"least": 1, "most": 512}  # of pictures in a comparison
 SHOWN = 24  # pictures of a comparison that can be looked at
@@ -41,7 +40,7 @@ class Bench:
         prompt: str,
         seed: float,
         steps: float,
-        guidance: float | None,
+        guidance: Any,
         artifact: str,
         beside: bool,
         on_call: OnCall,
@@ -52,7 +51,7 @@ class Bench:
         wanted = Wanted(
             self.places.model(model), model, str(prompt).strip()[:LONGEST],
             whole(seed, "The seed", 0, 2**53), whole(steps, "The number of steps", 1, 1000),
-            None if guidance is None else real(guidance, "Guidance", 0, 1000),
+            given(guidance, real, "Guidance", 0, 1000),
             self.places.artifact(artifact) if artifact else None, artifact or "", beside,
         )  # fmt: skip
         self.desk.take("picture")
@@ -120,10 +119,10 @@ class Bench:
         scheme: str | None,
         preset: str,
         reuse: float | None,
-        steps: float | None = None,
-        guidance: float | None = None,
+        steps: Any = None,
+        guidance: Any = None,
         seed: float = 0,
-        iterations: float | None = None,
+        iterations: Any = None,
         prompts: str = "",
     ) -> Job:
         """Start a calibration; TenutoError if it is refused. The same request resumes."""
@@ -138,13 +137,11 @@ class Bench:
         effort(preset)
         request = {
             "model": self.places.model(model), "shown_model": model, "scheme": scheme,
-            "preset": preset, "reuse": None if reuse is None else real(reuse, "The share", 0, 1),
-            "steps": None if steps is None else whole(steps, "The number of steps", 1, 1000),
-            "guidance": None if guidance is None else real(guidance, "Guidance", 0, 1000),
+            "preset": preset, "reuse": given(reuse, real, "The share", 0, 1),
+            "steps": given(steps, whole, "The number of steps", 1, 1000),
+            "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": whole(seed, "The seed", 0, 2**53), "prompts_text": str(prompts or "").strip(),
-            "iterations": None
-            if iterations is None
-            else whole(iterations, "The number of iterations", 1, 10**6),
+            "iterations": given(iterations, whole, "The number of iterations", 1, 10**6),
         }  # fmt: skip
         begun = self.places.request(name)
         if begun is not None and begun != request:
@@ -209,8 +206,8 @@ class Bench:
         model: str,
         artifacts: Sequence[str],
         count: float,
-        steps: float | None = None,
-        guidance: float | None = None,
+        steps: Any = None,
+        guidance: Any = None,
         seed: float = 10_000,
         execution: str = "int8",
         prompts: str = "",
@@ -226,8 +223,8 @@ class Bench:
             "model": self.places.model(model), "shown_model": model,
             "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
             "count": whole(count, "The number of pictures", COUNT["least"], COUNT["most"]),
-            "steps": None if steps is None else whole(steps, "The number of steps", 1, 1000),
-            "guidance": None if guidance is None else real(guidance, "Guidance", 0, 1000),
+            "steps": given(steps, whole, "The number of steps", 1, 1000),
+            "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": whole(seed, "The seed", 0, 2**53), "execution": execution, "shown": SHOWN,
             "batch": BATCH, "device": self.settings.device, "prompts": None,
         }  # fmt: skip
@@ -259,6 +256,12 @@ class Bench:
             "seconds": round(job.seconds, 3), "loss": job.loss, "error": job.error,
             "result": job.result, "at": time.time(),
         }  # fmt: skip
+
+
+def given(value: Any, kind: Callable[..., Any], *limits: Any) -> Any:
+    """`kind` of a value, or None where none was given."""
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    return None if empty else kind(value, *limits)
 
 
 def whole(value: Any, what: str, least: int, most: int) -> int:

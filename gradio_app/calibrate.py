@@ -15,7 +15,7 @@ from .bench import Bench
 from .generate import artifact_choices
 from .jobs import DONE, FAILED, Job
 from .view import loss_curve, status, step_map
-from .viewer import QUIET
+from .viewer import QUIET, optional
 
 IDLE = "Choose a model and what becomes of it, name the artifact and press Start."
 SCHEMES = [
@@ -121,13 +121,12 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
         info="0 trains no route", elem_id="calibrate-reuse",
     )  # fmt: skip
     with gr.Accordion("All options", open=False):
-        steps = gr.Number(None, label="Steps (the model's)", precision=0, elem_id="calibrate-steps")
-        guidance = gr.Number(None, label="Guidance (the model's)", elem_id="calibrate-guidance")
+        steps = optional("Steps", "the model's own", "calibrate-steps")
+        guidance = optional("Guidance", "the model's own", "calibrate-guidance")
         seed = gr.Number(0, label="First seed", precision=0, elem_id="calibrate-seed")
-        iterations = gr.Number(
-            None, label="Training iterations of the router (the preset's)", precision=0,
-            elem_id="calibrate-iterations",
-        )  # fmt: skip
+        iterations = optional(
+            "Training iterations of the router", "the preset's", "calibrate-iterations"
+        )
         prompts = gr.Textbox(
             "", label="Calibration prompts, one a line (those that ship)", lines=3,
             elem_id="calibrate-prompts",

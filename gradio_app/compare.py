@@ -17,7 +17,7 @@ from .calibrate import STEADY
 from .jobs import DONE, FAILED, Job
 from .measured import compared
 from .view import status
-from .viewer import QUIET, Viewer, show, viewer
+from .viewer import QUIET, Viewer, optional, show, viewer
 
 IDLE = "Choose a model and one artifact or more, and press Compare."
 
@@ -77,10 +77,8 @@ def tab(bench: Bench, model_name: str) -> Compare:
 def _options() -> list[Any]:
     """What is rarely changed; the order is that of `Bench.compare`."""
     with gr.Accordion("All options", open=False):
-        steps = gr.Number(
-            None, label="Steps (the artifact's)", precision=0, elem_id="compare-steps"
-        )
-        guidance = gr.Number(None, label="Guidance (the artifact's)")
+        steps = optional("Steps", "the artifact's", "compare-steps")
+        guidance = optional("Guidance", "the artifact's", "compare-guidance")
         seed = gr.Number(FIRST_SEED, label="First seed", precision=0)
         execution = gr.Radio(
             list(EXECUTIONS), value="int8", label="Execution",

@@ -14,7 +14,7 @@ from .bench import NO_ARTIFACT, Bench
 from .measured import compared, drawn
 from .studio import defaults_of
 from .view import card
-from .viewer import QUIET, show, viewer
+from .viewer import QUIET, optional, show, viewer
 
 IDLE = card("idle", "Nothing drawn yet.", "Write a prompt and press Generate.")
 PROMPT = "a golden retriever"
@@ -61,7 +61,7 @@ def tab(bench: Bench) -> Generate:
                 seed = gr.Number(7, label="Seed", precision=0, minimum=0, elem_id="seed")
                 dice = gr.Button("New seed", size="sm", min_width=80)
             steps_of = gr.Slider(1, 100, steps, step=1, label="Steps", elem_id="steps")
-            guidance_of = gr.Number(guidance, label="Guidance", minimum=0, elem_id="guidance")
+            guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
             _aside(bench, model, artifact, [prompt, seed, steps_of, guidance_of, model, artifact])
         with gr.Column(scale=3, min_width=320):
             view = viewer("generate", "Picture")
@@ -153,6 +153,7 @@ def _restored(bench: Bench, path: str) -> list[Any]:
     except TenutoError as error:
         return [card("failed", "Nothing restored.", str(error)), *[gr.skip()] * 6]
     names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
+    found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in names]
     if "model" in found:
         values[5] = gr.Dropdown(
@@ -160,6 +161,11 @@ def _restored(bench: Bench, path: str) -> list[Any]:
         )
     missing = "" if "model" in found else " Its model is not here."
     return [card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values]
+
+
+def shown_number(value: float | None) -> str:
+    """A number in a field that may be empty."""
+    return "" if value is None else f"{value:g}"
 
 
 def _added(bench: Bench, path: str, model: str) -> list[Any]:
@@ -178,14 +184,16 @@ def _model_chosen(bench: Bench, name: str) -> list[Any]:
     except TenutoError as error:
         gr.Warning(str(error))
         return [gr.skip()] * 3
-    return [gr.Dropdown(choices=artifact_choices(bench, name), value=""), steps, guidance]
+    new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
+    return [new, steps, shown_number(guidance)]
 
 
 def _artifact_chosen(bench: Bench, name: str, model: str) -> list[Any]:
     """Steps and guidance that an artifact was made for."""
     try:
         file = bench.places.artifact(name) if name else None
-        return list(defaults_of(bench.places.model(model), file))
+        steps, guidance = defaults_of(bench.places.model(model), file)
+        return [steps, shown_number(guidance)]
     except TenutoError as error:
         gr.Warning(str(error))
         return [gr.skip()] * 2

@@ -53,7 +53,8 @@ def parsed(text: str) -> dict[str, Any]:
         return {}
     pairs = dict(_pairs(lines[-1]))
     body = lines[:-1] if "Steps" in pairs else lines
-    prompt = "\n".join(body).partition(NEGATIVE)[0].strip()
+    end = next((i for i, line in enumerate(body) if line.startswith(NEGATIVE)), len(body))
+    prompt = "\n".join(body[:end]).strip()
     found: dict[str, Any] = {"prompt": prompt} if prompt else {}
     for name, field in FIELDS.items():
         value = pairs.get(name) if "Steps" in pairs else None

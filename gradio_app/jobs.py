@@ -21,7 +21,7 @@ from typing import Any
 import tenuto
 from tenuto.errors import TenutoError
 
-PATIENCE = 0.5  # seconds that a worker has to stop by itself
+PATIENCE = 0.25  # seconds that a worker has to stop by itself
 RUNNING, STOPPING, STOPPED, FAILED, DONE = "running", "stopping", "stopped", "failed", "done"
 WORKER = "import sys; from tenuto.launch import module; sys.exit(module('worker').main())"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenuto.demo import Defaults, defaults
 from tenuto.errors import Cancelled
 
 from .infotext import written
@@ -164,13 +165,12 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
     return Picture(pictures, time.perf_counter() - start, found[ARTIFACT].to_json() | said)
 
 
-def defaults_of(model: str, artifact: Path | None = None) -> tuple[int, float | None]:
+def defaults_of(model: str, artifact: Path | None = None) -> Defaults:
     """Steps and guidance of a model, or of the artifact that is used with it."""
     from tenuto.artifact import read_header
     from tenuto.checks import damage_told
-    from tenuto.demo import Defaults, defaults
 
     if artifact is None:
-        return tuple(defaults(model))
+        return defaults(model)
     with damage_told(artifact):
-        return tuple(Defaults.read(read_header(artifact)["schedule"]))
+        return Defaults.read(read_header(artifact)["schedule"])

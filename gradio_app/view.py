@@ -20,6 +20,11 @@ def lasting(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole / 3600:.1f} h"
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{count} {one if count == 1 else many}"
+
+
 def card(state: str, title: str, text: str, more: str = "") -> str:
     """A box in the look of a state; what it says is read out when it changes."""
     said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
@@ -56,7 +61,7 @@ def report(result: dict[str, Any]) -> str:
 def bar(job: Job) -> str:
     """How far the part is, and how long it may still take."""
     share = min(1.0, job.done / job.total) if job.total else 0.0
-    left = f"about {lasting(job.left)} left in this part" if job.left is not None else ""
+    left = f"about {lasting(job.left)} left in this part" if job.left else ""
     words = " · ".join(filter(None, [job.note, f"{lasting(job.seconds)} so far", left]))
     return (
         f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(job.stage)}" '
@@ -142,7 +147,8 @@ def loss_curve(loss: Sequence[float]) -> str:
     points = " ".join(
         f"{i * step:.1f},{high - value / top * high:.1f}" for i, value in enumerate(loss)
     )
-    said = f"Loss of the router: {loss[-1]:.3g} after {len(loss)} trajectories"
+    count = counted(len(loss), "trajectory", "trajectories")
+    said = f"Loss of the router: {loss[-1]:.3g} after {count}"
     rows = "".join(f"<tr><td>{i + 1}</td><td>{value:.4g}</td></tr>" for i, value in enumerate(loss))
     return (
         f'<figure class="tenuto-loss"><figcaption>{escape(said)}</figcaption>'

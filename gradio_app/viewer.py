@@ -32,6 +32,12 @@ class Viewer:
         return [self.mode, self.slider, self.place, self.image]
 
 
+def optional(label: str, absent: str, name: str, value: Any = None) -> gr.Textbox:
+    """A field for a number that may be left out: then it is what `absent` says."""
+    text = "" if value is None else f"{value:g}"
+    return gr.Textbox(text, label=label, placeholder=absent, max_lines=1, elem_id=name)
+
+
 def viewer(name: str, label: str) -> Viewer:
     """The components, empty. The slider under the pictures is for those who use a keyboard."""
     pair = gr.State(None)
@@ -46,7 +52,7 @@ def viewer(name: str, label: str) -> Viewer:
     image = gr.Image(
         label=label, interactive=False, buttons=["download", "fullscreen"], format="png",
         elem_id=f"{name}-image", elem_classes="tenuto-picture", alt_text=label,
-        placeholder="Nothing drawn yet",
+        visible=False,
     )  # fmt: skip
     made = Viewer(pair, mode, slider, place, image)
     mode.input(show, [pair, mode], made.outputs, **QUIET)
@@ -58,7 +64,7 @@ def show(pair: Pair | None, mode: str) -> list[Any]:
     """Updates for `Viewer.outputs`."""
     if not pair:
         hidden = gr.skip(), gr.ImageSlider(visible=False), gr.Slider(visible=False)
-        return [*hidden, gr.Image(value=None, visible=True)]
+        return [*hidden, gr.Image(value=None, visible=False)]
     both = pair.get("b") is not None
     names = pair["names"]
     sliding = both and mode == SLIDER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,7 +30,7 @@ def missing() -> str | None:
 
 def show(url: str, out: Path, then: Any = None) -> None:
     """Open the window and return when it is closed. then(window): called when it is there."""
-    import webview
+    webview = importlib.import_module("webview")
 
     webview.settings["ALLOW_DOWNLOADS"] = True  # or Download does nothing
     window = webview.create_window("Tenuto", url, width=SIZE[0], height=SIZE[1])

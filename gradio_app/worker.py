@@ -147,7 +147,7 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         text = commands.train_router(args, bars).text
     artifact = load_artifact(out)
     found = step_map(artifact.header, artifact.tensors)
-    result = {"text": text.partition("\n\n")[0], "name": out.stem}
+    result = {"text": text.partition("\n\n")[0].replace(str(out), out.name), "name": out.stem}
     return result if found is None else result | {"map": plain(found)}
 
 
