@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -142,16 +143,17 @@ def _aside(bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list
             elem_id="add-artifact",
         )  # fmt: skip
         said = gr.HTML("", elem_id="aside-said")
-    dropped.upload(lambda path: _restored(bench, path), dropped, [said, *fields], **QUIET)
-    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], [said, artifact],
-                  **QUIET)  # fmt: skip
+    restored, new = [dropped, said, *fields], [upload, said, artifact]
+    dropped.upload(lambda path: _restored(bench, path), dropped, restored, **QUIET)
+    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
 
 
 def _restored(bench: Bench, path: str) -> list[Any]:
+    nothing: list[Any] = [gr.skip()] * 6
     try:
         found = bench.restored(path)
     except TenutoError as error:
-        return [card("failed", "Nothing restored.", str(error)), *[gr.skip()] * 6]
+        return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
     names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in names]
@@ -160,7 +162,7 @@ def _restored(bench: Bench, path: str) -> list[Any]:
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
         )
     missing = "" if "model" in found else " Its model is not here."
-    return [card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values]
+    return [None, card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values]
 
 
 def shown_number(value: float | None) -> str:
@@ -172,9 +174,9 @@ def _added(bench: Bench, path: str, model: str) -> list[Any]:
     try:
         name = bench.added(path, path)
     except TenutoError as error:
-        return [card("failed", "Not added.", str(error)), gr.skip()]
+        return [None, card("failed", f"{Path(path).name} is not added.", str(error)), gr.skip()]
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
-    return [card("done", "Added.", f"{name} is chosen."), new]
+    return [None, card("done", "Added.", f"{name} is chosen."), new]
 
 
 def _model_chosen(bench: Bench, name: str) -> list[Any]:

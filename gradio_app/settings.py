@@ -57,9 +57,9 @@ def parted(auth: str) -> tuple[str, str]:
 def opened(folder: Path) -> Path:
     """The output folder, made where it is missing."""
     folder = folder.expanduser()
-    check_file(folder / "artifact.safetensors")
     if folder.exists() and not folder.is_dir():
         raise TenutoError(f"--out: {folder} is not a folder.")
+    check_file(folder / "artifact.safetensors")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

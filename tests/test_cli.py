@@ -291,7 +291,7 @@ def test_inspect_shows_header_and_facts(made: Path, capfd: pytest.CaptureFixture
 
 
 def test_help_has_an_example_for_each_command(capfd: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "quantize", "train-router", "generate", "compare", "inspect"):
+    for command in ("demo", "quantize", "train-router", "generate", "compare", "inspect", "app"):
         assert cli.main([command, "--help"]) == 0
         text = capfd.readouterr().out
         assert f"example: tenuto {command}" in " ".join(text.split())

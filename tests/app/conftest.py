@@ -53,15 +53,19 @@ class App:
 
 
 @pytest.fixture(scope="session")
-def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for compiled modules, as an installation has them: else each start compiles all."""
-    return tmp_path_factory.mktemp("bytecode")
+def environment(pytestconfig: pytest.Config) -> dict[str, str]:
+    """Of the app: with a folder for compiled modules, as an installation has them."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {
+        "PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPYCACHEPREFIX": str(pytestconfig.cache.mkdir("bytecode")),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def start(
-    bytecode: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Any]:  # fmt: skip
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
     """start(*options, roots=folder): a context with an `App` that answers."""
 
     @contextmanager
@@ -75,15 +79,11 @@ def start(
             sys.executable, *STRICT, "-m", "tenuto.cli", "app", "--no-browser", "--port", str(port),
             "--out", str(base / "out"), "--roots", str(roots), *options,
         ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        environment |= {
-            "PYTHONPATH": str(ROOT / "core"), "PYTHONPYCACHEPREFIX": str(bytecode),
-            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(base),
-        }  # fmt: skip
         with (base / "log").open("wb") as log:
             began = time.monotonic()
             process = subprocess.Popen(
-                command, cwd=base, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=base, env=environment | {"TMPDIR": str(base)}, stdout=log,
+                stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
         url = f"http://127.0.0.1:{port}"

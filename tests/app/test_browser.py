@@ -54,9 +54,7 @@ def wait(tab: Any, state: str, seconds: float, place: str = "#calibrate-status")
     tab.page.wait_for_selector(f"{place} [data-state={state}]", timeout=1000 * seconds)
 
 
-def test_a_calibration_is_reloaded_stopped_resumed_and_used(
-    app: Any, visit: Any, axe: str
-) -> None:
+def test_a_calibration_is_reloaded_stopped_resumed_and_used(app: Any, visit: Any, axe: str) -> None:
     tab = visit(app)
     page = tab.page
     tab.show("Calibrate")
