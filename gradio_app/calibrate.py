@@ -40,6 +40,7 @@ class Watch:
     start: gr.Button
     stop: gr.Button
     resume: gr.Button
+    discard: gr.Button
     unfinished: gr.Dropdown
     map: gr.HTML
     loss: gr.HTML
@@ -51,7 +52,7 @@ class Watch:
     def outputs(self) -> list[Any]:
         """What `seen` fills."""
         return [
-            self.timer, self.status, self.start, self.stop, self.resume, self.unfinished,
+            self.timer, self.status, self.start, self.stop, self.resume, self.discard, self.unfinished,
             self.map, self.loss, self.use, self.download, self.log,
         ]  # fmt: skip
 
@@ -83,7 +84,7 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
                 )  # fmt: skip
                 with gr.Row():
                     resume = gr.Button("Resume", interactive=False, elem_id="calibrate-resume")
-                    discard = gr.Button("Discard", size="lg", elem_id="calibrate-discard")
+                    discard = gr.Button("Discard", interactive=False, elem_id="calibrate-discard")
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML(status(None, IDLE), elem_id="calibrate-status")
             with gr.Row():
@@ -95,9 +96,9 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
             shown = gr.HTML(step_map(None), elem_id="calibrate-map")
             loss = gr.HTML("", elem_id="calibrate-loss")
     watch = Watch(
-        key, timer, said, start, stop, resume, unfinished, shown, loss, use, download, log
+        key, timer, said, start, stop, resume, discard, unfinished, shown, loss, use, download, log
     )
-    _wire(bench, watch, fields, discard)
+    _wire(bench, watch, fields)
     return Calibrate(watch, fields[0])
 
 
@@ -134,7 +135,7 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
     return [model, name, scheme, preset, reuse, steps, guidance, seed, iterations, prompts]
 
 
-def _wire(bench: Bench, watch: Watch, fields: list[Any], discard: gr.Button) -> None:
+def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
     """Buttons, the clock that looks at the job, and the look at it when the page is loaded."""
 
     def started(begin: Callable[[], Job]) -> str:
@@ -151,13 +152,12 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any], discard: gr.Button) -> 
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
 
-    def discarded(name: str | None) -> Any:
+    def discarded(name: str | None) -> None:
         try:
             if name:
                 bench.discard(name)
         except TenutoError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return gr.Dropdown(choices=bench.places.unfinished(), value=None)
 
     shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
     watch.start.click(start, fields, watch.key, **QUIET).success(**shown)
@@ -169,9 +169,10 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any], discard: gr.Button) -> 
     )
     watch.timer.tick(**shown)
     watch.unfinished.input(
-        lambda name: gr.Button(interactive=bool(name)), watch.unfinished, watch.resume, **QUIET
-    )
-    discard.click(discarded, watch.unfinished, watch.unfinished, **QUIET)
+        lambda name: [gr.Button(interactive=bool(name))] * 2, watch.unfinished,
+        [watch.resume, watch.discard], **QUIET,
+    )  # fmt: skip
+    watch.discard.click(discarded, watch.unfinished, None, **QUIET).then(**shown)
 
 
 def seen(bench: Bench, job: Job | None) -> list[Any]:
@@ -189,6 +190,7 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         status(job, IDLE),
         gr.Button(interactive=not alive),
         gr.Button(interactive=job is not None and job.state == "running"),
+        gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
         step_map(found),

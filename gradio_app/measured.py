@@ -83,8 +83,9 @@ def _layers(numbers: Numbers) -> str:
 
 
 def _floor(numbers: Numbers) -> str:
-    floor = numbers["bf16_floor_psnr_db"]
-    return "" if floor is None else f"PSNR of plain bf16, the noise floor: {_psnr(floor)} dB."
+    floor, own = numbers["bf16_floor_psnr_db"], numbers["seconds_per_picture"]["bf16"]
+    time = "" if own is None else f", {_shown(own, 2)} s a picture"
+    return "" if floor is None else f"Plain bf16, the noise floor: PSNR {_psnr(floor)} dB{time}."
 
 
 def _note(name: str, numbers: Numbers) -> str:

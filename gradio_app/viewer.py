@@ -68,7 +68,6 @@ def show(pair: Pair | None, mode: str) -> list[Any]:
     both = pair.get("b") is not None
     names = pair["names"]
     sliding = both and mode == SLIDER
-    label = f"A: {names[0]}  |  B: {names[1]}" if both else names[0]
     choices = [
         (SLIDER, SLIDER), (f"A: {names[0]}", A), (f"B: {names[-1]}", B),
         (f"Difference × {GAIN}", DIFFERENCE),
@@ -79,7 +78,9 @@ def show(pair: Pair | None, mode: str) -> list[Any]:
     return [
         gr.Radio(choices=choices, value=mode, visible=both),
         gr.ImageSlider(
-            value=(pair["a"], pair["b"]) if sliding else None, visible=sliding, label=label
+            value=(pair["a"], pair["b"]) if sliding else None,
+            visible=sliding,
+            label="A left, B right",
         ),
         gr.Slider(visible=sliding),
         gr.Image(value=image, visible=not sliding, label=said, alt_text=said),

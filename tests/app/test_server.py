@@ -301,7 +301,9 @@ def until_over(client: Any, kind: str, seconds: float = 60) -> dict[str, Any]:
     return found
 
 
-def test_the_api_calibrates_draws_and_compares(app: Any, client: Any) -> None:
+def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: Path) -> None:
+    from tenuto import cli
+
     about = client.predict(api_name="/about")
     assert TINY in about["models"] and about["login"] is False
     options = {"model": TINY, "name": "by-api", "scheme": "w8a8", "prompts": "a red dog\na cat"}
@@ -320,6 +322,10 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any) -> None:
     assert "Tenuto artifact: by-api" in drawn["infotext"]
     status, data = app.get(f"/gradio_api/file={drawn['pictures']['artifact']}")
     assert status == 200 and b"Steps: 2, Sampler: DDIM, CFG scale: 2, Seed: 3, Size: 32x32" in data
+
+    command = ["generate", str(app.roots / TINY), "--prompt", "a red dog", "--steps", "2"]
+    command += ["--artifact", str(app.out / "by-api.safetensors"), "--out", str(tmp_path / "x.png")]
+    assert cli.main(command) == 0, "the file is the command's too"
 
     options = {"model": TINY, "artifacts": ["by-api"], "count": 3}
     client.predict(options, api_name="/compare")
