@@ -10,7 +10,7 @@ from typing import Any
 from tenuto.errors import TenutoError
 
 from .bench import Bench
-from .settings import Settings
+from .settings import HOSTS, Settings
 
 LARGEST = "8gb"  # of an upload: artifacts of large models
 HEAD = (
@@ -107,15 +107,14 @@ def started(page: Any, settings: Settings, browser: bool) -> str:
     blocked = [str(r) for r in settings.roots if not settings.out.is_relative_to(r)]
     try:
         page.launch(
-            server_name="0.0.0.0" if settings.listen else "127.0.0.1",
+            server_name=HOSTS[settings.listen],
             server_port=settings.port, auth=settings.auth, inbrowser=browser, share=False,
             prevent_thread_lock=True, quiet=True, ssr_mode=False, strict_cors=True,
             allowed_paths=[out], blocked_paths=blocked, max_file_size=LARGEST,
             theme=theme(), css_paths=[STYLE], footer_links=["api", "settings"],
         )  # fmt: skip
     except OSError as error:
-        taken = f"port {settings.port} is taken" if settings.port else "no port is free"
-        raise TenutoError(f"The app cannot start: {taken}.") from error
+        raise TenutoError(f"The app cannot start: {error}") from error
     return page.local_url.rstrip("/")
 
 

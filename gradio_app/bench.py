@@ -240,10 +240,11 @@ class Bench:
             raise
 
     def stop(self, key: Any, kind: str) -> None:
-        """Stop a job, if it runs."""
+        """Stop a job, if it runs; it has stopped when this returns, or is about to."""
         job = self.desk.job(key, kind)
-        if job is not None:
+        if job is not None and job.alive:
             job.stop()
+            job.over.wait(1)
 
     def facts(self, key: Any, kind: str) -> dict[str, Any]:
         """A job as plain data, for the API."""

@@ -52,8 +52,8 @@ class Watch:
     def outputs(self) -> list[Any]:
         """What `seen` fills."""
         return [
-            self.timer, self.status, self.start, self.stop, self.resume, self.discard, self.unfinished,
-            self.map, self.loss, self.use, self.download, self.log,
+            self.timer, self.status, self.start, self.stop, self.resume, self.discard,
+            self.unfinished, self.map, self.loss, self.use, self.download, self.log,
         ]  # fmt: skip
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenuto.checks import check_file, device_of
 from tenuto.errors import TenutoError
+
+HOSTS = {False: "127.0.0.1", True: "0.0.0.0"}  # by --listen
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Settings:
             if not folder.is_dir():
                 raise TenutoError(f"--roots: there is no folder {root}.")
             roots.append(folder.resolve())
-        if args.port is not None and args.port > 65535:
-            raise TenutoError(f"--port: there is no port {args.port}.")
+        if args.port is not None:
+            check_port(args.port, HOSTS[args.listen])
         if args.device is not None:
             device_of(args.device)
         return Settings(
@@ -52,6 +56,19 @@ def parted(auth: str) -> tuple[str, str]:
     if not user or not password:
         raise TenutoError("--auth takes a name and a password: --auth USER:PASSWORD.")
     return user, password
+
+
+def check_port(port: int, host: str) -> None:
+    """TenutoError unless the app could be there."""
+    if port > 65535:
+        raise TenutoError(f"--port: there is no port {port}.")
+    with socket.socket() as found:
+        if os.name == "posix":  # a port that was in use until just now is free
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, port))
+        except OSError as error:
+            raise TenutoError(f"--port: {port} cannot be had: {error.strerror}.") from error
 
 
 def opened(folder: Path) -> Path:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -274,18 +273,18 @@ def test_options_that_cannot_be_get_one_sentence(
 
 
 def test_a_taken_port_gets_one_sentence(
-    app: Any, environment: dict[str, str], tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    port = app.url.rpartition(":")[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "tenuto.cli", "app", "--no-browser", "--port", port],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=environment,
-    )  # fmt: skip
-    assert (
-        run.returncode == 2
-        and run.stderr == f"tenuto: The app cannot start: port {port} is taken.\n"
-    )
+    from tenuto import cli
+
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", 0))
+        mine.listen()
+        port = mine.getsockname()[1]
+        assert cli.main(["app", "--port", str(port)]) == 2
+    assert f"--port: {port} cannot be had" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- the API --------------------------------------------------------------------------------------
