@@ -47,6 +47,10 @@ def build(bench: Bench) -> Any:
             [drawing.artifact, comparison.artifacts], **QUIET,
         )  # fmt: skip
         page.load(
+            lambda: [gr.Dropdown(choices=bench.places.models())] * 3, None,
+            [drawing.model, calibration.model, comparison.model], **QUIET,
+        )  # fmt: skip
+        page.load(
             lambda key: calibrate.seen(bench, bench.desk.job(key, "calibrate")), watch.key,
             watch.outputs, **QUIET,
         )  # fmt: skip

@@ -180,6 +180,8 @@ class Bench:
 
     def _over(self, name: str, job: Job) -> None:
         """Forget what is done, and what was refused before anything of it was finished."""
+        for part in self.places.out.glob(f".{name}.safetensors.*.part"):  # of a killed worker
+            part.unlink(missing_ok=True)
         works = [
             folder / f"{name}.work"
             for folder in (self.places.out, self.places.aside(name, "").parent)
@@ -222,6 +224,7 @@ class Bench:
         request = {
             "model": self.places.model(model), "shown_model": model,
             "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
+            "names": {name.removeprefix(SHIPPED): name for name in files},
             "count": whole(count, "The number of pictures", COUNT["least"], COUNT["most"]),
             "steps": given(steps, whole, "The number of steps", 1, 1000),
             "guidance": given(guidance, real, "Guidance", 0, 1000),

@@ -20,6 +20,8 @@ from tenuto.console import Bars
 from tenuto.errors import Cancelled, TenutoError
 from tenuto.trajectory import Progress
 
+from .infotext import written
+
 GRACE = 10.0  # seconds after the end of the input until the process ends itself
 PACE = 0.1  # seconds between two lines of progress
 Send = Callable[..., None]
@@ -184,8 +186,13 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         pictures[name] = [f"{number}-{i}.png" for i in range(shown)]
         for i, image in enumerate(images):
             prompt = lines[(args.seed + i) % len(lines)]
-            settings = {"model": request["shown_model"], "prompt": prompt, "seed": args.seed + i}
-            save_png(image, folder / pictures[name][i], settings | {"drawn": name})
+            settings = {
+                "model": request["shown_model"], "prompt": prompt, "seed": args.seed + i,
+                "steps": sampling.steps, "guidance": sampling.guidance,
+                "artifact": request["names"].get(name),
+            }  # fmt: skip
+            said = settings | {"drawn": name}
+            save_png(image, folder / pictures[name][i], said, written(settings))
     prompts = [lines[(args.seed + i) % len(lines)] for i in range(shown)]
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,

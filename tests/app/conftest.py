@@ -55,7 +55,8 @@ class App:
 @pytest.fixture(scope="session")
 def environment(pytestconfig: pytest.Config) -> dict[str, str]:
     """Of the app: with a folder for compiled modules, as an installation has them."""
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    out = ("PYTHONDONTWRITEBYTECODE", "DISPLAY", "WAYLAND_DISPLAY")
+    kept = {k: v for k, v in os.environ.items() if k not in out}
     return kept | {
         "PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPYCACHEPREFIX": str(pytestconfig.cache.mkdir("bytecode")),

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from gradio_app.png import texts
+
 pytestmark = pytest.mark.slow
 
 PICKLE = b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93."
@@ -333,6 +335,8 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: 
     numbers = found["result"]["numbers"]["by-api"]
     assert numbers["count"] == 3 and numbers["bf16_floor_psnr_db"]["median"] > 20
     folder = Path(found["result"]["folder"])
+    said = texts(folder / found["result"]["pictures"]["by-api"][1])["parameters"]
+    assert "Seed: 10001" in said and "Tenuto artifact: by-api" in said
     assert json.loads((folder / "comparison.json").read_text())["numbers"]["by-api"] == numbers
     assert "Unknown: colour" in refused(client.predict, {"colour": 1}, api_name="/compare")
 
@@ -341,7 +345,7 @@ def test_a_killed_worker_is_told_and_goes_on(app: Any, client: Any) -> None:
     """Out of memory, say: the app lives, the job failed, and Resume ends it."""
     options = {
         "model": "demo:transformer", "name": "killed", "scheme": "w8a8", "steps": 4,
-        "prompts": "\n".join(["a lemon", "a goldfish", "a pizza", "a sports car"] * 3),
+        "prompts": "\n".join(["a lemon", "a goldfish", "a pizza", "a sports car"] * 2),
     }  # fmt: skip
     client.predict(options, api_name="/calibrate")
     work = app.out / "killed.work"
@@ -373,14 +377,19 @@ def children(process: int) -> list[int]:
 
 
 def test_the_worker_ends_with_the_app(start: Any, models: Path) -> None:
-    """Ctrl-C while it calibrates: nothing is left running, and what was done is kept."""
-    with start(roots=models) as app:
+    """Ctrl-C while it calibrates: nothing is left running, and what was done is kept.
+
+    It was asked for a window, and there is no screen: one line says so.
+    """
+    with start("--desktop", roots=models) as app:
         client = connected(app.url)
         options = {"model": "demo:unet", "name": "left", "scheme": "w4a8"}
         client.predict(options, api_name="/calibrate")
         (worker,) = children(app.process.pid)
     assert app.process.returncode == 0
+    said = [line for line in app.log.read_text().splitlines() if line.startswith("tenuto: ")]
     assert "The app is closed." in app.log.read_text()
+    assert len(said) == 2 and said[0].startswith("tenuto: No window: "), said
     end = time.monotonic() + 5
     while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < end:
         time.sleep(0.1)
