@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,10 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
     except TenutoError as error:
         return [nothing[0], card("failed", "It cannot be drawn.", str(error)), *nothing[1:]]
+    except Exception as error:  # of the model itself: no memory left, say
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"[:300]
+        return [nothing[0], card("failed", "Drawing failed.", said), *nothing[1:]]
     pictures, said = found["pictures"], found["numbers"]
     if len(pictures) == 2:
         names = [FULL, found["artifact"]]
