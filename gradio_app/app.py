@@ -77,7 +77,8 @@ def serve(settings: Settings) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model of the app comes from elsewhere
     bench = Bench(settings)
-    threading.Thread(target=_warm, args=(bench,), daemon=True).start()
+    warm = threading.Thread(target=_warm, args=(bench,), daemon=True)
+    warm.start()
     page = build(bench)
     window = False
     if settings.desktop:
@@ -99,8 +100,10 @@ def serve(settings: Settings) -> None:
     except KeyboardInterrupt:
         pass
     finally:
+        bench.studio.stop()
         bench.desk.close()
         page.close(verbose=False)
+        warm.join(60)  # a thread inside torch at the end of the process would abort it
 
 
 def started(page: Any, settings: Settings, browser: bool) -> str:

@@ -171,11 +171,13 @@ class Desk:
         return found if found is not None and found.kind == kind and not _newer(last) else last
 
     def close(self) -> None:
-        """Stop what runs, and wait until it has stopped."""
+        """Stop the jobs that run, and wait until all has stopped, a picture too."""
         for job in list(self._jobs.values()):
             if job.alive:
                 job.stop()
                 job.over.wait(5)
+        if self._free.acquire(timeout=5):
+            self._free.release()
 
 
 def _newer(last: Job | None) -> bool:

@@ -24,7 +24,7 @@ QUIET = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--disable-default-apps",
 )  # fmt: skip
-STRICT = ("-W", "error::UserWarning:gradio")
+STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
 
 
 @dataclass
@@ -121,6 +121,7 @@ def app(start: Any, models: Path) -> Iterator[App]:
     """The app that most tests share: they leave it idle."""
     with start(roots=models) as found:
         yield found
+    assert "Traceback" not in found.log.read_text(), found.log.read_text()[-3000:]
 
 
 # --- Chromium -------------------------------------------------------------------------------------

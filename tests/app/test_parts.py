@@ -320,6 +320,21 @@ def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "no screen" in str(window.missing())
 
 
+def test_a_model_that_fails_while_it_draws_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gradio_app.generate import drawn_now
+
+    def out_of_memory(*args: Any) -> Any:
+        raise RuntimeError(f"no memory left {EVIL}")
+
+    bench = Bench(Settings(tmp_path))
+    monkeypatch.setattr(bench, "draw", out_of_memory)
+    card = drawn_now(bench, lambda *args, **options: None, *["x"] * 9)[1]
+    assert "no memory left" in card and "Drawing failed" in card and escaped(card)
+    assert "RuntimeError" in capsys.readouterr().err
+
+
 def test_a_request_is_kept_as_it_was_asked(tmp_path: Path) -> None:
     places = Places(tmp_path)
     places.keep_request("x", {"scheme": "w8a8", "prompts_text": "ü"})
