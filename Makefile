@@ -54,6 +54,10 @@ clean:
 
 .venv/.test: .venv/.base
 	$(PIP) --no-build-isolation --editable '.[test]'
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; \
+	  else echo "Without Chromium the app's page is not tested: apt install chromium" >&2; fi; }
 	@touch $@
 
 $(COMFY)/.ready: tests/hosts/setup_comfyui.sh constraints.txt

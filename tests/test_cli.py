@@ -260,7 +260,7 @@ def test_bad_input_in_a_process_of_its_own(here: Path) -> None:
 def test_compare_prints_one_object(here: Path, made: Path, tiny_pixart_folder: Path) -> None:
     process = start(
         "compare", tiny_pixart_folder, "--artifact", made, "--prompts", "p.txt", "--count", "2",
-        "--json", code="import tenuto.commands as c; old = c.load\n"
+        "--json", code="import tenuto.preparing as c; old = c.load\n"
         "c.load = lambda *a: (print('noise'), old(*a))[1]",
     )  # fmt: skip
     out, err = process.communicate(timeout=300)
@@ -298,7 +298,7 @@ def test_inspect_shows_header_and_facts(made: Path, capfd: pytest.CaptureFixture
 
 
 def test_help_has_an_example_for_each_command(capfd: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "quantize", "train-router", "generate", "compare", "inspect"):
+    for command in ("demo", "quantize", "train-router", "generate", "compare", "inspect", "app"):
         assert cli.main([command, "--help"]) == 0
         text = capfd.readouterr().out
         assert f"example: tenuto {command}" in " ".join(text.split())
@@ -371,7 +371,7 @@ def test_execution_is_as_asked(
     here: Path, made: Path, tiny_pixart_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """compare measures int8, generate draws with what is not slower, unless told otherwise."""
-    from tenuto import commands, measure
+    from tenuto import measure, preparing
 
     seen: list[str] = []
 
@@ -379,7 +379,7 @@ def test_execution_is_as_asked(
         seen.append(options.get("execution", "default"))
         return attach(*args, **options)
 
-    monkeypatch.setattr(commands, "attach", note)
+    monkeypatch.setattr(preparing, "attach", note)
     monkeypatch.setattr(measure, "attach", note)
     model, file = str(tiny_pixart_folder), str(made)
     draw = ["generate", model, "--prompt", "a", "--steps", "1", "--artifact", file]

@@ -139,6 +139,18 @@ def test_the_installed_wheel_finds_its_files(
     assert there <= {name for name in assets if "__pycache__" not in name}
 
 
+def test_the_app_and_its_worker_are_found(site: Path, tmp_path: Path) -> None:
+    """Without Gradio: the one that is installed is loaded, not the clone's."""
+    code = (
+        "from tenuto.launch import module\n"
+        "print(module('worker').__file__)\n"
+        "print(module('settings').__package__)\n"
+    )
+    file, package = outside(code, site, tmp_path).splitlines()
+    assert Path(file) == site / "tenuto" / "gradio_app" / "worker.py"
+    assert package == "tenuto.gradio_app"
+
+
 def test_both_demo_models_draw_outside_the_clone(site: Path, tmp_path: Path) -> None:
     """From another folder; their one autoencoder is found."""
     code = (

@@ -97,7 +97,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=_Parser
     )
-    for add in (_demo, _quantize, _train_router, _generate, _compare, _inspect):
+    for add in (_demo, _quantize, _train_router, _generate, _compare, _inspect, _app):
         add(commands)
     return parser
 
@@ -116,17 +116,12 @@ def _command(commands: Any, name: str, about: str, example: str, resumes: bool =
 def _sampling(parser: Any, seed: int = 0) -> None:
     """The options of every command that samples."""
     add = parser.add_argument
-    add(
-        "--steps",
-        type=whole(1),
-        metavar="N",
-        help="sampling steps (the artifact's or the model's, else 20)",
-    )
+    add("--steps", type=whole(1), metavar="N", help="steps (the artifact's or model's, else 20)")
     add(
         "--guidance",
         type=real(0, math.inf),
         metavar="G",
-        help="guidance (the artifact's or the model's)",
+        help="guidance (the artifact's or model's)",
     )
     add("--seed", type=whole(0), default=seed, metavar="S", help="first seed (%(default)s)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
@@ -178,9 +173,7 @@ def _quantize(commands: Any) -> None:
         metavar="W",
         help="w8 or w4: the text encoders' weights too, or alone where no --scheme is given",
     )
-    parser.add_argument(
-        "--method", metavar="M", help="how those are rounded: rtn, awq or gptq (gptq)"
-    )
+    parser.add_argument("--method", metavar="M", help="how they round: rtn, awq or gptq (gptq)")
     parser.add_argument(
         "--temporal",
         default="auto",
@@ -293,6 +286,14 @@ def _inspect(commands: Any) -> None:
         "--layer", metavar="NAME", help="whose ranges to draw (those that change most)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _app(commands: Any) -> None:
+    from .launch import add_options
+
+    add_options(
+        _command(commands, "app", "open the app in a browser", "tenuto app --roots ~/models")
+    )
 
 
 if __name__ == "__main__":

@@ -130,12 +130,13 @@ def compare_all(
     batch: int = 8,
     device: torch.device | str | None = None,
     execution: str = "int8",
+    floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
     """`compare` for several artifacts of one model; full precision and bf16 are drawn once.
 
-    Steps and guidance are the first artifact's unless given. Returns the comparisons by name, and
-    what was drawn: under the same names, `FULL` and `BF16`.
+    Steps and guidance are the first artifact's unless given; without `floor`, bf16 is left out.
+    Returns the comparisons by name, and what was drawn: under the same names, `FULL` and `BF16`.
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} pictures, {batch} at a time.")
@@ -154,7 +155,7 @@ def compare_all(
     with _on(model, device), frozen(denoiser), torch.no_grad():
         call, seen = first_call(denoiser, sample, *batches[0], whole=given)
         facts = _facts_of(denoiser, artifacts, call)
-        ways = _ways(model, artifacts, call, facts, execution)
+        ways = _ways(model, artifacts, call, facts, execution, floor)
         drawn = draw_in_turns(ways, sample, batches, on_progress)
         states = {
             n: {} if given else hidden_distance(model, a, lines) for n, a in artifacts.items()
@@ -203,6 +204,7 @@ def _ways(
     call: FirstCall,
     facts: Mapping[str, _Facts],
     execution: str,
+    floor: bool,
 ) -> dict[str, Way]:
     """The ways to draw; each makes one call on entry that is not timed: it packs weights."""
     denoiser = denoiser_of(model)
@@ -225,7 +227,7 @@ def _ways(
 
     ways: dict[str, Way] = {FULL: lambda: plain(denoiser)}
     ways |= {name: partial(attached, name) for name in artifacts}
-    if dtype is not torch.bfloat16:
+    if floor and dtype is not torch.bfloat16:
         twin = bf16_copy(denoiser, bf16_arithmetic(device))
         ways[BF16] = lambda: plain(twin)
     return ways

@@ -78,14 +78,31 @@ def grid(pictures: Sequence[Any], gap: int = 2) -> Any:
     return sheet
 
 
-def save_png(picture: Any, path: Path, settings: dict[str, Any]) -> None:
-    """Write a PNG whole or not at all, with `settings` as JSON in the text field "tenuto"."""
+def difference(one: Any, other: Any, gain: int = 8) -> Any:
+    """How far two PIL pictures of one size are apart in each channel, `gain` times enlarged."""
+    from PIL import Image, ImageChops
+
+    if one.size != other.size:
+        raise TenutoError(f"Pictures of {one.size} and {other.size} cannot be compared.")
+    gaps = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
+    return Image.eval(gaps, lambda value: min(255, gain * value))
+
+
+def save_png(
+    picture: Any, path: Path, settings: dict[str, Any], parameters: str | None = None
+) -> None:
+    """Write a PNG whole or not at all, with `settings` as JSON in the text field "tenuto".
+
+    parameters: the text field of that name, in which other programs look for settings.
+    """
     import os
 
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_itxt("tenuto", json.dumps(settings, ensure_ascii=False))
+    if parameters is not None:
+        text.add_text("parameters", parameters)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +114,11 @@ def save_png(picture: Any, path: Path, settings: dict[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-def picture_name(prompt: str, seed: int) -> Path:
-    """A file name made of the prompt that is not taken yet, in the current folder."""
+def picture_name(prompt: str, seed: int, folder: Path | None = None) -> Path:
+    """A file name made of the prompt that is not taken yet, in `folder`, else the current one."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     names = (f"{words}-{seed}{end}.png" for end in ("", *(f"-{n}" for n in range(2, 10_000))))
-    return next(path for path in map(Path, names) if not path.exists())
+    return next(path for path in map((folder or Path()).joinpath, names) if not path.exists())
 
 
 @dataclass(frozen=True)

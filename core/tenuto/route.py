@@ -171,6 +171,7 @@ class RouteJob:
             "costs": self.costs,
             "seed": self.seed,
             "trajectory": self.trajectory.about(),
+            "branches": list(self.branches),
             "artifact": self.artifact and self.artifact.header,
         }
 

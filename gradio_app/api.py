@@ -1,0 +1,100 @@
+"""The app's API: what `gradio_client` can call. Each function does what a button does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from tenuto.errors import Cancelled, TenutoError
+
+from .bench import Bench
+from .settings import facts
+
+
+def add(bench: Bench) -> None:
+    """Add the functions to the page that is being built; they run one after the other."""
+
+    def about() -> dict[str, Any]:
+        """Models, artifacts and unfinished calibrations."""
+        places = bench.places
+        models = places.models()
+        return facts(bench.settings) | {
+            "models": models,
+            "artifacts": {model: places.artifacts(model) for model in models},
+            "unfinished": places.unfinished(),
+        }
+
+    def generate(
+        model: str, prompt: str, seed: float, steps: float, guidance: float, artifact: str,
+        beside: bool,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Draw a picture; the answer has the paths of its files, to be fetched from the app."""
+        return bench.draw(
+            model, prompt, seed, steps, guidance, artifact, beside, lambda done, total: None
+        )
+
+    def calibrate(options: dict[str, Any]) -> dict[str, Any]:
+        """Start a calibration: model, name, scheme, preset, reuse and what `Calibrate` has more."""
+        bench.calibrate(**known(options, CALIBRATE))
+        return bench.facts(None, "calibrate")
+
+    def resume(name: str) -> dict[str, Any]:
+        """Go on with an unfinished calibration."""
+        bench.resume(name)
+        return bench.facts(None, "calibrate")
+
+    def compare(options: dict[str, Any]) -> dict[str, Any]:
+        """Start a comparison: model, artifacts, count and what `Compare` has more."""
+        bench.compare(**known(options, COMPARE))
+        return bench.facts(None, "compare")
+
+    def job(kind: str) -> dict[str, Any]:
+        """How far the last job is: kind is "calibrate" or "compare"."""
+        return bench.facts(None, kind)
+
+    def stop(kind: str) -> dict[str, Any]:
+        """Stop the job, if it runs."""
+        bench.stop(None, kind)
+        return bench.facts(None, kind)
+
+    for function in (about, generate, calibrate, resume, compare, job, stop):
+        limit: dict[str, Any] = {"queue": False} if function in (job, stop, about) else {}
+        if function is generate:
+            limit = {"concurrency_id": "machine"}
+        gr.api(told(function), api_name=function.__name__, **limit)
+
+
+CALIBRATE = {
+    "model": "demo:transformer", "name": "my-artifact", "scheme": "w8a8", "preset": "quick",
+    "reuse": None, "steps": None, "guidance": None, "seed": 0, "iterations": None, "prompts": "",
+}  # fmt: skip
+COMPARE = {
+    "model": "demo:transformer", "artifacts": [], "count": 8, "steps": None, "guidance": None,
+    "seed": 10_000, "execution": "int8", "prompts": "",
+}  # fmt: skip
+
+
+def known(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`options` over `defaults`; TenutoError names what is not known."""
+    strange = sorted(set(options) - set(defaults))
+    if strange:
+        raise TenutoError(f"Unknown: {', '.join(strange)[:200]}. Known: {', '.join(defaults)}.")
+    return defaults | options
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose refusals reach the caller as one sentence."""
+    import functools
+
+    @functools.wraps(function)
+    def answered(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Cancelled as error:
+            raise gr.Error("Stopped.", print_exception=False) from error
+        except TenutoError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return answered

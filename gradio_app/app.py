@@ -1,0 +1,139 @@
+"""The app put together, served, and closed again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+from tenuto.errors import TenutoError
+
+from .bench import Bench
+from .settings import HOSTS, Settings
+
+LARGEST = "8gb"  # of an upload: artifacts of large models
+HEAD = (
+    '<div class="tenuto-head"><h1>Tenuto</h1><p>Calibrate a diffusion model once, use one file '
+    "everywhere, and see what it costs and what it buys.</p></div>"
+)
+
+
+def build(bench: Bench) -> Any:
+    """The page: `gr.Blocks` with the three tabs and the API."""
+    import gradio as gr
+
+    from . import api, calibrate, compare, generate
+    from .viewer import QUIET
+
+    models = bench.places.models()
+    first = models[0] if models else ""
+    with gr.Blocks(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML(HEAD)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate"):
+                drawing = generate.tab(bench)
+            with gr.Tab("Calibrate", id="calibrate"):
+                calibration = calibrate.tab(bench, first)
+            with gr.Tab("Compare", id="compare"):
+                comparison = compare.tab(bench, first)
+        watch = calibration.watch
+        watch.use.click(
+            lambda key: calibrate.used(bench, key), watch.key,
+            [drawing.model, drawing.artifact, tabs], **QUIET,
+        )  # fmt: skip
+        tabs.select(
+            lambda one, two: _artifacts(bench, one, two), [drawing.model, comparison.model],
+            [drawing.artifact, comparison.artifacts], **QUIET,
+        )  # fmt: skip
+        page.load(
+            lambda: [gr.Dropdown(choices=bench.places.models())] * 3, None,
+            [drawing.model, calibration.model, comparison.model], **QUIET,
+        )  # fmt: skip
+        page.load(
+            lambda key: calibrate.seen(bench, bench.desk.job(key, "calibrate")), watch.key,
+            watch.outputs, **QUIET,
+        )  # fmt: skip
+        page.load(
+            lambda key: compare.seen(bench.desk.job(key, "compare")), comparison.key,
+            comparison.outputs, **QUIET,
+        )  # fmt: skip
+        api.add(bench)
+    return page
+
+
+def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
+    """What there is by now to draw with and to compare: a calibration may have ended."""
+    import gradio as gr
+
+    from .compare import refreshed
+    from .generate import artifact_choices
+
+    return [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
+
+
+def serve(settings: Settings) -> None:
+    """Serve the app until it is closed: by Ctrl-C, or with its window."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model of the app comes from elsewhere
+    bench = Bench(settings)
+    warm = threading.Thread(target=_warm, args=(bench,), daemon=True)
+    warm.start()
+    page = build(bench)
+    window = False
+    if settings.desktop:
+        from .window import missing
+
+        reason = missing()
+        window = reason is None
+        if reason is not None:
+            _say(f"No window: {reason} The browser shows the app instead.")
+    url = started(page, settings, settings.browser and not window)
+    _say(f"the app is at {url} and writes to {settings.out}; Ctrl-C closes it.")
+    try:
+        if window:
+            from .window import show
+
+            show(url, settings.out)
+        else:
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        bench.studio.stop()
+        bench.desk.close()
+        page.close(verbose=False)
+        warm.join(60)  # a thread inside torch at the end of the process would abort it
+
+
+def started(page: Any, settings: Settings, browser: bool) -> str:
+    """Start the server and return its address; TenutoError if the port is taken."""
+    from .look import STYLE, theme
+
+    out = str(settings.out)
+    blocked = [str(r) for r in settings.roots if not settings.out.is_relative_to(r)]
+    try:
+        page.launch(
+            server_name=HOSTS[settings.listen],
+            server_port=settings.port, auth=settings.auth, inbrowser=browser, share=False,
+            prevent_thread_lock=True, quiet=True, ssr_mode=False, strict_cors=True,
+            allowed_paths=[out], blocked_paths=blocked, max_file_size=LARGEST,
+            theme=theme(), css_paths=[STYLE], footer_links=["api", "settings"],
+        )  # fmt: skip
+    except OSError as error:
+        raise TenutoError(f"The app cannot start: {error}") from error
+    return page.local_url.rstrip("/")
+
+
+def _warm(bench: Bench) -> None:
+    """Load the first model while the page comes up, so that the first picture is soon there."""
+    try:
+        models = bench.places.models()
+        if models:
+            bench.studio.pipe(bench.places.model(models[0]))
+    except TenutoError:
+        pass  # whoever draws with it is told
+
+
+def _say(text: str) -> None:
+    print(f"tenuto: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,287 @@
+"""What the app does when a button is pressed or its API is called, without any of Gradio in it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tenuto.errors import TenutoError
+from tenuto.work import write_text
+
+from .infotext import LONGEST, parsed
+from .jobs import DONE, FAILED, Desk, Job
+from .places import SHIPPED, Places, checked_name
+from .png import texts
+from .settings import Settings
+from .studio import OnCall, Picture, Studio, Wanted, settings_of
+
+NO_ARTIFACT = ""
+COUNT = {"least": 1, "most": 512}  # of pictures in a comparison
+SHOWN = 24  # pictures of a comparison that can be looked at
+BATCH = 4  # of a comparison: large enough, and a Stop is never far
+
+
+class Bench:
+    """The places, the desk at which one thing is done at a time, and the model that is loaded."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.places = Places(settings.out, settings.roots)
+        self.desk, self.studio = Desk(), Studio(settings)
+
+    # --- generate -------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        model: str,
+        prompt: str,
+        seed: float,
+        steps: float,
+        guidance: Any,
+        artifact: str,
+        beside: bool,
+        on_call: OnCall,
+    ) -> dict[str, Any]:
+        """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext."""
+        if not str(prompt or "").strip():
+            raise TenutoError("Say what to draw: the prompt is empty.")
+        wanted = Wanted(
+            self.places.model(model), model, str(prompt).strip()[:LONGEST],
+            whole(seed, "The seed", 0, 2**53), whole(steps, "The number of steps", 1, 1000),
+            given(guidance, real, "Guidance", 0, 1000),
+            self.places.artifact(artifact) if artifact else None, artifact or "", beside,
+        )  # fmt: skip
+        self.desk.take("picture")
+        try:
+            found = self.studio.draw(wanted, on_call)
+        finally:
+            self.desk.give()
+        return self._saved(found, wanted)
+
+    def _saved(self, found: Picture, wanted: Wanted) -> dict[str, Any]:
+        from tenuto.pictures import picture_name, save_png
+
+        folder, paths, infos = self.places.out / "pictures", {}, {}
+        for which, picture in found.pictures.items():
+            infos[which] = found.infotext(wanted, which)
+            path = picture_name(wanted.prompt, wanted.seed, folder)
+            save_png(picture, path, settings_of(wanted, which), infos[which])
+            paths[which] = str(path)
+        info = infos.get("artifact", infos.get("full", ""))
+        return {
+            "pictures": paths, "numbers": found.numbers, "seconds": found.seconds, "infotext": info,
+            "artifact": wanted.artifact_name, "steps": wanted.steps,
+        }  # fmt: skip
+
+    def restored(self, path: str | Path) -> dict[str, Any]:
+        """The settings in a PNG that was dropped; TenutoError where there are none."""
+        said = texts(Path(path)).get("parameters", "")
+        found = parsed(said)
+        if not found:
+            raise TenutoError("This picture does not say how it was made.")
+        if "model" in found and found["model"] not in self.places.models():
+            del found["model"]  # another program's, or not here
+        if "artifact" in found and found["artifact"] not in self.places.artifacts(
+            str(found.get("model", ""))
+        ):
+            del found["artifact"]
+        return found
+
+    def added(self, path: str | Path, name: str) -> str:
+        """Take an artifact file into the output folder, if it is one; returns its name."""
+        from tenuto.checks import load_artifact
+
+        source, name = Path(path), checked_name(Path(name).name)
+        if source.suffix != ".safetensors":
+            raise TenutoError("An artifact is a .safetensors file; nothing else is opened.")
+        try:
+            load_artifact(source)
+        except TenutoError as error:  # its path is of no use to anyone
+            raise TenutoError(str(error).replace(str(source), source.name)) from error
+        target = self.places.new_artifact(name)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            shutil.copyfile(source, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return target.stem
+
+    # --- calibrate ------------------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        model: str,
+        name: str,
+        scheme: str | None,
+        preset: str,
+        reuse: float | None,
+        steps: Any = None,
+        guidance: Any = None,
+        seed: float = 0,
+        iterations: Any = None,
+        prompts: str = "",
+    ) -> Job:
+        """Start a calibration; TenutoError if it is refused. The same request resumes."""
+        from tenuto.calibrate import effort
+        from tenuto.scheme import named
+
+        name = checked_name(name)
+        if scheme is None and reuse is None:
+            raise TenutoError("Choose a scheme, a route or both: there is nothing to calibrate.")
+        if scheme is not None:
+            named(scheme)
+        effort(preset)
+        request = {
+            "model": self.places.model(model), "shown_model": model, "scheme": scheme,
+            "preset": preset, "reuse": given(reuse, real, "The share", 0, 1),
+            "steps": given(steps, whole, "The number of steps", 1, 1000),
+            "guidance": given(guidance, real, "Guidance", 0, 1000),
+            "seed": whole(seed, "The seed", 0, 2**53), "prompts_text": str(prompts or "").strip(),
+            "iterations": given(iterations, whole, "The number of iterations", 1, 10**6),
+        }  # fmt: skip
+        begun = self.places.request(name)
+        if begun is not None and begun != request:
+            raise TenutoError(
+                f"{name} was begun with other settings: resume it, discard it or choose another "
+                "name."
+            )
+        return self._started(name, request)
+
+    def resume(self, name: str) -> Job:
+        """Go on with an unfinished calibration."""
+        request = self.places.request(checked_name(name))
+        if request is None:
+            raise TenutoError(f"There is no unfinished calibration {str(name)[:100]!r}.")
+        self.places.model(request["shown_model"])  # it may be gone, or outside the roots by now
+        return self._started(checked_name(name), request)
+
+    def _started(self, name: str, request: dict[str, Any]) -> Job:
+        out, before = self.places.new_artifact(name), self.places.request(name)
+        lines = request["prompts_text"]
+        file = self.places.aside(name, ".prompts.txt") if lines else None
+        files = {
+            "out": str(out), "first": str(self.places.aside(name, ".safetensors")),
+            "prompts": None if file is None else str(file), "device": self.settings.device,
+        }  # fmt: skip
+        job = Job("calibrate", request | files, self.places.aside(name, ".log"))
+        self.places.keep_request(name, request)
+        if file is not None:
+            write_text(file, lines + "\n")
+        try:
+            return self.desk.start(job, lambda job: self._over(name, job))
+        except TenutoError:
+            if before is None:
+                self.places.forget(name)
+            raise
+
+    def _over(self, name: str, job: Job) -> None:
+        """Forget what is done, and what was refused before anything of it was finished."""
+        for part in self.places.out.glob(f".{name}.safetensors.*.part"):  # of a killed worker
+            part.unlink(missing_ok=True)
+        works = [
+            folder / f"{name}.work"
+            for folder in (self.places.out, self.places.aside(name, "").parent)
+        ]
+        begun = (
+            any(work.exists() for work in works) or self.places.aside(name, ".safetensors").exists()
+        )
+        if job.state == DONE or (job.state == FAILED and not begun):
+            self.places.forget(name)
+
+    def discard(self, name: str) -> None:
+        """Give up an unfinished calibration; what was finished of it is gone."""
+        name = checked_name(name)
+        self.desk.take("calibrate")
+        try:
+            self.places.forget(name, whole=True)
+        finally:
+            self.desk.give()
+
+    # --- compare --------------------------------------------------------------------------------
+
+    def compare(
+        self,
+        model: str,
+        artifacts: Sequence[str],
+        count: float,
+        steps: Any = None,
+        guidance: Any = None,
+        seed: float = 10_000,
+        execution: str = "int8",
+        prompts: str = "",
+    ) -> Job:
+        """Start a comparison; TenutoError if it is refused."""
+        from tenuto.choice import check_execution
+
+        check_execution(execution)
+        if not artifacts:
+            raise TenutoError("Choose one artifact or more to compare with full precision.")
+        files = {name: str(self.places.artifact(name)) for name in dict.fromkeys(artifacts)}
+        request = {
+            "model": self.places.model(model), "shown_model": model,
+            "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
+            "names": {name.removeprefix(SHIPPED): name for name in files},
+            "count": whole(count, "The number of pictures", COUNT["least"], COUNT["most"]),
+            "steps": given(steps, whole, "The number of steps", 1, 1000),
+            "guidance": given(guidance, real, "Guidance", 0, 1000),
+            "seed": whole(seed, "The seed", 0, 2**53), "execution": execution, "shown": SHOWN,
+            "batch": BATCH, "device": self.settings.device, "prompts": None,
+        }  # fmt: skip
+        folder = self.places.comparison()
+        request["folder"] = str(folder)
+        if str(prompts or "").strip():
+            write_text(folder / "prompts.txt", str(prompts).strip() + "\n")
+            request["prompts"] = str(folder / "prompts.txt")
+        try:
+            return self.desk.start(Job("compare", request, folder / "log.txt"))
+        except TenutoError:
+            shutil.rmtree(folder)
+            raise
+
+    def stop(self, key: Any, kind: str) -> None:
+        """Stop a job, if it runs; it has stopped when this returns, or is about to."""
+        job = self.desk.job(key, kind)
+        if job is not None and job.alive:
+            job.stop()
+            job.over.wait(1)
+
+    def facts(self, key: Any, kind: str) -> dict[str, Any]:
+        """A job as plain data, for the API."""
+        job = self.desk.job(key, kind)
+        if job is None:
+            return {"state": "none"}
+        return {
+            "id": job.id, "state": job.state, "stage": job.stage, "part": job.part,
+            "parts": job.parts, "done": job.done, "total": job.total, "note": job.note,
+            "seconds": round(job.seconds, 3), "loss": job.loss, "error": job.error,
+            "result": job.result, "at": time.time(),
+        }  # fmt: skip
+
+
+def given(value: Any, kind: Callable[..., Any], *limits: Any) -> Any:
+    """`kind` of a value, or None where none was given."""
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    return None if empty else kind(value, *limits)
+
+
+def whole(value: Any, what: str, least: int, most: int) -> int:
+    """A whole number between two others; TenutoError, which says `what` it is, for any other."""
+    found = real(value, what, least, most)
+    if found % 1:
+        raise TenutoError(f"{what} is a whole number, not {value}.")
+    return int(found)
+
+
+def real(value: Any, what: str, least: float, most: float) -> float:
+    """A number between two others; TenutoError, which says `what` it is, for any other."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError) as error:
+        raise TenutoError(f"{what} is a number from {least:g} to {most:g}.") from error
+    if not least <= found <= most:
+        raise TenutoError(f"{what} is a number from {least:g} to {most:g}, not {found:g}.")
+    return found

@@ -1,0 +1,165 @@
+"""The tab Compare: what artifacts cost and what they buy, measured at equal seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tenuto.choice import EXECUTIONS
+from tenuto.errors import TenutoError
+from tenuto.measure import BF16, FIRST_SEED, FULL
+
+from .bench import COUNT, Bench
+from .calibrate import STEADY
+from .jobs import DONE, FAILED, Job
+from .measured import compared
+from .view import status
+from .viewer import QUIET, Viewer, optional, show, viewer
+
+IDLE = "Choose a model and one artifact or more, and press Compare."
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The components that the app wires to other tabs."""
+
+    key: gr.BrowserState
+    model: gr.Dropdown
+    artifacts: gr.Dropdown
+    outputs: list[Any]
+
+
+def tab(bench: Bench, model_name: str) -> Compare:
+    """The tab's contents."""
+    key = gr.BrowserState("", storage_key="tenuto-comparison", secret="tenuto")
+    timer = gr.Timer(STEADY, active=False)
+    choices = bench.places.artifacts(model_name)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            model = gr.Dropdown(
+                bench.places.models(), value=model_name, label="Model", allow_custom_value=True,
+                elem_id="compare-model",
+            )  # fmt: skip
+            artifacts = gr.Dropdown(
+                choices, value=choices[-1:], label="Artifacts", multiselect=True,
+                allow_custom_value=True, elem_id="compare-artifacts",
+            )  # fmt: skip
+            count = gr.Slider(
+                COUNT["least"], COUNT["most"], 8, step=1, label="Pictures", elem_id="compare-count",
+                info="More of them make the numbers steadier; tables have 64",
+            )  # fmt: skip
+            with gr.Row():
+                go = gr.Button("Compare", variant="primary", elem_id="compare-start")
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop")
+            rest = _options()
+        with gr.Column(scale=3, min_width=320):
+            said = gr.HTML(status(None, IDLE), elem_id="compare-status")
+            numbers = gr.HTML("", elem_id="compare-numbers")
+            with gr.Row(visible=False) as chooser:
+                which = gr.Dropdown([], label="B is", elem_id="compare-which")
+                number = gr.Slider(1, 2, 1, step=1, label="Picture", elem_id="compare-picture")
+            prompt = gr.Markdown("", elem_id="compare-prompt")
+            view = viewer("compare", "Pictures")
+            with gr.Row():
+                file = gr.DownloadButton("Download the numbers", visible=False)
+                log = gr.DownloadButton("Download the log", visible=False)
+    outputs = [timer, said, go, stop, numbers, chooser, which, number, file, log]
+    looks = [view.pair, prompt, *view.outputs]
+    made = Compare(key, model, artifacts, outputs)
+    _wire(bench, made, [model, artifacts, count, *rest], (timer, go, stop))
+    _pictures(bench, key, which, number, view, looks)
+    return made
+
+
+def _options() -> list[Any]:
+    """What is rarely changed; the order is that of `Bench.compare`."""
+    with gr.Accordion("All options", open=False):
+        steps = optional("Steps", "the artifact's", "compare-steps")
+        guidance = optional("Guidance", "the artifact's", "compare-guidance")
+        seed = gr.Number(FIRST_SEED, label="First seed", precision=0)
+        execution = gr.Radio(
+            list(EXECUTIONS), value="int8", label="Execution",
+            info="int8: the artifact's own arithmetic; auto: by layer, what is not slower here",
+        )  # fmt: skip
+        prompts = gr.Textbox("", label="Prompts, one a line (those that ship)", lines=3)
+    return [steps, guidance, seed, execution, prompts]
+
+
+def _wire(bench: Bench, made: Compare, fields: list[Any], parts: tuple[Any, ...]) -> None:
+    timer, go, stop = parts
+
+    def start(*values: Any) -> str:
+        try:
+            return bench.compare(*values).id
+        except TenutoError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def look(key: str) -> list[Any]:
+        return seen(bench.desk.job(key, "compare"))
+
+    def chosen(name: str) -> Any:
+        return gr.Dropdown(choices=bench.places.artifacts(name), value=[])
+
+    shown = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
+    go.click(start, fields, made.key, **QUIET).success(**shown)
+    stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
+    timer.tick(**shown)
+    made.model.input(chosen, made.model, made.artifacts, **QUIET)
+
+
+def seen(job: Job | None) -> list[Any]:
+    """The view of a comparison, in whatever state it is."""
+    alive, done = job is not None and job.alive, job is not None and job.state == DONE
+    result = job.result if job and done else {}
+    names = [name for name in result.get("pictures", {}) if name != FULL]
+    count = len(result.get("prompts", ()))
+    folder = Path(result["folder"]) if done else None
+    return [
+        gr.Timer(active=alive),
+        status(job, IDLE),
+        gr.Button(interactive=not alive),
+        gr.Button(interactive=job is not None and job.state == "running"),
+        compared(result["numbers"]) if done else "",
+        gr.Row(visible=done),
+        gr.Dropdown(choices=names, value=names[0]) if done else gr.skip(),
+        gr.Slider(maximum=max(2, count), value=1, visible=count > 1) if done else gr.skip(),
+        gr.DownloadButton(value=str(folder / "comparison.json"), visible=True)
+        if folder
+        else gr.DownloadButton(visible=False),
+        gr.DownloadButton(value=str(job.log), visible=True)
+        if job and job.state == FAILED
+        else gr.DownloadButton(visible=False),
+    ]
+
+
+def _pictures(
+    bench: Bench, key: Any, which: gr.Dropdown, number: gr.Slider, view: Viewer, looks: list[Any]
+) -> None:
+    """Which two pictures are looked at."""
+
+    def look(key: str, which: str | None, number: float, mode: str) -> list[Any]:
+        job = bench.desk.job(key, "compare")
+        if job is None or job.state != DONE or which not in job.result["pictures"]:
+            return [None, "", *show(None, mode)]
+        found, i = job.result, int(number) - 1
+        folder = Path(found["folder"])
+        a, b = (str(folder / found["pictures"][name][i]) for name in (FULL, which))
+        pair = {"a": a, "b": b, "names": [FULL, f"plain {BF16}" if which == BF16 else which]}
+        return [pair, f"Picture {i + 1}: *{plain(found['prompts'][i])}*", *show(pair, mode)]
+
+    for event in (which.change, number.change):
+        event(look, [key, which, number, view.mode], looks, **QUIET)
+
+
+def plain(text: str) -> str:
+    """Text in which Markdown and HTML mean nothing."""
+    kept = "".join(c if c.isalnum() or c in " ,.-'" else " " for c in text)
+    return kept[:200].strip()
+
+
+def refreshed(bench: Bench, model: str) -> Any:
+    """The artifacts that there are by now."""
+    return gr.Dropdown(choices=bench.places.artifacts(model))

@@ -1,0 +1,206 @@
+"""The tab Generate: one picture, with an artifact or without, or both beside each other."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tenuto.errors import Cancelled, TenutoError
+
+from .bench import NO_ARTIFACT, Bench
+from .measured import compared, drawn
+from .studio import defaults_of
+from .view import card
+from .viewer import QUIET, optional, show, viewer
+
+IDLE = card("idle", "Nothing drawn yet.", "Write a prompt and press Generate.")
+PROMPT = "a golden retriever"
+FULL = "full precision"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The components that other tabs change."""
+
+    model: gr.Dropdown
+    artifact: gr.Dropdown
+
+
+def artifact_choices(bench: Bench, model: str) -> list[tuple[str, str]]:
+    """What can be drawn with, and full precision."""
+    return [("none: full precision", NO_ARTIFACT), *((n, n) for n in bench.places.artifacts(model))]
+
+
+def tab(bench: Bench) -> Generate:
+    """The tab's contents."""
+    models = bench.places.models()
+    model_name = models[0] if models else ""
+    choices = artifact_choices(bench, model_name)
+    steps, guidance = (20, 2.0) if not models else defaults_of(bench.places.model(model_name))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate")
+                stop = gr.Button("Stop", interactive=False, elem_id="generate-stop")
+            model = gr.Dropdown(
+                models, value=model_name, label="Model", allow_custom_value=True,
+                info="A model that ships, or a diffusers folder under --roots", elem_id="model",
+            )  # fmt: skip
+            artifact = gr.Dropdown(
+                choices, value=choices[-1][1], label="Artifact", allow_custom_value=True,
+                elem_id="artifact",
+            )  # fmt: skip
+            with gr.Row():
+                on = gr.Checkbox(True, label="Artifact on", elem_id="artifact-on")
+                beside = gr.Checkbox(True, label="Beside full precision", elem_id="beside")
+            with gr.Row():
+                seed = gr.Number(7, label="Seed", precision=0, minimum=0, elem_id="seed")
+                dice = gr.Button("New seed", size="sm", min_width=80)
+            steps_of = gr.Slider(1, 100, steps, step=1, label="Steps", elem_id="steps")
+            guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
+            _aside(bench, model, artifact, [prompt, seed, steps_of, guidance_of, model, artifact])
+        with gr.Column(scale=3, min_width=320):
+            view = viewer("generate", "Picture")
+            numbers = gr.HTML(IDLE, elem_id="numbers")
+            infotext = gr.Textbox(
+                label="Settings, as in the PNG", lines=2, interactive=False, visible=False,
+                buttons=["copy"], elem_id="infotext",
+            )  # fmt: skip
+    inputs = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside, view.mode]
+    outputs = [view.pair, numbers, infotext, *view.outputs]
+    _wire(bench, go, stop, prompt, inputs, outputs)
+    dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
+    told = [artifact, steps_of, guidance_of]
+    model.input(lambda name: _model_chosen(bench, name), model, told, **QUIET)
+    artifact.input(
+        lambda name, kind: _artifact_chosen(bench, name, kind), [artifact, model], told[1:], **QUIET
+    )
+    return Generate(model, artifact)
+
+
+def _wire(
+    bench: Bench, go: gr.Button, stop: gr.Button, prompt: gr.Textbox, inputs: Any, outputs: Any
+) -> None:
+    """Generate and Stop: one of them is always there to be pressed."""
+
+    def draw(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        return drawn_now(bench, progress, *values)
+
+    def buttons(drawing: bool) -> list[Any]:
+        return [gr.Button(interactive=not drawing), gr.Button(interactive=drawing)]
+
+    gr.on([go.click, prompt.submit], lambda: buttons(True), None, [go, stop], **QUIET).then(
+        draw, inputs, outputs, api_visibility="private", concurrency_id="machine",
+        show_progress_on=[outputs[1]],
+    ).then(lambda: buttons(False), None, [go, stop], **QUIET)  # fmt: skip
+    stop.click(bench.studio.stop, None, None, **QUIET)
+
+
+def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
+    """What the picture side shows after a press of Generate: drawn, stopped or failed."""
+    model, prompt, seed, steps, guidance, artifact, on, beside, mode = values
+
+    def on_call(done: int, total: int) -> None:
+        progress((done, total), desc="Drawing", unit="calls")
+
+    nothing: list[Any] = [gr.skip()] * 6
+    try:
+        progress(0, desc="Loading the model")
+        found = bench.draw(
+            model, prompt, seed, steps, guidance, artifact if on else NO_ARTIFACT, beside, on_call
+        )
+    except Cancelled:
+        return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
+    except TenutoError as error:
+        return [nothing[0], card("failed", "It cannot be drawn.", str(error)), *nothing[1:]]
+    except Exception as error:  # of the model itself: no memory left, say
+        traceback.print_exc()
+        said = f"{type(error).__name__}: {error}"[:300]
+        return [nothing[0], card("failed", "Drawing failed.", said), *nothing[1:]]
+    pictures, said = found["pictures"], found["numbers"]
+    if len(pictures) == 2:
+        names = [FULL, found["artifact"]]
+        pair = {"a": pictures["full"], "b": pictures["artifact"], "names": names}
+        numbers = compared({found["artifact"]: said})
+    else:
+        ((which, path),) = pictures.items()
+        pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
+        numbers = drawn(said, found["seconds"], found["steps"], bench.settings.device or "here")
+    info = gr.Textbox(found["infotext"], visible=True)
+    return [pair, numbers, info, *show(pair, mode)]
+
+
+def _aside(bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any]) -> None:
+    """What is used less often: settings out of a picture, an artifact from elsewhere."""
+    with gr.Accordion("Restore settings, add an artifact", open=False):
+        dropped = gr.File(
+            label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
+            elem_id="restore",
+        )  # fmt: skip
+        upload = gr.File(
+            label="Add an artifact to the output folder", file_types=[".safetensors"], height=110,
+            elem_id="add-artifact",
+        )  # fmt: skip
+        said = gr.HTML("", elem_id="aside-said")
+    restored, new = [dropped, said, *fields], [upload, said, artifact]
+    dropped.upload(lambda path: _restored(bench, path), dropped, restored, **QUIET)
+    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
+
+
+def _restored(bench: Bench, path: str) -> list[Any]:
+    nothing: list[Any] = [gr.skip()] * 6
+    try:
+        found = bench.restored(path)
+    except TenutoError as error:
+        return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
+    names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
+    found["guidance"] = shown_number(found.get("guidance"))
+    values = [found.get(name, gr.skip()) for name in names]
+    if "model" in found:
+        values[5] = gr.Dropdown(
+            choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
+        )
+    missing = "" if "model" in found else " Its model is not here."
+    return [None, card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values]
+
+
+def shown_number(value: float | None) -> str:
+    """A number in a field that may be empty."""
+    return "" if value is None else f"{value:g}"
+
+
+def _added(bench: Bench, path: str, model: str) -> list[Any]:
+    try:
+        name = bench.added(path, path)
+    except TenutoError as error:
+        return [None, card("failed", f"{Path(path).name} is not added.", str(error)), gr.skip()]
+    new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
+    return [None, card("done", "Added.", f"{name} is chosen."), new]
+
+
+def _model_chosen(bench: Bench, name: str) -> list[Any]:
+    """Artifacts, steps and guidance for a model that was chosen."""
+    try:
+        steps, guidance = defaults_of(bench.places.model(name))
+    except TenutoError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * 3
+    new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
+    return [new, steps, shown_number(guidance)]
+
+
+def _artifact_chosen(bench: Bench, name: str, model: str) -> list[Any]:
+    """Steps and guidance that an artifact was made for."""
+    try:
+        file = bench.places.artifact(name) if name else None
+        steps, guidance = defaults_of(bench.places.model(model), file)
+        return [steps, shown_number(guidance)]
+    except TenutoError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * 2

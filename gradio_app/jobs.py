@@ -1,0 +1,188 @@
+"""Long work in a process of its own: what the app shows is a view of the `Job` that follows it.
+
+The process (`worker`) says as JSON lines how far it is. It ends when its standard input does, so it
+outlives neither a Stop nor the app; what it had finished is in the library's NAME.work folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tenuto
+from tenuto.errors import TenutoError
+
+PATIENCE = 0.25  # seconds that a worker has to stop by itself
+RUNNING, STOPPING, STOPPED, FAILED, DONE = "running", "stopping", "stopped", "failed", "done"
+WORKER = "import sys; from tenuto.launch import module; sys.exit(module('worker').main())"
+
+
+class Job:
+    """One calibration or comparison: its process, and all that is known of how far it is."""
+
+    def __init__(self, kind: str, request: dict[str, Any], log: Path) -> None:
+        self.id, self.kind, self.request, self.log = uuid.uuid4().hex[:12], kind, request, log
+        self.state, self.error = RUNNING, ""
+        self.stage, self.note, self.part, self.parts = "Starting", "", 0, 0
+        self.done, self.total = 0, 0
+        self.loss: list[float] = []
+        self.map: dict[str, Any] | None = None
+        self.result: dict[str, Any] = {}
+        self.began = self.stage_began = self.ended = time.monotonic()
+        self.stage_first = 0  # where the stage was when it began: resumed work starts further on
+        self._process: subprocess.Popen[str] | None = None
+        self.over = threading.Event()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the work goes on."""
+        return self.state in (RUNNING, STOPPING)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return (time.monotonic() if self.alive else self.ended) - self.began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the stage is done, if it goes on as until now: an estimate, or None."""
+        gone, moved = time.monotonic() - self.stage_began, self.done - self.stage_first
+        if self.state != RUNNING or moved <= 0 or gone < 1:
+            return None
+        return gone * (self.total - self.done) / moved
+
+    def start(self, when_over: Callable[[], None]) -> None:
+        """Start the process; `when_over` is called when it has ended, however it ends."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        root = str(Path(tenuto.__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self.log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, text=True, encoding="utf-8", start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            )  # fmt: skip
+        threading.Thread(target=self._follow, args=(when_over,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask the process to stop, and end it if it has not stopped after `PATIENCE`."""
+        process = self._process
+        if self.state != RUNNING or process is None:
+            return
+        self.state = STOPPING
+        with contextlib.suppress(OSError):
+            assert process.stdin is not None
+            process.stdin.close()
+        killer = threading.Timer(PATIENCE, process.kill)
+        killer.daemon = True
+        killer.start()
+
+    def _follow(self, when_over: Callable[[], None]) -> None:
+        """Take what the process says until it ends."""
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            with contextlib.suppress(OSError, ValueError):  # it ended, or was stopped, at once
+                process.stdin.write(json.dumps(self.request | {"kind": self.kind}) + "\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                self.take(json.loads(line))
+            code = process.wait()
+            process.stdout.close()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            self._end(code)
+        finally:
+            self.ended = time.monotonic()
+            when_over()
+            self.over.set()
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take over what the process says."""
+        if event.get("stage", self.stage) != self.stage or event.get("part", 0) > self.part:
+            self.stage_began, self.stage_first = time.monotonic(), event.get("done", 0)
+        for name in ("stage", "note", "part", "parts", "done", "total", "loss", "map", "error"):
+            if name in event:
+                setattr(self, name, event[name])
+        self.result |= event.get("result", {})
+
+    def _end(self, code: int) -> None:
+        if self.result:
+            self.state = DONE
+        elif self.state == STOPPING:
+            self.state = STOPPED
+        else:
+            self.state = FAILED
+            self.error = self.error or f"The worker ended by itself (exit code {code})."
+
+
+class Desk:
+    """One thing at a time: a job, or a picture that is being drawn. It knows the last jobs."""
+
+    def __init__(self) -> None:
+        self._free, self._jobs = threading.Lock(), {}
+        self._last: dict[str, Job] = {}
+
+    def start(self, job: Job, after: Callable[[Job], None] | None = None) -> Job:
+        """Start `job`; TenutoError while something else is at work. after(job): when it is over."""
+        self.take(job.kind)
+        self._jobs[job.id] = self._last[job.kind] = job
+
+        def over() -> None:
+            try:
+                if after is not None:
+                    after(job)
+            finally:
+                self._free.release()
+
+        try:
+            job.start(over)
+        except BaseException:
+            self._free.release()
+            raise
+        return job
+
+    def take(self, what: str) -> None:
+        """Take the desk for `what`; TenutoError, which says who has it, if it is taken."""
+        if not self._free.acquire(blocking=False):
+            busy = next((job.kind for job in self._jobs.values() if job.alive), "picture")
+            raise TenutoError(
+                f"A {NAMES.get(busy, busy)} is being {'drawn' if busy == 'picture' else 'made'}: "
+                f"wait until it is done{'' if busy == 'picture' else ', or stop it'}."
+            )
+
+    def give(self) -> None:
+        """The desk is free again."""
+        self._free.release()
+
+    def job(self, key: Any, kind: str) -> Job | None:
+        """The job of that id; else the one that runs, or ran last, of that kind."""
+        found = self._jobs.get(key) if isinstance(key, str) else None
+        last = self._last.get(kind)
+        return found if found is not None and found.kind == kind and not _newer(last) else last
+
+    def close(self) -> None:
+        """Stop the jobs that run, and wait until all has stopped, a picture too."""
+        for job in list(self._jobs.values()):
+            if job.alive:
+                job.stop()
+                job.over.wait(5)
+        if self._free.acquire(timeout=5):
+            self._free.release()
+
+
+def _newer(last: Job | None) -> bool:
+    """Whether the last job runs: it is shown, whatever a browser remembers."""
+    return last is not None and last.alive
+
+
+NAMES = {"calibrate": "calibration", "compare": "comparison"}

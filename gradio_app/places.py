@@ -1,0 +1,177 @@
+"""Where the app's files are, and which it may open: every path that a user names passes here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenuto.checks import check_out
+from tenuto.demo import PREFIX, check_model
+from tenuto.errors import ArtifactError, ModelError, TenutoError
+from tenuto.shipped import asset
+from tenuto.work import Work, write_text
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
+ENDING = ".safetensors"
+SHIPPED = "shipped:"
+DEMOS = ("demo:transformer", "demo:unet")
+DEPTH = 4  # how far below a root a model is looked for
+MANY = 500  # models and folders beyond these are not listed
+
+
+def checked_name(name: str) -> str:
+    """A name that can lead nowhere; TenutoError for any other."""
+    name = str(name or "").strip().removesuffix(ENDING)
+    if NAME.fullmatch(name) is None:
+        raise TenutoError("A name has letters, digits, dots, hyphens and underscores.")
+    return name
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, with links followed, lies in `folder`."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+@dataclass(frozen=True)
+class Places:
+    """The output folder and the roots of models.
+
+    out/NAME.safetensors are artifacts, out/pictures what was drawn, out/comparisons what was
+    compared; out/unfinished has the request of every calibration that is not done.
+    """
+
+    out: Path
+    roots: tuple[Path, ...] = ()
+
+    # --- models ---------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """The shipped models, then the diffusers folders under the roots, by relative name."""
+        found = []
+        for name in DEMOS:
+            try:
+                check_model(name)
+                found.append(name)
+            except ModelError:
+                continue
+        for root in self.roots:
+            found += [name for name in _models_in(root) if name not in found]
+        return found
+
+    def model(self, name: str) -> str:
+        """What `load` takes for the model called `name`; ModelError unless it is under a root."""
+        name = str(name or "").strip()
+        if name.startswith(PREFIX):
+            check_model(name)
+            return name
+        given = Path(name).expanduser()
+        tries = [given] if given.is_absolute() else [root / given for root in self.roots]
+        for path in tries:
+            if name and any(inside(path, root) for root in self.roots) and path.is_dir():
+                check_model(str(path.resolve()))
+                return str(path.resolve())
+        where = "under --roots" if self.roots else "here, and --roots names no folder"
+        raise ModelError(f"There is no model {name[:200]!r} {where}.")
+
+    # --- artifacts ------------------------------------------------------------------------------
+
+    def artifacts(self, model: str = "") -> list[str]:
+        """The artifacts in the output folder, newest first, and those that ship with `model`."""
+        made = [p for p in self.out.glob(f"*{ENDING}") if p.is_file() and inside(p, self.out)]
+        made = [p for p in made if NAME.fullmatch(p.stem)]
+        names = [p.stem for p in sorted(made, key=lambda p: p.stat().st_mtime, reverse=True)]
+        kind = model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
+        if kind is None:
+            return names
+        try:
+            shipped = sorted(asset("artifacts").glob(f"demo-{kind}.*{ENDING}"))
+        except TenutoError:
+            shipped = []
+        return [*names, *(SHIPPED + p.stem for p in shipped)]
+
+    def artifact(self, name: str) -> Path:
+        """The file of an artifact; ArtifactError unless it is one of `artifacts`."""
+        name = str(name or "").strip()
+        shipped = name.startswith(SHIPPED)
+        folder = asset("artifacts") if shipped else self.out
+        path = folder / f"{checked_name(name.removeprefix(SHIPPED))}{ENDING}"
+        if not path.is_file() or not inside(path, folder):
+            raise ArtifactError(f"There is no artifact {name[:200]!r} in the output folder.")
+        return path
+
+    def new_artifact(self, name: str) -> Path:
+        """Where an artifact of that name goes; TenutoError if there is one."""
+        path = self.out / f"{checked_name(name)}{ENDING}"
+        if path.exists():
+            raise TenutoError(f"There is an artifact {path.stem} already: choose another name.")
+        check_out(path)
+        return path
+
+    # --- unfinished calibrations ----------------------------------------------------------------
+
+    def aside(self, name: str, ending: str) -> Path:
+        """A file of an unfinished calibration: its request, its log, its quantized weights."""
+        return self.out / "unfinished" / f"{checked_name(name)}{ending}"
+
+    def unfinished(self) -> list[str]:
+        """Names of calibrations that were begun and are not done."""
+        return sorted(p.stem for p in (self.out / "unfinished").glob("*.json"))
+
+    def request(self, name: str) -> dict[str, Any] | None:
+        """What was asked of the unfinished calibration `name`, or None where there is none."""
+        try:
+            found = json.loads(self.aside(name, ".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def keep_request(self, name: str, request: dict[str, Any]) -> None:
+        """Remember what is asked, so that it can be taken up after a stop, a kill or a crash."""
+        text = json.dumps(request, indent=1, ensure_ascii=False)
+        write_text(self.aside(name, ".json"), text + "\n")
+
+    def forget(self, name: str, whole: bool = False) -> None:
+        """The calibration is done; `whole`: it is given up, with what was finished of it."""
+        for ending in (".json", ".prompts.txt", ENDING):
+            self.aside(name, ending).unlink(missing_ok=True)
+        if whole:
+            for folder in (self.out, self.out / "unfinished"):
+                Work(folder / f"{name}.work" / "recording", {}).discard()
+                Work(folder / f"{name}.work", {}).discard()
+
+    # --- pictures -------------------------------------------------------------------------------
+
+    def comparison(self) -> Path:
+        """A new folder for a comparison."""
+        folder = self.out / "comparisons"
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+        found = folder / f"{max(taken, default=0) + 1:04d}"
+        found.mkdir()
+        return found
+
+    def picture(self, path: str) -> Path:
+        """A picture that the app has written; TenutoError for any other file."""
+        found = Path(str(path))
+        if not inside(found, self.out) or found.suffix != ".png" or not found.is_file():
+            raise TenutoError("There is no such picture.")
+        return found
+
+
+def _models_in(root: Path) -> list[str]:
+    """Folders below `root` with a model_index.json, by relative name; no link is followed."""
+    found, seen = [], 0
+    for folder, below, files in os.walk(root):
+        path, seen = Path(folder), seen + 1
+        depth = len(path.relative_to(root).parts)
+        if "model_index.json" in files:
+            found.append(path.relative_to(root).as_posix() if depth else str(root))
+            below.clear()
+        below[:] = sorted(d for d in below if not d.startswith(".") and depth < DEPTH)
+        if len(found) >= MANY or seen >= 20 * MANY:
+            break
+    return found

@@ -1,0 +1,176 @@
+"""Drawing in the app's own process: the one model that is loaded, with an artifact or without."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tenuto.demo import Defaults, defaults
+from tenuto.errors import Cancelled
+
+from .infotext import written
+from .settings import Settings
+
+OnCall = Callable[[int, int], None]  # denoiser calls made, and about how many there will be
+WARM = 2  # calls that `compare_all` makes for each way without counting them, at most
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture. model: what `load` takes; name: as the user knows it. artifact: its file."""
+
+    model: str
+    name: str
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float | None
+    artifact: Path | None = None
+    artifact_name: str = ""
+    beside: bool = False
+
+
+@dataclass
+class Picture:
+    """What was drawn. pictures: "full" and "artifact", PIL. numbers: a comparison, or the time."""
+
+    pictures: dict[str, Any]
+    seconds: float
+    numbers: dict[str, Any] = field(default_factory=dict)
+    sampler: str = ""
+
+    def infotext(self, wanted: Wanted, which: str) -> str:
+        """The settings of one of the pictures as A1111 writes them."""
+        from tenuto.version import __version__
+
+        size = "x".join(map(str, self.pictures[which].size))
+        return written(settings_of(wanted, which) | {
+            "sampler": self.sampler, "size": size, "version": f"tenuto {__version__}",
+        })  # fmt: skip
+
+
+def settings_of(wanted: Wanted, which: str) -> dict[str, Any]:
+    """What a PNG says of itself."""
+    used = wanted.artifact_name if which == "artifact" else None
+    return {
+        "model": wanted.name, "prompt": wanted.prompt, "steps": wanted.steps,
+        "guidance": wanted.guidance, "seed": wanted.seed, "artifact": used,
+    }  # fmt: skip
+
+
+class Studio:
+    """Keeps the model that was drawn with last, and stops drawing when it is asked to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._loading = threading.Lock()
+        self._model, self._pipe = "", None
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Stop the picture that is being drawn, at its next denoiser call."""
+        self._stop.set()
+
+    def pipe(self, model: str) -> Any:
+        """The pipeline of `model`, loaded unless it is the last one."""
+        from tenuto.checks import device_of
+        from tenuto.console import Bars
+        from tenuto.preparing import loaded
+
+        with self._loading:
+            if self._model != model:
+                self._model, self._pipe = "", None  # free its memory first
+                self._pipe = loaded(model, device_of(self.settings.device), Bars(io.StringIO()))
+                self._pipe.set_progress_bar_config(disable=True)
+                self._model = model
+            return self._pipe
+
+    def draw(self, wanted: Wanted, on_call: OnCall) -> Picture:
+        """One picture, or two: beside it the one that full precision draws from the same noise."""
+        from tenuto.checks import load_artifact
+        from tenuto.preparing import check_steps
+
+        self._stop.clear()
+        artifact = None if wanted.artifact is None else load_artifact(wanted.artifact)
+        pipe = self.pipe(wanted.model)
+        check_steps(pipe, wanted.steps)
+        beside = wanted.beside and artifact is not None
+        calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
+        with self._watched(pipe, calls, on_call):
+            found = _beside(pipe, artifact, wanted) if beside else _alone(pipe, artifact, wanted)
+        found.sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+        return found
+
+    @contextmanager
+    def _watched(self, pipe: Any, total: int, on_call: OnCall) -> Iterator[None]:
+        """Count the denoiser's calls, and leave at the next one when drawing is to stop."""
+        from tenuto.patching import denoiser_of
+
+        done = 0
+
+        def before(module: Any, args: Any) -> None:
+            nonlocal done
+            if self._stop.is_set():
+                raise Cancelled
+            on_call(min(done, total), total)
+            done += 1
+
+        hook = denoiser_of(pipe).register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
+    from tenuto.pictures import draw
+    from tenuto.preparing import attached_to
+
+    with attached_to(pipe, artifact, "auto") as attached:
+        start = time.perf_counter()
+        images = draw(
+            pipe, wanted.prompt, negative=None, steps=wanted.steps, guidance=wanted.guidance,
+            seed=wanted.seed, count=1,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        execution = attached.execution() if attached else {"mode": "float", "layers": {}}
+        counts = attached.counts() if attached else {}
+    held, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
+    numbers = {"execution": execution, "reuse_ratio": held / (held + made) if held else 0.0}
+    return Picture({"artifact" if artifact else "full": images[0]}, seconds, numbers)
+
+
+def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
+    import torch
+
+    from tenuto.measure import ARTIFACT, FULL, compare_all
+    from tenuto.pictures import to_images
+
+    start = time.perf_counter()
+    found, drawn = compare_all(
+        pipe, {ARTIFACT: artifact}, [wanted.prompt], count=1, steps=wanted.steps,
+        guidance=wanted.guidance, seed=wanted.seed, execution="auto", floor=False,
+    )  # fmt: skip
+    pictures = {
+        name: to_images(torch.cat(drawn[key].batches))[0]
+        for name, key in (("full", FULL), ("artifact", ARTIFACT))
+    }
+    said = {"said": found[ARTIFACT].speed_note()}
+    return Picture(pictures, time.perf_counter() - start, found[ARTIFACT].to_json() | said)
+
+
+def defaults_of(model: str, artifact: Path | None = None) -> Defaults:
+    """Steps and guidance of a model, or of the artifact that is used with it."""
+    from tenuto.artifact import read_header
+    from tenuto.checks import damage_told
+
+    if artifact is None:
+        return defaults(model)
+    with damage_told(artifact):
+        return Defaults.read(read_header(artifact)["schedule"])

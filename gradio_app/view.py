@@ -1,0 +1,176 @@
+"""What the app shows of a job and of numbers, as HTML and SVG; every text in it is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
+
+TITLES = 4000  # cells of a map that still get a tooltip each
+CELL, ROW, GAP = 12, 9, 4  # pixels of a map: a step, a branch, between blocks
+
+
+def lasting(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole / 3600:.1f} h"
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{count} {one if count == 1 else many}"
+
+
+def card(state: str, title: str, text: str, more: str = "") -> str:
+    """A box in the look of a state; what it says is read out when it changes."""
+    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    return (
+        f'<div class="tenuto-card tenuto-{escape(state)}" data-state="{escape(state)}">'
+        f'<div role="status" aria-live="polite">{said}</div>{more}</div>'
+    )
+
+
+def status(job: Job | None, idle: str) -> str:
+    """A job in its state: nothing yet, running, stopping, stopped, failed or done."""
+    if job is None:
+        return card("idle", "Nothing yet.", idle)
+    kind = NAMES[job.kind].capitalize()
+    if job.state in (RUNNING, STOPPING):
+        title = job.stage if job.state == RUNNING else "Stopping"
+        part = f"part {job.part} of {job.parts}" if job.parts > 1 and job.part else ""
+        return card(job.state, title, part, bar(job))
+    if job.state == STOPPED:
+        text = f"after {lasting(job.seconds)}, in “{job.stage}”."
+        text += " What was finished is kept: Resume goes on there." * (job.kind == "calibrate")
+        return card(STOPPED, f"{kind} stopped", text)
+    if job.state == FAILED:
+        return card(FAILED, f"{kind} failed.", job.error)
+    return card(DONE, f"{kind} done", f"in {lasting(job.seconds)}.", report(job.result))
+
+
+def report(result: dict[str, Any]) -> str:
+    """The words of the command that did the work."""
+    text = result.get("text")
+    return f"<pre tabindex=0>{escape(text)}</pre>" if isinstance(text, str) and text else ""
+
+
+def bar(job: Job) -> str:
+    """How far the part is, and how long it may still take."""
+    share = min(1.0, job.done / job.total) if job.total else 0.0
+    left = f"about {lasting(job.left)} left in this part" if job.left else ""
+    words = " · ".join(filter(None, [job.note, f"{lasting(job.seconds)} so far", left]))
+    return (
+        f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(job.stage)}" '
+        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}">'
+        f'<div style="width:{share * 100:.1f}%"></div></div>'
+        f'<div class="tenuto-small">{share:.0%} · {escape(words)}</div>'
+    )
+
+
+# --- the map of steps and branches ----------------------------------------------------------------
+
+
+def step_map(found: dict[str, Any] | None) -> str:
+    """Steps along x, branches along y: a full cell is computed, a thin line is held."""
+    if not found:
+        return card("idle", "No route yet.", "Its map appears here while the router trains.")
+    rows, branches, kinds = found["rows"], found["branches"], found["kinds"]
+    steps = len(found["timesteps"])
+    held = sum(row.count(".") for row in rows) / max(1, steps * len(rows))
+    said = f"{found['policy']}: {held:.0%} of {len(rows)} × {steps} branch calls held"
+    wide, tops = steps * CELL, _tops(branches)
+    cells = "".join(
+        _line(row, top, branches[i], found["timesteps"], _hue(kinds, i), len(rows) * steps)
+        for i, (row, top) in enumerate(zip(rows, tops, strict=True))
+    )
+    return (
+        f'<figure class="tenuto-map"><figcaption>{escape(said)}</figcaption>'
+        f'<div class="tenuto-scroll" tabindex=0 role="group" aria-label="Steps and branches">'
+        f'<svg role="img" aria-label="{escape(said)}" viewBox="0 0 {wide} {tops[-1] + ROW}" '
+        f'width="{wide}" height="{tops[-1] + ROW}" data-cells="{len(rows) * steps}">{cells}</svg>'
+        f"</div>{_legend(kinds)}</figure>"
+    )
+
+
+def _tops(branches: Sequence[str]) -> list[int]:
+    """The upper edge of every branch's row; blocks lie apart."""
+    tops, y, last = [], 0, None
+    for name in branches:
+        block = name.rpartition(".")[0]
+        y += GAP if last not in (None, block) else 0
+        tops.append(y)
+        y, last = y + ROW, block
+    return tops
+
+
+def _hue(kinds: Sequence[str], i: int) -> int:
+    return list(dict.fromkeys(kinds)).index(kinds[i]) % 4
+
+
+def _line(
+    row: str, top: int, branch: str, times: Sequence[float], hue: int, cells: int
+) -> str:  # fmt: skip
+    """The cells of one branch."""
+    found = []
+    for step, cell in enumerate(row):
+        done, x = cell == "#", step * CELL
+        y, high = (top, ROW - 1) if done else (top + ROW // 2, 1)
+        said = f"{branch}, step {step + 1} (t {times[step]:g}): {'computed' if done else 'held'}"
+        title = f"<title>{escape(said)}</title>" if cells <= TITLES else ""
+        look = f"hue{hue}" if done else "held"
+        box = f'x="{x}" y="{y}" width="{CELL - 1}" height="{high}"'
+        found.append(f'<rect class="{look}" {box}>{title}</rect>')
+    return "".join(found)
+
+
+def _legend(kinds: Sequence[str]) -> str:
+    names = [
+        f'<span><i class="hue{n % 4}"></i>{escape(kind)}</span>'
+        for n, kind in enumerate(dict.fromkeys(kinds))
+    ]
+    return f'<div class="tenuto-legend">{"".join(names)}<span><i class="held"></i>held</span></div>'
+
+
+# --- losses and numbers ---------------------------------------------------------------------------
+
+
+def loss_curve(loss: Sequence[float]) -> str:
+    """The router's loss by trajectory, with the values as a table below it."""
+    if not loss:
+        return ""
+    wide, high, top = 360, 80, max(loss) or 1.0
+    step = wide / max(1, len(loss) - 1)
+    points = " ".join(
+        f"{i * step:.1f},{high - value / top * high:.1f}" for i, value in enumerate(loss)
+    )
+    count = counted(len(loss), "trajectory", "trajectories")
+    said = f"Loss of the router: {loss[-1]:.3g} after {count}"
+    rows = "".join(f"<tr><td>{i + 1}</td><td>{value:.4g}</td></tr>" for i, value in enumerate(loss))
+    return (
+        f'<figure class="tenuto-loss"><figcaption>{escape(said)}</figcaption>'
+        f'<svg role="img" aria-label="{escape(said)}" viewBox="-3 -3 {wide + 6} {high + 6}">'
+        f'<polyline points="{points}"/><circle cx="{(len(loss) - 1) * step:.1f}" '
+        f'cy="{high - loss[-1] / top * high:.1f}" r="3"/></svg>'
+        f"<details><summary>Data</summary><table><tr><th>trajectory</th><th>loss</th></tr>{rows}"
+        "</table></details></figure>"
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]], head: Sequence[str] = ()) -> str:
+    """A table whose first column names its rows."""
+    first = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(value)}</td>" for value in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    head_row = f"<thead><tr>{first}</tr></thead>" if head else ""
+    return (
+        f'<div class="tenuto-scroll" tabindex=0 role="group" aria-label="Numbers">'
+        f'<table class="tenuto-numbers">{head_row}<tbody>{body}</tbody></table></div>'
+    )

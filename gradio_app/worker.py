@@ -1,0 +1,211 @@
+"""The process that calibrates or compares: the library's commands, with progress as JSON lines.
+
+It is told what to do in the first line of its standard input, and stops when that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tenuto.console import Bars
+from tenuto.errors import Cancelled, TenutoError
+from tenuto.trajectory import Progress
+
+from .infotext import written
+
+GRACE = 10.0  # seconds after the end of the input until the process ends itself
+PACE = 0.1  # seconds between two lines of progress
+Send = Callable[..., None]
+
+
+def main() -> int:
+    """Do what the first line of standard input asks for; returns the exit code."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever other libraries print goes to the log
+    sys.stdout = sys.stderr
+    lock = threading.Lock()
+
+    def send(**event: Any) -> None:
+        with lock:
+            print(json.dumps(event), file=out, flush=True)
+
+    request, stop = json.loads(sys.stdin.readline()), threading.Event()
+    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+    try:
+        send(stage="Loading the model")
+        send(result=WORK[request["kind"]](request, Reports(send, stop)))
+    except Cancelled:
+        return 130
+    except TenutoError as error:
+        send(error=" ".join(str(error).split()))
+        return 2
+    except Exception as error:  # the app shows it, the log has the rest
+        traceback.print_exc()
+        send(error=f"{type(error).__name__}: {error}"[:500])
+        return 1
+    return 0
+
+
+def _watch(stop: threading.Event) -> None:
+    """When the app closes the pipe, or is gone, the work stops."""
+    sys.stdin.read()
+    stop.set()
+    time.sleep(GRACE)
+    os._exit(130)
+
+
+class Reports(Bars):
+    """Progress of the library's commands as events; raises Cancelled where it was asked to stop."""
+
+    def __init__(self, send: Send, stop: threading.Event) -> None:
+        super().__init__(sys.stderr)
+        self.watched = False
+        self.send, self.stop = send, stop
+        self.plan: list[str] = []  # the parts of the work in order; resumed work leaves some out
+        self.part = 0
+        self.work: Path | None = None  # in which a router that trains leaves its state
+
+    def settings(self, label: str) -> dict[str, Any]:
+        """Of a tqdm bar: none is drawn."""
+        return {"disable": True}
+
+    def __call__(self, label: str) -> Progress:
+        """The next part of the work."""
+        if label in self.plan[self.part :]:
+            self.part = self.plan.index(label, self.part) + 1
+        last = 0.0
+
+        def progress(done: int, total: int, note: str) -> None:
+            nonlocal last
+            if self.stop.is_set():
+                raise Cancelled
+            now = time.monotonic()
+            if now - last < PACE and 0 < done < total:
+                return
+            last = now
+            self.send(
+                stage=label, part=self.part, parts=len(self.plan), done=done, total=total, note=note
+            )
+            if self.work is not None and note.startswith("router"):
+                self.send(**router_now(self.work))
+
+        return progress
+
+
+def router_now(work: Path) -> dict[str, Any]:
+    """The losses and the map of a router that trains."""
+    from tenuto.caching.so_far import so_far
+
+    found = so_far(work)
+    return {} if found is None else {"loss": list(found.loss), "map": plain(found.map)}
+
+
+def plain(route: Any) -> dict[str, Any]:
+    """A step map as plain data: "#" is computed, "." held, a string a branch."""
+    rows = ["".join("#" if cell else "." for cell in row) for row in route.table.t().tolist()]
+    return {
+        "policy": route.policy, "branches": list(route.branches), "kinds": route.kinds(),
+        "timesteps": list(route.timesteps), "rows": rows,
+    }  # fmt: skip
+
+
+# --- what is done ---------------------------------------------------------------------------------
+
+
+def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
+    """Quantize, train a router, or both, one after the other; resumes what was begun."""
+    from tenuto import commands
+    from tenuto.checks import load_artifact, work_folder
+    from tenuto.stepwise import step_map
+
+    out, first = Path(request["out"]), Path(request["first"])
+    scheme, route = request["scheme"], request["reuse"] is not None
+    bars.plan = ["Recording", "Quantizing"] * (scheme is not None)
+    bars.plan += ["Recording", "Training the router"] * route
+    common = {key: request[key] for key in ("model", "preset", "steps", "guidance", "device")}
+    common |= {"seed": request["seed"], "prompts": _path(request["prompts"])}
+    text = ""
+    if scheme is not None and not (route and first.exists()):
+        args = Namespace(
+            **common, scheme=scheme, temporal="auto", compact=False, text_encoder=None,
+            method=None, out=first if route else out,
+        )  # fmt: skip
+        text = commands.quantize(args, bars).text
+    if route:
+        bars.part = len(bars.plan) - 2
+        bars.work = work_folder(out)
+        args = Namespace(
+            **common, artifact=first if scheme is not None else None, reuse=request["reuse"],
+            speedup=None, iterations=request["iterations"], out=out,
+        )  # fmt: skip
+        text = commands.train_router(args, bars).text
+    artifact = load_artifact(out)
+    found = step_map(artifact.header, artifact.tensors)
+    result = {"text": text.partition("\n\n")[0].replace(str(out), out.name), "name": out.stem}
+    return result if found is None else result | {"map": plain(found)}
+
+
+def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
+    """Draw in full precision, with every artifact and in bf16; all of it goes into a folder."""
+    import torch
+
+    from tenuto.checks import comparison_prompts, load_artifact
+    from tenuto.measure import compare_all
+    from tenuto.pictures import save_png, to_images
+    from tenuto.preparing import pipeline, sampling_of
+    from tenuto.work import write_text
+
+    files = {name: Path(path) for name, path in request["artifacts"].items()}
+    artifacts = {name: load_artifact(path) for name, path in files.items()}
+    first = next(iter(files))
+    args = Namespace(
+        model=request["model"], artifact=files[first], prompts=_path(request["prompts"]),
+        **{key: request[key] for key in ("steps", "guidance", "seed", "count", "device")},
+    )  # fmt: skip
+    lines = comparison_prompts(args)
+    sampling = sampling_of(args, artifacts[first])
+    pipe = pipeline(args, sampling, bars, artifacts[first])
+    bars.plan = ["Drawing"]
+    found, drawn = compare_all(
+        pipe, artifacts, lines, count=args.count, steps=sampling.steps,
+        guidance=sampling.guidance, seed=args.seed, execution=request["execution"],
+        batch=min(request["batch"], -(-args.count // 2)), on_progress=bars("Drawing"),
+    )  # fmt: skip
+    folder, shown = Path(request["folder"]), min(args.count, request["shown"])
+    pictures: dict[str, list[str]] = {}
+    for number, (name, kept) in enumerate(drawn.items()):
+        images = to_images(torch.cat(kept.batches)[:shown])
+        pictures[name] = [f"{number}-{i}.png" for i in range(shown)]
+        for i, image in enumerate(images):
+            prompt = lines[(args.seed + i) % len(lines)]
+            settings = {
+                "model": request["shown_model"], "prompt": prompt, "seed": args.seed + i,
+                "steps": sampling.steps, "guidance": sampling.guidance,
+                "artifact": request["names"].get(name),
+            }  # fmt: skip
+            said = settings | {"drawn": name}
+            save_png(image, folder / pictures[name][i], said, written(settings))
+    prompts = [lines[(args.seed + i) % len(lines)] for i in range(shown)]
+    data = {
+        "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
+        "numbers": {name: comparison.to_json() for name, comparison in found.items()},
+        "text": {name: str(comparison) for name, comparison in found.items()},
+    }  # fmt: skip
+    write_text(folder / "comparison.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    return data | {"folder": str(folder)}
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+WORK = {"calibrate": calibrate, "compare": compare}

@@ -1,0 +1,196 @@
+"""The app as a user starts it, `tenuto app` in a process of its own, and Chromium to look at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+QUIET = (
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run", "--disable-default-apps",
+)  # fmt: skip
+STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
+
+
+@dataclass
+class App:
+    """A running app. began: when its process was started, by the monotonic clock."""
+
+    url: str
+    out: Path
+    roots: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+    began: float
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a GET, whatever the status."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self.process.poll() is None and self.get("/gradio_api/startup-events")[0] == 200
+
+
+@pytest.fixture(scope="session")
+def environment(pytestconfig: pytest.Config) -> dict[str, str]:
+    """Of the app: with a folder for compiled modules, as an installation has them."""
+    out = ("PYTHONDONTWRITEBYTECODE", "DISPLAY", "WAYLAND_DISPLAY")
+    kept = {k: v for k, v in os.environ.items() if k not in out}
+    return kept | {
+        "PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPYCACHEPREFIX": str(pytestconfig.cache.mkdir("bytecode")),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def start(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """start(*options, roots=folder): a context with an `App` that answers."""
+
+    @contextmanager
+    def started(*options: str, roots: Path | None = None) -> Iterator[App]:
+        base = tmp_path_factory.mktemp("app")
+        roots = roots or base
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            sys.executable, *STRICT, "-m", "tenuto.cli", "app", "--no-browser", "--port", str(port),
+            "--out", str(base / "out"), "--roots", str(roots), *options,
+        ]  # fmt: skip
+        with (base / "log").open("wb") as log:
+            began = time.monotonic()
+            process = subprocess.Popen(
+                command, cwd=base, env=environment | {"TMPDIR": str(base)}, stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        app = App(url, base / "out", roots, base / "log", process, began)
+        try:
+            for _ in range(600):
+                assert process.poll() is None, (base / "log").read_text()[-3000:]
+                try:
+                    app.get("/")
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield app
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+
+    return started
+
+
+@pytest.fixture(scope="session")
+def models(tiny_pixart_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --roots that holds one model, `mine/tiny`."""
+    root = tmp_path_factory.mktemp("roots")
+    shutil.copytree(tiny_pixart_folder, root / "mine" / "tiny")
+    return root
+
+
+@pytest.fixture(scope="session")
+def app(start: Any, models: Path) -> Iterator[App]:
+    """The app that most tests share: they leave it idle."""
+    with start(roots=models) as found:
+        yield found
+    assert "Traceback" not in found.log.read_text(), found.log.read_text()[-3000:]
+
+
+# --- Chromium -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tab:
+    """A page of the app. complaints: of its console; strange: requests that left the machine."""
+
+    page: Any
+    complaints: list[str]
+    strange: list[str]
+
+    def show(self, name: str) -> None:
+        """Choose a tab."""
+        self.page.get_by_role("tab", name=name).click()
+        self.page.wait_for_timeout(300)
+
+    def text(self, place: str) -> str:
+        """What is read at a place."""
+        return " ".join(self.page.inner_text(place).split())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium of the distribution, without a window."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as play:
+        flags = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Tab]]:
+    """visit(app, dark=False, width=1280): a new page of the app, ready, that is closed afterwards.
+
+    Pages of one test share their storage, as the tabs of one browser do.
+    """
+    context = browser.new_context()
+    tabs: list[Tab] = []
+
+    def opened(app: App, dark: bool = False, width: int = 1280, height: int = 900) -> Tab:
+        page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
+        tab = Tab(page, [], [])
+        page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda m: tab.complaints.append(m.text) if m.type == "error" else None,
+        )
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((app.url, app.url.replace("http", "ws"), "data:", "blob:"))
+                else tab.strange.append(r.url)
+            ),
+        )
+        page.goto(f"{app.url}/?__theme={'dark' if dark else 'light'}")
+        page.wait_for_selector("#generate")
+        tabs.append(tab)
+        return tab
+
+    yield opened
+    context.close()
+    for tab in tabs:
+        assert not tab.strange, "a request left the machine"
+        assert not tab.complaints

@@ -1,0 +1,149 @@
+"""Renders the pictures of docs/app.md again: every tab, light and dark, at work.
+
+    python tests/app/screenshots.py        takes about three minutes
+
+The one of the window is from `tests/app/desktop.py docs/app-window.jpg`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+WIDTH, HEIGHT, LARGEST = 1180, 900, 150_000
+LOOKS = ("light", "dark")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The app's address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tenuto.cli", "app", "--no-browser", "--port", str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "core")}
+    process = subprocess.Popen([*command, "--out", "demo"], cwd=folder, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(url).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def kept(page: Any, name: str) -> None:
+    """The whole page as a JPEG of less than 150 kB."""
+    from PIL import Image
+
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(700)
+    image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    for quality in (85, 75, 65, 55):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() < LARGEST:
+            break
+    (DOCS / f"app-{name}.jpg").write_bytes(file.getvalue())
+    print(f"app-{name}.jpg: {image.width} x {image.height}, {file.tell() // 1000} kB", flush=True)
+
+
+def show(page: Any, name: str) -> None:
+    """Choose a tab."""
+    page.get_by_role("tab", name=name).click()
+    page.wait_for_timeout(400)
+
+
+def generate(pages: dict[str, Any]) -> None:
+    """The first picture, as it comes."""
+    for look, page in pages.items():
+        page.fill("#prompt textarea", "a monarch butterfly" if look == "dark" else "a goldfish")
+        page.click("#generate")
+        page.wait_for_selector("#generate-slider img", timeout=60_000)
+        page.wait_for_selector("#numbers table")
+        kept(page, f"generate-{look}")
+
+
+def calibrate(pages: dict[str, Any]) -> None:
+    """While the router trains, and when it is done."""
+    page, other = pages["light"], pages["dark"]
+    for each in pages.values():
+        show(each, "Calibrate")
+    page.fill("#calibrate-name input, #calibrate-name textarea", "my-artifact")
+    page.get_by_text("All options").locator("visible=true").click()
+    page.fill("#calibrate-iterations input, #calibrate-iterations textarea", "8")
+    page.get_by_text("All options").locator("visible=true").click()
+    page.click("#calibrate-start")
+    page.wait_for_selector("#calibrate-loss circle", timeout=240_000)
+    page.wait_for_function(
+        "document.querySelectorAll('#calibrate-loss td').length >= 6", timeout=240_000
+    )
+    kept(page, "calibrate-light")
+    page.wait_for_selector("#calibrate-status [data-state=done]", timeout=400_000)
+    other.reload()
+    other.wait_for_selector("#generate")
+    show(other, "Calibrate")
+    other.wait_for_selector("#calibrate-status [data-state=done]")
+    kept(other, "calibrate-dark")
+
+
+def compare(pages: dict[str, Any]) -> None:
+    """The artifact that was just made, and the one that ships."""
+    page, other = pages["light"], pages["dark"]
+    show(page, "Compare")
+    page.locator("#compare-artifacts input").fill("my-artifact")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    page.click("#compare-start")
+    page.wait_for_selector("#compare-slider img", timeout=400_000)
+    kept(page, "compare-light")
+    other.reload()
+    other.wait_for_selector("#generate")
+    show(other, "Compare")
+    other.wait_for_selector("#compare-slider img")
+    other.get_by_role("radio", name="Difference").locator("visible=true").click()
+    kept(other, "compare-dark")
+
+
+def main() -> None:
+    """All of them."""
+    from playwright.sync_api import sync_playwright
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder)) as url,
+        sync_playwright() as play,
+    ):
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
+        pages = {}
+        for look in LOOKS:
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+            page.goto(f"{url}/?__theme={look}")
+            page.wait_for_selector("#generate")
+            pages[look] = page
+        for step in (generate, calibrate, compare):
+            step(pages)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The parts of the app without a server: infotext, PNG text, places, jobs, what is shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from gradio_app import jobs, view
+from gradio_app.bench import Bench, given, real, whole
+from gradio_app.infotext import parsed, written
+from gradio_app.jobs import Desk, Job
+from gradio_app.places import Places, checked_name
+from gradio_app.png import texts
+from gradio_app.settings import Settings
+from tenuto.caching.so_far import so_far
+from tenuto.errors import TenutoError
+from tenuto.pictures import difference, save_png
+from tenuto.work import Work
+
+SETTINGS = {
+    "prompt": 'two lines,\nand "Steps: 9"', "steps": 20, "guidance": 2.5, "seed": 2**40,
+    "model": "demo:unet", "artifact": "my, own", "sampler": "DDIM", "size": "64x64",
+}  # fmt: skip
+
+
+# --- settings in a picture ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"prompt": "a Steps: 3, Seed: 1"}, {"artifact": None}, {"guidance": None},
+     {"prompt": "Ünïcode ☃"}, {"model": 'a "quoted", folder: x'}],
+    ids=str,
+)  # fmt: skip
+def test_an_infotext_tells_what_it_was_told(change: dict[str, Any], tmp_path: Path) -> None:
+    settings = SETTINGS | change
+    text = written(settings)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", {}, text)
+    found = parsed(texts(tmp_path / "x.png")["parameters"])
+    names = ("prompt", "steps", "guidance", "seed", "model", "artifact")
+    assert found == {n: settings[n] for n in names if settings[n] is not None}
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.info["parameters"] == text
+
+
+def test_another_programs_infotext() -> None:
+    text = (
+        "a cat, (masterpiece:1.2) <lora:x:1>\non snow\nNegative prompt: bad, ugly\nhands\n"
+        'Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1234,'
+        ' Size: 512x768, Model hash: 0123abcd, Model: sd15, Lora hashes: "x: 1, y: 2", Version: 1'
+    )  # fmt: skip
+    assert parsed(text) == {
+        "prompt": "a cat, (masterpiece:1.2) <lora:x:1>\non snow", "steps": 28, "guidance": 7,
+        "seed": 1234, "model": "sd15",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n\n", "Steps:", "Steps: x, Seed: nan, CFG scale: inf", 'Steps: "',
+     "Steps: 1e9, Seed: -1", "Steps: 2.5", ":" * 5000, "Steps: 1, " + "a: " * 5000,
+     '{"a": [' * 3000, "__import__('os').system('x')"],
+    ids=range(11),
+)  # fmt: skip
+def test_nonsense_sets_no_number(text: str) -> None:
+    assert not {"seed", "guidance"} & set(parsed(text))
+    assert parsed(text).get("steps") in (None, 1)
+
+
+# --- names and paths ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "my.artifact-2_b", "W8", "x" * 81])
+def test_names(name: str) -> None:
+    assert checked_name(f" {name}.safetensors ") == name
+
+
+def test_places_know_their_own_files_only(tmp_path: Path) -> None:
+    roots = tmp_path / "roots"
+    for name in ("one", "deep/er/two", ".hidden/three"):
+        (roots / name).mkdir(parents=True)
+        (roots / name / "model_index.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "made.safetensors").touch()
+    (tmp_path / "else.safetensors").touch()
+    (out / "link.safetensors").symlink_to(tmp_path / "else.safetensors")
+    places = Places(out, (roots,))
+    assert places.models() == ["demo:transformer", "demo:unet", "deep/er/two", "one"]
+    assert places.model("one") == str(roots / "one") == places.model(str(roots / "one"))
+    assert places.artifacts("one") == ["made"]
+    assert "shipped:demo-unet.w8a8" in places.artifacts("demo:unet")
+    with pytest.raises(TenutoError, match="no artifact"):
+        places.artifact("link")
+    with pytest.raises(TenutoError, match="already"):
+        places.new_artifact("made")
+    assert [places.comparison().name for _ in range(2)] == ["0001", "0002"]
+
+
+def test_numbers_are_checked() -> None:
+    assert (given("", whole, "x", 1, 9), given(" 3 ", whole, "x", 1, 9)) == (None, 3)
+    for value in ("x", 2.5, 0, 10, float("nan"), float("inf"), None, [1]):
+        with pytest.raises(TenutoError, match="The x is a"):
+            whole(value, "The x", 1, 9)
+    with pytest.raises(TenutoError, match="from 0 to 1"):
+        real(2, "The share", 0, 1)
+
+
+def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) -> None:
+    bench = Bench(Settings(tmp_path))
+    good = {"model": "demo:unet", "name": "x", "scheme": "w8a8", "preset": "quick", "reuse": None}
+    for change, words in (
+        ({"scheme": None}, "nothing to calibrate"), ({"scheme": "w9"}, "Unknown scheme"),
+        ({"preset": "best"}, "Unknown preset"), ({"reuse": 2}, "share"), ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"), ({"model": "x"}, "no model"),
+    ):  # fmt: skip
+        with pytest.raises(TenutoError, match=words):
+            bench.calibrate(**(good | change))
+    with pytest.raises(TenutoError, match="one artifact or more"):
+        bench.compare("demo:unet", [], 4)
+    assert not list(tmp_path.iterdir())
+
+
+# --- jobs -----------------------------------------------------------------------------------------
+
+FAKE = """
+import json, sys, threading, time
+def say(**event): print(json.dumps(event), flush=True)
+request = json.loads(sys.stdin.readline())
+"""
+BEHAVIOUR = {
+    "done": "say(stage='Work', done=1, total=2, note='half'); say(result={'name': 'x'})",
+    "failed": "say(error='It cannot be.'); sys.exit(2)",
+    "crashed": "sys.exit(7)",
+    "obeys": "threading.Thread(target=lambda: (sys.stdin.read(), sys.exit())).start();"
+    "say(stage='Work', done=1, total=9, note='')\nsys.stdin.read()",
+    "deaf": "say(stage='Work', done=1, total=9, note='')\nwhile True: time.sleep(1)",
+}  # fmt: skip
+
+
+def job(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR[how])
+    return Job("calibrate", {"out": "x"}, tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "error"),
+    [("done", "done", ""), ("failed", "failed", "It cannot be."),
+     ("crashed", "failed", "The worker ended by itself (exit code 7).")],
+)  # fmt: skip
+def test_a_job_ends_in_its_state(
+    how: str, state: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, seen = Desk(), []
+    found = desk.start(job(how, tmp_path, monkeypatch), lambda job: seen.append(job.state))
+    assert found.over.wait(20)
+    assert (found.state, found.error, seen) == (state, error, [state])
+    desk.take("picture")  # it is free again
+    assert escaped(view.status(found, ""))
+
+
+@pytest.mark.parametrize("how", ["obeys", "deaf"])
+def test_a_stop_takes_less_than_a_second(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk()
+    found = desk.start(job(how, tmp_path, monkeypatch))
+    with pytest.raises(TenutoError, match="calibration is being made"):
+        desk.take("picture")
+    while found.stage != "Work":
+        time.sleep(0.01)
+    began = time.monotonic()
+    found.stop()
+    assert found.state == "stopping"
+    found.stop()
+    assert found.over.wait(20) and time.monotonic() - began < 1
+    assert found.state == "stopped"
+
+
+def test_who_sees_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    assert desk.job("", "calibrate") is None
+    first = desk.start(job("done", tmp_path, monkeypatch))
+    first.over.wait(20)
+    second = desk.start(job("deaf", tmp_path, monkeypatch))
+    assert desk.job(first.id, "calibrate") is second, "what runs is shown to everyone"
+    assert desk.job("unknown", "calibrate") is second
+    assert desk.job(second.id, "compare") is None
+    desk.close()
+    assert second.state == "stopped"
+    assert desk.job(first.id, "calibrate") is first
+
+
+def test_the_time_left_is_of_this_part() -> None:
+    found = Job("calibrate", {}, Path("log"))
+    found.take({"stage": "Quantizing", "part": 2, "done": 600, "total": 1000})
+    found.stage_began -= 10
+    assert found.left is None, "resumed at 600, and nothing more done"
+    found.take({"stage": "Quantizing", "part": 2, "done": 800, "total": 1000})
+    assert found.left == pytest.approx(10, rel=0.01)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+EVIL = "<script>alert('x')</script>\"'&"
+
+
+def escaped(html: str) -> bool:
+    return "<script" not in html and "alert('x')" not in html
+
+
+def test_every_text_is_escaped() -> None:
+    found = Job("calibrate", {}, Path("log"))
+    event = {"stage": EVIL, "note": EVIL, "part": 1, "parts": 2, "done": 1, "total": 2}
+    found.take(event)
+    assert escaped(view.status(found, EVIL)) and escaped(view.status(None, EVIL))
+    for state in (jobs.STOPPED, jobs.FAILED, jobs.DONE):
+        found.state, found.error, found.result = state, EVIL, {"text": EVIL}
+        assert escaped(view.status(found, ""))
+    route = {
+        "policy": EVIL, "branches": [EVIL], "kinds": [EVIL], "timesteps": [9.0, 1.0], "rows": ["#."]
+    }  # fmt: skip
+    assert escaped(view.step_map(route)) and escaped(view.table([(EVIL, EVIL)], [EVIL, EVIL]))
+
+
+def test_the_map_has_a_cell_for_every_call() -> None:
+    branches = [f"blocks.{b}.{k}" for b in range(2) for k in ("attn1", "ff")]
+    html = view.step_map({
+        "policy": "router so far", "branches": branches, "kinds": ["attention", "feed-forward"] * 2,
+        "timesteps": [900.0, 500.0, 100.0], "rows": ["###", "#.#", "#..", "###"],
+    })  # fmt: skip
+    assert html.count("<rect") == html.count("<title>") == 12
+    assert html.count(": held</title>") == 3
+    assert 'aria-label="router so far: 25% of 4 × 3 branch calls held"' in html
+
+
+def test_the_router_so_far(tmp_path: Path) -> None:
+    assert so_far(tmp_path / "none") is None
+    about = {"about": {"trajectory": {"timesteps": [3.0, 1.0]}, "branches": ["a.attn1", "a.ff"]}}
+    work = Work(tmp_path / "x.work", about)
+    assert so_far(tmp_path / "x.work") is None
+    for number in (1, 2):
+        state = {"logits": torch.tensor([[5.0, 5.0], [-1.0, 1.0]]) * number,
+                 "history": torch.tensor([[0.5, 0.1, 1.0]] * number)}  # fmt: skip
+        work.save(f"router/{number:05d}", state)
+    found = so_far(tmp_path / "x.work")
+    assert found is not None and found.loss == (0.5, 0.5)
+    assert found.map.table.tolist() == [[True, True], [False, True]]
+    save_file({"logits": torch.zeros(3)}, tmp_path / "x.work" / "router%2F00003.safetensors")
+    assert so_far(tmp_path / "x.work") is None, "of something else"
+
+
+def test_a_difference_of_pictures() -> None:
+    one, other = Image.new("RGB", (2, 2), (10, 20, 200)), Image.new("RGB", (2, 2), (12, 20, 100))
+    assert difference(one, other, 8).getpixel((0, 0)) == (16, 0, 255)
+    with pytest.raises(TenutoError, match="cannot be compared"):
+        difference(one, Image.new("RGB", (3, 2)))
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+LEAN = """
+import sys, contextlib
+from tenuto import cli
+with contextlib.suppress(SystemExit):
+    cli.main(["--help"])
+for name in ("generate", "app"):
+    cli.main([name, "--help"])
+cli.main(["inspect", "none"])
+cli.main(["app", "--listen"])
+from tenuto.launch import module
+module("worker"), module("bench")
+print([m for m in ("gradio", "fastapi", "webview", "diffusers") if m in sys.modules])
+"""
+
+
+def test_gradio_is_loaded_by_the_app_alone() -> None:
+    """Neither by the other commands nor by the worker."""
+    root = Path(__file__).resolve().parents[2] / "core"
+    run = subprocess.run(
+        [sys.executable, "-c", LEAN], capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_installation_without_gradio_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tenuto import cli, launch
+
+    find = launch.importlib.util.find_spec
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["app"]) == 2
+    assert "pip install 'tenuto[app]'" in capfd.readouterr().err
+
+
+def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradio_app import window
+
+    monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: None)
+    assert "pywebview is not installed" in str(window.missing())
+    monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: name)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    if sys.platform == "linux":
+        assert "no screen" in str(window.missing())
+
+
+def test_a_model_that_fails_while_it_draws_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gradio_app.generate import drawn_now
+
+    def out_of_memory(*args: Any) -> Any:
+        raise RuntimeError(f"no memory left {EVIL}")
+
+    bench = Bench(Settings(tmp_path))
+    monkeypatch.setattr(bench, "draw", out_of_memory)
+    card = drawn_now(bench, lambda *args, **options: None, *["x"] * 9)[1]
+    assert "no memory left" in card and "Drawing failed" in card and escaped(card)
+    assert "RuntimeError" in capsys.readouterr().err
+
+
+def test_a_request_is_kept_as_it_was_asked(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    places.keep_request("x", {"scheme": "w8a8", "prompts_text": "ü"})
+    assert places.unfinished() == ["x"] and places.request("x") == {
+        "scheme": "w8a8", "prompts_text": "ü",
+    }  # fmt: skip
+    (tmp_path / "unfinished" / "y.json").write_text(json.dumps([1]))
+    assert places.request("y") is None and places.request("none") is None
+    Work(tmp_path / "x.work", {})
+    places.forget("x", whole=True)
+    assert places.request("x") is None and not (tmp_path / "x.work").exists()
+
+
+def test_threads_do_not_pass_each_other() -> None:
+    """Of many that come at once one gets the desk."""
+    desk, got = Desk(), []
+
+    def come() -> None:
+        try:
+            desk.take("picture")
+            got.append(1)
+        except TenutoError:
+            pass
+
+    threads = [threading.Thread(target=come) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
