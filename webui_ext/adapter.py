@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,11 +107,16 @@ class Installed(Attached):
         return {n: list(c.counts) for n, c in zip(names, self.cache.calls, strict=True)}
 
 
+_branches: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
 def branches_of(denoiser: nn.Module) -> tuple[str, ...]:
     """What can be held, by the denoiser's own names; ModelError if the class is not known."""
-    if families.names(denoiser) is None and not hasattr(denoiser, "config"):
-        raise ModelError(f"Tenuto does not know the parts of a {type(denoiser).__name__} yet.")
-    return tuple(b.name for b in describe(denoiser).branches)
+    if denoiser not in _branches:  # it takes a moment, and every picture asks
+        if families.names(denoiser) is None and not hasattr(denoiser, "config"):
+            raise ModelError(f"Tenuto does not know the parts of a {type(denoiser).__name__} yet.")
+        _branches[denoiser] = tuple(b.name for b in describe(denoiser).branches)
+    return _branches[denoiser]
 
 
 def here(handle: Any, artifact: Artifact) -> Artifact:

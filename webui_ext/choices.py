@@ -61,14 +61,19 @@ class Choices:
             value = getattr(p, f"tenuto_{name}", None)
             if value is not None:
                 given[name] = value
-        try:
-            return Choices(**{name: KINDS[name](value) for name, value in given.items()})
-        except (TypeError, ValueError) as error:
-            raise TenutoError(f"Tenuto cannot read its settings: {error}.") from error
+        return Choices(**_cast(given))
 
     def now(self, is_hires: bool) -> bool:
         """Whether the pass that begins is one of those chosen."""
         return self.enabled and self.passes != (FIRST if is_hires else HIRES)
+
+
+def _cast(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in their fields' types; TenutoError where one is none."""
+    try:
+        return {name: KINDS[name](value) for name, value in given.items()}
+    except (TypeError, ValueError) as error:
+        raise TenutoError(f"Tenuto cannot read its settings: {error}.") from error
 
 
 def _flag(value: Any) -> bool:
@@ -124,5 +129,5 @@ def pasted(params: Mapping[str, Any]) -> Choices | None:
     precision, _, cache = str(params[MAIN]).partition("+")
     precision = next((p for p in PRECISIONS if p.lower() == precision.lower()), FROM_ARTIFACT)
     found = Choices.of((True, params.get(ARTIFACT, BALANCED), precision, cache))
-    more = {name: KINDS[name](params[key]) for name, key in KEYS.items() if key in params}
-    return replace(found, **more)
+    more = {name: params[key] for name, key in KEYS.items() if key in params}
+    return replace(found, **_cast(more))
