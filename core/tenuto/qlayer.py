@@ -283,6 +283,6 @@ class QConv2d(QLayer):
 
 def _may_measure(x: Tensor) -> bool:
     """Not while a graph is made of the calls."""
-    if torch.compiler.is_compiling():
+    if activation.compiling():
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
