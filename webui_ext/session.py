@@ -87,8 +87,7 @@ class Session:
         if self.installed is None:
             return
         if mine:
-            step, steps = params.sampling_step, params.total_sampling_steps
-            self.installed.run.evaluates(step, steps, params.denoiser)
+            self.installed.run.evaluates(*step_of(params), params.denoiser)
         else:
             self.installed.run.on = False  # somebody else's pictures, inside of ours
 
@@ -164,6 +163,20 @@ class Session:
             report.notes.append(done.run.failed)
         elif done.run.evaluations:
             report.speedup = self.timing.speedup()
+
+
+def step_of(params: Any) -> tuple[int, int]:
+    """The step that an evaluation belongs to, and how many there are.
+
+    The denoiser counts evaluations itself; second-order samplers make two a step. `sampling_step`
+    is set when a step is done, so that it says of most evaluations the step before.
+    """
+    denoiser = params.denoiser
+    names = ("step", "steps", "total_steps")
+    done, steps, total = (getattr(denoiser, name, None) for name in names)
+    if done is None or not steps or not total:
+        return params.sampling_step, params.total_sampling_steps
+    return min(done // max(1, total // steps), steps - 1), steps
 
 
 session = Session()

@@ -12,7 +12,7 @@ from .choices import CACHES, FROM_ARTIFACT, OFF, SHORT, UNIFORM, Choices
 from .session import Report, session
 from .weights import SIDE, WHOLE
 
-MIB = 2**20
+FLOAT = {"dequantized", "simulated", "weight-only"}
 
 
 def under_picture(report: Report) -> str:
@@ -39,6 +39,8 @@ def layers(report: Report) -> list[str]:
     kinds = ", ".join(f"{n} layers {name.upper()}" for name, n in sorted(report.layers.items()))
     how = ", ".join(f"{name} {count}" for name, count in sorted(report.how.items()))
     found = [f"{kinds} ({how})" if how else kinds]
+    if report.how and not report.how.keys() - FLOAT:
+        found.append("layers compute in float here, which gains no time")
     done, skipped = (report.lora, 0) if report.lora_mode != WHOLE else (0, report.lora)
     if report.lora:
         how = "as side branch" if report.lora_mode == SIDE else report.lora_mode

@@ -102,6 +102,8 @@ def test_each_choice(args: str) -> None:
     assert not last["notes"] and "Tenuto: " in text
     assert get("/tenuto/v1/status")["attached"] is False
     assert last["held"] > 0 or args in ("w8a8", "w4a8")
+    if args in ("uniform 2", "uniform 3"):  # of 6 steps
+        assert last["computed"] == last["held"] * {"uniform 2": 1, "uniform 3": 0.5}[args]
 
 
 def test_passes_of_hires() -> None:

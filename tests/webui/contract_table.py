@@ -38,7 +38,7 @@ USED: dict[str, tuple[str, ...]] = {
 
 FIELDS = {  # that are looked at
     "CFGDenoiserParams": ("denoiser", "sampling_step", "total_sampling_steps", "x"),
-    "CFGDenoiser": ("p", "sampler"),
+    "CFGDenoiser": ("p", "sampler", "step", "steps", "total_steps"),
     "AxisOption": ("label",),
     "ModelPatcher": ("model", "lora_loader", "backup", "patches_uuid"),
 }

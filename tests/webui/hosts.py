@@ -328,17 +328,16 @@ class _Denoiser(nn.Module):
 
     def __init__(self, host: Host, p: Any) -> None:
         super().__init__()
-        self.host, self.p, self.step = host, p, 0
+        self.host, self.p, self.step, self.steps = host, p, 0, p.steps
+        self.total_steps = p.steps * (2 if p.sampler in ("heun", "dpm_2") else 1)
         self.sampler = SimpleNamespace(config=SimpleNamespace(name=p.sampler))
         draws = [torch.Generator().manual_seed(len(w)) for w in ("", *p.prompts)]
         self.text = [torch.randn(1, 3, 16, generator=g) for g in draws]
 
-    def forward(self, x: Tensor, time: float, sampling_step: int) -> Tensor:
-        """The guided prediction at a timestep in 0 to 1000."""
+    def forward(self, x: Tensor, time: float, done: int) -> Tensor:
+        """The guided prediction at a timestep in 0 to 1000. done: the last step that is."""
         p, steps = self.p, self.p.steps
-        params = SimpleNamespace(
-            x=x, sampling_step=sampling_step, total_sampling_steps=steps, denoiser=self
-        )
+        params = SimpleNamespace(x=x, sampling_step=done, total_sampling_steps=steps, denoiser=self)
         p.on_step(self.step)
         self.host.fire("on_cfg_denoiser", params)
         forge = self.host.kind != "a1111"
@@ -362,12 +361,12 @@ class _Denoiser(nn.Module):
 
 
 def _sample(model: Any, x: Tensor, p: Any) -> Tensor:
-    """Euler or Heun from 10 to 0; `sampling_step` is the step, in which Heun evaluates twice."""
+    """Euler or Heun from 10 to 0."""
     sigmas = torch.linspace(10, 0, p.steps + 1).tolist()
     for i, (high, low) in enumerate(pairwise(sigmas)):
 
         def slope(at: Tensor, sigma: float, i: int = i) -> Tensor:
-            return model(at / (1 + sigma**2) ** 0.5, 99.92 * sigma, i)
+            return model(at / (1 + sigma**2) ** 0.5, 99.92 * sigma, max(0, i - 1))
 
         d = slope(x, high)
         if p.sampler == "heun" and low:
