@@ -25,6 +25,7 @@ from .choices import (
 )
 
 PLAIN = Choices()
+problem: list[str] = []  # why the last infotext was not restored; it stays until Tenuto is on
 
 
 def build(script: Any) -> list[Any]:
@@ -86,7 +87,10 @@ def _wire(gr: Any, parts: list[Any], buttons: Any, refresh: Any, status: Any) ->
 
     def told(*values: Any) -> str:
         with suppress(TenutoError):
-            return words.status_html(Choices.of(values))
+            choices = Choices.of(values)
+            if choices.enabled:
+                problem.clear()
+            return words.status_html(choices, " ".join(problem))
         return words.status_html()
 
     for name, button in buttons.items():
@@ -126,17 +130,18 @@ def paste_fields(parts: list[Any], status: Any) -> list[Any]:
 
 def _reader(name: str) -> Callable[[dict[str, Any]], Any]:
     def read(params: dict[str, Any]) -> Any:
-        choices, problem = restored(params)
-        return None if choices is None or problem else getattr(choices, name)
+        choices, why = restored(params)
+        return None if choices is None or why else getattr(choices, name)
 
     return read
 
 
 def enabled_from(params: dict[str, Any]) -> bool | None:
     """On where the infotext says so and the artifact is here; never with another artifact."""
-    choices, problem = restored(params)
-    if problem:
-        _warn(problem)
+    choices, why = restored(params)
+    problem[:] = [why] if why else []
+    if why:
+        _warn(why)
         return False
     if choices is not None:
         return True
@@ -162,9 +167,9 @@ def restored(params: dict[str, Any]) -> tuple[Choices | None, str]:
 
 def _warning(params: dict[str, Any]) -> str | None:
     """For the status line, where it stays."""
-    choices, problem = restored(params)
-    if problem:
-        return words.status_html(warning=problem)
+    choices, why = restored(params)
+    if why:
+        return words.status_html(warning=why)
     return None if choices is None else words.status_html(choices)
 
 

@@ -100,6 +100,9 @@ def test_an_unknown_artifact_stays_off_with_a_warning(
     status = host.script.infotext_fields[-1].component
     assert "Warning: Tenuto stays off" in host.pasted[id(status)]
     assert 'aria-live="polite"' in host.pasted[id(status)]
+    told = host.inputs[0].events["change"][0]
+    assert "Warning: Tenuto stays off" in told(*values), "the fields that changed say so too"
+    assert "Warning" not in told(True, *values[1:])
 
 
 def test_the_artifacts_of_the_folder_are_offered(host: Any, tmp_path: Path) -> None:
