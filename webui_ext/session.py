@@ -83,7 +83,7 @@ class Session:
         p = getattr(params.denoiser, "p", None)
         mine = p is None or (self.owner is not None and self.owner() is p)
         if mine and p is not None:
-            self.timing.note(params, hosts.denoiser_of(p.sd_model))
+            self.timing.note(params, p.sd_model)
         if self.installed is None:
             return
         if mine:

@@ -84,6 +84,7 @@ def test_an_unknown_artifact_stays_off_with_a_warning(
     folder = tmp_path / "tenuto"
     folder.mkdir()
     made = Artifact.new(host.unet, {"timesteps": [999.0], "steps": 1, "guidance": 1.0})
+    made.tensors["route/costs"] = torch.zeros(1)  # safetensors 0.4.2 wants one
     made.save(folder / "mine.safetensors")
     mark = webui("artifacts").mark(webui("artifacts").find("mine.safetensors"))
     params = {"Steps": "6", "Tenuto": "off+uniform", "Tenuto artifact": "mine.safetensors",
@@ -115,6 +116,7 @@ def test_the_artifacts_of_the_folder_are_offered(host: Any, tmp_path: Path) -> N
     folder = tmp_path / "tenuto"
     (folder / "more").mkdir(parents=True)
     made = Artifact.new(host.unet, {"timesteps": [999.0], "steps": 1, "guidance": 1.0})
+    made.tensors["route/costs"] = torch.zeros(1)
     canonicalized(made, host.unet).save(folder / "more" / "fits.safetensors")
     made.header["model_class"] = "PixArtTransformer2DModel"
     made.save(folder / "other.safetensors")
