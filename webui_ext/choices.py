@@ -72,7 +72,7 @@ def _cast(given: Mapping[str, Any]) -> dict[str, Any]:
     """Values in their fields' types; TenutoError where one is none."""
     try:
         return {name: KINDS[name](value) for name, value in given.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TenutoError(f"Tenuto cannot read its settings: {error}.") from error
 
 

@@ -122,6 +122,17 @@ def test_other_precisions(host: Any, precision: str) -> None:
     assert precision in p.processed.comments
 
 
+def test_it_is_said_where_quantizing_gains_no_time(host: Any) -> None:
+    host.opts.tenuto_execution = "float"
+    p = host.p(*W8A8)
+    host.pictures(p)
+    assert "layers compute in float here, which gains no time" in p.processed.comments
+    host.opts.tenuto_execution = "int8"
+    p = host.p(*W8A8)
+    host.pictures(p)
+    assert ("in float" in p.processed.comments) == ("int8" not in p.processed.comments)
+
+
 STORED = {
     "fp8": lambda layer: setattr(layer, "fp16_weight", layer.weight),
     "nf4": lambda layer: setattr(layer, "quant_state", object()),
