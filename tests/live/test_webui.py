@@ -69,6 +69,8 @@ def draw(args: list[Any] | None = None, route: str = "txt2img", **more: Any) -> 
         "override_settings": {"batch_cond_uncond": True}, "override_settings_restore_afterwards":
         False,
     }  # fmt: skip
+    if more.get("enable_hr") and get("/tenuto/v1/status")["host"] == "forge":
+        asked["hr_additional_modules"] = ["Use same choices"]  # or Forge answers 500
     if args is not None:
         asked["alwayson_scripts"] = {"Tenuto": {"args": args}}
     found = get(f"/sdapi/v1/{route}", asked | more)
