@@ -1,1 +1,1 @@
-"""The place of the WebUI extension (Python 3.10). This version has none yet."""
+"""The extension of A1111, Forge and reForge; hosts load it as `tenuto_webui` (Python 3.10)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cost import latency
 from .errors import TenutoError
+from .kernels.activation import compiling
 
 EXECUTIONS = ("auto", "int8", "float")
 INT8, DENSE = "int8", "dequantized"
@@ -41,7 +42,7 @@ class Chooser:
 
 def may_measure(x: Tensor) -> bool:
     """Not while a graph is made of the calls."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return False
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

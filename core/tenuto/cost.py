@@ -6,13 +6,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .metrics import percentile
 
@@ -161,6 +161,16 @@ def _size(x: Tensor) -> int:
     return x.untyped_storage().nbytes()
 
 
+def _plain_attention() -> AbstractContextManager[Any]:
+    """Attention by plain products, which a counter sees."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # before torch 2.3
+        kernels = {"enable_flash": False, "enable_math": True, "enable_mem_efficient": False}
+        return torch.backends.cuda.sdp_kernel(**kernels)
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def multiply_adds(
     module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], names: Iterable[str] = ()
 ) -> dict[str, int]:
@@ -172,7 +182,7 @@ def multiply_adds(
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where there is one
 
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.no_grad(), _plain_attention(), counter:
         module(*args, **kwargs)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(module).__name__

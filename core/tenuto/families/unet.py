@@ -10,7 +10,7 @@ from ..backbone import Backbone, Branch, Subset
 from ..keymap import KeyMap, keymap
 
 CLASSES = ("UNet2DConditionModel",)
-HOSTS = ("UNetModel",)
+HOSTS = ("UNetModel", "IntegratedUNet2DConditionModel")  # the second is Forge's
 KINDS = {"attn1": "attention", "attn2": "cross-attention", "ff": "feed-forward"}
 INNER = "transformer_blocks"
 RESIDUAL = {

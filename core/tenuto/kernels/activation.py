@@ -22,6 +22,7 @@ MAGIC = 1.5 * 2**23  # from here to 2^24 floats are whole numbers
 PIECE = 2**18  # elements a thread: 1 MiB of floats, about a core's second cache
 
 _kept = threading.local()
+compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 has none: False
 
 
 def reference_per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
 
 def _lean(x: Tensor) -> bool:
     """Whether the work is done by pieces: on a CPU and outside compiled regions."""
-    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.numel() > 0 and not compiling()
 
 
 def _same(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .activation import compiling
 from .onednn import writes_bf16
 
 
@@ -32,7 +33,7 @@ def available() -> bool:
 
 def supported(x: Tensor) -> bool:
     """Whether a layer computes with a packed weight on `x`."""
-    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or x.dtype is not torch.bfloat16 or compiling():
         return False
     return not (torch.is_grad_enabled() and x.requires_grad) and x.numel() > 0 and available()
 

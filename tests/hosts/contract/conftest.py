@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from tenuto import Artifact, describe, families, quantize, record, schemes
 from tenuto.host import InPlace, Patches
 
 TIMES = (999, 750, 500, 250)  # of diffusion models on 0..1000; flows take the same on 0..1
-BENCHES = ("diffusers unet", "ldm unet", "comfy unet", "comfy pixart", "comfy sd3", "comfy flux")
+BENCHES = (
+    "diffusers unet", "ldm unet", "webui unet", "comfy unet", "comfy pixart", "comfy sd3",
+    "comfy flux",
+)  # fmt: skip
 Step = Callable[[int], None]
 
 
@@ -45,6 +49,10 @@ class Bench:
             from comfy_nodes.adapter import ComfyUI
 
             self.host: Any = ComfyUI()
+        elif self.kind == "webui":
+            from webui_ext.adapter import WebUI
+
+            self.host = WebUI()
         else:
             self.host = InPlace()
 
@@ -52,6 +60,8 @@ class Bench:
         """A new handle with the same weights."""
         if self.kind == "ldm":
             return self.make["ldm"]()
+        if self.kind == "webui":  # where A1111's `sd_model` has it
+            return SimpleNamespace(model=SimpleNamespace(diffusion_model=self.make["ldm"]()))
         return self.make["comfy" if self.kind == "comfy" else "diffusers"](self.family)
 
     def clone(self, handle: Any) -> Any:
@@ -85,9 +95,8 @@ class Bench:
     def run(self, handle: Any, settings: Settings) -> Tensor:
         """One sampling run by the host's own sampler."""
         with torch.no_grad():
-            return {"diffusers": _diffusers, "ldm": _ldm, "comfy": _comfy}[self.kind](
-                self, handle, settings
-            )
+            runs = {"diffusers": _diffusers, "ldm": _ldm, "webui": _webui, "comfy": _comfy}
+            return runs[self.kind](self, handle, settings)
 
     def noise(self, settings: Settings) -> Tensor:
         """(B, C, H, W); picture i has the noise of seed + i."""
@@ -113,6 +122,7 @@ class _Guided:
 
     def __init__(self, bench: Bench, settings: Settings, call: Callable[..., Tensor]) -> None:
         self.settings, self.call, self.count = settings, call, 0
+        self.before: Callable[[], None] = lambda: None
         seeds = [settings.seed + i for i in range(settings.batch)]
         self.text = bench.prompts([-1] * settings.batch), bench.prompts(seeds)
 
@@ -120,6 +130,7 @@ class _Guided:
         if self.settings.on_step:
             self.settings.on_step(self.count)
         self.count += 1
+        self.before()
         if self.settings.split:
             full, empty = (self.call(x, t, text) for text in reversed(self.text))
         else:
@@ -155,6 +166,32 @@ def _diffusers(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
     return x
 
 
+class _Evaluation(nn.Module):
+    """A1111's CFGDenoiser: it tells the extension of every evaluation before it calls the model."""
+
+    def __init__(self, denoiser: nn.Module, guided: _Guided) -> None:
+        super().__init__()
+        hooks = denoiser._forward_pre_hooks.values()
+        owners = [getattr(hook, "__self__", None) for hook in hooks]
+        self.runs = [owner for owner in owners if hasattr(owner, "evaluates")]
+        self.guided, self.step = guided, 0
+        self.guided.before = self.tell
+
+    def tell(self) -> None:
+        """The callback `on_cfg_denoiser`."""
+        for run in self.runs:
+            run.evaluates(self.step, len(self.guided.settings.times), self)
+
+    def forward(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        """What a sampler calls."""
+        return self.guided(x, sigma)
+
+
+def _webui(bench: Bench, handle: Any, settings: Settings) -> Tensor:
+    """As for ldm's bare U-Net, with a WebUI's callback."""
+    return _ldm(bench, bench.host.denoiser(handle), settings)
+
+
 def _ldm(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
     """k-diffusion's own samplers and wrapper round ldm's U-Net, as A1111 has them."""
     from k_diffusion import external, sampling
@@ -171,7 +208,7 @@ def _ldm(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
     x = bench.noise(settings) * (1 + sigmas[0] ** 2) ** 0.5
     name = {"dpm_2": "dpm_2"}.get(settings.sampler, settings.sampler)
     sampler = getattr(sampling, f"sample_{name}")
-    return sampler(lambda x, s, **_: guided(x, s), x, sigmas, disable=True)
+    return sampler(_Evaluation(handle, guided), x, sigmas, disable=True)
 
 
 def _comfy(bench: Bench, handle: Any, settings: Settings) -> Tensor:

@@ -1,0 +1,220 @@
+"""LoRAs, merged as each host does it: exact beside the codes, gone when the host takes them out."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BALANCED = "Built-in: Balanced"
+W8A8 = (True, BALANCED, "W8A8", "Off")
+NAMES = ("middle_block.1.transformer_blocks.0.attn1.to_q", "middle_block.0.out_layers.3")
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Relative error."""
+    return float((one - other).norm() / other.norm())
+
+
+def updates(denoiser: nn.Module, size: float) -> dict[str, Tensor]:
+    """A low-rank change of a Linear and of a convolution, `size` times as large as the weight."""
+    draw, found = torch.Generator().manual_seed(2), {}
+    for name in NAMES:
+        weight = denoiser.get_submodule(name).weight
+        up, down = (torch.randn(n, 2, generator=draw) for n in weight.flatten(1).shape)
+        change = (up @ down.T).view(weight.shape)
+        found[name] = change * (size * weight.norm() / change.norm())
+    return found
+
+
+class LoRA:
+    """The host's way: `put(changes)` before a call for pictures, {} takes it out again."""
+
+    def __init__(self, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host, self.wanted = host, {}
+        getattr(self, f"_{host.kind}")(monkeypatch)
+
+    def put(self, changes: dict[str, Tensor]) -> None:
+        """Wanted from now on."""
+        self.wanted = changes
+
+    def _a1111(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each layer merges when it is called, by a patch of its class, and keeps a backup."""
+        for name, module in self.host.unet.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.network_layer_name = name
+
+        def apply(layer: Any) -> None:
+            names = tuple((n, float(c.sum())) for n, c in self.wanted.items())
+            if getattr(layer, "network_current_names", ()) == names:
+                return
+            if getattr(layer, "network_weights_backup", None) is None:
+                layer.network_weights_backup = layer.weight.detach().clone()
+            layer.weight.data.copy_(layer.network_weights_backup)
+            if layer.network_layer_name in self.wanted:
+                layer.weight.data.add_(self.wanted[layer.network_layer_name])
+            layer.network_current_names = names
+
+        networks: Any = types.ModuleType("networks")
+        networks.network_apply_weights = apply
+        monkeypatch.setitem(sys.modules, "networks", networks)
+        for kind in (nn.Linear, nn.Conv2d):
+            own = kind.forward
+
+            def forward(layer: Any, x: Tensor, own: Any = own) -> Tensor:
+                if hasattr(layer, "network_layer_name"):
+                    apply(layer)
+                return own(layer, x)
+
+            monkeypatch.setattr(kind, "forward", forward)
+
+    def _forge(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All merge when the model is loaded for sampling: new Parameters, the old ones kept."""
+        loader = self.host.sd_model.forge_objects.unet.lora_loader
+
+        def refresh() -> None:
+            for key, value in loader.backup.items():
+                self._layer(key).weight = value
+            loader.backup = {}
+            for name, change in self.wanted.items():
+                layer = self.host.unet.get_submodule(name)
+                loader.backup[f"diffusion_model.{name}.weight"] = layer.weight
+                layer.weight = nn.Parameter(layer.weight + change, requires_grad=False)
+            loader.loaded_hash = str(list(self.wanted))
+
+        self.host.on_load = refresh
+
+    def _reforge(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All merge in place when the model is loaded for sampling."""
+        patcher = self.host.sd_model.forge_objects.unet
+        kept = namedtuple("Dimension", ["weight", "inplace_update"])
+
+        def load() -> None:
+            for key, value in patcher.backup.items():
+                self._layer(key).weight.data = value.weight
+            patcher.backup.clear()
+            for name, change in self.wanted.items():
+                layer = self.host.unet.get_submodule(name)
+                patcher.backup[f"diffusion_model.{name}.weight"] = kept(layer.weight.data, False)
+                layer.weight.data = layer.weight.data + change
+            patcher.patches_uuid += 1
+
+        self.host.on_load = load
+
+    def _layer(self, key: str) -> Any:
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        return self.host.unet.get_submodule(name)
+
+
+@pytest.fixture
+def lora(host: Any, monkeypatch: pytest.MonkeyPatch) -> LoRA:
+    """The host's loader."""
+    return LoRA(host, monkeypatch)
+
+
+@pytest.mark.parametrize("size", [0.003, 0.3])
+def test_a_side_branch_is_exact(host: Any, lora: LoRA, size: float) -> None:
+    """What each layer gives with a LoRA, less what it gives without, is the LoRA's own product."""
+    changes = updates(host.unet, size)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in NAMES}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda m, args, out: seen[name].append((args[0].clone(), out.clone()))
+
+    lora.put(changes)
+    hooks = [host.unet.get_submodule(n).register_forward_hook(watch(n)) for n in NAMES]
+    p = host.p(*W8A8)
+    host.pictures(p)
+    for hook in hooks:
+        hook.remove()
+    session = sys.modules["tenuto_webui.session"].session
+    kept = session._weights[1].kept
+    for name in NAMES:
+        for x, out in seen[name]:
+            x, out = x.clone(), out.clone()
+            layer = kept[name][1]
+            product = F.linear(x, changes[name]) if x.ndim == 3 else F.conv2d(
+                x, changes[name], padding=1
+            )  # fmt: skip
+            assert gap(out - layer(x), product) < 2e-3  # the host's own rounding of W + dW
+    assert "LoRA: 2 layers applied as side branch, 0 left in full precision" in (
+        p.processed.comments
+    )
+
+
+def test_on_and_off_again(host: Any, lora: LoRA) -> None:
+    """Strength, order and the way back: nothing is quantized again."""
+    plain, quantized = host.pictures(host.p(False)), host.pictures(host.p(*W8A8))
+    lora.put(updates(host.unet, 2.0))
+    full, both = host.pictures(host.p(False)), host.pictures(host.p(*W8A8))
+    assert gap(full, plain) > 0.01, "it does something"
+    assert gap(both, full) < 0.5 * gap(both, plain)
+    lora.put(updates(host.unet, 0.1))
+    weaker = host.pictures(host.p(*W8A8))
+    assert 0 < gap(weaker, quantized) < gap(both, quantized)
+    lora.put({})
+    p = host.p(*W8A8)
+    assert torch.equal(host.pictures(p), quantized)
+    assert "LoRA" not in p.processed.comments
+    assert torch.equal(host.pictures(host.p(False)), plain)
+
+
+def test_other_modes(host: Any, lora: LoRA) -> None:
+    """Requantised into the codes, or such layers in full precision: said, and near."""
+    lora.put(updates(host.unet, 0.3))
+    full = host.pictures(host.p(False))
+    for mode, words in (
+        ("requantise", "LoRA: 2 layers applied requantise, 0 left"),
+        ("off", "LoRA: 0 layers applied off, 2 left in full precision"),
+    ):
+        host.opts.tenuto_lora = mode
+        p = host.p(*W8A8)
+        assert gap(host.pictures(p), full) < 0.1
+        assert words in p.processed.comments
+
+
+def test_an_artifact_fits_while_a_lora_is_merged(
+    host: Any, lora: LoRA, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fingerprint is of the checkpoint's weights, which the host keeps a copy of."""
+    from tenuto.artifact import Artifact
+    from tenuto.localize import canonicalized
+
+    made = Artifact.new(host.unet, {"timesteps": [999.0, 1.0], "steps": 2, "guidance": 1.0})
+    canonical = canonicalized(made, host.unet)
+    lora.put({n: 0.5 + c for n, c in updates(host.unet, 0.3).items()})
+    host.pictures(host.p(False))
+    adapter = sys.modules["tenuto_webui.adapter"]
+    assert adapter.here(host.sd_model, canonical).header["family"] == "unet"
+
+
+def test_a_weight_that_is_changed_on_the_fly_counts(host: Any) -> None:
+    """Low-VRAM modes of Forge and reForge leave the weight and change it in each call."""
+    if host.kind == "a1111":
+        return
+    changes = updates(host.unet, 0.3)
+    for name, change in changes.items():
+        layer = host.unet.get_submodule(name)
+        if host.kind == "reforge":
+            layer.weight_function = [lambda w, change=change: w + change]
+        else:
+            layer.forge_online_loras = {"weight": change}
+    if host.kind == "forge":
+        operations: Any = types.ModuleType("backend.operations")
+        operations.get_weight_and_bias = lambda layer: (
+            layer.weight + layer.forge_online_loras["weight"], layer.bias,
+        )  # fmt: skip
+        sys.modules["backend.operations"] = operations
+    try:
+        p = host.p(*W8A8)
+        host.pictures(p)
+    finally:
+        sys.modules.pop("backend.operations", None)
+    assert "LoRA: 2 layers applied as side branch" in p.processed.comments

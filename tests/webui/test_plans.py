@@ -1,0 +1,112 @@
+"""From a budget to a table: what calibration measured decides, and the limits hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tenuto.artifact import Artifact
+from tenuto.errors import ArtifactError
+from webui_ext.choices import CACHES, OFF, ROUTER, UNIFORM, Choices, infotext, pasted
+from webui_ext.plans import at_budget, plan_of, rule, share, spread
+from webui_ext.run import Run
+
+BRANCHES = ("a", "b", "c")
+TIMES = [999.0 - 50 * i for i in range(20)]
+
+
+def artifact(policy: str = "late interval 5/2", **tensors: Any) -> Artifact:
+    """A route of 20 steps that holds every second one, but for the first six."""
+    table = torch.ones(20, 3, dtype=torch.bool)
+    table[6::2] = False
+    header = {"route": {"timesteps": TIMES, "branches": list(BRANCHES), "policy": policy}}
+    found = {f"route/{name}": value for name, value in tensors.items()}
+    return Artifact(header, {"route/table": table, **found})
+
+
+def test_the_route_itself_where_it_is_as_fast() -> None:
+    made = artifact(costs=torch.ones(20))
+    found = at_budget(made, Choices(speed=1 / (1 - 7 / 20)))
+    assert torch.equal(found.table, made.tensors["route/table"])
+
+
+@pytest.mark.parametrize("speed", [1.25, 2.0, 4.0, 8.0])
+def test_the_costs_of_the_steps(speed: float) -> None:
+    """The cheapest steps are held, as many as the budget wants."""
+    costs = torch.linspace(10, 1, 20)
+    found = at_budget(artifact(costs=costs), Choices(speed=speed))
+    assert found.reuse_ratio == pytest.approx(1 - 1 / speed, abs=0.03)
+    assert bool(found.table[0].all())
+    held = (~found.table[:, 0]).nonzero().flatten()
+    assert float(held.float().mean()) > 9.5, "late steps cost less"
+
+
+def test_the_scores_where_the_router_was_the_best() -> None:
+    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    made = artifact("router spread 1", logits=logits, costs=torch.ones(20))
+    found = at_budget(made, Choices(speed=2.0))
+    assert found.reuse_ratio == pytest.approx(0.5, abs=0.02)
+    assert float(logits[~found.table].max()) < float(logits[1:][found.table[1:]].min()) + 1e-6
+    assert len({tuple(row) for row in found.table.tolist()}) > 2, "cells, not whole steps"
+
+
+def test_a_route_that_nothing_is_known_of_stays_and_none_is_refused() -> None:
+    made = artifact()
+    assert torch.equal(at_budget(made, Choices(speed=4.0)).table, made.tensors["route/table"])
+    with pytest.raises(ArtifactError, match="no route"):
+        at_budget(Artifact({}, {}), Choices())
+
+
+@pytest.mark.parametrize("speed", [1.5, 2.0, 3.0, 8.0])
+def test_the_rule_of_the_built_in_ones(speed: float) -> None:
+    """First steps, then one of every few; about 1 / speed computes."""
+    found = rule(Choices(speed=speed, start=0.15), BRANCHES)
+    assert found.reuse_ratio == pytest.approx(1 - 1 / speed, abs=0.06)
+    if speed <= 3:
+        assert bool(found.table[:3].all())
+
+
+def test_a_column_for_every_branch() -> None:
+    made = spread(at_budget(artifact(), Choices()), ("c", "x", "b", "a"))
+    assert bool(made.table[:, 1].all()) and not bool(made.table[:, [0, 2, 3]].all())
+
+
+def test_nothing_is_laid_where_nothing_is_held() -> None:
+    for choices in (Choices(cache=OFF), Choices(speed=1.0), Choices(cache=UNIFORM, speed=1.0)):
+        assert plan_of(choices, None, BRANCHES) is None
+    assert plan_of(Choices(), None, ()) is None
+    assert share(None, 3) == 1.0
+
+
+def test_limits_of_a_plan() -> None:
+    plan = plan_of(Choices(cache=UNIFORM, start=0.2, stop=0.8, longest=0), None, BRANCHES)
+    assert plan is not None
+    run = Run()
+    run.steps, found = 10, []
+    for run.step in range(10):
+        found.append(plan.holds(run, 0, 0))
+    assert found == [False, False, False, True, False, True, False, True, False, False]
+    run.step = 9
+    for last in (False, True):
+        assert replace(plan, stop=1.0, last=last).holds(run, 0, 0) is not last
+
+
+def test_the_forecast_counts_what_is_limited() -> None:
+    one = plan_of(Choices(cache=UNIFORM, start=0, last=False, longest=0), None, BRANCHES)
+    many = plan_of(Choices(cache=UNIFORM, speed=8, start=0, last=False, longest=1), None, BRANCHES)
+    assert share(one, 3) == 0.5 and share(many, 3) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_an_infotext_is_read_as_it_was_written(cache: str) -> None:
+    for scheme in ("W8A8", "W8A16", OFF):
+        choices = Choices(enabled=True, cache=cache, start=0.25)
+        text = {k: str(v) for k, v in infotext(choices, scheme, None, "1").items() if v is not None}
+        found = pasted(text)
+        assert found is not None and found.cache == cache and found.start == 0.25
+        known = {"W8A8": "W8A8", "W8A16": "From artifact", OFF: OFF}
+        assert found.precision == known[scheme]
+    assert pasted({"Steps": "20"}) is None and ROUTER in CACHES

@@ -1,0 +1,131 @@
+"""Artifacts that a user can choose: built-in ones, and the files of one folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenuto import families
+from tenuto.artifact import Artifact, read_header
+from tenuto.errors import ArtifactError, TenutoError
+
+from .choices import BUILT_IN, OFF
+from .options import option
+
+BUILT_INS = {  # what "From artifact" stands for in each; their route is a rule
+    f"{BUILT_IN}Quality": OFF, f"{BUILT_IN}Balanced": "W8A8", f"{BUILT_IN}Fast": "W8A8",
+}  # fmt: skip
+Stamp = tuple[str, int, int]  # path, size, time of a file
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of the folder: its name there, and what its header says."""
+
+    name: str
+    path: Path
+    header: dict[str, Any]
+
+    @property
+    def scheme(self) -> str:
+        """What its layers are quantized to, as the field Precision says it; Off where none is."""
+        names = {facts["scheme"] for facts in self.header.get("layers", {}).values()}
+        low = [n.partition("-")[0].upper() for n in sorted(names, key=lambda n: (n[1:2], n))]
+        return low[0] if low else OFF
+
+
+def folder() -> Path:
+    """The folder of the settings page, or models/tenuto."""
+    chosen = str(option("folder") or "").strip()
+    if chosen:
+        return Path(chosen).expanduser()
+    from modules import paths
+
+    return Path(paths.models_path) / "tenuto"
+
+
+def files(denoiser: nn.Module | None = None) -> list[Found]:
+    """The artifacts in the folder, in order; those for the architecture of `denoiser` alone."""
+    found = []
+    for path in sorted(folder().rglob("*.safetensors")) if folder().is_dir() else ():
+        try:
+            header = _header(_stamp(path))
+        except (TenutoError, OSError):
+            continue  # some other safetensors file
+        if denoiser is None or _fits(header, denoiser):
+            found.append(Found(path.relative_to(folder()).as_posix(), path, header))
+    return found
+
+
+def names(denoiser: nn.Module | None = None) -> list[str]:
+    """What the field Artifact offers."""
+    return [*BUILT_INS, *(found.name for found in files(denoiser))]
+
+
+def find(name: str) -> Found | None:
+    """The file called `name`; None for a built-in one. ArtifactError where there is none."""
+    if name in BUILT_INS:
+        return None
+    found = next((f for f in files() if f.name == name), None)
+    if found is None:
+        raise ArtifactError(f"There is no artifact called {name!r} in the folder of artifacts.")
+    return found
+
+
+def scheme_of(name: str) -> str:
+    """What "From artifact" stands for."""
+    found = find(name)
+    return BUILT_INS[name] if found is None else found.scheme
+
+
+def mark(found: Found | None) -> str | None:
+    """8 hex digits of the file's SHA-256."""
+    return None if found is None else _digest(_stamp(found.path))[:8]
+
+
+def load(found: Found) -> Artifact:
+    """The artifact, read once as long as the file is the same."""
+    return _loaded(_stamp(found.path))
+
+
+def key(found: Found | None) -> Stamp | None:
+    """Tells one state of a file from another."""
+    return None if found is None else _stamp(found.path)
+
+
+def _fits(header: dict[str, Any], denoiser: nn.Module) -> bool:
+    try:
+        keys = families.names(denoiser)
+        wanted = keys.model_class if keys is not None else type(denoiser).__name__
+    except TenutoError:
+        return False
+    return header["model_class"] == wanted
+
+
+def _stamp(path: Path) -> Stamp:
+    facts = path.stat()
+    return str(path), facts.st_size, facts.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _header(stamp: Stamp) -> dict[str, Any]:
+    return read_header(stamp[0])
+
+
+@lru_cache(maxsize=1)
+def _loaded(stamp: Stamp) -> Artifact:
+    return Artifact.load(stamp[0])
+
+
+@lru_cache(maxsize=64)
+def _digest(stamp: Stamp) -> str:
+    digest = hashlib.sha256()
+    with Path(stamp[0]).open("rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()

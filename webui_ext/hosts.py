@@ -1,0 +1,109 @@
+"""What differs between A1111, Forge and reForge: features are tested, versions are not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenuto.errors import ModelError
+
+PREFIX = "diffusion_model."
+
+
+def detect() -> str:
+    """ "a1111", "forge", "forge-legacy" (reForge and old Forge) or "sdnext"."""
+    if _there("modules.sd_offload") or _there("modules.sdnq"):
+        return "sdnext"
+    if not _there("modules_forge"):
+        return "a1111"
+    return "forge" if _there("backend.patcher") else "forge-legacy"
+
+
+def _there(name: str) -> bool:
+    """Whether the host has this module; a parent that is missing is no error."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return name in sys.modules
+
+
+def patcher_of(sd_model: Any) -> Any:
+    """Forge's and reForge's UnetPatcher; None in A1111."""
+    return getattr(getattr(sd_model, "forge_objects", None), "unet", None)
+
+
+def denoiser_of(sd_model: Any) -> nn.Module:
+    """The network that is called once a step; ModelError where the host has none of that kind."""
+    if isinstance(sd_model, nn.Module) and not hasattr(sd_model, "model"):
+        return sd_model
+    patcher = patcher_of(sd_model)
+    found = getattr(patcher if patcher is not None else sd_model, "model", None)
+    found = getattr(found, "diffusion_model", None)
+    if not isinstance(found, nn.Module):
+        raise ModelError(f"Tenuto finds no denoiser in a {type(sd_model).__name__}.")
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Forge's Linear is no nn.Linear."""
+    return isinstance(module, nn.Linear) or (
+        type(module).__name__ == "Linear" and hasattr(module, "in_features")
+    )
+
+
+def layers(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every Linear and Conv2d with a weight."""
+    for name, module in denoiser.named_modules():
+        known = is_linear(module) or isinstance(module, nn.Conv2d)
+        if known and getattr(module, "weight", None) is not None:
+            yield name, module
+
+
+def objection(denoiser: nn.Module) -> str | None:
+    """Why layers cannot be quantized in this host now, in one sentence; None where they can."""
+    modules = sys.modules.get("modules.sd_unet")
+    if getattr(modules, "current_unet", None) is not None:
+        return "Precision is off: an SD-Unet stands in for the model."
+    for _, layer in layers(denoiser):
+        kind = _stored_low(layer)
+        if kind is not None:
+            return f"Precision is off: the host stores the weights in {kind}."
+    return None
+
+
+def replaced() -> bool:
+    """Whether an SD-Unet (TensorRT) computes in place of the model: then nothing acts."""
+    return getattr(sys.modules.get("modules.sd_unet"), "current_unet", None) is not None
+
+
+def _stored_low(layer: Any) -> str | None:
+    """What a layer's weight is stored in, if in fewer than 16 bits."""
+    weight = layer.weight
+    if getattr(layer, "quant_state", None) is not None or hasattr(weight, "bnb_quantized"):
+        return "nf4 or fp4"
+    if getattr(weight, "quant_state", None) is not None:
+        return "nf4 or fp4"
+    if getattr(weight, "gguf_cls", None) is not None:
+        return "gguf"
+    if getattr(layer, "fp16_weight", None) is not None or str(weight.dtype).startswith(
+        "torch.float8"
+    ):
+        return "fp8"
+    return None if weight.is_floating_point() else str(weight.dtype).removeprefix("torch.")
+
+
+def version_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a weight does. Forge computes in inference mode, where none are counted."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` as a layer of the host would take it under its autocast."""
+    if x.is_cuda and torch.is_autocast_enabled() and x.is_floating_point():
+        return x.to(torch.get_autocast_gpu_dtype())
+    return x

@@ -1,0 +1,182 @@
+"""`Session`: what is attached now, to whose sampling run, and what the last one did."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tenuto.artifact import Artifact
+from tenuto.errors import TenutoError
+
+from . import artifacts, hosts
+from .adapter import Installed, artifact_weights, branches_of, here, rounded
+from .choices import FROM_ARTIFACT, OFF, Choices
+from .options import HALF, option
+from .plans import plan_of
+from .timing import Timing
+from .weights import SIDE, Weights
+
+log = logging.getLogger("tenuto")
+
+
+@dataclass
+class Report:
+    """What one call for pictures did, all its passes together."""
+
+    computed: int = 0
+    held: int = 0
+    bytes: int = 0
+    lora: int = 0  # layers
+    lora_mode: str = SIDE
+    layers: dict[str, int] = field(default_factory=dict)
+    how: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    speedup: float | None = None
+    attached: bool = False
+
+
+class Session:
+    """One for the process: a host samples one picture (or batch) at a time."""
+
+    def __init__(self) -> None:
+        self.installed: Installed | None = None
+        self.owner: weakref.ref[Any] | None = None
+        self.report, self.timing = Report(), Timing()
+        self._weights: tuple[Any, Weights | None] = (None, None)
+        self._here: tuple[Any, Artifact | None] = (None, None)
+
+    # --- the run of an owner ----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A call for pictures begins: what a failed one may have left is taken out."""
+        self.stop()
+        self.report = Report()
+
+    def start(self, p: Any, choices: Choices) -> None:
+        """A sampling pass of `p` begins. TenutoError where nothing can be attached."""
+        self.stop()
+        self.owner = weakref.ref(p)
+        if not choices.now(bool(getattr(p, "is_hr_pass", False))):
+            return
+        if hosts.replaced():
+            raise TenutoError("An SD-Unet stands in for the model: there is nothing to attach to.")
+        if hosts.detect() == "sdnext":
+            raise TenutoError("SD.Next is not supported: it has no callback for an evaluation.")
+        sd_model = p.sd_model
+        denoiser = hosts.denoiser_of(sd_model)
+        found = artifacts.find(choices.artifact)
+        made = None if found is None else self._localized(sd_model, denoiser, found)
+        weights = self._quantized(denoiser, choices, found, made)
+        half = option("cache_dtype") == HALF
+        branches = branches_of(denoiser) if choices.cache != OFF else ()
+        plan = plan_of(choices, made, branches, half)
+        if weights is not None or plan is not None:
+            self.installed = Installed(sd_model, weights, plan)
+            self.report.attached = True
+
+    def evaluates(self, params: Any) -> None:
+        """The host's callback before each evaluation, of whatever sampling run."""
+        p = getattr(params.denoiser, "p", None)
+        mine = p is None or (self.owner is not None and self.owner() is p)
+        if mine and p is not None:
+            self.timing.note(params, p.sd_model)
+        if self.installed is None:
+            return
+        if mine:
+            self.installed.run.evaluates(*step_of(params), params.denoiser)
+        else:
+            self.installed.run.on = False  # somebody else's pictures, inside of ours
+
+    def stop(self, p: Any = None) -> None:
+        """Take everything out; with `p`, only if what is attached is for it."""
+        if p is not None and self.owner is not None and self.owner() is not p:
+            return
+        done, self.installed, self.owner = self.installed, None, None
+        if done is not None:
+            self._collect(done)
+            done.detach()
+        elif self.timing.starts:
+            self.timing.keep_full()
+        self.timing.begin()
+
+    def forget(self) -> None:
+        """Another checkpoint: nothing that was made of the last one is kept."""
+        self.stop()
+        self._weights, self._here = (None, None), (None, None)
+
+    # --- what is made -----------------------------------------------------------------------------
+
+    def _localized(self, sd_model: Any, denoiser: nn.Module, found: artifacts.Found) -> Artifact:
+        token = (weakref.ref(denoiser), artifacts.key(found))
+        if self._here[0] != token:
+            self._here = token, here(sd_model, artifacts.load(found))
+        made = self._here[1]
+        assert made is not None
+        return made
+
+    def _quantized(
+        self,
+        denoiser: nn.Module,
+        choices: Choices,
+        found: artifacts.Found | None,
+        made: Artifact | None,
+    ) -> Weights | None:
+        """Layers for the chosen precision, of this checkpoint: kept from run to run."""
+        own = artifacts.scheme_of(choices.artifact)
+        precision = own if choices.precision == FROM_ARTIFACT else choices.precision
+        if precision == OFF:
+            return None
+        refused = hosts.objection(denoiser)
+        if refused is not None:
+            self.report.notes.append(refused)
+            return None
+        execution, lora = str(option("execution")), str(option("lora"))
+        from_file = made is not None and precision == own
+        token = (
+            weakref.ref(denoiser), artifacts.key(found) if from_file else None, precision,
+            execution, lora,
+        )  # fmt: skip
+        if self._weights[0] != token:
+            if made is not None and from_file:
+                weights = artifact_weights(made, execution, lora=lora)
+            else:
+                weights = rounded(denoiser, precision, execution, lora)
+            self._weights = token, weights
+        return self._weights[1]
+
+    def _collect(self, done: Installed) -> None:
+        """Adds what a pass did to the report."""
+        report = self.report
+        if done.cache is not None:
+            report.computed += done.cache.computed
+            report.held += done.cache.held
+            report.bytes = max(report.bytes, done.cache.bytes())
+        if done.weights is not None:
+            report.layers, report.how = done.weights.count(), done.weights.how()
+            report.lora = max(report.lora, done.changes.count())
+            report.lora_mode = done.weights.lora
+        if done.run.failed is not None:
+            report.notes.append(done.run.failed)
+        elif done.run.evaluations:
+            report.speedup = self.timing.speedup()
+
+
+def step_of(params: Any) -> tuple[int, int]:
+    """The step that an evaluation belongs to, and how many there are.
+
+    The denoiser counts evaluations itself; second-order samplers make two a step. `sampling_step`
+    is set when a step is done, so that it says of most evaluations the step before.
+    """
+    denoiser = params.denoiser
+    names = ("step", "steps", "total_steps")
+    done, steps, total = (getattr(denoiser, name, None) for name in names)
+    if done is None or not steps or not total:
+        return params.sampling_step, params.total_sampling_steps
+    return min(done // max(1, total // steps), steps - 1), steps
+
+
+session = Session()

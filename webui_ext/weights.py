@@ -1,0 +1,170 @@
+"""Quantized layers in the host's model: an artifact's, or rounded to nearest where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tenuto.algorithms.nearest import RoundToNearest
+from tenuto.artifact import Artifact, tabled
+from tenuto.clock import Clock
+from tenuto.kernels.activation import Memo
+from tenuto.patching import Override, override_
+from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.qtensor import QTensor
+from tenuto.scheme import Scheme
+from tenuto.temporal_table import TemporalTable
+
+from . import hosts
+from .lora import Changes
+from .run import Run
+
+SIDE, AGAIN, WHOLE = "side branch", "requantise", "off"  # what becomes of a LoRA
+
+
+class Weights:
+    """Layers that compute with codes. They outlive a run: a checkpoint is quantized once.
+
+    schemes: by the denoiser's own names. artifact: one in those names, or None: round to nearest.
+    lora: WHOLE leaves a layer that a LoRA changes in full precision.
+    """
+
+    def __init__(
+        self,
+        schemes: Mapping[str, Scheme],
+        artifact: Artifact | None = None,
+        execution: str = "auto",
+        simulate: bool = False,
+        lora: str = SIDE,
+    ) -> None:
+        self.schemes, self.artifact, self.lora = dict(schemes), artifact, lora
+        self.options = {"wanted": execution, "simulate": simulate}
+        self.kept: dict[str, tuple[Any, QLayer]] = {}
+        self.memo = Memo()
+        self.clock = Clock(artifact.header["schedule"]["timesteps"] if artifact else ())
+        self.run, self.changes = Run(), Changes(None)
+        self.codes = artifact.section("weights") if artifact else {}
+        self.ranges = artifact.section("ranges") if artifact else {}
+
+    def overrides(self, denoiser: nn.Module, run: Run, changes: Changes) -> list[Override]:
+        """Put the patches in for one run: tables, then layers."""
+        self.run, self.changes = run, changes
+        run.clocks.append(self.clock)
+        found = []
+        for name, facts in (tabled(self.artifact.header) if self.artifact else {}).items():
+            module = denoiser.get_submodule(name)
+            assert self.artifact is not None
+            values = self.artifact.section("temporal")
+            rows = [values[f"{name}.{n}"] for n in range(len(facts["outputs"]))]
+            table = TemporalTable(module, rows, bool(facts["single"]), self.clock)
+            found.append(override_(module, Table(self, name, module, table)))
+        for name, layer in hosts.layers(denoiser):
+            if name in self.schemes:
+                found.append(override_(layer, Quantized(self, name)))
+        return found
+
+    def layer(self, name: str, module: Any, device: torch.device) -> QLayer:
+        """The quantized layer in place of `module`, made when it is first called."""
+        again = self.lora == AGAIN and self.changes.difference(name, module) is not None
+        token = hosts.version_of(module.weight) if again else None
+        known = self.kept.get(name)
+        if known is None or known[0] != token:
+            with torch.inference_mode(False), torch.no_grad():
+                layer = self._made(name, module, again).to(device)
+            known = self.kept[name] = token, layer
+        _follow(known[1], module, device)
+        return known[1]
+
+    def how(self) -> dict[str, int]:
+        """How the layers that were called compute: {"int8": count, ...}."""
+        return dict(Counter(layer.execution for _, layer in self.kept.values()))
+
+    def count(self) -> dict[str, int]:
+        """Layers by scheme."""
+        return dict(Counter(s.name for s in self.schemes.values()))
+
+    def _made(self, name: str, module: Any, again: bool) -> QLayer:
+        scheme, pair = self.schemes[name], None
+        own = self.changes.effective(module) if again else self.changes.own(name, module)
+        if self.artifact is not None and not again:
+            weight = QTensor.from_tensors(self.codes, name, own.shape, scheme.weight)
+        else:
+            weight = RoundToNearest().weight(own.detach().clone(), scheme.weight)
+        if scheme.activation is not None and f"{name}.scale" in self.ranges:
+            pair = self.ranges[f"{name}.scale"], self.ranges[f"{name}.zero_point"]
+        kind: Any = QConv2d if isinstance(module, nn.Conv2d) else QLinear
+        return kind(module, weight, scheme, self.clock, pair, memo=self.memo, **self.options)
+
+
+class Quantized:
+    """The forward of one layer: from codes and the LoRA's side branch, or the layer's own."""
+
+    def __init__(self, owner: Weights, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, original: Any, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        tiled = getattr(module, "padding_mode", "zeros") != "zeros"  # A1111's option Tiling
+        if not owner.run.on or tiled:
+            return original(x, *args, **kwargs)
+        try:
+            owner.changes.settle(module)
+            change = owner.changes.difference(self.name, module)
+            if change is None or owner.lora != WHOLE:
+                x = hosts.autocast(x)
+                out = owner.layer(self.name, module, x.device)(x)
+                if change is None or owner.lora != SIDE:
+                    return out
+                return out + branch(module, x, change)
+        except Exception as error:  # whatever it is, the host's own layer goes on
+            owner.run.fail(f"{self.name} failed ({error}).")
+        return original(x, *args, **kwargs)
+
+
+class Table:
+    """The forward of a time-only module: its row at a calibrated step, computed at any other."""
+
+    def __init__(self, owner: Weights, name: str, module: nn.Module, table: TemporalTable) -> None:
+        self.owner, self.table = owner, table
+        inside = hosts.layers(module)
+        self.layers = [(f"{name}.{inner}".rstrip("."), layer) for inner, layer in inside]
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if not owner.run.on or not owner.clock.exact or self._changed():
+            return original(*args, **kwargs)
+        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        self.table.to(first.device).dtype = hosts.autocast(first).dtype
+        return self.table(*args, **kwargs)
+
+    def _changed(self) -> bool:
+        """Whether a LoRA reaches into the module: its table knows nothing of that."""
+        for _, layer in self.layers:
+            self.owner.changes.settle(layer)
+        return any(self.owner.changes.difference(n, m) is not None for n, m in self.layers)
+
+
+def branch(module: Any, x: Tensor, change: Tensor) -> Tensor:
+    """What a change of the weight adds to the output of a layer, in the input's dtype."""
+    weight = change.to(x)
+    if isinstance(module, nn.Conv2d):
+        return F.conv2d(
+            x, weight, None, module.stride, module.padding, module.dilation, module.groups
+        )
+    return F.linear(x, weight)
+
+
+def _follow(layer: QLayer, module: Any, device: torch.device) -> None:
+    """Codes where the input is, and the host's bias: a LoRA may change it, and hosts offload."""
+    if layer.weight_scale.device != device:
+        layer.to(device)
+    bias = module.bias
+    if bias is not None and bias.device != device:
+        bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    if layer.bias is not bias:
+        layer.bias = bias

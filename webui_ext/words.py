@@ -1,0 +1,101 @@
+"""What is said to a user: the status line, and the line under the picture."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from tenuto.errors import TenutoError
+
+from . import artifacts, hosts
+from .choices import CACHES, FROM_ARTIFACT, OFF, SHORT, UNIFORM, Choices
+from .session import Report, session
+from .weights import SIDE, WHOLE
+
+FLOAT = {"dequantized", "simulated", "weight-only"}
+
+
+def under_picture(report: Report) -> str:
+    """One line: what was computed, how layers computed, and what was measured."""
+    parts = []
+    total = report.computed + report.held
+    if total:
+        share = report.computed / total
+        parts.append(f"{report.computed} of {total} blocks computed ({share:.0%})")
+    parts += layers(report)
+    if report.speedup is not None:
+        how = f"{report.speedup:.2f} times as fast as without, measured in this session"
+        parts.append(how if report.speedup >= 1 else f"{how}: slower than without")
+    parts += report.notes
+    if not parts:
+        return "Tenuto: nothing was attached."
+    return "Tenuto: " + "; ".join(part.rstrip(".") for part in parts)
+
+
+def layers(report: Report) -> list[str]:
+    """ "278 layers W8A8 (int8 200, dequantized 78)", "LoRA: 2 applied as side branch"."""
+    if not report.layers:
+        return []
+    kinds = ", ".join(f"{n} layers {name.upper()}" for name, n in sorted(report.layers.items()))
+    how = ", ".join(f"{name} {count}" for name, count in sorted(report.how.items()))
+    found = [f"{kinds} ({how})" if how else kinds]
+    if report.how and not report.how.keys() - FLOAT:
+        found.append("layers compute in float here, which gains no time")
+    done, skipped = (report.lora, 0) if report.lora_mode != WHOLE else (0, report.lora)
+    if report.lora:
+        how = "as side branch" if report.lora_mode == SIDE else report.lora_mode
+        found.append(f"LoRA: {done} layers applied {how}, {skipped} left in full precision")
+    return found
+
+
+def forecast(choices: Choices) -> str:
+    """What the chosen fields will do, as far as it is known without a model."""
+    if not choices.enabled:
+        return "Tenuto is off."
+    scheme = choices.precision
+    if scheme == FROM_ARTIFACT:
+        scheme = artifacts.scheme_of(choices.artifact)
+    quantized = "full precision" if scheme == OFF else f"layers {scheme}"
+    if choices.cache == OFF:
+        return f"{quantized}, no cache."
+    kind = "every block of one step in" if choices.cache == UNIFORM else "the route, speed"
+    return f"{quantized}, cache: {kind} {choices.speed:g}; about {_share(choices):.0%} computed."
+
+
+def _share(choices: Choices) -> float:
+    """Of a run of 20 steps, if its branches are held alike."""
+    from .plans import at_budget, plan_of, share
+
+    found = artifacts.find(choices.artifact)
+    if found is None or choices.cache == UNIFORM:
+        return share(plan_of(choices, None, ("block",)), 1)
+    artifact = artifacts.load(found)
+    names = at_budget(artifact, choices).branches
+    return share(plan_of(choices, artifact, names), len(names))
+
+
+def status_html(choices: Choices | None = None, warning: str = "") -> str:
+    """The status line. It is announced when it changes."""
+    try:
+        text = forecast(choices) if choices is not None else ""
+    except TenutoError as error:
+        text, warning = "", str(error)
+    facts = ", ".join(filter(None, [hosts.detect(), *layers(session.report)]))
+    said = " ".join(filter(None, [escape(text), f"({escape(facts)})"]))
+    alarm = f"<strong>Warning: {escape(warning)}</strong> " if warning else ""
+    return f'<div role="status" aria-live="polite">{alarm}{said}</div>'
+
+
+def facts() -> dict[str, Any]:
+    """The status as plain data, for the API."""
+    report = session.report
+    return {
+        "host": hosts.detect(),
+        "attached": session.installed is not None,
+        "last": {
+            "computed": report.computed, "held": report.held, "cache_bytes": report.bytes,
+            "layers": report.layers, "execution": report.how, "lora_layers": report.lora,
+            "speedup": report.speedup, "notes": report.notes, "text": under_picture(report),
+        },
+        "caches": [SHORT[c] for c in CACHES],
+    }  # fmt: skip
