@@ -89,6 +89,10 @@ class Bench:
         yield Row("W4A8 (AdaRound)", partial(self.quantized, w4a8, learnt), extra=True)
         further = replace(learnt, iterations=600, batch=32, start="gptq")
         yield Row("W4A8 (GPTQ, AdaRound)", partial(self.quantized, w4a8, further), extra=True)
+        longer = replace(learnt, iterations=1000, batch=32)
+        yield Row("W4A8 (AdaRound, longer)", partial(self.quantized, w4a8, longer), extra=True)
+        plain = replace(gptq, asymmetric=False)
+        yield Row("W4A8 (GPTQ, symmetric)", partial(self.quantized, w4a8, plain), extra=True)
         whole = replace(w4a8, weight=row)
         yield Row("W4A8 (a range a row)", partial(self.quantized, whole, gptq), extra=True)
         for kind in ("none", "tiar", "table"):

@@ -17,7 +17,7 @@ from .algorithms.awq import AWQ
 from .algorithms.gptq import GPTQ
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
-from .artifact import Artifact, fingerprint
+from .artifact import Artifact, fingerprint, versions
 from .calibrate import Job
 from .encoding import BATCH, encoder_calls
 from .errors import SchemeError
@@ -25,8 +25,8 @@ from .families import describe
 from .patching import encoders_of, frozen
 from .recipes import recipe_for
 from .scheme import Recipe, Scheme, schemes
-from .trajectory import Progress, Trajectory
-from .work import Work
+from .trajectory import Call, Progress, Trajectory
+from .work import Work, digest
 
 METHODS = {"rtn": RoundToNearest(), "awq": AWQ(), "gptq": GPTQ()}
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
@@ -50,7 +50,7 @@ def quantize_encoder(
     width: str,
     prompts: Sequence[str],
     *,
-    method: str = "awq",
+    method: str = "gptq",
     seed: int = 0,
     steps: int = 20,
     guidance: float | None = None,
@@ -63,7 +63,7 @@ def quantize_encoder(
     width: "w8" or "w4" (a range per 32 columns). method: "rtn", "awq" or "gptq". steps and
     guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
     """
-    scheme, algorithm = encoder_scheme(width, method), METHODS[method]
+    scheme = encoder_scheme(width, method)
     calls = encoder_calls(pipe, prompts)
     about = {"method": method, "prompts": len(prompts), "seed": seed}
     artifact = Artifact.new(pipe, _schedule(pipe, steps, guidance), {"encoder": about})
@@ -71,34 +71,56 @@ def quantize_encoder(
     mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
     shelf = Work(work, mark).path
     for number, (name, own) in enumerate(calls.items()):
-        encoder = encoders_of(pipe)[name]
-        backbone = describe(encoder)
-        rules = (
-            replace(rule, algorithm=rule.scheme and algorithm)
-            for rule in recipe_for(scheme, backbone, algorithm).rules
-        )
-        trajectory = Trajectory((0.0,), own, seed, BATCH, len(own), 1, prompts=tuple(prompts))
-        job = Job(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
-        job.maintain("none", Tiar())
-        inputs = {
-            "job": f"encoder {name}", "recipe": job.recipe.to_json(), "seed": seed,
-            "calibration": trajectory.about(), "version": artifact.header["made"],
-            "model": fingerprint(encoder),
-        }  # fmt: skip
-        with frozen(job.model):
-            done = Work(shelf and shelf / name, inputs)
-            job.run(done, _part(on_progress, number, len(calls), name))
-        _fill(artifact, name, encoder, backbone.family, job)
+        job = encoder_job(
+            encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
+            work=shelf and shelf / name, on_progress=_part(on_progress, number, len(calls), name),
+        )  # fmt: skip
+        fill(artifact, name, encoders_of(pipe)[name], job)
     return artifact
 
 
-def _fill(artifact: Artifact, name: str, encoder: nn.Module, family: str, job: Job) -> None:
+def encoder_job(
+    encoder: nn.Module,
+    calls: Sequence[Call],
+    width: str,
+    method: str,
+    *,
+    seed: int = 0,
+    device: Any = None,
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Job:
+    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
+    scheme, algorithm = encoder_scheme(width, method), METHODS[method]
+    backbone = describe(encoder)
+    rules = (
+        replace(rule, algorithm=rule.scheme and algorithm)
+        for rule in recipe_for(scheme, backbone, algorithm).rules
+    )
+    trajectory = Trajectory((0.0,), list(calls), seed, BATCH, len(calls), 1)
+    job = Job(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
+    job.maintain("none", Tiar())
+    inputs = {
+        "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
+        "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
+    }  # fmt: skip
+    with frozen(job.model):
+        job.run(Work(work, inputs), on_progress)
+    return job
+
+
+def _mark(call: Call) -> str:
+    """What an encoder is asked, as a short text."""
+    return digest(call.inputs["input_ids"].tolist())
+
+
+def fill(artifact: Artifact, name: str, encoder: nn.Module, job: Job) -> None:
     """Put the codes of one encoder, and what is known of them, into the artifact."""
     for layer, q in job.weights.items():
         artifact.tensors |= {f"encoder/{name}.{k}": v for k, v in q.tensors(layer).items()}
     used = {r.scheme.name: r.scheme for r in job.plan.values() if r.scheme is not None}
     artifact.header["encoders"][name] = {
-        "family": family,
+        "family": job.backbone.family,
         "model_class": type(encoder).__name__,
         "fingerprint": fingerprint(encoder),
         "recipe": job.recipe.to_json(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -54,7 +54,7 @@ def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: _calls(list(rows.values()), batch) for name, rows in seen.items()}
+    found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
     if not any(found.values()):
         raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")
     return {name: calls for name, calls in found.items() if calls}
@@ -72,7 +72,8 @@ def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _calls(rows: list[dict[str, Any]], batch: int) -> list[Call]:
+def calls_of(rows: Sequence[dict[str, Any]], batch: int = BATCH) -> list[Call]:
+    """Rows of input by argument, equally long, as calls; `attention_mask` says what counts."""
     found = []
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
@@ -85,38 +86,48 @@ def _calls(rows: list[dict[str, Any]], batch: int) -> list[Call]:
     return found
 
 
-@torch.no_grad()
 def hidden_distance(
     pipe: Any, artifact: Artifact, prompts: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """How far the states of each quantized encoder are from full precision, over its tokens.
+    """How far the states of each quantized encoder of a pipeline are from full precision.
 
-    By encoder: cosine {mean, p5, min}, relative_l2, the same two of the empty prompt alone, and
+    By encoder, see `states_distance`; of nothing where the artifact has no encoders.
+    """
+    wanted = artifact.header.get("encoders", {})
+    calls = encoder_calls(pipe, prompts) if wanted else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in wanted.keys() & calls.keys():
+        encoder = encoders_of(pipe)[name]
+        layers = encoder_layers(encoder, artifact, name)
+        found[name] = states_distance(encoder, calls[name], layers)
+    return found
+
+
+@torch.no_grad()
+def states_distance(
+    encoder: nn.Module, calls: Sequence[Call], layers: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """How far the states of `encoder` with other `layers` are from its own, over their tokens.
+
+    cosine {mean, p5, min}, relative_l2, the same two of the first row alone (the empty prompt), and
     bf16 {cosine, relative_l2}: what half precision does. Of the state before the last layer where
     the pipeline asks for all states, else of the last one; of the tokens that a mask leaves.
     """
-    wanted = artifact.header.get("encoders", {})
-    found: dict[str, dict[str, Any]] = {}
-    for name, calls in (encoder_calls(pipe, prompts) if wanted else {}).items():
-        if name not in wanted:
-            continue
-        encoder = encoders_of(pipe)[name]
-        full = [_states(encoder, call) for call in calls]
-        twin = bf16_copy(encoder, bf16_arithmetic(place(encoder)[0]))
-        floor = _distance(full, [_states(twin, call) for call in calls])
-        del twin
-        swaps = [Swap(encoder, *pair) for pair in encoder_layers(encoder, artifact, name).items()]
-        try:
-            low = [_states(encoder, call) for call in calls]
-        finally:
-            for swap in reversed(swaps):
-                swap.remove()
-        empty = _distance([full[0][:1]], [low[0][:1]])  # the first row is the empty prompt
-        found[name] = _distance(full, low) | {
-            "empty": {"cosine": empty["cosine"]["mean"], "relative_l2": empty["relative_l2"]},
-            "bf16": {"cosine": floor["cosine"]["mean"], "relative_l2": floor["relative_l2"]},
-        }
-    return found
+    full = [_states(encoder, call) for call in calls]
+    twin = bf16_copy(encoder, bf16_arithmetic(place(encoder)[0]))
+    floor = _distance(full, [_states(twin, call) for call in calls])
+    del twin
+    swaps = [Swap(encoder, *pair) for pair in layers.items()]
+    try:
+        low = [_states(encoder, call) for call in calls]
+    finally:
+        for swap in reversed(swaps):
+            swap.remove()
+    empty = _distance([full[0][:1]], [low[0][:1]])
+    return _distance(full, low) | {
+        "empty": {"cosine": empty["cosine"]["mean"], "relative_l2": empty["relative_l2"]},
+        "bf16": {"cosine": floor["cosine"]["mean"], "relative_l2": floor["relative_l2"]},
+    }
 
 
 def _states(encoder: nn.Module, call: Call) -> Tensor:

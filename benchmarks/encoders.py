@@ -1,0 +1,137 @@
+"""Text encoders in 8 and 4 bits, by each method: how far their states are, and the pictures.
+
+    python benchmarks/encoders.py                     # both demo models, 64 prompts
+    python benchmarks/encoders.py --t5 flan-t5-small  # a trained T5; convert_t5.py makes the folder
+
+Calibration is on the shipped list "default" (a T5 of one's own: the first half of "general"), what
+is measured on "evaluation" (the second half), the empty prompt included. States: cosine to full
+precision over all tokens that count, mean and least, and relative L2; the row bf16 is what half
+precision does. Pictures: 20 steps, equal seeds. One JSON line a row, a table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tenuto as tn
+from benchmarks.quantization import cpu_name
+from tenuto.artifact import Artifact
+from tenuto.attachment import encoder_layers
+from tenuto.demo import defaults
+from tenuto.encoders import METHODS, WIDTHS, encoder_job, fill
+from tenuto.encoding import calls_of, states_distance
+from tenuto.measure import compare_all
+
+MODELS = ("transformer", "unet")
+
+
+def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
+    """The rows of a demo model: states and pictures."""
+    pipe, made, seconds = tn.demo(name), {}, {}
+    guidance = defaults(f"demo:{name}").guidance
+    for width in WIDTHS:
+        for method in METHODS:
+            start = time.perf_counter()
+            made[f"{width} {method}"] = tn.quantize_encoder(
+                pipe, width, tn.prompts("default"), method=method, guidance=guidance
+            )
+            seconds[f"{width} {method}"] = time.perf_counter() - start
+    found, _ = compare_all(pipe, made, count=count)
+    for row, one in found.items():
+        pictures = {"psnr_db": one.psnr_db, "lpips": one.lpips, "floor": one.bf16_floor_psnr_db}
+        yield (
+            {"model": f"demo:{name}", "row": row, "seconds": seconds[row]}
+            | one.encoders["text_encoder"]
+            | pictures
+        )
+
+
+def of_t5(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a trained T5 encoder without a denoiser: states alone."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    encoder = T5EncoderModel.from_pretrained(folder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    lines = tn.prompts("general")
+
+    def calls(some: list[str]) -> Any:
+        given = tokenizer(["", *some], padding="max_length", max_length=64, return_tensors="pt")
+        keys = ("input_ids", "attention_mask")
+        return calls_of([{k: given[k][i] for k in keys} for i in range(len(some) + 1)])
+
+    calibration, unseen = calls(lines[::2]), calls(lines[1::2])
+    for width in WIDTHS:
+        for method in METHODS:
+            start = time.perf_counter()
+            job = encoder_job(encoder, calibration, width, method)
+            seconds = time.perf_counter() - start
+            artifact = Artifact({"encoders": {}})
+            fill(artifact, "text_encoder", encoder, job)
+            layers = encoder_layers(encoder, artifact, "text_encoder")
+            facts = states_distance(encoder, unseen, layers)
+            yield {"model": folder.name, "row": f"{width} {method}", "seconds": seconds} | facts
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, under what they were measured on."""
+    text = [
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{datetime.date.today()}",
+        "",
+        "| model | row | cosine, mean (least) | relative L2 | of the empty prompt "
+        "| PSNR dB, median (5th perc.) | LPIPS | s to calibrate |",
+        "| --- " * 8 + "|",
+    ]
+    for number, row in enumerate(rows):
+        if not number or rows[number - 1]["model"] != row["model"]:
+            low, floor = row["bf16"], row.get("floor")
+            text.append(
+                f"| {row['model']} | bf16 | {low['cosine']:.5f} | {low['relative_l2']:.4f} | "
+                f"| {decibels(floor)} | | |"
+            )
+        cosine, lpips = row["cosine"], row.get("lpips")
+        text.append(
+            f"| {row['model']} | {row['row']} | {cosine['mean']:.5f} ({cosine['min']:.4f}) "
+            f"| {row['relative_l2']:.4f} | {row['empty']['relative_l2']:.4f} "
+            f"| {decibels(row.get('psnr_db'))} | {'' if lpips is None else f'{lpips:.5f}'} "
+            f"| {row['seconds']:.0f} |"
+        )
+    return "\n".join(text)
+
+
+def decibels(value: dict[str, float] | None) -> str:
+    """Median and 5th percentile."""
+    return "" if value is None else f"{value['median']:.1f} ({value['p5']:.1f})"
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", default="all", choices=("all", *MODELS))
+    parser.add_argument("--t5", type=Path, help="a folder with a T5EncoderModel: that alone")
+    parser.add_argument("--count", type=int, default=64, help="pictures compared")
+    args = parser.parse_args()
+    names = MODELS if args.model == "all" else (args.model,)
+    sources = [of_t5(args.t5)] if args.t5 else [of_pipeline(name, args.count) for name in names]
+    rows = []
+    for row in (row for source in sources for row in source):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    print("\n" + markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
