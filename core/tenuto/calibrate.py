@@ -205,21 +205,12 @@ class Job:
         forms = {n: form for n, form in forms.items() if not form.dynamic}
         self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
 
-    def fill(self, artifact: Artifact, preset: str) -> Artifact:
-        """`artifact` with the sections weights and ranges and what is known of them."""
-        for name, q in self.weights.items():
-            artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
-        for name, (scale, zero) in self.ranges.items():
-            artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
-        for key, value in self.maintained.items():
-            if key.startswith("table/"):
-                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
+    def described(self) -> dict[str, Any]:
+        """What a header says of the quantized layers: schemes, recipe, layers."""
         used = {r.scheme.name: r.scheme for r in self.plan.values() if r.scheme is not None}
-        artifact.header |= {
+        return {
             "schemes": {name: scheme.to_json() for name, scheme in used.items()},
             "recipe": self.recipe.to_json(),
-            "preset": preset,
-            TEMPORAL: self.time.header(self.maintained),
             "layers": {
                 name: {
                     "scheme": rule.scheme.name,
@@ -229,6 +220,20 @@ class Job:
                 for name, rule in self.plan.items()
                 if rule.scheme is not None
             },
+        }
+
+    def fill(self, artifact: Artifact, preset: str) -> Artifact:
+        """`artifact` with the sections weights and ranges and what is known of them."""
+        for name, q in self.weights.items():
+            artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
+        for name, (scale, zero) in self.ranges.items():
+            artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
+        for key, value in self.maintained.items():
+            if key.startswith("table/"):
+                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
+        artifact.header |= self.described() | {
+            "preset": preset,
+            TEMPORAL: self.time.header(self.maintained),
         }
         return artifact
 

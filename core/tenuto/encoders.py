@@ -118,23 +118,11 @@ def fill(artifact: Artifact, name: str, encoder: nn.Module, job: Job) -> None:
     """Put the codes of one encoder, and what is known of them, into the artifact."""
     for layer, q in job.weights.items():
         artifact.tensors |= {f"encoder/{name}.{k}": v for k, v in q.tensors(layer).items()}
-    used = {r.scheme.name: r.scheme for r in job.plan.values() if r.scheme is not None}
     artifact.header["encoders"][name] = {
         "family": job.backbone.family,
         "model_class": type(encoder).__name__,
         "fingerprint": fingerprint(encoder),
-        "recipe": job.recipe.to_json(),
-        "schemes": {n: scheme.to_json() for n, scheme in used.items()},
-        "layers": {
-            n: {
-                "scheme": rule.scheme.name,
-                "shape": list(job.weights[n].shape),
-                "weight_error": job.errors[n],
-            }
-            for n, rule in job.plan.items()
-            if rule.scheme is not None
-        },
-    }
+    } | job.described()
 
 
 def _schedule(pipe: Any, steps: int, guidance: float | None) -> dict[str, Any]:
