@@ -1,13 +1,15 @@
-"""One file, made by the command in diffusers, used unchanged in three hosts: the same latents."""
+"""One file, made in diffusers by the command or by the app, used unchanged in every host."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,9 +100,10 @@ def parts(request: pytest.FixtureRequest, checkpoints: Path, in_comfy: Any, prom
 
 @pytest.fixture(scope="module")
 def file(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """W8A8 with temporal tables and a trained route: quantize and train-router, as a user does.
+    """W8A8 with temporal tables and a trained route.
 
-    The wide model has a range for every step, the narrow one a range for every token.
+    Of the narrow model by the command, with a range for every token; of the wide one by the app,
+    with a range for every step.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -131,12 +134,36 @@ def file(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     steps = ("--steps", 4, "--guidance", GUIDANCE)
     first, one = folder / "first.safetensors", folder / "one.safetensors"
-    scheme = "w8a8" if parts.name == "small" else "w8a8-static"
-    how = ("--scheme", scheme, "--temporal", "table", "--prompts", folder / "prompts.txt")
-    tenuto("quantize", folder / "model", *how, *steps, "--out", first)
-    route = ("--iterations", 1, "--reuse", 0.4)
-    tenuto("train-router", folder / "model", "--artifact", first, *route, "--out", one)
+    prompts, route = folder / "prompts.txt", ("--iterations", 1, "--reuse", 0.4)
+    if parts.name == "small":
+        how = ("--scheme", "w8a8", "--temporal", "table", "--prompts", prompts)
+        tenuto("quantize", folder / "model", *how, *steps, "--out", first)
+        tenuto("train-router", folder / "model", "--artifact", first, *route, "--out", one)
+        return one
+    in_app({
+        "kind": "calibrate", "model": str(folder / "model"), "prompts": str(prompts),
+        "scheme": "w8a8-static", "reuse": 0.4, "iterations": 1, "preset": "quick", "steps": 4,
+        "guidance": GUIDANCE, "seed": 0, "device": "cpu", "first": str(first), "out": str(one),
+    })  # fmt: skip
+    picture = folder / "picture.png"
+    tenuto("generate", folder / "model", "--prompt", PROMPT, "--artifact", one, "--out", picture)
+    assert picture.stat().st_size > 100
     return one
+
+
+def in_app(request: dict[str, Any]) -> None:
+    """What the app's Calibrate starts: its worker, told what to do on standard input."""
+    code = "import sys; from tenuto.launch import module; sys.exit(module('worker').main())"
+    worker = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdin.write(json.dumps(request) + "\n")
+    worker.stdin.flush()  # open until the end: the worker stops when it closes
+    told = [json.loads(line) for line in worker.stdout]
+    worker.stdin.close()
+    assert worker.wait(60) == 0 and "result" in told[-1], told[-1]
 
 
 def sigmas() -> Tensor:
@@ -160,8 +187,8 @@ def by_diffusers(unet: nn.Module, parts: Parts) -> Tensor:
     return x
 
 
-def by_ldm(unet: nn.Module, parts: Parts) -> Tensor:
-    """k-diffusion's Euler sampler and wrapper round ldm's U-Net."""
+def by_ldm(unet: nn.Module, parts: Parts, told: Any = lambda step: None) -> Tensor:
+    """k-diffusion's Euler sampler and wrapper round ldm's U-Net; told(step) at each evaluation."""
     from k_diffusion import external, sampling
 
     class Model:
@@ -173,7 +200,10 @@ def by_ldm(unet: nn.Module, parts: Parts) -> Tensor:
 
     wrapped = external.CompVisDenoiser(Model(), quantize=True)
 
+    steps = iter(range(len(TIMES)))
+
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        told(next(steps))
         both = wrapped(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=parts.text)
         empty, full = both.chunk(2)
         return empty + GUIDANCE * (full - empty)
@@ -230,6 +260,25 @@ def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> See
     return Seen(plain, found, {keys.canonical(n) if keys else n for n in inside}, cells)
 
 
+def in_webui(artifact: Artifact, parts: Parts) -> Seen:
+    """The adapter of A1111, Forge and reForge, on the U-Net that they have."""
+    from tenuto.host import Patches
+    from webui_ext.adapter import WebUI
+
+    unet = parts.in_ldm()
+    handle = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet))
+    plain, keys = by_ldm(unet, parts), families.names(unet)
+    assert keys is not None
+    attached = WebUI().install(handle, Patches(artifact, execution="int8"))
+    found = by_ldm(unet, parts, lambda step: attached.run.evaluates(step, len(TIMES), handle))
+    assert attached.weights is not None
+    layers = {part for name in attached.weights.kept for part in keys.layers()[name]}
+    cells = attached.counts()
+    attached.detach()
+    assert torch.equal(by_ldm(unet, parts), plain)
+    return Seen(plain, found, layers, cells)
+
+
 def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     """ComfyUI's own modules and samplers."""
     from comfy_nodes.adapter import ComfyUI
@@ -264,7 +313,7 @@ def by_http(server: Any, make: Any, file: Path, parts: Parts) -> Seen:
     return Seen(server.latent(plain) * LATENT, server.latent(answered) * LATENT, layers, cells)
 
 
-def test_one_artifact_in_three_hosts(server: Any, make: Any, parts: Parts, file: Path) -> None:
+def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: Path) -> None:
     """Equal lists of layers and cells, and latents equal to 1e-3.
 
     Rounding makes a whole code of a difference in the last bit: each host is compared with
@@ -278,6 +327,7 @@ def test_one_artifact_in_three_hosts(server: Any, make: Any, parts: Parts, file:
     seen = {
         "diffusers": in_place(parts.in_diffusers(), artifact, by_diffusers, parts),
         "ldm": in_place(parts.in_ldm(), artifact, by_ldm, parts),
+        "webui": in_webui(artifact, parts),
         "comfy": in_comfyui(artifact, parts),
     }
     if parts.name == "loaded":
