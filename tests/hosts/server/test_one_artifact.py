@@ -270,7 +270,7 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
     plain, keys = by_ldm(unet, parts), families.names(unet)
     assert keys is not None
     attached = WebUI().install(handle, Patches(artifact, execution="int8"))
-    found = by_ldm(unet, parts, lambda step: attached.run.evaluates(step, len(TIMES), handle))
+    found = by_ldm(unet, parts, lambda step: attached.run.evaluates(step, len(TIMES), unet))
     assert attached.weights is not None
     layers = {part for name in attached.weights.kept for part in keys.layers()[name]}
     cells = attached.counts()
@@ -317,7 +317,8 @@ def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: 
     """Equal lists of layers and cells, and latents equal to 1e-3.
 
     Rounding makes a whole code of a difference in the last bit: each host is compared with
-    diffusers under the attention that it has itself, as diffusers differs from itself otherwise.
+    diffusers under the attention that it has itself. On a processor on which the wide model falls
+    from one code to another even between these two, hosts differ no more than they do.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -335,10 +336,11 @@ def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: 
     one, other = seen["diffusers"], parts.in_diffusers()
     other.set_attn_processor(AttnProcessor())
     two = in_place(other, artifact, by_diffusers, parts)
+    near = 1e-3 if parts.name == "small" else max(1e-3, 3 * gap(two.found, one.found))
     for name, host in seen.items():
         assert host.layers == set(artifact.header["layers"]), name
         held = {n: c for n, c in host.cells.items() if c[1]}
         assert held == {n: c for n, c in one.cells.items() if c[1]} != {}, name
         assert gap(host.plain, one.plain) < 1e-5, name
-        assert min(gap(host.found, one.found), gap(host.found, two.found)) < 1e-3, name
+        assert min(gap(host.found, one.found), gap(host.found, two.found)) < near, name
         assert gap(host.found, host.plain) > 5e-3, "it was not even on"
