@@ -150,8 +150,9 @@ def browser() -> Iterator[Any]:
     """Chromium of the distribution, without a window."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium: apt install chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as play:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
         flags = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser

@@ -146,8 +146,7 @@ def axe() -> str:
     import importlib.util
 
     spec = importlib.util.find_spec("axe_playwright_python")
-    if spec is None or spec.origin is None:
-        pytest.skip("there is no axe-core: pip install axe-playwright-python")
+    assert spec is not None and spec.origin is not None, "pip install -e '.[test]'"
     return (Path(spec.origin).parent / "axe.min.js").read_text(encoding="utf-8")
 
 

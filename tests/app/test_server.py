@@ -33,8 +33,9 @@ def client(app: Any) -> Iterator[Any]:
 
 
 def connected(url: str, **options: Any) -> Any:
-    found = pytest.importorskip("gradio_client")
-    return found.Client(url, verbose=False, **options)
+    from gradio_client import Client
+
+    return Client(url, verbose=False, **options)
 
 
 def refused(call: Callable[..., Any], *args: Any, **options: Any) -> str:

@@ -5,8 +5,8 @@
 # in an environment of its own, DIR. diffusers and transformers are there for the tests that build models with them; hosts need
 # neither. Their versions are of that torch's time, so that what they lack is missing for the tests too.
 #
-# PYTHON picks the interpreter; 3.10 comes with `uv python install 3.10`, pyenv or the distribution. TORCH picks torch's build:
-# TORCH='torch==2.1.2 --index-url THE-CPU-INDEX' is much smaller than the CUDA build, which a plain install brings.
+# PYTHON picks the interpreter; 3.10 comes with `uv python install 3.10`, pyenv or the distribution. TORCH has pip's words for torch, as in
+# the README's section on installing: the CPU build is much smaller than the CUDA build, which a plain install brings.
 set -euo pipefail
 
 [ $# -ge 1 ] || { sed -n '2,/^set /p' "$0" | sed -e '$d' -e 's/^# \{0,1\}//' >&2; exit 2; }
