@@ -91,6 +91,16 @@ class Bench:
         yield Row("W4A8 (GPTQ, AdaRound)", partial(self.quantized, w4a8, further), extra=True)
         longer = replace(learnt, iterations=1000, batch=32)
         yield Row("W4A8 (AdaRound, longer)", partial(self.quantized, w4a8, longer), extra=True)
+        for name, kind in {
+            "AdaRound, symmetric": replace(longer, asymmetric=False),
+            "GPTQ symmetric, AdaRound": replace(further, asymmetric=False),
+            "AdaRound, longest": replace(longer, iterations=2500),
+            "AdaRound, lr": replace(longer, lr=3e-2),
+        }.items():
+            yield Row(f"W4A8 ({name})", partial(self.quantized, w4a8, kind), extra=True)
+        fine = replace(w4a8, weight=replace(w4a8.weight, group=16))
+        yield Row("W4A8 (16, AdaRound, longer)", partial(self.quantized, fine, longer), extra=True)
+        yield Row("W4A8 (16, GPTQ)", partial(self.quantized, fine, gptq), extra=True)
         plain = replace(gptq, asymmetric=False)
         yield Row("W4A8 (GPTQ, symmetric)", partial(self.quantized, w4a8, plain), extra=True)
         whole = replace(w4a8, weight=row)

@@ -414,3 +414,16 @@ def test_adaround_goes_on_from_gptq(case: Case) -> None:
     names = {name: schemes.W4A8 for name, _ in layers(block)}
     for name, q in GPTQ()(block, names, case.bank, case.target, seed=4).items():
         assert torch.equal(q.codes(), found[name].codes())
+
+
+def test_symmetric_adaround_aims_at_what_the_block_gives_on_these_inputs(case: Case) -> None:
+    """Another target changes nothing then: the block's own outputs on the bank are the target."""
+    method = dataclasses.replace(quick(AdaRound), asymmetric=False)
+    found = case.run(method, W2, seed=1)
+    own = outputs(case.block, case.bank, "cpu")
+    names = {name: W2 for name, _ in layers(case.block)}
+    again = quick(AdaRound)(case.block, names, case.bank, own, seed=1)
+    other = method(case.block, names, case.bank, torch.zeros_like(own), seed=1)
+    for name, q in found.items():
+        assert torch.equal(q.codes(), again[name].codes())
+        assert torch.equal(q.codes(), other[name].codes())

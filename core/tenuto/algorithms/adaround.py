@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..grid import Grid
 from ..patching import override_
 from ..qtensor import QTensor
-from ..replay import Bank, first_tensor
+from ..replay import Bank, first_tensor, outputs
 from ..scheme import Format, Scheme
 from .gptq import GPTQ
 from .nearest import weight_of
@@ -67,7 +67,9 @@ class AdaRound:
 
     iterations, batch: optimizer steps and rows in each. lr: of Adam on the rounding alone.
     weight: of the rounding term, per weight. warmup: share of iterations without it.
-    start: "nearest", or "gptq" to go on from what GPTQ found.
+    start: "nearest", or "gptq" to go on from what GPTQ found (`asymmetric` as here).
+    asymmetric: aim at what the full-precision block gave on its own inputs; else at what it gives
+    on those that the quantized block gets.
     """
 
     iterations: int = 400
@@ -76,6 +78,7 @@ class AdaRound:
     weight: float = 0.01
     warmup: float = 0.2
     start: str = "nearest"
+    asymmetric: bool = True
 
     needs_inputs = True
 
@@ -92,6 +95,8 @@ class AdaRound:
         """The weights of `layers`, rounded so that the block gives `target` (R, ...) on `bank`."""
         device = next(block.parameters()).device
         roundings = self._started(block, layers, bank, seed, on_progress)
+        if not self.asymmetric:
+            target = outputs(block, bank, device)
         patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
         optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
         draw = torch.Generator().manual_seed(seed)
@@ -119,7 +124,9 @@ class AdaRound:
         """A rounding of every layer."""
         first: dict[str, QTensor] = {}
         if self.start == "gptq":
-            first = GPTQ()(block, layers, bank, seed=seed, on_progress=on_progress)
+            first = GPTQ(asymmetric=self.asymmetric)(
+                block, layers, bank, seed=seed, on_progress=on_progress
+            )
         start = {n: q.levels().float() for n, q in first.items()}
         return {n: Rounding(weight_of(block, n), s.weight, start.get(n)) for n, s in layers.items()}
 
