@@ -75,8 +75,8 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Every row, the ones without calibration first."""
-        schemes, nearest, learnt = tn.schemes, RoundToNearest(), AdaRound(300, 16)
-        gptq = effort(self.preset).rounding
+        schemes, nearest = tn.schemes, RoundToNearest()
+        gptq, learnt = effort(self.preset).gptq, effort("thorough").adaround
         yield from (Row(FULL), Row(BF16), Row(AUTOENCODER))
         for path in sorted(asset("artifacts").glob(f"demo-{self.short}.*.safetensors")):
             yield Row(f"shipped {path.name.split('.')[1]}", file=path)
@@ -86,23 +86,18 @@ class Bench:
         yield Row("W4A16 (GPTQ)", partial(self.quantized, schemes.W4A16, gptq))
         yield Row(f"router {REUSE:.0%}", partial(self.routed, REUSE))
         yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest), extra=True)
-        yield Row("W4A8 (AdaRound)", partial(self.quantized, w4a8, learnt), extra=True)
-        further = replace(learnt, iterations=600, batch=32, start="gptq")
-        yield Row("W4A8 (GPTQ, AdaRound)", partial(self.quantized, w4a8, further), extra=True)
-        longer = replace(learnt, iterations=1000, batch=32)
-        yield Row("W4A8 (AdaRound, longer)", partial(self.quantized, w4a8, longer), extra=True)
-        for name, kind in {
-            "AdaRound, symmetric": replace(longer, asymmetric=False),
-            "GPTQ symmetric, AdaRound": replace(further, asymmetric=False),
-            "AdaRound, longest": replace(longer, iterations=2500),
-            "AdaRound, lr": replace(longer, lr=3e-2),
-        }.items():
-            yield Row(f"W4A8 ({name})", partial(self.quantized, w4a8, kind), extra=True)
+        further = replace(learnt, iterations=600, start="gptq")
         fine = replace(w4a8, weight=replace(w4a8.weight, group=16))
-        yield Row("W4A8 (16, AdaRound, longer)", partial(self.quantized, fine, longer), extra=True)
-        yield Row("W4A8 (16, GPTQ)", partial(self.quantized, fine, gptq), extra=True)
-        plain = replace(gptq, asymmetric=False)
-        yield Row("W4A8 (GPTQ, symmetric)", partial(self.quantized, w4a8, plain), extra=True)
+        for name, scheme, rounding in (
+            ("AdaRound", w4a8, learnt),
+            ("AdaRound, brief", w4a8, AdaRound(300, 16)),
+            ("AdaRound, symmetric", w4a8, replace(learnt, asymmetric=False)),
+            ("GPTQ, symmetric", w4a8, replace(gptq, asymmetric=False)),
+            ("GPTQ, AdaRound", w4a8, further),
+            ("groups of 16, GPTQ", fine, gptq),
+            ("groups of 16, AdaRound", fine, learnt),
+        ):
+            yield Row(f"W4A8 ({name})", partial(self.quantized, scheme, rounding), extra=True)
         whole = replace(w4a8, weight=row)
         yield Row("W4A8 (a range a row)", partial(self.quantized, whole, gptq), extra=True)
         for kind in ("none", "tiar", "table"):

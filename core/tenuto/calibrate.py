@@ -16,7 +16,7 @@ from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .artifact import Artifact
 from .backbone import Backbone, layers
-from .errors import TenutoError
+from .errors import SchemeError, TenutoError
 from .families import describe
 from .maintenance import UNIT as TEMPORAL
 from .maintenance import Maintenance, check_choice, per_step, with_time_only
@@ -24,7 +24,7 @@ from .patching import denoiser_of, frozen
 from .qtensor import QTensor
 from .ranges import activation_ranges
 from .recipes import PRESETS, effort, recipe_for
-from .replay import Chain, in_order
+from .replay import Chain, in_order, near
 from .scheme import Recipe, Rule, Scheme
 from .trajectory import Progress, Trajectory
 from .work import Work
@@ -42,14 +42,17 @@ def quantize(
     preset: str = "quick",
     device: Any = None,
     seed: int = 0,
+    rounding: str | None = None,
     temporal: str = "auto",
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
     """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
 
-    temporal: what becomes of the modules that depend on the timestep alone and that the recipe
-    quantizes: "none" (like the rest), "tiar", "table" or "auto"; see `maintenance.py`.
+    rounding: how weights below 8 bits round, where `scheme` is no recipe: "nearest", "gptq" or
+    "adaround"; None: as the preset does. temporal: what becomes of the modules that depend on the
+    timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
+    "auto"; see `maintenance.py`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -58,8 +61,12 @@ def quantize(
     denoiser = denoiser_of(model)
     choice, chosen = check_choice(temporal), effort(preset)
     backbone = with_time_only(denoiser, describe(denoiser), trajectory)
-    whole = isinstance(scheme, Recipe)
-    recipe = scheme if whole else recipe_for(scheme, backbone, chosen.rounding)
+    if isinstance(scheme, Recipe):
+        if rounding is not None:
+            raise SchemeError("A recipe says itself how weights round.")
+        recipe = scheme
+    else:
+        recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))
     job = Job(denoiser, backbone, recipe, trajectory, device, seed)
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
@@ -178,7 +185,7 @@ class Job:
         for algorithm, group in groups.items():
             bank, target = (None, None)
             if algorithm.needs_inputs:
-                bank, target = chain.data(unit)
+                bank, target = near(*chain.data(unit), self.device)
             seed = _seed(self.seed, unit)
             done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
             for name, q in done.items():

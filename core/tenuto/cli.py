@@ -117,12 +117,7 @@ def _sampling(parser: Any, seed: int = 0) -> None:
     """The options of every command that samples."""
     add = parser.add_argument
     add("--steps", type=whole(1), metavar="N", help="steps (the artifact's or model's, else 20)")
-    add(
-        "--guidance",
-        type=real(0, math.inf),
-        metavar="G",
-        help="guidance (the artifact's or model's)",
-    )
+    add("--guidance", type=real(0, math.inf), metavar="G", help="guidance (artifact's or model's)")
     add("--seed", type=whole(0), default=seed, metavar="S", help="first seed (%(default)s)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
 
@@ -162,33 +157,35 @@ def _quantize(commands: Any) -> None:
         commands, "quantize", "quantize a model and write one artifact",
         "tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors", resumes=True,
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=MODEL)
+    add(
         "--scheme",
         metavar="S",
         help="w8a8, w4a8, w8a16, w4a16; w8a8-static, w4a8-static: stored ranges, one a step",
     )
-    parser.add_argument(
+    add(
         "--text-encoder",
         metavar="W",
         help="w8 or w4: the text encoders' weights too, or alone where no --scheme is given",
     )
-    parser.add_argument("--method", metavar="M", help="how they round: rtn, awq or gptq (gptq)")
-    parser.add_argument(
+    add("--method", metavar="M", help="how they round: rtn, awq or gptq (gptq)")
+    add(
         "--temporal",
         default="auto",
         metavar="T",
         help="time-only modules: none, tiar, table or auto (%(default)s)",
     )
+    add(
+        "--rounding",
+        metavar="R",
+        help="weights below 8 bits: nearest, gptq or adaround (gptq; thorough: adaround)",
+    )
     _preset(parser)
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line"
-    )
+    add("--prompts", type=Path, metavar="FILE", help="calibration prompts, one a line")
     _sampling(parser)
-    parser.add_argument(
-        "--compact", action="store_true", help="a smaller file that leaves out what the model knows"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the artifact")
+    add("--compact", action="store_true", help="a smaller file that needs the model at hand")
+    add("--out", type=Path, required=True, metavar="FILE", help="the artifact")
 
 
 def _train_router(commands: Any) -> None:

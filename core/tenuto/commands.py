@@ -44,6 +44,9 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
     if encoder is not None:
         encoder_scheme(encoder, method)
     scheme, preset = args.scheme and named(args.scheme), effort(args.preset)
+    preset.rounding(args.rounding)
+    if args.rounding is not None and (scheme is None or scheme.weight.bits == 8):
+        raise TenutoError("--rounding is for weights below 8 bits: give --scheme w4a8 or w4a16.")
     check_choice(args.temporal)
     check_model(args.model)
     work, lines = check_out(args.out), calibration_prompts(args)
@@ -55,7 +58,8 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
             trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
             artifact = quantize(
                 pipe, scheme, trajectory, preset=args.preset, device=sampling.device,
-                seed=args.seed, temporal=args.temporal, work=work, on_progress=bars("Quantizing"),
+                seed=args.seed, rounding=args.rounding, temporal=args.temporal, work=work,
+                on_progress=bars("Quantizing"),
             )  # fmt: skip
             made.append(compact(artifact, pipe) if args.compact else artifact)
         if encoder is not None:

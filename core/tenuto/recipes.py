@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .algorithms.adaround import AdaRound
 from .algorithms.gptq import GPTQ
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
@@ -12,24 +13,36 @@ from .backbone import Backbone
 from .errors import SchemeError
 from .scheme import Recipe, Rule, Scheme, schemes
 
+ROUNDINGS = ("nearest", "gptq", "adaround")
+
 
 @dataclass(frozen=True)
 class Preset:
-    """Effort. prompts and batch: of the recording; rounding: how weights below 8 bits round.
+    """Effort. prompts and batch: of the recording; temporal: for the time-only modules.
 
-    temporal: the same for the time-only modules as one block.
+    gptq, adaround: how much of each for weights below 8 bits; usual: which of them, unless a user
+    says.
     """
 
     prompts: int
     batch: int
-    rounding: GPTQ
     temporal: Tiar
+    gptq: GPTQ
+    adaround: AdaRound
+    usual: str = "gptq"
+
+    def rounding(self, name: str | None = None) -> RoundToNearest | GPTQ | AdaRound:
+        """The algorithm called `name` at this effort; None: the usual one. Else SchemeError."""
+        name = name or self.usual
+        if name not in ROUNDINGS:
+            raise SchemeError(f"Unknown rounding {name!r}: choose one of {', '.join(ROUNDINGS)}.")
+        return RoundToNearest() if name == "nearest" else getattr(self, name)
 
 
 PRESETS = {
-    "quick": Preset(16, 4, GPTQ(256), Tiar(100)),
-    "standard": Preset(64, 8, GPTQ(512), Tiar(300)),
-    "thorough": Preset(64, 8, GPTQ(2048), Tiar(1000)),
+    "quick": Preset(16, 4, Tiar(100), GPTQ(256), AdaRound(300, 16)),
+    "standard": Preset(64, 8, Tiar(300), GPTQ(512), AdaRound(600, 32)),
+    "thorough": Preset(64, 8, Tiar(1000), GPTQ(2048), AdaRound(1000, 32), "adaround"),
 }
 
 

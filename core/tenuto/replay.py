@@ -43,6 +43,7 @@ class Bank:
 
     def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for the rows `index` (int64)."""
+        index = index.to(self.steps.device)  # where the other tensors are
         chosen = {k: t.index_select(0, index) for k, t in self.tensors.items()} | self.fixed
         return _filled(self.template, {k: t.to(device) for k, t in chosen.items()})
 
@@ -173,6 +174,24 @@ def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tens
     if any(not t.ndim or len(t) not in (1, n) for t, n in zip(column, batches, strict=True)):
         raise ModelError(f"{block} is called with other numbers at every step: round to nearest.")
     return [t.expand(n, *t.shape[1:]) for t, n in zip(column, batches, strict=True)]
+
+
+def near(bank: Bank, target: Tensor, device: torch.device) -> tuple[Bank, Tensor]:
+    """Both on a GPU that has room for them twice over; else as they are.
+
+    A batch a step from the CPU's memory costs more than the step of a small block does.
+    """
+    parts = [target, bank.steps, *bank.tensors.values(), *bank.fixed.values()]
+    size = sum(t.nbytes for t in parts)
+    if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
+        return bank, target
+    moved = replace(
+        bank,
+        tensors={k: t.to(device) for k, t in bank.tensors.items()},
+        fixed={k: t.to(device) for k, t in bank.fixed.items()},
+        steps=bank.steps.to(device),
+    )
+    return moved, target.to(device)
 
 
 @torch.no_grad()

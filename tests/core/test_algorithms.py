@@ -427,3 +427,35 @@ def test_symmetric_adaround_aims_at_what_the_block_gives_on_these_inputs(case: C
     for name, q in found.items():
         assert torch.equal(q.codes(), again[name].codes())
         assert torch.equal(q.codes(), other[name].codes())
+
+
+class Narrow(nn.Module):
+    """A layer whose memory is short: more than `most` rows at once are refused."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.layer, self.most, self.seen = nn.Linear(24, 16), most, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer, or what a GPU says that is full."""
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return self.layer(x)
+
+
+def test_short_memory_takes_the_rows_in_parts() -> None:
+    """The same rounding, up to how sums are ordered; where not even one row fits, it is told."""
+    found = {}
+    for most in (16, 3):
+        torch.manual_seed(0)
+        block, (_, bank, target) = Narrow(most), lone_layer()
+        with frozen(block):
+            method = AdaRound(iterations=60, batch=16, lr=0.05)
+            found[most] = method(block, {"layer": W2}, bank, target)["layer"].codes()
+        assert block.seen[:2] == ([16, 16] if most == 16 else [16, 8])
+        assert set(block.seen[10:]) == ({16} if most == 16 else {2})
+    assert (found[16] == found[3]).float().mean() > 0.98
+    with pytest.raises(torch.cuda.OutOfMemoryError), frozen(block):
+        block.most = 0
+        method(block, {"layer": W2}, bank, target)

@@ -86,7 +86,7 @@ def test_a_scheme_and_a_preset_are_all_it_takes(tiny: Any, recorded: Any) -> Non
         for row in artifact.header["recipe"]
         if row["algorithm"]
     }
-    assert used == {"RoundToNearest": None, "GPTQ": PRESETS["quick"].rounding.rows}
+    assert used == {"RoundToNearest": None, "GPTQ": PRESETS["quick"].gptq.rows}
     assert artifact.header["preset"] == "quick"
     plain = quantize(model, schemes.W8A8, recorded("home"))
     assert {row["algorithm"]["name"] for row in plain.header["recipe"]} == {"RoundToNearest"}
@@ -95,8 +95,28 @@ def test_a_scheme_and_a_preset_are_all_it_takes(tiny: Any, recorded: Any) -> Non
 def test_presets_are_ordered_by_effort() -> None:
     found = [effort(name) for name in ("quick", "standard", "thorough")]
     for less, more in pairwise(found):
-        assert less.rounding.rows < more.rounding.rows
+        assert less.gptq.rows < more.gptq.rows
+        assert less.adaround.iterations < more.adaround.iterations
         assert less.prompts <= more.prompts
+
+
+def test_a_user_says_how_weights_round(tiny: Any, recorded: Any, monkeypatch: Any) -> None:
+    """By name; the thorough preset learns it. A recipe says it itself."""
+    model = tiny("home")
+    brief = {name: replace(kind, adaround=BRIEF) for name, kind in PRESETS.items()}
+    monkeypatch.setattr("tenuto.recipes.PRESETS", brief)
+
+    def used(rounding: str | None, preset: str = "quick") -> set[str]:
+        artifact = quantize(model, schemes.W4A8, recorded("home"), preset=preset, rounding=rounding)
+        return {row["algorithm"]["name"] for row in artifact.header["recipe"] if row["algorithm"]}
+
+    assert used("nearest") == {"RoundToNearest"}
+    assert used("adaround") == used(None, "thorough") == {"RoundToNearest", "AdaRound"}
+    assert used("gptq", "thorough") == {"RoundToNearest", "GPTQ"}
+    with pytest.raises(SchemeError, match="nearest, gptq, adaround"):
+        used("best")
+    with pytest.raises(SchemeError, match="recipe"):
+        quantize(model, recipe(model, schemes.W4A8), recorded("home"), rounding="gptq")
 
 
 def test_the_recipe_keeps_the_ends(tiny: Any, kind: str) -> None:
@@ -500,7 +520,7 @@ def test_the_header_tells_how_it_was_made(tiny: Any, recorded: Any) -> None:
     from tenuto.algorithms import algorithm
 
     again = Recipe.from_json(header["recipe"], algorithm)
-    assert again == recipe_for(schemes.W4A8, describe(model), PRESETS["quick"].rounding)
+    assert again == recipe_for(schemes.W4A8, describe(model), PRESETS["quick"].rounding())
     errors = {n: f["weight_error"] for n, f in header["layers"].items()}
     eight = [e for n, e in errors.items() if header["layers"][n]["scheme"] == "w8a8"]
     four = [e for n, e in errors.items() if header["layers"][n]["scheme"] == "w4a8"]

@@ -99,15 +99,15 @@ class AdaRound:
             target = outputs(block, bank, device)
         patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
         optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
-        draw = torch.Generator().manual_seed(seed)
+        draw, parts = torch.Generator().manual_seed(seed), 1
         try:
             for step in range(self.iterations):
                 if on_progress:
                     on_progress(step, self.iterations, "rounding")
                 index = torch.randint(len(bank), (self.batch,), generator=draw)
-                inputs, wanted = bank.rows(index, device), target.index_select(0, index).to(device)
                 with torch.enable_grad():  # the caller may well be in no_grad
-                    self._step(block, inputs, wanted, list(roundings.values()), optimizer, step)
+                    parts = self._gradients(block, bank, target, roundings, index, step, parts)
+                optimizer.step()
         finally:
             for patch in patches:
                 patch.remove()
@@ -130,27 +130,54 @@ class AdaRound:
         start = {n: q.levels().float() for n, q in first.items()}
         return {n: Rounding(weight_of(block, n), s.weight, start.get(n)) for n, s in layers.items()}
 
-    def _step(
+    def _gradients(
         self,
         block: nn.Module,
-        inputs: tuple[Any, Any],
-        wanted: Tensor,
-        roundings: list[Rounding],
-        optimizer: torch.optim.Optimizer,
+        bank: Bank,
+        target: Tensor,
+        roundings: dict[str, Rounding],
+        index: Tensor,
         step: int,
-    ) -> None:
-        ups = [r.up() for r in roundings]
-        for rounding, up in zip(roundings, ups, strict=True):
-            rounding.soft = rounding.weight(up)
-        error = (first_tensor(block(*inputs[0], **inputs[1])) - wanted).pow(2)
-        loss = error.sum(1).mean()
-        exponent = self.exponent(step)
-        if exponent is not None:
-            for up in ups:
-                loss = loss + self.weight * (1 - (2 * up - 1).abs().pow(exponent)).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        parts: int,
+    ) -> int:
+        """Gradients of the loss on the rows `index`, in `parts`; in more where memory is short.
+
+        Returns in how many.
+        """
+        while True:
+            try:
+                for rounding in roundings.values():
+                    rounding.alpha.grad = None
+                for place, rows in enumerate(index.chunk(parts)):
+                    loss = self._error(block, bank, target, roundings, rows) * len(rows)
+                    loss = loss / len(index)
+                    exponent = self.exponent(step)
+                    if place == 0 and exponent is not None:
+                        for rounding in roundings.values():
+                            up = (2 * rounding.up() - 1).abs()
+                            loss = loss + self.weight * (1 - up.pow(exponent)).sum()
+                    loss.backward()
+                return parts
+            except torch.cuda.OutOfMemoryError:
+                if parts >= len(index):
+                    raise
+                parts *= 2
+
+    def _error(
+        self,
+        block: nn.Module,
+        bank: Bank,
+        target: Tensor,
+        roundings: dict[str, Rounding],
+        rows: Tensor,
+    ) -> Tensor:
+        """How far the block is off on some rows, with the soft weights."""
+        device = next(block.parameters()).device
+        for rounding in roundings.values():
+            rounding.soft = rounding.weight(rounding.up())
+        args, kwargs = bank.rows(rows, device)
+        wanted = target.index_select(0, rows.to(target.device)).to(device)
+        return (first_tensor(block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
 
     def exponent(self, step: int) -> float | None:
         """c of the paper at `step`: none in the warm-up, then 20 falling to 2."""
