@@ -137,7 +137,7 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     if scheme is not None and not (route and first.exists()):
         args = Namespace(
             **common, scheme=scheme, temporal="auto", compact=False, text_encoder=None,
-            method=None, out=first if route else out,
+            method=None, rounding=None, out=first if route else out,
         )  # fmt: skip
         text = commands.quantize(args, bars).text
     if route:
