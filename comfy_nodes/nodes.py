@@ -14,6 +14,7 @@ from tenuto.artifact import Artifact, tabled
 from tenuto.attachment import schedule_of
 from tenuto.caching.interval import Interval, LateInterval
 from tenuto.caching.schedule import CacheSchedule
+from tenuto.choice import EXECUTIONS
 from tenuto.errors import TenutoError
 from tenuto.scheme import named
 
@@ -137,6 +138,15 @@ class QuantizeModel(io.ComfyNode):
                 ArtifactType.Input(
                     "artifact", optional=True, tooltip="Codes, ranges and tables for this model."
                 ),
+                io.Combo.Input(
+                    "execution",
+                    options=[*EXECUTIONS],
+                    default="auto",
+                    optional=True,
+                    tooltip="auto: each layer times int8 and float when it is first used and "
+                    "leaves int8 where that is slower. int8: a seed gives the same picture in "
+                    "every process. float: the codes' values, inputs as they are.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The quantized model."),
@@ -148,8 +158,9 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, scheme: str, convolutions: bool, skip: str, artifact: Any = None
-    ) -> io.NodeOutput:
+        cls, model: Any, scheme: str, convolutions: bool, skip: str, artifact: Any = None,
+        execution: str = "auto",
+    ) -> io.NodeOutput:  # fmt: skip
         """Raises TenutoError in one sentence if the artifact is for another model."""
         if scheme == FROM_ARTIFACT:
             if artifact is None:
@@ -157,10 +168,10 @@ class QuantizeModel(io.ComfyNode):
             made = here(model, artifact)
             if not made.header.get("layers"):
                 raise TenutoError("The artifact has no quantized weights.")
-            part = quantized(model, made)
+            part = quantized(model, made, execution)
         else:
             patterns = tuple(p.strip() for p in skip.split(",") if p.strip())
-            part = rounded(model, named(SCHEMES[scheme]), patterns, convolutions)
+            part = rounded(model, named(SCHEMES[scheme]), patterns, convolutions, execution)
         return io.NodeOutput(part.apply(model), about(part, model))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenuto.choice import DENSE
 from tenuto.drawing import stacked
 from tenuto.errors import TenutoError
 from tenuto.plots import map_panel, title_panel
@@ -76,7 +77,9 @@ def lists(weights: Weights | None, run: Run | None) -> dict[str, Any]:
 def weights_line(weights: Weights) -> str:
     """How the quantized layers computed in the last run."""
     done = ", ".join(f"{name} {count}" for name, count in sorted(weights.how.items()))
-    return f"Quantized layers: {len(weights.schemes)} ({done or 'none has run'})"
+    line = f"Quantized layers: {len(weights.schemes)} ({done or 'none has run'})"
+    timed = weights.options["wanted"] == "auto" and weights.how.get(DENSE)
+    return f"{line}: int8 is slower here for {timed} of them" if timed else line
 
 
 def cache_lines(run: Run | None) -> list[str]:

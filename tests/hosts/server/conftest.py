@@ -245,7 +245,7 @@ def chained(graph: Graph, *nodes: dict[str, Any]) -> Graph:
     return graph
 
 
-QUANTIZE = {"scheme": "W8A8", "convolutions": True, "skip": ""}
+QUANTIZE = {"scheme": "W8A8", "convolutions": True, "skip": "", "execution": "int8"}
 CACHE = {
     "mode": "first steps, then one of", "first": 1, "period": 2, "start_percent": 0.0,
     "end_percent": 1.0, "compute_last": True,

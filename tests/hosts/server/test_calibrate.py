@@ -69,7 +69,7 @@ def test_the_next_graph_uses_it(server: Any, make: Any, family: str, scheme: str
 def test_cancel_and_go_on(server: Any, make: Any) -> None:
     """Stopped in the fit of the blocks, it goes on there, and ends in the same bytes."""
     folder = server.base / "models" / "tenuto"
-    how = {"scheme": "W4A8", "preset": "thorough", "runs": 2, "seed": 3}
+    how = {"scheme": "W4A8", "preset": "standard", "runs": 2, "seed": 3}
     graph = calibrating(make, "sd3", "stopped", **how)
     prompt = server.start(graph)
     for _ in range(600):

@@ -161,3 +161,27 @@ def chained_without_report(server: Any, make: Any, graph: Any, *nodes: Any) -> A
     found = make.chained(graph, *nodes)
     del found["report"]
     return server.latent(server.run(found))
+
+
+def test_layers_compute_as_they_are_faster(server: Any, make: Any) -> None:
+    """By default; the report counts them, and says where int8 would be slower."""
+    graph = make.plain("sd15")
+    default = make.quantize()
+    del default["inputs"]["execution"]
+    texts, latents = {}, {}
+    for how, quantize in {
+        "int8": make.quantize(),
+        "float": make.quantize(execution="float"),
+        "auto": default,
+    }.items():
+        history = server.run(make.chained(graph, quantize))
+        texts[how], latents[how] = text_of(history), server.latent(history)
+    total = int(re.findall(r"Quantized layers: (\d+)", texts["int8"])[0])
+    assert f"({'int8'} {total})" in texts["int8"]
+    assert f"(dequantized {total})" in texts["float"] and "slower" not in texts["float"]
+    counts = dict(re.findall(r"(int8|dequantized|int8 or dequantized) (\d+)", texts["auto"]))
+    assert sum(map(int, counts.values())) == total
+    assert ("int8 is slower here for" in texts["auto"]) == ("dequantized" in counts)
+    plain = server.latent(server.run(graph))
+    for found in latents.values():
+        assert 0 < float((found - plain).norm() / plain.norm()) < 0.5
