@@ -15,7 +15,7 @@ from .bench import Bench
 from .generate import artifact_choices
 from .jobs import DONE, FAILED, Job
 from .view import loss_curve, status, step_map
-from .viewer import QUIET, optional
+from .viewer import AUDIBLE, QUIET, optional
 
 IDLE = "Choose a model and what becomes of it, name the artifact and press Start."
 SCHEMES = [
@@ -160,10 +160,11 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
             raise gr.Error(str(error), print_exception=False) from error
 
     shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
-    watch.start.click(start, fields, watch.key, **QUIET).success(**shown)
+    watch.start.click(start, fields, watch.key, **AUDIBLE).success(**shown)
     watch.resume.click(
-        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, watch.key, **QUIET
-    ).success(**shown)
+        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, watch.key,
+        **AUDIBLE,
+    ).success(**shown)  # fmt: skip
     watch.stop.click(lambda key: bench.stop(key, "calibrate"), watch.key, None, **QUIET).then(
         **shown
     )
@@ -172,7 +173,7 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
         lambda name: [gr.Button(interactive=bool(name))] * 2, watch.unfinished,
         [watch.resume, watch.discard], **QUIET,
     )  # fmt: skip
-    watch.discard.click(discarded, watch.unfinished, None, **QUIET).then(**shown)
+    watch.discard.click(discarded, watch.unfinished, None, **AUDIBLE).then(**shown)
 
 
 def seen(bench: Bench, job: Job | None) -> list[Any]:
