@@ -181,7 +181,10 @@ def axe() -> str:
 
 
 def findings(page: Any, axe: str) -> list[str]:
-    """What axe finds serious or worse."""
+    """What axe finds serious or worse, once a button that came alive has its colour."""
+    page.wait_for_function(
+        "document.getAnimations().every(a => !(a.transitionProperty || '').includes('color'))"
+    )
     page.evaluate(axe)
     found = page.evaluate(
         "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})"
