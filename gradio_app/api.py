@@ -69,6 +69,7 @@ def add(bench: Bench) -> None:
 CALIBRATE = {
     "model": "demo:transformer", "name": "my-artifact", "scheme": "w8a8", "preset": "quick",
     "reuse": None, "steps": None, "guidance": None, "seed": 0, "iterations": None, "prompts": "",
+    "text_encoder": None, "method": None, "rounding": None,
 }  # fmt: skip
 COMPARE = {
     "model": "demo:transformer", "artifacts": [], "count": 8, "steps": None, "guidance": None,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tenuto.errors import TenutoError
 from tenuto.work import write_text
 
+from .given import given, real, whole
 from .infotext import LONGEST, parsed
 from .jobs import DONE, FAILED, Desk, Job
 from .places import SHIPPED, Places, checked_name
@@ -124,27 +126,37 @@ class Bench:
         seed: float = 0,
         iterations: Any = None,
         prompts: str = "",
+        text_encoder: str | None = None,
+        method: str | None = None,
+        rounding: str | None = None,
     ) -> Job:
-        """Start a calibration; TenutoError if it is refused. The same request resumes."""
-        from tenuto.calibrate import effort
-        from tenuto.scheme import named
+        """Start a calibration; TenutoError if it is refused. The same request resumes.
+
+        text_encoder, method and rounding are those of `tenuto quantize`.
+        """
+        from tenuto.commands import check_quantization
 
         name = checked_name(name)
-        if scheme is None and reuse is None:
-            raise TenutoError("Choose a scheme, a route or both: there is nothing to calibrate.")
-        if scheme is not None:
-            named(scheme)
-        effort(preset)
+        if scheme is None and reuse is None and text_encoder is None:
+            raise TenutoError(
+                "Choose a scheme, a route or text encoders: there is nothing to calibrate."
+            )
+        chosen = {
+            "scheme": scheme, "preset": preset, "text_encoder": text_encoder, "method": method,
+            "rounding": rounding,
+        }  # fmt: skip
+        chosen = {key: None if value is None else str(value) for key, value in chosen.items()}
+        check_quantization(Namespace(**chosen, temporal="auto"))
         request = {
-            "model": self.places.model(model), "shown_model": model, "scheme": scheme,
-            "preset": preset, "reuse": given(reuse, real, "The share", 0, 1),
+            "model": self.places.model(model), "shown_model": model, **chosen,
+            "reuse": given(reuse, real, "The share", 0, 1),
             "steps": given(steps, whole, "The number of steps", 1, 1000),
             "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": whole(seed, "The seed", 0, 2**53), "prompts_text": str(prompts or "").strip(),
             "iterations": given(iterations, whole, "The number of iterations", 1, 10**6),
         }  # fmt: skip
         begun = self.places.request(name)
-        if begun is not None and begun != request:
+        if begun is not None and dict.fromkeys(chosen) | begun != request:  # it may be older
             raise TenutoError(
                 f"{name} was begun with other settings: resume it, discard it or choose another "
                 "name."
@@ -260,28 +272,3 @@ class Bench:
             "seconds": round(job.seconds, 3), "loss": job.loss, "error": job.error,
             "result": job.result, "at": time.time(),
         }  # fmt: skip
-
-
-def given(value: Any, kind: Callable[..., Any], *limits: Any) -> Any:
-    """`kind` of a value, or None where none was given."""
-    empty = value is None or (isinstance(value, str) and not value.strip())
-    return None if empty else kind(value, *limits)
-
-
-def whole(value: Any, what: str, least: int, most: int) -> int:
-    """A whole number between two others; TenutoError, which says `what` it is, for any other."""
-    found = real(value, what, least, most)
-    if found % 1:
-        raise TenutoError(f"{what} is a whole number, not {value}.")
-    return int(found)
-
-
-def real(value: Any, what: str, least: float, most: float) -> float:
-    """A number between two others; TenutoError, which says `what` it is, for any other."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError) as error:
-        raise TenutoError(f"{what} is a number from {least:g} to {most:g}.") from error
-    if not least <= found <= most:
-        raise TenutoError(f"{what} is a number from {least:g} to {most:g}, not {found:g}.")
-    return found

@@ -8,21 +8,23 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.calibrate import PRESETS
+from tenuto.encoders import METHODS, WIDTHS
 from tenuto.errors import TenutoError
+from tenuto.recipes import PRESETS, ROUNDINGS
 
 from .bench import Bench
 from .generate import artifact_choices
 from .jobs import DONE, FAILED, Job
 from .view import loss_curve, status, step_map
-from .viewer import QUIET, optional
+from .viewer import AUDIBLE, QUIET, optional
 
 IDLE = "Choose a model and what becomes of it, name the artifact and press Start."
 SCHEMES = [
     ("W8A8: 8-bit weights and inputs", "w8a8"), ("W4A8: 4-bit weights, 8-bit inputs", "w4a8"),
     ("W8A16: 8-bit weights only", "w8a16"), ("W4A16: 4-bit weights only", "w4a16"),
-    ("none: a route only", ""),
+    ("none: the denoiser keeps its weights", ""),
 ]  # fmt: skip
+ENCODERS = [("Leave as they are", ""), *((f"{width[1:]} bits", width) for width in WIDTHS)]
 EFFORTS = {
     "quick": "quick: a few minutes for a small model", "standard": "standard: four times the data",
     "thorough": "thorough: for the final file",
@@ -121,6 +123,16 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
         0, 80, 30, step=5, label="Route: share of branch calls to hold, %",
         info="0 trains no route", elem_id="calibrate-reuse",
     )  # fmt: skip
+    encoder = gr.Radio(
+        ENCODERS, value="", label="Text encoders", elem_id="calibrate-encoder",
+        info="Their weights alone, beside the rest or by themselves",
+    )  # fmt: skip
+    *rest, method, rounding = _options()
+    return [model, name, scheme, preset, reuse, *rest, encoder, method, rounding]
+
+
+def _options() -> list[Any]:
+    """What is rarely changed; the order is that of `Bench.calibrate`."""
     with gr.Accordion("All options", open=False):
         steps = optional("Steps", "the model's own", "calibrate-steps")
         guidance = optional("Guidance", "the model's own", "calibrate-guidance")
@@ -132,7 +144,15 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
             "", label="Calibration prompts, one a line (those that ship)", lines=3,
             elem_id="calibrate-prompts",
         )  # fmt: skip
-    return [model, name, scheme, preset, reuse, steps, guidance, seed, iterations, prompts]
+        rounding = gr.Dropdown(
+            [("the preset's choice", ""), *ROUNDINGS], value="", label="How 4-bit weights round",
+            elem_id="calibrate-rounding", info="Of the denoiser, where the scheme has such weights",
+        )  # fmt: skip
+        method = gr.Dropdown(
+            list(METHODS), value="gptq", label="How text encoders round",
+            elem_id="calibrate-method", info="Where they are quantized; rtn is to nearest",
+        )  # fmt: skip
+    return [steps, guidance, seed, iterations, prompts, method, rounding]
 
 
 def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
@@ -145,9 +165,7 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
             raise gr.Error(str(error), print_exception=False) from error
 
     def start(*values: Any) -> str:
-        model, name, scheme, preset, reuse, *rest = values
-        share = reuse / 100 if reuse else None
-        return started(lambda: bench.calibrate(model, name, scheme or None, preset, share, *rest))
+        return started(lambda: bench.calibrate(*asked(*values)))
 
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
@@ -160,10 +178,11 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
             raise gr.Error(str(error), print_exception=False) from error
 
     shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
-    watch.start.click(start, fields, watch.key, **QUIET).success(**shown)
+    watch.start.click(start, fields, watch.key, **AUDIBLE).success(**shown)
     watch.resume.click(
-        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, watch.key, **QUIET
-    ).success(**shown)
+        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, watch.key,
+        **AUDIBLE,
+    ).success(**shown)  # fmt: skip
     watch.stop.click(lambda key: bench.stop(key, "calibrate"), watch.key, None, **QUIET).then(
         **shown
     )
@@ -172,7 +191,17 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
         lambda name: [gr.Button(interactive=bool(name))] * 2, watch.unfinished,
         [watch.resume, watch.discard], **QUIET,
     )  # fmt: skip
-    watch.discard.click(discarded, watch.unfinished, None, **QUIET).then(**shown)
+    watch.discard.click(discarded, watch.unfinished, None, **AUDIBLE).then(**shown)
+
+
+def asked(*values: Any) -> list[Any]:
+    """What `Bench.calibrate` is asked for, from the fields: what was not chosen is None."""
+    model, name, scheme, preset, reuse, *rest, encoder, method, rounding = values
+    share = reuse / 100 if reuse else None
+    method = method if encoder else None  # its field shows one all the time
+    return [
+        model, name, scheme or None, preset, share, *rest, encoder or None, method, rounding or None
+    ]  # fmt: skip
 
 
 def seen(bench: Bench, job: Job | None) -> list[Any]:
@@ -193,7 +222,7 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
-        step_map(found),
+        step_map(found, done),
         loss_curve(job.loss if job else []),
         gr.Button(visible=done),
         gr.DownloadButton(value=file, visible=done) if done else gr.DownloadButton(visible=False),

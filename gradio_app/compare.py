@@ -17,7 +17,7 @@ from .calibrate import STEADY
 from .jobs import DONE, FAILED, Job
 from .measured import compared
 from .view import status
-from .viewer import QUIET, Viewer, optional, show, viewer
+from .viewer import AUDIBLE, QUIET, Viewer, optional, show, viewer
 
 IDLE = "Choose a model and one artifact or more, and press Compare."
 
@@ -104,7 +104,7 @@ def _wire(bench: Bench, made: Compare, fields: list[Any], parts: tuple[Any, ...]
         return gr.Dropdown(choices=bench.places.artifacts(name), value=[])
 
     shown = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
-    go.click(start, fields, made.key, **QUIET).success(**shown)
+    go.click(start, fields, made.key, **AUDIBLE).success(**shown)
     stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
     timer.tick(**shown)
     made.model.input(chosen, made.model, made.artifacts, **QUIET)

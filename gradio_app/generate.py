@@ -16,7 +16,7 @@ from .bench import NO_ARTIFACT, Bench
 from .measured import compared, drawn
 from .studio import defaults_of
 from .view import card
-from .viewer import QUIET, optional, show, viewer
+from .viewer import AUDIBLE, QUIET, optional, show, viewer
 
 IDLE = card("idle", "Nothing drawn yet.", "Write a prompt and press Generate.")
 PROMPT = "a golden retriever"
@@ -77,10 +77,11 @@ def tab(bench: Bench) -> Generate:
     _wire(bench, go, stop, prompt, inputs, outputs)
     dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
     told = [artifact, steps_of, guidance_of]
-    model.input(lambda name: _model_chosen(bench, name), model, told, **QUIET)
+    model.input(lambda name: _model_chosen(bench, name), model, told, **AUDIBLE)
     artifact.input(
-        lambda name, kind: _artifact_chosen(bench, name, kind), [artifact, model], told[1:], **QUIET
-    )
+        lambda name, kind: _artifact_chosen(bench, name, kind), [artifact, model], told[1:],
+        **AUDIBLE,
+    )  # fmt: skip
     return Generate(model, artifact)
 
 

@@ -74,8 +74,10 @@ def bar(job: Job) -> str:
 # --- the map of steps and branches ----------------------------------------------------------------
 
 
-def step_map(found: dict[str, Any] | None) -> str:
+def step_map(found: dict[str, Any] | None, done: bool = False) -> str:
     """Steps along x, branches along y: a full cell is computed, a thin line is held."""
+    if not found and done:
+        return card("idle", "No route.", "The artifact was made without one.")
     if not found:
         return card("idle", "No route yet.", "Its map appears here while the router trains.")
     rows, branches, kinds = found["rows"], found["branches"], found["kinds"]

@@ -13,6 +13,7 @@ from tenuto.pictures import difference
 SLIDER, A, B, DIFFERENCE = "Slider", "A", "B", "Difference"
 GAIN = 8
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+AUDIBLE: dict[str, Any] = QUIET | {"queue": True}  # errors are shown of what is queued alone
 Pair = dict[str, Any]  # "a", "b": paths, b may be missing; "names": of both
 
 

@@ -24,6 +24,7 @@ from .infotext import written
 
 GRACE = 10.0  # seconds after the end of the input until the process ends itself
 PACE = 0.1  # seconds between two lines of progress
+QUANTIZED = ("scheme", "text_encoder", "method", "rounding")  # what `tenuto quantize` is told
 Send = Callable[..., None]
 
 
@@ -122,29 +123,30 @@ def plain(route: Any) -> dict[str, Any]:
 
 
 def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
-    """Quantize, train a router, or both, one after the other; resumes what was begun."""
+    """Quantize the denoiser, text encoders or both, then train a router; resumes what was begun."""
     from tenuto import commands
     from tenuto.checks import load_artifact, work_folder
     from tenuto.stepwise import step_map
 
     out, first = Path(request["out"]), Path(request["first"])
-    scheme, route = request["scheme"], request["reuse"] is not None
-    bars.plan = ["Recording", "Quantizing"] * (scheme is not None)
+    chosen = {key: request.get(key) for key in QUANTIZED}  # an older request lacks some
+    route = request["reuse"] is not None
+    scheme, encoder = chosen["scheme"] is not None, chosen["text_encoder"] is not None
+    bars.plan = ["Recording", "Quantizing"] * scheme + ["Text encoders"] * encoder
     bars.plan += ["Recording", "Training the router"] * route
     common = {key: request[key] for key in ("model", "preset", "steps", "guidance", "device")}
     common |= {"seed": request["seed"], "prompts": _path(request["prompts"])}
     text = ""
-    if scheme is not None and not (route and first.exists()):
+    if (scheme or encoder) and not (route and first.exists()):
         args = Namespace(
-            **common, scheme=scheme, temporal="auto", compact=False, text_encoder=None,
-            method=None, rounding=None, out=first if route else out,
-        )  # fmt: skip
+            **common, **chosen, temporal="auto", compact=False, out=first if route else out
+        )
         text = commands.quantize(args, bars).text
     if route:
         bars.part = len(bars.plan) - 2
         bars.work = work_folder(out)
         args = Namespace(
-            **common, artifact=first if scheme is not None else None, reuse=request["reuse"],
+            **common, artifact=first if scheme or encoder else None, reuse=request["reuse"],
             speedup=None, iterations=request["iterations"], out=out,
         )  # fmt: skip
         text = commands.train_router(args, bars).text

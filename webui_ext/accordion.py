@@ -50,7 +50,7 @@ def build(script: Any) -> list[Any]:
                 label="Artifact", choices=artifacts.names(), value=PLAIN.artifact,
                 elem_id=ident("artifact"),
             )  # fmt: skip
-            refresh = ToolButton(value="\U0001f504", elem_id=ident("refresh"))
+            refresh = ToolButton(value="\u21bb", elem_id=ident("refresh"))  # fonts have it
             precision = gr.Dropdown(
                 label="Precision", choices=list(PRECISIONS), value=PLAIN.precision,
                 elem_id=ident("precision"),

@@ -55,11 +55,13 @@ def forecast(choices: Choices) -> str:
     scheme = choices.precision
     if scheme == FROM_ARTIFACT:
         scheme = artifacts.scheme_of(choices.artifact)
-    quantized = "full precision" if scheme == OFF else f"layers {scheme}"
+    quantized = "Layers stay in full precision" if scheme == OFF else f"Layers run in {scheme}"
     if choices.cache == OFF:
-        return f"{quantized}, no cache."
-    kind = "every block of one step in" if choices.cache == UNIFORM else "the route, speed"
-    return f"{quantized}, cache: {kind} {choices.speed:g}; about {_share(choices):.0%} computed."
+        return f"{quantized}, without a cache."
+    share = f"about {_share(choices):.0%} of the blocks"
+    if choices.cache == UNIFORM:
+        return f"{quantized}, and one step in {choices.speed:g} is computed whole: {share}."
+    return f"{quantized}, and the route at speed {choices.speed:g} computes {share}."
 
 
 def _share(choices: Choices) -> float:
@@ -80,8 +82,9 @@ def status_html(choices: Choices | None = None, warning: str = "") -> str:
         text = forecast(choices) if choices is not None else ""
     except TenutoError as error:
         text, warning = "", str(error)
-    facts = ", ".join(filter(None, [hosts.detect(), *layers(session.report)]))
-    said = " ".join(filter(None, [escape(text), f"({escape(facts)})"]))
+    last = "; ".join(layers(session.report))
+    facts = f"Last picture, in {hosts.detect()}: {last}." if last else f"Host: {hosts.detect()}."
+    said = " ".join(filter(None, [escape(text), escape(facts)]))
     alarm = f"<strong>Warning: {escape(warning)}</strong> " if warning else ""
     return f'<div role="status" aria-live="polite">{alarm}{said}</div>'
 

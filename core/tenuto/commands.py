@@ -24,30 +24,22 @@ from .demo import PREFIX, check_model
 from .errors import TenutoError
 from .patching import denoiser_of
 from .preparing import attached_to, pipeline, recorded, sampling_of, silence, unfinished
+from .recipes import Preset, effort
+from .scheme import Scheme, named
 
 ENCODERS = "encoders"  # the folder of the text encoders inside the work folder
 
 
 def quantize(args: Namespace, bars: Bars) -> Answer:
     """`tenuto quantize`: record, quantize, save."""
-    from .calibrate import effort, quantize
+    from .calibrate import quantize
     from .compact import compact
-    from .encoders import encoder_scheme, quantize_encoder
-    from .maintenance import check_choice
-    from .scheme import named
+    from .encoders import quantize_encoder
 
     encoder, method = args.text_encoder, args.method or "gptq"
     if args.scheme is None and encoder is None:
         raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
-    if args.method is not None and encoder is None:
-        raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
-    if encoder is not None:
-        encoder_scheme(encoder, method)
-    scheme, preset = args.scheme and named(args.scheme), effort(args.preset)
-    preset.rounding(args.rounding)
-    if args.rounding is not None and (scheme is None or scheme.weight.bits == 8):
-        raise TenutoError("--rounding is for weights below 8 bits: give --scheme w4a8 or w4a16.")
-    check_choice(args.temporal)
+    scheme, preset = check_quantization(args)
     check_model(args.model)
     work, lines = check_out(args.out), calibration_prompts(args)
     sampling = sampling_of(args)
@@ -74,6 +66,23 @@ def quantize(args: Namespace, bars: Bars) -> Answer:
     bars.close()
     count = len(lines) if scheme is None else len(wanted)
     return Answer("\n".join(quantized_lines(args.out, whole, pipe, count)))
+
+
+def check_quantization(args: Namespace) -> tuple[Scheme | None, Preset]:
+    """The scheme, if any, and the preset; TenutoError where what is chosen does not fit them."""
+    from .encoders import encoder_scheme
+    from .maintenance import check_choice
+
+    if args.method is not None and args.text_encoder is None:
+        raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
+    if args.text_encoder is not None:
+        encoder_scheme(args.text_encoder, args.method or "gptq")
+    scheme, preset = args.scheme and named(args.scheme), effort(args.preset)
+    preset.rounding(args.rounding)
+    if args.rounding is not None and (scheme is None or scheme.weight.bits == 8):
+        raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
+    check_choice(args.temporal)
+    return scheme, preset
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:

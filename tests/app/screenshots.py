@@ -105,19 +105,24 @@ def calibrate(pages: dict[str, Any]) -> None:
     kept(other, "calibrate-dark")
 
 
-def compare(pages: dict[str, Any]) -> None:
-    """The artifact that was just made, and the one that ships."""
-    page, other = pages["light"], pages["dark"]
+def choose(page: Any) -> None:
+    """The tab Compare, with the artifact that was just made beside the one that it begins with."""
     show(page, "Compare")
     page.locator("#compare-artifacts input").fill("my-artifact")
     page.keyboard.press("Enter")
     page.keyboard.press("Escape")
+
+
+def compare(pages: dict[str, Any]) -> None:
+    """The artifact that was just made, and the one that ships."""
+    page, other = pages["light"], pages["dark"]
+    choose(page)
     page.click("#compare-start")
     page.wait_for_selector("#compare-slider img", timeout=400_000)
     kept(page, "compare-light")
     other.reload()
     other.wait_for_selector("#generate")
-    show(other, "Compare")
+    choose(other)  # a page that is opened anew shows the last comparison, but not its fields
     other.wait_for_selector("#compare-slider img")
     other.get_by_role("radio", name="Difference").locator("visible=true").click()
     kept(other, "compare-dark")

@@ -126,6 +126,36 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(app: Any, visit: Any
     assert not findings(page, axe), "a comparison"
 
 
+def pick(tab: Any, place: str, label: str) -> None:
+    """Choose in a dropdown."""
+    tab.page.click(f"{place} input")
+    tab.page.get_by_role("option", name=label).click()
+
+
+def test_text_encoders_alone(app: Any, visit: Any) -> None:
+    """Neither a scheme nor a route; a rounding that has nothing to round is refused."""
+    tab = visit(app)
+    page = tab.page
+    tab.show("Calibrate")
+    fill(tab, "encoder-from-the-page")
+    pick(tab, "#calibrate-scheme", "none")
+    page.fill("#calibrate-reuse input[type=number]", "0")
+    page.locator("#calibrate-encoder").get_by_text("4 bits").click()
+    pick(tab, "#calibrate-method", "rtn")
+    pick(tab, "#calibrate-rounding", "adaround")
+    page.click("#calibrate-start")
+    page.get_by_text("Only weights below 8 bits can round otherwise").wait_for(timeout=5000)
+    assert tab.page.locator("#calibrate-status [data-state=running]").count() == 0
+    pick(tab, "#calibrate-rounding", "the preset's choice")
+    page.click("#calibrate-start")
+    page.wait_for_function(
+        "document.querySelector('#calibrate-status').innerText.includes('weights alone')",
+        timeout=60_000,
+    )
+    assert "No route." in tab.text("#calibrate-map")
+    assert (app.out / "encoder-from-the-page.safetensors").is_file()
+
+
 def choose(tab: Any, name: str) -> None:
     """Take one artifact alone in the tab Compare."""
     page = tab.page
@@ -151,7 +181,10 @@ def axe() -> str:
 
 
 def findings(page: Any, axe: str) -> list[str]:
-    """What axe finds serious or worse."""
+    """What axe finds serious or worse, once a button that came alive has its colour."""
+    page.wait_for_function(
+        "document.getAnimations().every(a => !(a.transitionProperty || '').includes('color'))"
+    )
     page.evaluate(axe)
     found = page.evaluate(
         "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})"

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gradio_app import jobs, view
-from gradio_app.bench import Bench, given, real, whole
+from gradio_app.bench import Bench
+from gradio_app.given import given, real, whole
 from gradio_app.infotext import parsed, written
 from gradio_app.jobs import Desk, Job
 from gradio_app.places import Places, checked_name
@@ -121,6 +122,11 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     good = {"model": "demo:unet", "name": "x", "scheme": "w8a8", "preset": "quick", "reuse": None}
     for change, words in (
         ({"scheme": None}, "nothing to calibrate"), ({"scheme": "w9"}, "Unknown scheme"),
+        ({"text_encoder": "w3"}, "w8 or w4"), ({"method": "awq"}, "--text-encoder"),
+        ({"text_encoder": "w8", "method": "magic"}, "rtn, awq, gptq"),
+        ({"rounding": "gptq"}, "Only weights below 8 bits"),
+        ({"scheme": None, "reuse": 0.3, "rounding": "gptq"}, "Only weights below 8 bits"),
+        ({"scheme": "w4a8", "rounding": "up"}, "Unknown rounding"),
         ({"preset": "best"}, "Unknown preset"), ({"reuse": 2}, "share"), ({"steps": 0}, "steps"),
         ({"seed": -1}, "seed"), ({"model": "x"}, "no model"),
     ):  # fmt: skip
@@ -208,6 +214,47 @@ def test_the_time_left_is_of_this_part() -> None:
     assert found.left is None, "resumed at 600, and nothing more done"
     found.take({"stage": "Quantizing", "part": 2, "done": 800, "total": 1000})
     assert found.left == pytest.approx(10, rel=0.01)
+
+
+def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not chosen is None; how text encoders round counts only where there are any."""
+    from gradio_app.calibrate import asked
+
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["done"])
+    bench = Bench(Settings(tmp_path))
+    for scheme, reuse, encoder, method, rounding in (
+        ("w8a8", 30, "", "gptq", ""), ("", 0, "w4", "awq", ""), ("w4a16", 0, "w8", "rtn", "nearest")
+    ):  # fmt: skip
+        options = ["", "", 0, "", ""]
+        job = bench.calibrate(
+            *asked("demo:unet", "x", scheme, "quick", reuse, *options, encoder, method, rounding)
+        )
+        assert job.over.wait(20)
+        found = [job.request[k] for k in ("scheme", "reuse", "text_encoder", "method", "rounding")]
+        share = reuse / 100 or None
+        want = [scheme, share, encoder, method if encoder else None, rounding]
+        assert found == [value or None for value in want]
+        assert bench.places.unfinished() == []
+
+
+def test_a_request_of_an_older_version_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lacks what was added since: resumed by its name, or by the same settings once more."""
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["crashed"])
+    bench = Bench(Settings(tmp_path))
+    wanted = {"model": "demo:unet", "name": "x", "scheme": "w4a8", "preset": "quick"}
+    job = bench.calibrate(**wanted, reuse=None)
+    assert job.over.wait(20)
+    new, ours = {"text_encoder", "method", "rounding"}, {"out", "first", "prompts", "device"}
+    old = {name: value for name, value in job.request.items() if name not in new | ours}
+    assert len(old) == len(job.request) - 7
+    for begin in (lambda: bench.resume("x"), lambda: bench.calibrate(**wanted, reuse=None)):
+        bench.places.keep_request("x", old)
+        assert begin().over.wait(20)
+    bench.places.keep_request("x", old)
+    with pytest.raises(TenutoError, match="other settings"):
+        bench.calibrate(**wanted, reuse=None, rounding="nearest")
 
 
 # --- what is shown --------------------------------------------------------------------------------

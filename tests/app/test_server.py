@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from gradio_app.png import texts
+from tenuto.artifact import read_header
 
 pytestmark = pytest.mark.slow
 
@@ -329,10 +330,22 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: 
     command += ["--artifact", str(app.out / "by-api.safetensors"), "--out", str(tmp_path / "x.png")]
     assert cli.main(command) == 0, "the file is the command's too"
 
-    options = {"model": TINY, "artifacts": ["by-api"], "count": 3}
+    options = {"model": TINY, "name": "encoder", "scheme": None, "prompts": "a red dog\na cat"}
+    options |= {"text_encoder": "w4", "method": "rtn"}
+    wrong = options | {"rounding": "nearest"}
+    assert "below 8 bits" in refused(client.predict, wrong, api_name="/calibrate")
+    client.predict(options, api_name="/calibrate")
+    found = until_over(client, "calibrate")
+    assert found["state"] == "done" and "weights alone" in found["result"]["text"], found
+    assert list(read_header(app.out / "encoder.safetensors")["encoders"]) == ["text_encoder"]
+    drawn = generated(client, artifact="encoder", beside=True)
+    assert drawn["numbers"]["psnr_db"]["median"] > 10 and drawn["infotext"]
+
+    options = {"model": TINY, "artifacts": ["by-api", "encoder"], "count": 3}
     client.predict(options, api_name="/compare")
     found = until_over(client, "compare")
     assert found["state"] == "done", found
+    assert found["result"]["numbers"]["encoder"]["encoders"]["text_encoder"]["cosine"]
     numbers = found["result"]["numbers"]["by-api"]
     assert numbers["count"] == 3 and numbers["bf16_floor_psnr_db"]["median"] > 20
     folder = Path(found["result"]["folder"])

@@ -135,7 +135,12 @@ def test_buttons_fill_fields_and_the_status_line_follows(host: Any) -> None:
     assert inputs == host.inputs and len(outputs) == 1
     assert "Tenuto is off" in fn(*(c.value for c in host.inputs))
     said = fn(True, *(c.value for c in host.inputs[1:]))
-    assert "layers W8A8" in said and "% computed" in said
+    line = "Layers run in W8A8, and the route at speed 2 computes about 50% of the blocks."
+    kind = webui("hosts").detect()
+    assert f">{line} Host: {kind}.<" in said
+    host.pictures(host.p(True))
+    again = fn(True, *(c.value for c in host.inputs[1:]))
+    assert f">{line} Last picture, in {kind}: " in again and again.endswith(".</div>")
     assert "about 50%" in fn(True, BALANCED, "Off", "Uniform", 2.0, 0.0, 1.0, False, 0, "Both")
     for preset in webui("choices").PRESETS.values():
         assert 0 < webui("words")._share(preset) < 1

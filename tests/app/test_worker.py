@@ -1,0 +1,109 @@
+"""The worker without its process: what it tells the library's commands, a stop and what follows."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gradio_app import worker
+from gradio_app.worker import Reports, calibrate
+from tenuto import commands
+from tenuto.artifact import Artifact
+from tenuto.errors import Cancelled
+
+RECORDED = ["Recording", "Quantizing"]
+ROUTED = ["Recording", "Training the router"]
+NEW = ("text_encoder", "method", "rounding")  # what requests of the first version lack
+
+
+def request(folder: Path, **changes: Any) -> dict[str, Any]:
+    asked = {
+        "model": "demo:unet", "preset": "quick", "steps": 3, "guidance": None, "seed": 0,
+        "device": "cpu", "prompts": None, "scheme": None, "reuse": None, "iterations": None,
+        "out": str(folder / "x.safetensors"), "first": str(folder / "first.safetensors"),
+        **dict.fromkeys(NEW),
+    }  # fmt: skip
+    return asked | changes
+
+
+@pytest.mark.parametrize(
+    ("asked", "plan", "told"),
+    [
+        ({"scheme": "w8a8"}, RECORDED, [("w8a8", None)]),
+        ({"text_encoder": "w4", "method": "awq"}, ["Text encoders"], [(None, "w4")]),
+        ({"scheme": "w4a8", "text_encoder": "w8", "rounding": "nearest"},
+         [*RECORDED, "Text encoders"], [("w4a8", "w8")]),
+        ({"reuse": 0.3}, ROUTED, ["alone"]),
+        ({"text_encoder": "w8", "reuse": 0.3}, ["Text encoders", *ROUTED], [(None, "w8"), "first"]),
+        ({"scheme": "w8a8", "text_encoder": "w8", "reuse": 0.3},
+         [*RECORDED, "Text encoders", *ROUTED], [("w8a8", "w8"), "first"]),
+    ],
+    ids=["scheme", "encoder", "scheme and encoder", "route", "encoder and route", "all"],
+)  # fmt: skip
+def test_what_the_commands_are_told(
+    asked: dict[str, Any], plan: list[str], told: list[Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Parts in the order in which they are done; the route joins what was quantized before."""
+    calls: list[Any] = []
+
+    def quantize(args: Any, bars: Any) -> Any:
+        assert args.method == asked.get("method") and args.rounding == asked.get("rounding")
+        last = "reuse" not in asked
+        assert args.out == tmp_path / ("x.safetensors" if last else "first.safetensors")
+        calls.append((args.scheme, args.text_encoder))
+        return SimpleNamespace(text="")
+
+    def train(args: Any, bars: Any) -> Any:
+        calls.append("alone" if args.artifact is None else args.artifact.stem)
+        return SimpleNamespace(text="")
+
+    monkeypatch.setattr(commands, "quantize", quantize)
+    monkeypatch.setattr(commands, "train_router", train)
+    bare = SimpleNamespace(header={}, tensors={})
+    monkeypatch.setattr("tenuto.checks.load_artifact", lambda path: bare)
+    bars = Reports(lambda **event: None, threading.Event())
+    whole = request(tmp_path, **asked)
+    older = {k: v for k, v in whole.items() if k not in NEW or v is not None}
+    for wanted in (whole, older):
+        calls.clear()
+        assert calibrate(wanted, bars) == {"text": "", "name": "x"}
+        assert (bars.plan, calls) == (plan, told)
+
+
+@pytest.mark.slow
+def test_text_encoders_stop_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Stopped after a layer, and taken up: the same file, and no layer is done twice."""
+    monkeypatch.setattr(worker, "PACE", 0)
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("a goldfish\na lemon\n")
+
+    def made(name: str, stop_at: float = 2.0) -> list[str]:
+        stop, notes = threading.Event(), []
+
+        def send(**event: Any) -> None:
+            notes.append(event.get("note", ""))
+            if event.get("total") and event["done"] / event["total"] >= stop_at:
+                stop.set()
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        asked = {"text_encoder": "w4", "method": "gptq", "prompts": str(lines)}
+        wanted = request(tmp_path / name, **asked)
+        calibrate(wanted, Reports(send, stop))
+        return [note for note in notes if note.endswith("compensating")]
+
+    whole = made("whole")
+    with pytest.raises(Cancelled):
+        made("stopped", 0.5)
+    assert (tmp_path / "stopped" / "x.work").is_dir()
+    assert 0 < len(made("stopped")) < len(whole)
+    files = [tmp_path / name / "x.safetensors" for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert list(Artifact.load(files[1]).header["encoders"]) == ["text_encoder"]
+    assert not (tmp_path / "stopped" / "x.work").exists()
