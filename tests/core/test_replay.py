@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tenuto import describe, record
 from tenuto.errors import ModelError
 from tenuto.patching import tensors_in
-from tenuto.replay import Bank, Chain, in_order, inputs_of, is_chain, outputs, run_to
+from tenuto.replay import Bank, Chain, Rows, in_order, inputs_of, is_chain, near, outputs, run_to
 from tenuto.trajectory import Call
 
 
@@ -252,3 +252,20 @@ def test_layers_in_the_order_in_which_they_run(tiny: Any, recorded: Any) -> None
     names = ["proj_out", "transformer_blocks.1", "caption_projection.linear_1"]
     found = in_order(tiny("pixart"), names, recorded("pixart").calls[0], "cpu")
     assert found == names[::-1]
+
+
+def test_a_bank_goes_to_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice its size: half of what is free is left to the block. Elsewhere it stays."""
+    bank = Bank(((Rows(0),), {}), {0: torch.zeros(4, 256)}, {}, torch.zeros(4, dtype=torch.int64))
+    target = torch.zeros(4, 256)
+    size = 2 * 4 * 256 * 4 + 4 * 8
+    gpu = torch.device("cuda")
+    for free in (2 * size - 1, 10):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert near(bank, target, gpu) == (bank, target)
+    assert near(bank, target, torch.device("cpu")) == (bank, target)
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size, 2 * size))
+    monkeypatch.setattr(Tensor, "to", lambda self, device: asked.append(device) or self)
+    near(bank, target, gpu)
+    assert asked == [gpu] * 3
