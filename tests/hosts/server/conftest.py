@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -56,6 +57,7 @@ class Server:
 
     def __init__(self, base: Path, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
         self.base, self.port, self.process, self.log = base, port, process, log
+        self.count = itertools.count()
 
     def get(self, path: str, data: Any = None) -> Any:
         """The JSON that a path answers; `data` is posted."""
@@ -75,7 +77,16 @@ class Server:
         raise AssertionError("the graph was accepted")
 
     def start(self, graph: Graph) -> str:
-        """The id of a prompt in the queue."""
+        """The id of a prompt in the queue.
+
+        Files have names of their own: what the server still has of an equal graph it does not save
+        again, and a history without them is no answer.
+        """
+        fresh = next(self.count)
+        graph = json.loads(json.dumps(graph))
+        for one in graph.values():
+            if "filename_prefix" in one["inputs"]:
+                one["inputs"]["filename_prefix"] += f"-{fresh}"
         return self.get("/prompt", {"prompt": graph})["prompt_id"]
 
     def wait(self, prompt: str, seconds: float = 240) -> dict[str, Any]:

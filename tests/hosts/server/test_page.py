@@ -26,9 +26,9 @@ def _page() -> Any:
 page = _page()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tab(server: Any) -> Iterator[Any]:
-    """ComfyUI's page, ready."""
+    """ComfyUI's page, ready: what it said to another test is gone."""
     if page.chromium() is None:
         pytest.skip("there is no Chromium: apt install chromium")
     with page.opened(f"http://127.0.0.1:{server.port}") as found:
