@@ -24,7 +24,7 @@ from .patching import denoiser_of, frozen
 from .qtensor import QTensor
 from .ranges import activation_ranges
 from .recipes import PRESETS, effort, recipe_for
-from .replay import Chain, in_order, near
+from .replay import Chain, in_order, on_device
 from .scheme import Recipe, Rule, Scheme
 from .trajectory import Progress, Trajectory
 from .work import Work
@@ -185,7 +185,7 @@ class Job:
         for algorithm, group in groups.items():
             bank, target = (None, None)
             if algorithm.needs_inputs:
-                bank, target = near(*chain.data(unit), self.device)
+                bank, target = on_device(*chain.data(unit), self.device)
             seed = _seed(self.seed, unit)
             done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
             for name, q in done.items():

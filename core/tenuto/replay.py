@@ -176,7 +176,7 @@ def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tens
     return [t.expand(n, *t.shape[1:]) for t, n in zip(column, batches, strict=True)]
 
 
-def near(bank: Bank, target: Tensor, device: torch.device) -> tuple[Bank, Tensor]:
+def on_device(bank: Bank, target: Tensor, device: torch.device) -> tuple[Bank, Tensor]:
     """Both on a GPU that has room for them twice over; else as they are.
 
     A batch a step from the CPU's memory costs more than the step of a small block does.

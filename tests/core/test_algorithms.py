@@ -199,7 +199,8 @@ def test_rounding_starts_at_the_weight(form: Format, shape: tuple[int, ...]) -> 
     """The soft weight is the float one where it is not clipped, the hard one the nearest."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     rounding = Rounding(w, form)
-    soft = rounding.weight(rounding.up()).detach()
+    rounding.soften()
+    soft = rounding.soft.detach()
     step = rounding.size
     inside = (w / step).sub((rounding.low + rounding.high) / 2).abs()
     inside = inside < (rounding.high - rounding.low) / 2 - 1
@@ -218,7 +219,7 @@ def test_gradients_reach_every_rounding_and_nothing_else(case: Case) -> None:
 
     def loss(alpha: Tensor) -> Tensor:
         up = (torch.sigmoid(alpha) * 1.2 - 0.1).clamp(0, 1)
-        weight = rounding.weight(up)
+        weight = (rounding.floor + up).clamp(rounding.low, rounding.high) * rounding.size
         new = {f"{name}.weight": weight}
         out = torch.func.functional_call(case.block, new, args, kwargs)
         out = out if isinstance(out, Tensor) else out[0]
@@ -272,7 +273,8 @@ def test_the_rounding_term_makes_decisions(monkeypatch: pytest.MonkeyPatch) -> N
     original = Rounding.qtensor
 
     def look(self: Rounding) -> QTensor:
-        v = self.up().detach()
+        self.soften()
+        v = self.up.detach()
         undecided.append(float(((v > 0.05) & (v < 0.95)).float().mean()))
         return original(self)
 

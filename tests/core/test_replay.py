@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from tenuto import describe, record
 from tenuto.errors import ModelError
 from tenuto.patching import tensors_in
-from tenuto.replay import Bank, Chain, Rows, in_order, inputs_of, is_chain, near, outputs, run_to
+from tenuto.replay import (
+    Bank,
+    Chain,
+    Rows,
+    in_order,
+    inputs_of,
+    is_chain,
+    on_device,
+    outputs,
+    run_to,
+)
 from tenuto.trajectory import Call
 
 
@@ -262,10 +272,10 @@ def test_a_bank_goes_to_a_gpu_that_has_room(monkeypatch: pytest.MonkeyPatch) -> 
     gpu = torch.device("cuda")
     for free in (2 * size - 1, 10):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert near(bank, target, gpu) == (bank, target)
-    assert near(bank, target, torch.device("cpu")) == (bank, target)
+        assert on_device(bank, target, gpu) == (bank, target)
+    assert on_device(bank, target, torch.device("cpu")) == (bank, target)
     asked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size, 2 * size))
     monkeypatch.setattr(Tensor, "to", lambda self, device: asked.append(device) or self)
-    near(bank, target, gpu)
+    on_device(bank, target, gpu)
     assert asked == [gpu] * 3

@@ -45,15 +45,12 @@ class Rounding:
         share = share.clamp(0.01, 0.99)
         alpha = torch.log((share - SHIFT) / (STRETCH + SHIFT - share))
         self.alpha = alpha.requires_grad_(True)
-        self.soft = w
+        self.up, self.soft = share, w  # as they are in the step that is being taken
 
-    def up(self) -> Tensor:
-        """v of the paper: 0 rounds down, 1 up."""
-        return torch.sigmoid(self.alpha).mul(STRETCH).add(SHIFT).clamp(0, 1)
-
-    def weight(self, up: Tensor) -> Tensor:
-        """The weight that the rounding `up` stands for."""
-        return (self.floor + up).clamp(self.low, self.high) * self.size
+    def soften(self) -> None:
+        """Set `up`, v of the paper (0 rounds down, 1 up), and the weight that it stands for."""
+        self.up = torch.sigmoid(self.alpha).mul(STRETCH).add(SHIFT).clamp(0, 1)
+        self.soft = (self.floor + self.up).clamp(self.low, self.high) * self.size
 
     def qtensor(self) -> QTensor:
         """The weight with every decision made."""
@@ -99,14 +96,15 @@ class AdaRound:
             target = outputs(block, bank, device)
         patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
         optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
-        draw, parts = torch.Generator().manual_seed(seed), 1
+        fit = _Fit(self, block, bank, target, list(roundings.values()))
+        draw = torch.Generator().manual_seed(seed)
         try:
             for step in range(self.iterations):
                 if on_progress:
                     on_progress(step, self.iterations, "rounding")
                 index = torch.randint(len(bank), (self.batch,), generator=draw)
                 with torch.enable_grad():  # the caller may well be in no_grad
-                    parts = self._gradients(block, bank, target, roundings, index, step, parts)
+                    fit.gradients(index, step)
                 optimizer.step()
         finally:
             for patch in patches:
@@ -130,61 +128,57 @@ class AdaRound:
         start = {n: q.levels().float() for n, q in first.items()}
         return {n: Rounding(weight_of(block, n), s.weight, start.get(n)) for n, s in layers.items()}
 
-    def _gradients(
-        self,
-        block: nn.Module,
-        bank: Bank,
-        target: Tensor,
-        roundings: dict[str, Rounding],
-        index: Tensor,
-        step: int,
-        parts: int,
-    ) -> int:
-        """Gradients of the loss on the rows `index`, in `parts`; in more where memory is short.
-
-        Returns in how many.
-        """
-        while True:
-            try:
-                for rounding in roundings.values():
-                    rounding.alpha.grad = None
-                for place, rows in enumerate(index.chunk(parts)):
-                    loss = self._error(block, bank, target, roundings, rows) * len(rows)
-                    loss = loss / len(index)
-                    exponent = self.exponent(step)
-                    if place == 0 and exponent is not None:
-                        for rounding in roundings.values():
-                            up = (2 * rounding.up() - 1).abs()
-                            loss = loss + self.weight * (1 - up.pow(exponent)).sum()
-                    loss.backward()
-                return parts
-            except torch.cuda.OutOfMemoryError:
-                if parts >= len(index):
-                    raise
-                parts *= 2
-
-    def _error(
-        self,
-        block: nn.Module,
-        bank: Bank,
-        target: Tensor,
-        roundings: dict[str, Rounding],
-        rows: Tensor,
-    ) -> Tensor:
-        """How far the block is off on some rows, with the soft weights."""
-        device = next(block.parameters()).device
-        for rounding in roundings.values():
-            rounding.soft = rounding.weight(rounding.up())
-        args, kwargs = bank.rows(rows, device)
-        wanted = target.index_select(0, rows.to(target.device)).to(device)
-        return (first_tensor(block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
-
     def exponent(self, step: int) -> float | None:
         """c of the paper at `step`: none in the warm-up, then 20 falling to 2."""
         start = self.warmup * self.iterations
         if step < start:
             return None
         return 20 - 18 * (step - start) / max(1.0, self.iterations - start)
+
+
+@dataclass
+class _Fit:
+    """A block with soft weights, its inputs and what it is to give.
+
+    parts: in how many a batch is taken; more where memory was short.
+    """
+
+    method: AdaRound
+    block: nn.Module
+    bank: Bank
+    target: Tensor
+    roundings: list[Rounding]
+    parts: int = 1
+
+    def gradients(self, index: Tensor, step: int) -> None:
+        """Gradients of the loss on the rows `index`."""
+        while True:
+            try:
+                return self._backward(index, self.method.exponent(step))
+            except torch.cuda.OutOfMemoryError:
+                if self.parts >= len(index):
+                    raise
+                self.parts *= 2
+
+    def _backward(self, index: Tensor, exponent: float | None) -> None:
+        for rounding in self.roundings:
+            rounding.alpha.grad = None
+        for place, rows in enumerate(index.chunk(self.parts)):
+            loss = self._error(rows) * len(rows) / len(index)
+            if place == 0 and exponent is not None:
+                for rounding in self.roundings:
+                    sure = (2 * rounding.up - 1).abs()
+                    loss = loss + self.method.weight * (1 - sure.pow(exponent)).sum()
+            loss.backward()
+
+    def _error(self, rows: Tensor) -> Tensor:
+        """How far the block is off on some rows."""
+        device = next(self.block.parameters()).device
+        for rounding in self.roundings:
+            rounding.soften()
+        args, kwargs = self.bank.rows(rows, device)
+        wanted = self.target.index_select(0, rows.to(self.target.device)).to(device)
+        return (first_tensor(self.block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
 
 
 def _forward(rounding: Rounding) -> Callable[..., Tensor]:
