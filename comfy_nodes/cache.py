@@ -75,7 +75,7 @@ class Cache(Wrapped):
     def _run(self, times: Sequence[float]) -> Run:
         schedule = self.policy(times, self.branches)
         clock = Clock(schedule.timesteps)
-        holds = [Hold(clock, rows, copies=True) for rows in schedule.table.t().tolist()]
+        holds = [Hold(clock, rows) for rows in schedule.table.t().tolist()]
         count = torch.zeros(schedule.table.shape, dtype=torch.int64)
         seconds = [0.0] * len(schedule.timesteps)
         return Run(clock, holds, self.canonical, count, count.clone(), seconds)

@@ -20,7 +20,7 @@ from tenuto.backbone import layers
 from tenuto.clock import Clock
 from tenuto.kernels.activation import Memo
 from tenuto.patching import Override, override_
-from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.qlayer import QConv2d, QLayer, QLinear, follow
 from tenuto.qtensor import QTensor
 from tenuto.scheme import Scheme
 from tenuto.temporal_table import TemporalTable
@@ -95,7 +95,7 @@ class Weights(Wrapped):
         if own:
             weight = QTensor.from_tensors(self.codes, name, layer.weight.shape, scheme.weight)
         else:
-            weight = RoundToNearest().weight(effective(layer), scheme.weight)
+            weight = RoundToNearest().weight(effective(layer).detach(), scheme.weight)
         if self.artifact is not None and scheme.activation is not None:
             known = self.ranges.get(f"{name}.scale"), self.ranges.get(f"{name}.zero_point")
             pair = known if known[0] is not None else None
@@ -134,10 +134,9 @@ class Quantized:
         _run_every_op()
         layer = self.owner.kept.get(self.name)
         if layer is None:
-            layer = self.owner.made(self.name, module, self.own, self.memo).to(x.device)
+            layer = self.owner.made(self.name, module, self.own, self.memo)
             self.owner.kept[self.name] = layer
-        if layer.bias is not module.bias:  # core exchanges what a LoRA changes
-            layer.bias = module.bias
+        follow(layer, effective(module, "bias"), x.device)
         return layer(x)
 
 
@@ -153,12 +152,25 @@ class Table:
         return self.table(*args, **kwargs)
 
 
-def effective(layer: Any) -> Tensor:
-    """The weight that a layer computes with: one that is not merged yet has a function for it."""
-    weight = layer.weight.detach()
-    for change in getattr(layer, "weight_function", None) or ():
-        weight = change(weight)
-    return weight
+def effective(layer: Any, name: str = "weight") -> Any:
+    """The weight (or the bias) that a layer computes with; None where it has none.
+
+    What core has not merged yet it applies at every call: a partly loaded model has functions for
+    it, a model under dynamic VRAM (core 0.12 and later) one more that comes first. They may write
+    in place, so that they get a copy.
+    """
+    found = getattr(layer, name)
+    first = getattr(layer, f"{name}_lowvram_function", None)
+    changes = [
+        *([] if first is None else [first]),
+        *(getattr(layer, f"{name}_function", None) or ()),
+    ]
+    if found is None or not changes:
+        return found
+    changed = found.detach().clone()
+    for change in changes:
+        changed = change(changed)
+    return changed
 
 
 def patched(patcher: Any) -> set[str]:

@@ -7,10 +7,11 @@ learned rounding stays, and nothing is quantized again.
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hosts
 
@@ -36,12 +37,16 @@ class Changes:
 
     def effective(self, layer: Any) -> Tensor:
         """The weight that the host would compute with."""
-        if getattr(layer, "forge_online_loras", None):
-            return sys.modules["backend.operations"].get_weight_and_bias(layer)[0]
-        weight = layer.weight.detach()
-        for change in getattr(layer, "weight_function", None) or ():
-            weight = change(weight)
-        return weight
+        online = getattr(layer, "forge_online_loras", None)
+        changes = getattr(layer, "weight_function", None) or ()
+        if not online and not changes:
+            return layer.weight.detach()
+        own = layer.weight.detach().clone()  # hosts add to what they are given in place
+        if online:
+            return sys.modules["backend.operations"].get_weight_and_bias(_with(layer, own))[0]
+        for change in changes:
+            own = change(own)
+        return own
 
     def difference(self, name: str, layer: Any) -> Tensor | None:
         """Effective less own weight, in the weight's dtype; None where they are equal."""
@@ -84,3 +89,14 @@ class Changes:
             if found is not None:
                 return getattr(found, "weight", found)
         return None
+
+
+def _with(layer: Any, weight: Tensor) -> Any:
+    """`layer` with another weight, and a bias of its own; what else it has is shared."""
+    twin = copy.copy(layer)
+    twin.__dict__["_parameters"] = {
+        name: value if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        for name, value in layer._parameters.items()
+    }
+    twin.weight = nn.Parameter(weight, requires_grad=False)
+    return twin

@@ -15,7 +15,7 @@ from tenuto.artifact import Artifact, tabled
 from tenuto.clock import Clock
 from tenuto.kernels.activation import Memo
 from tenuto.patching import Override, override_
-from tenuto.qlayer import QConv2d, QLayer, QLinear
+from tenuto.qlayer import QConv2d, QLayer, QLinear, follow
 from tenuto.qtensor import QTensor
 from tenuto.scheme import Scheme
 from tenuto.temporal_table import TemporalTable
@@ -77,7 +77,7 @@ class Weights:
             with torch.inference_mode(False), torch.no_grad():
                 layer = self._made(name, module, again).to(device)
             known = self.kept[name] = token, layer
-        _follow(known[1], module, device)
+        follow(known[1], module.bias, device)
         return known[1]
 
     def how(self) -> dict[str, int]:
@@ -157,14 +157,3 @@ def branch(module: Any, x: Tensor, change: Tensor) -> Tensor:
             x, weight, None, module.stride, module.padding, module.dilation, module.groups
         )
     return F.linear(x, weight)
-
-
-def _follow(layer: QLayer, module: Any, device: torch.device) -> None:
-    """Codes where the input is, and the host's bias: a LoRA may change it, and hosts offload."""
-    if layer.weight_scale.device != device:
-        layer.to(device)
-    bias = module.bias
-    if bias is not None and bias.device != device:
-        bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
-    if layer.bias is not bias:
-        layer.bias = bias

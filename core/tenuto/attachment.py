@@ -22,7 +22,7 @@ from .families import names
 from .kernels.activation import Memo
 from .keymap import KeyMap
 from .localize import localized
-from .patching import Attached, Follow, Override, Swap, denoiser_of, encoders_of
+from .patching import Attached, Follow, Override, PipelineRuns, Swap, denoiser_of, encoders_of
 from .qlayer import QConv2d, QLayer, QLinear
 from .qtensor import QTensor
 from .scheme import Scheme
@@ -137,12 +137,14 @@ def attach(
     attached = Tenuto(model, made, clock, _total(denoiser, tables), keys)
     try:
         attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
+        if model is not denoiser:
+            attached.patches.append(PipelineRuns(model, clock.begin))
         for name, new in (*tables.items(), *leaves.items()):
             attached.patches.append(Swap(denoiser, name, new))
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         if schedule is not None:
-            attached.patches += lay_(denoiser, schedule, clock, keys is not None)
+            attached.patches += lay_(denoiser, schedule, clock)
     except BaseException:
         attached.detach()
         raise

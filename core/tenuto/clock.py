@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import ModelError
+
+CONTINUES = 1.0  # of a sample's norm: how far it may move between the evaluations of one step
+
 active: ContextVar[Clock | None] = ContextVar("tenuto_clock", default=None)
 
 
@@ -32,21 +36,37 @@ class Clock:
         self.timesteps = tuple(float(t) for t in timesteps)
         self.index = torch.zeros(1, dtype=torch.int64)
         self.row = 0
-        self.exact = False
+        self.exact: bool = False
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
-        self._owner: weakref.ref[Tensor] | None = None
+        self._fresh()
         self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
-        return self  # a copied model follows the same run
+        """A copied model has a clock of its own, which its copied hook keeps."""
+        clone = memo[id(self)] = Clock(self.timesteps)
+        clone.index, clone.row, clone.exact = self.index.clone(), self.row, self.exact
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError(
+            "A model with an attached artifact cannot be pickled (torch.save does): detach() first."
+        )
 
     def begin(self) -> None:
         """Start a new run: whatever was held belongs to the last one."""
         self.run += 1
         self.row = 0
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._step: float | None = None  # the last timestep seen, as it was given
+        self._steps = 0  # how many there were in this run
+        self._seen: dict[Hashable, int] = {}  # how often each stream came at that timestep
+        self._once = False  # whether a step between the first and that one was evaluated once
+        self._samples: list[Tensor] = []  # of the calls at that timestep
 
     def nearest(self, timestep: float) -> int:
         """The calibrated step nearest to `timestep`."""
@@ -64,28 +84,67 @@ class Clock:
         self.index = torch.tensor([row], device=device)
 
     def observe(
-        self, timestep: Tensor | float, batch: int, conditions: Sequence[Tensor], device: Any
+        self,
+        timestep: Tensor | float,
+        batch: int,
+        conditions: Sequence[Tensor],
+        device: Any,
+        sample: Tensor | None = None,
     ) -> None:
         """`tick` for a bare denoiser call; reads the device once.
+
+        A run begins where the noise level rises, and, if `sample` (batch, ...) is given, where a
+        stream comes again at the timestep at which it was with another image: see `_arrive`.
 
         timestep: a number, (), (1,) or (batch,); where its rows differ the first one counts and the
         step is not exact. conditions: tensors with `batch` rows or one for
         all (prompt embeddings, labels); rows with equal conditions are told apart by their order.
         """
-        self._follow_owner(timestep)
         value = _spread(torch.as_tensor(timestep).detach().reshape(-1))
+        value = torch.cat((value, self._jump(sample).to(value)))
         marks = [self._mark(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
         if not marks:
-            self._arrive(value.cpu(), range(batch), device)
+            self._arrive(value.cpu(), range(batch), device, sample)
             return
         hashes = _row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))
         packed: list[int] = torch.cat((value.view(torch.int64).to(hashes.device), hashes)).tolist()  # pyright: ignore
-        step = torch.tensor(packed[:2], dtype=torch.int64).view(torch.float64)
-        self._arrive(step, _numbered(packed[2:]), device)
+        step = torch.tensor(packed[:3], dtype=torch.int64).view(torch.float64)
+        self._arrive(step, _numbered(packed[3:]), device, sample)
 
-    def _arrive(self, step: Tensor, streams: Sequence[Hashable], device: Any) -> None:
-        self.tick(float(step[0]), streams, device)
-        self.exact = self.exact and float(step[1]) <= self._slack
+    def _arrive(
+        self, step: Tensor, streams: Sequence[Hashable], device: Any, sample: Tensor | None
+    ) -> None:
+        """A stream that comes again at one timestep is either the second evaluation of a step, or
+        a run that begins where the last one was left: after a run of this one timestep, or of
+        steps that were evaluated once, at the third time, or with quite another sample.
+        """
+        time, spread, jump = _numbers(step)
+        again = max((self._seen.get(s, 0) for s in streams), default=0)
+        if (
+            sample is not None
+            and time == self._step
+            and again
+            and (self._steps == 1 or self._once or again > 1 or jump > CONTINUES)
+        ):
+            self.begin()
+        self.tick(time, streams, device)
+        self.exact = self.exact and spread <= self._slack
+        if sample is None:
+            return
+        if time != self._step:
+            self._once = self._once or (self._steps > 1 and max(self._seen.values()) == 1)
+            self._step, self._seen, self._steps = time, {}, self._steps + 1
+            self._samples = []
+        for stream in streams:
+            self._seen[stream] = self._seen.get(stream, 0) + 1
+        self._samples = [*self._samples[-3:], sample.detach().clone()]
+
+    def _jump(self, sample: Tensor | None) -> Tensor:
+        """How far `sample` is from the nearest of the last ones, relative to that: (1,)."""
+        if sample is None or not self._samples:
+            return torch.zeros(1)
+        apart = [_apart(sample.detach(), other) for other in self._samples]
+        return torch.stack(apart).amin().reshape(1)
 
     def _mark(self, condition: Tensor) -> Tensor:
         """The row hash of a condition; one that is the same object as before is not read again."""
@@ -99,21 +158,6 @@ class Clock:
         mark = _row_hash(condition)
         self._marks[id(condition)] = (weakref.ref(condition), condition._version, mark)
         return mark
-
-    def _follow_owner(self, timestep: Tensor | float) -> None:
-        """A scheduler makes new `timesteps` for every run: an element of others is a new run.
-
-        One element, repeated at most: k-diffusion hands out a view of what it has just computed.
-        """
-        base = timestep._base if isinstance(timestep, Tensor) else None
-        if base is None or base.numel() < 2:
-            return
-        assert isinstance(timestep, Tensor)
-        if timestep.numel() > 1 and any(timestep.stride()):
-            return
-        if self._owner is not None and self._owner() is not base:
-            self.begin()
-        self._owner = weakref.ref(base)
 
 
 def _spread(steps: Tensor) -> Tensor:
@@ -147,3 +191,16 @@ def _numbered(marks: Sequence[int]) -> list[tuple[int, int]]:
         seen[mark] = seen.get(mark, -1) + 1
         streams.append((mark, seen[mark]))
     return streams
+
+
+def _numbers(x: Tensor) -> list[float]:
+    return x.tolist()  # pyright: ignore
+
+
+def _apart(x: Tensor, last: Tensor) -> Tensor:
+    """The distance of `x` (B, ...) from `last`, relative to it, over the rows that both have."""
+    if last.shape[1:] != x.shape[1:] or last.device != x.device:
+        return torch.full((), torch.inf, device=x.device)
+    rows = min(len(last), len(x))  # a batch may be split
+    apart, size = ((y.float().square().sum().sqrt()) for y in (x[:rows] - last[:rows], last[:rows]))
+    return apart / size.clamp(min=1e-12)

@@ -6,7 +6,9 @@ old one comes back bit for bit.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -102,16 +104,22 @@ class Swap:
         self.parent = root.get_submodule(parent)
         self.old: nn.Module | None = getattr(self.parent, self.key)
         self.new, self.place = new, _place_of(new)
+        new.__dict__["_swap"] = weakref.ref(self)
         setattr(self.parent, self.key, new)
 
     def remove(self) -> None:
         """Put the old module back."""
+        setattr(self.parent, self.key, self.original())
+
+    def original(self) -> nn.Module:
+        """The old module, moved and cast as the new one was; ModelError if it was released."""
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
         device, dtype = _place_of(self.new)
         if (device, dtype) != self.place and device is not None and device.type != "meta":
             self.old.to(device, dtype)
-        setattr(self.parent, self.key, self.old)
+            self.place = device, dtype
+        return self.old
 
     def release(self) -> None:
         """Forget the old module, and whatever the new one keeps of it."""
@@ -119,6 +127,80 @@ class Swap:
         forget = getattr(self.new, "release", None)
         if forget is not None:
             forget()
+
+
+class Replacement(nn.Module):
+    """A module that a `Swap` puts in place of another: what is saved of it is the other's state.
+
+    `save_pretrained` and `state_dict` of an attached model give the float weights by their own
+    names; where those were released they raise ModelError instead of writing half a model.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's, where this module stands in its place."""
+        original = self._replaced()
+        if original is None:
+            return super().state_dict(*args, **kwargs)
+        return original.state_dict(*args, **kwargs)
+
+    def _replaced(self) -> nn.Module | None:
+        if "_swap" not in self.__dict__:
+            return None
+        swap = self.__dict__["_swap"]()
+        if swap is None or swap.old is None:
+            raise ModelError(
+                "The float weights of the attached model were released, and quantized ones cannot "
+                "be saved with it: load the model again to save it; an artifact saves itself."
+            )
+        return swap.original()
+
+
+class PipelineRuns:
+    """Calls `begin` where a diffusers pipeline begins to sample, whatever its timesteps are.
+
+    A pipeline's call checks its inputs, sets the timesteps and opens its progress bar: each of the
+    three says so, on this pipeline (and the scheduler that it has now) alone.
+    """
+
+    def __init__(self, pipe: Any, begin: Callable[[], None]) -> None:
+        owners = (
+            (pipe, "check_inputs"), (pipe, "progress_bar"),
+            (getattr(pipe, "scheduler", None), "set_timesteps"),
+        )  # fmt: skip
+        self.notes = [
+            _Note(owner, name, begin)
+            for owner, name in owners
+            if callable(getattr(owner, name, None))
+        ]
+
+    def remove(self) -> None:
+        """Take all of it out."""
+        for note in reversed(self.notes):
+            note.remove()
+
+
+class _Note:
+    """A method of one object that says when it is called; a deep copy of the object keeps it."""
+
+    def __init__(self, owner: Any, name: str, begin: Callable[[], None]) -> None:
+        self.owner, self.name, self.begin = owner, name, begin
+        self.before = vars(owner).get(name)
+        self.__signature__ = inspect.signature(getattr(owner, name))  # pipelines look at it
+        vars(owner)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin()
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(self.owner), self.name).__get__(self.owner)(*args, **kwargs)
+
+    def remove(self) -> None:
+        if vars(self.owner).get(self.name) is self:
+            del vars(self.owner)[self.name]
+            if self.before is not None:
+                vars(self.owner)[self.name] = self.before
+        else:
+            self.begin = lambda: None
 
 
 def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
@@ -217,11 +299,12 @@ class Follow:
         sample = self.facts.sample(inputs)
         conditions = self.facts.conditions(inputs) if self.streams else []
         step = self.facts.timestep(inputs)
-        self.clock.observe(step, sample.shape[0], conditions, sample.device)
+        seen = sample if self.streams else None
+        self.clock.observe(step, sample.shape[0], conditions, sample.device, seen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Follow:
         clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__)
+        clone.__dict__.update(self.__dict__, clock=copy.deepcopy(self.clock, memo))
         return clone
 
     def remove(self) -> None:

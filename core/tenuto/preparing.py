@@ -20,7 +20,7 @@ from .errors import TenutoError
 from .patching import denoiser_of
 from .tape import keep, kept
 from .trajectory import Trajectory, record
-from .work import MANIFEST, Work
+from .work import MANIFEST, Lock, Work
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,16 @@ class Sampling:
 @contextmanager
 def unfinished(work: Path) -> Iterator[None]:
     """Keep `work` while the job is not done, unless it was refused before it began."""
-    try:
-        yield
-    except TenutoError:
-        if not (work / MANIFEST).exists():
-            Work(work / RECORDING, {}).discard()
-            with suppress(OSError):
-                work.rmdir()
-        raise
-    Work(work, {}).discard()
+    with Lock(work):
+        try:
+            yield
+        except TenutoError:
+            if not (work / MANIFEST).exists():
+                Work(work / RECORDING, {}).discard()
+                with suppress(OSError):
+                    work.rmdir()
+            raise
+        Work(work, {}).discard()
 
 
 def sampling_of(args: Namespace, artifact: Artifact | None = None) -> Sampling:

@@ -18,11 +18,12 @@ from . import choice
 from .choice import DENSE, INT8, Chooser
 from .clock import Clock
 from .kernels import activation, dense, int8_conv2d, int8_linear
+from .patching import Replacement
 from .qtensor import QTensor
 from .scheme import Scheme
 
 
-class QLayer(nn.Module):
+class QLayer(Replacement):
     """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
 
     ranges: (scale, zero_point) fp32 (T,), one row per calibrated step, or None. wanted: "int8",
@@ -294,3 +295,16 @@ class QConv2d(QLayer):
 
     def _kind(self) -> tuple[Any, ...]:
         return *super()._kind(), str(self.geometry)
+
+
+def follow(layer: QLayer, bias: Tensor | None, device: torch.device) -> None:
+    """Move `layer` to where its input is, and give it the host's bias there.
+
+    Hosts exchange a bias when a LoRA changes it, and keep what they offload on the CPU.
+    """
+    if layer.weight_scale.device != device:
+        layer.to(device)
+    if bias is not None and (bias.device != device or not isinstance(bias, nn.Parameter)):
+        bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    if layer.bias is not bias:
+        layer.bias = bias

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .clock import Clock
-from .patching import place, tensors_in
+from .patching import Replacement, place, tensors_in
 
 log = logging.getLogger("tenuto")
 
 
-class TemporalTable(nn.Module):
+class TemporalTable(Replacement):
     """In place of a time-only module: its outputs, read at the clock's index.
 
     rows: one tensor (T, ...) per output, without the batch. single: whether the module returns a

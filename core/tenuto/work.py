@@ -5,20 +5,29 @@ Everything is written beside its place and renamed, so that a kill leaves no hal
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import TenutoError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 log = logging.getLogger("tenuto")
 
@@ -34,7 +43,7 @@ def digest(value: Any) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     """Write a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _target(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(dict(_apart(tensors)), part, metadata)
@@ -56,7 +65,7 @@ def _apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _target(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -65,10 +74,76 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def _target(path: Path) -> Path:
+    """Where `path` leads to: a link is followed, not replaced. Its folder is made."""
+    path = path.resolve() if path.is_symlink() else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Lock:
+    """One job at a time in a folder: another process gets TenutoError. A kill frees it.
+
+    The folder itself is locked, where the system can do so, and nothing is left in it. A process
+    may lock a folder several times: its parts work on one job.
+    """
+
+    held: ClassVar[dict[str, list[Any]]] = {}  # folder -> [its open file, how many hold it]
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key: str | None = os.path.realpath(folder)
+        known = self.held.get(self.key)
+        if known is None:
+            known = self.held[self.key] = [_locked(folder), 0]
+        known[1] += 1
+
+    def release(self) -> None:
+        """Let another process in; twice does no harm."""
+        key, self.key = self.key, None
+        if key is None:
+            return
+        known = self.held[key]
+        known[1] -= 1
+        if not known[1]:
+            os.close(self.held.pop(key)[0])
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def _locked(folder: Path) -> int:
+    """An open file whose lock this process has."""
+    if fcntl is None:  # Windows locks no folder: a file elsewhere stands for it
+        name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]
+        found = os.open(Path(tempfile.gettempdir()) / f"tenuto-{name}.lock", os.O_RDWR | os.O_CREAT)
+    else:
+        found = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is None:
+            import msvcrt
+
+            msvcrt.locking(found, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            os.close(found)
+            raise TenutoError(
+                f"Another job works in {folder}: wait until it is done, or choose another output."
+            ) from error  # any other: a file system without locks
+    return found
+
+
 class Work:
     """Finished units of one job. `path` None keeps them in memory only.
 
-    `inputs` is plain data that says what the job is: another job's folder is started afresh.
+    `inputs` is plain data that says what the job is: another job's folder is started afresh, and a
+    unit of another job, or one that is not what was written, is done again. While the object lives
+    no other process can work in the folder (TenutoError).
     """
 
     def __init__(self, path: Path | str | None, inputs: dict[str, Any]) -> None:
@@ -76,13 +151,18 @@ class Work:
         self._memory: dict[str, dict[str, Tensor]] = {}
         if self.path is None:
             return
-        manifest = {"format": FORMAT, "inputs": digest(inputs)}
+        self.job = digest(inputs)
+        manifest = {"format": FORMAT, "inputs": self.job}
         try:
             found = _manifest(self.path)
             if found is None and any(_foreign(self.path)):
                 raise TenutoError(f"{self.path} holds other files: name a folder for work alone.")
+            lock = Lock(self.path)
+            self._release = weakref.finalize(self, lock.release)
+            found = _manifest(self.path)
             if found != manifest:
-                self.discard()
+                if found is not None:
+                    _remove(self.path, whole=False)
                 text = json.dumps(manifest | {"about": inputs}, default=str)
                 write_text(self.path / MANIFEST, text)
         except OSError as error:
@@ -97,8 +177,8 @@ class Work:
         if self.path is None:
             return self._memory.get(unit)
         try:
-            return load_file(self._file(unit)) if self._file(unit).exists() else None
-        except (SafetensorError, OSError):
+            return self._read(self._file(unit)) if self._file(unit).exists() else None
+        except (SafetensorError, OSError, ValueError):
             log.warning("%s is unreadable and is done again", self._file(unit))
             return None
 
@@ -107,13 +187,26 @@ class Work:
         if self.path is None:
             self._memory[unit] = {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
         else:
-            write_tensors(self._file(unit), tensors, None)
+            about = {"job": self.job, "content": _content(tensors)}
+            write_tensors(self._file(unit), tensors, about)
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        """The tensors in `file`; ValueError if they are another job's, or not as written."""
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata() or {}
+            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if about.get("job") != self.job or about.get("content") != _content(found):
+            raise ValueError(f"{file} is another unit")
+        return found
 
     def discard(self) -> None:
         """Remove what was kept, by this job or by one in a folder inside: the job is done."""
         self._memory.clear()
-        if self.path is not None and (self.path / MANIFEST).exists():
+        if self.path is None:
+            return
+        if (self.path / MANIFEST).exists():
             _remove(self.path)
+        self._release()
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -130,12 +223,25 @@ def _foreign(folder: Path) -> Iterator[Path]:
         yield from (p for p in folder.iterdir() if p.suffix != ".part" and not _manifest(p))
 
 
-def _remove(folder: Path) -> None:
-    """Units first and the manifest last: a kill in between leaves a folder that says what it is."""
+def _content(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, types, shapes and every byte."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {flat.dtype} {tuple(flat.shape)};".encode())
+        found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _remove(folder: Path, whole: bool = True) -> None:
+    """Units first and the manifest last: a kill in between leaves a folder that says what it is.
+
+    whole: the folder too, where nothing else is in it and it is no link.
+    """
     for path in sorted(folder.iterdir(), key=lambda p: p.name == MANIFEST):
         if path.is_dir() and _manifest(path):
             _remove(path)
         elif path.suffix in (".safetensors", ".part") or path.name == MANIFEST:
             path.unlink()
-    if not any(folder.iterdir()):
+    if whole and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()

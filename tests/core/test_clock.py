@@ -81,39 +81,36 @@ def test_evaluating_a_step_twice_goes_on_with_the_run() -> None:
     assert len(runs) == 1
 
 
-def run_through(clock: Clock, times: Tensor, start: int = 0, stop: int | None = None) -> set[int]:
-    """The runs that the clock counts while one pipeline goes through `times`."""
-    runs = set()
-    for t in times[start:stop]:
-        clock.observe(t[None].expand(2), 2, [], "cpu")
-        runs.add(clock.run)
+def run_through(
+    clock: Clock, seed: int, start: int = 0, stop: int | None = None, twice: bool = False
+) -> set[int]:
+    """The runs that the clock counts while one image is denoised; every timestep is a new tensor.
+
+    twice: as Heun's method does, at the end of every step and at the beginning of the next.
+    """
+    draw, runs = torch.Generator().manual_seed(seed), set()
+    x = torch.randn(1, 4, 4, 4, generator=draw)
+    for place, t in enumerate(TIMES[start:stop]):
+        for _ in range(2 if twice and place else 1):
+            x = x + 0.1 * torch.randn(1, 4, 4, 4, generator=draw)
+            clock.observe(torch.tensor([t / 1000]) * 1000, 1, [], "cpu", x)
+            runs.add(clock.run)
     return runs
 
 
-def test_new_scheduler_timesteps_start_a_run() -> None:
-    """Image-to-image begins in mid-schedule, perhaps after a run that was broken off before."""
-    clock = Clock(TIMES)
-    first = run_through(clock, torch.tensor(TIMES), stop=2)
-    second = run_through(clock, torch.tensor(TIMES), start=2)
-    third = run_through(clock, torch.tensor(TIMES), start=3)
-    fourth = run_through(clock, torch.tensor(TIMES), start=3)
-    assert [len(r) for r in (first, second, third, fourth)] == [1, 1, 1, 1]
-    assert len(first | second | third | fourth) == 4
-
-
-def test_the_schedulers_of_diffusers_are_followed() -> None:
-    """`set_timesteps` makes a new tensor, and what pipelines hand on is a view of it."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler()
-    clock = Clock(TIMES)
-    found = []
-    for _ in range(3):
-        scheduler.set_timesteps(10)
-        with torch.no_grad():
-            found.append(run_through(clock, scheduler.timesteps, start=7))
-    assert [len(runs) for runs in found] == [1, 1, 1]
-    assert len(set.union(*found)) == 3
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_run_after_one_that_was_broken_off(twice: bool, inference: bool) -> None:
+    """Image-to-image begins in mid-schedule, perhaps where the run before it was broken off."""
+    clock, found = Clock(TIMES), []
+    with torch.inference_mode(inference):
+        for seed, (start, stop) in enumerate([(0, 2), (1, 4), (3, 4), (3, 4), (0, 4), (3, 4)]):
+            found.append(run_through(clock, seed, start, stop, twice))
+        for seed in (7, 8):
+            found.append(run_through(clock, seed, 1, 3))
+            found.append(run_through(clock, seed + 10, 2, 4))
+    assert [len(runs) for runs in found] == [1] * len(found)
+    assert len(set.union(*found)) == len(found)
 
 
 def test_begin_forgets_the_step() -> None:
@@ -283,12 +280,17 @@ def test_one_read_from_the_device_a_call(conditions: int) -> None:
 # --- copies, contexts, compile --------------------------------------------------------------------
 
 
-def test_a_copied_model_follows_the_same_clock() -> None:
+def test_a_copied_model_has_a_clock_of_its_own() -> None:
+    """One for all of its parts; what happens to either is nothing to the other."""
     clock = Clock(TIMES)
-    module = nn.Linear(2, 2)
-    module.clock = clock  # type: ignore[assignment]
-    assert copy.deepcopy(module).clock is clock
-    assert copy.deepcopy({"a": [clock]})["a"][0] is clock
+    clock.tick(499, [0])
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].clock = module[1].clock = clock  # type: ignore[assignment]
+    twin = copy.deepcopy(module)
+    assert twin[0].clock is twin[1].clock is not clock
+    assert (twin[0].clock.row, int(twin[0].clock.index)) == (2, 2)
+    twin[0].clock.tick(249, [0])
+    assert (clock.row, twin[1].clock.row) == (2, 3)
 
 
 class Tiny(nn.Module):

@@ -1,4 +1,8 @@
-"""bf16 layers whose weight is packed once: the same bits as torch's own."""
+"""bf16 layers whose weight is packed once: what torch's own compute, up to their last rounding.
+
+Both sum in fp32 and round once; in which order a library sums, and where it rounds, is a fact of
+the processor. A sum that lies near the middle of two bf16 numbers then falls to either.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,14 @@ from tenuto.kernels import dense
 from tenuto.qlayer import QConv2d, QLayer, QLinear
 from tenuto.scheme import schemes
 
+EPS = 2.0**-8  # the distance of neighbours in bf16, relative to a number's power of two
+
 needs = pytest.mark.skipif(not dense.available(), reason="this processor has no fast bf16 product")
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Neighbours in bf16 at most, twice over: the product and the sum with the bias round."""
+    torch.testing.assert_close(found, wanted, rtol=2 * EPS, atol=2 * EPS)
 
 
 @needs
@@ -27,7 +38,7 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
     b = torch.randn(48).bfloat16() if bias else None
     packed = dense.PackedLinear(w, x)
     for given in (x, x[:1], torch.cat([x, x])):  # whatever it was packed for
-        assert torch.equal(packed(given, b), F.linear(given, w, b))
+        near(packed(given, b), F.linear(given, w, b))
 
 
 @needs
@@ -44,7 +55,8 @@ def test_conv2d(kind: tuple[int, int, int, int], form: torch.memory_format) -> N
     for given in (x, torch.randn(1, 32, 15, 11).bfloat16().contiguous(memory_format=form)):
         wanted = F.conv2d(given, w, None, stride, padding, dilation, groups)
         found = packed(given, None)
-        assert torch.equal(found, wanted) and found.stride() == wanted.stride()
+        near(found, wanted)
+        assert found.stride() == wanted.stride()
 
 
 @needs
@@ -61,11 +73,11 @@ def test_a_layer_in_bf16_packs_its_float_weight(kind: str) -> None:
     twin = copy.deepcopy(layer)
     twin.weight.data.copy_(q.dequantize(torch.bfloat16))
     with torch.no_grad():
-        assert torch.equal(ours(x), twin(x))
+        near(ours(x), twin(x))
         kept = ours.packed_tensors()
         assert [t.numel() for t in kept] == [layer.weight.numel()]
         assert not copy.deepcopy(ours).packed_tensors()
-        assert torch.equal(ours(x), twin(x))
+        near(ours(x), twin(x))
         ours.float()
         assert not ours.packed_tensors()
     x.requires_grad_()

@@ -237,3 +237,82 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
         found = work.load(f"u{n}")
         assert found is not None and len(found["a"].unique()) == 1
     assert json.loads((tmp_path / "w" / "manifest.json").read_text())["about"] == JOB
+
+
+# --- one job at a time ----------------------------------------------------------------------------
+
+
+def other_process(folder: Path, then: str) -> subprocess.Popen[str]:
+    """A process that works in `folder`, says so, and goes on with `then`."""
+    code = f"""
+        import sys, time; sys.path.insert(0, {str(CORE)!r})
+        import torch
+        from tenuto.work import Work
+        work = Work({str(folder)!r}, {JOB!r})
+        work.save("u", {{"a": torch.ones(3)}})
+        print("ready", flush=True)
+        {then}
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("inputs", [JOB, {"job": "another"}])
+def test_a_second_process_is_refused(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    """Whichever its job is; what the first has done stays, and a kill frees the folder."""
+    process = other_process(tmp_path / "w", "time.sleep(600)")
+    try:
+        before = files(tmp_path / "w")
+        with pytest.raises(TenutoError, match="Another job works in"):
+            Work(tmp_path / "w", inputs)
+        assert files(tmp_path / "w") == before
+    finally:
+        process.kill()
+        process.communicate()
+    found = Work(tmp_path / "w", JOB).load("u")
+    assert found is not None and torch.equal(found["a"], torch.ones(3))
+
+
+def test_a_finished_job_frees_its_folder(tmp_path: Path) -> None:
+    process = other_process(tmp_path / "w", "work.discard(); print('done', flush=True); input()")
+    assert process.stdout is not None and process.stdout.readline() == "done\n"
+    work = Work(tmp_path / "w", JOB)
+    work.save("u", unit())
+    process.communicate("\n")
+    assert work.load("u") is not None
+
+
+def test_a_unit_of_another_job_is_done_again(tmp_path: Path, caplog: Any) -> None:
+    Work(tmp_path / "one", JOB).save("u", unit())
+    work = Work(tmp_path / "two", JOB | {"seed": 1})
+    (tmp_path / "one" / "u.safetensors").replace(tmp_path / "two" / "u.safetensors")
+    assert work.load("u") is None and "done again" in caplog.text
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    work.save("u", unit())
+    file = tmp_path / "w" / "u.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert work.load("u") is None
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "real" / "y.safetensors")
+    write_tensors(tmp_path / "x.safetensors", unit(), None)
+    assert (tmp_path / "x.safetensors").is_symlink() and files(tmp_path / "real") == [
+        "y.safetensors"
+    ]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "w").symlink_to(tmp_path / "folder")
+    work = Work(tmp_path / "w", JOB)
+    work.save("u", unit())
+    work.discard()
+    assert files(tmp_path / "w") == [] and (tmp_path / "w").is_symlink()

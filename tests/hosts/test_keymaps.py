@@ -15,7 +15,7 @@ import tenuto
 from tenuto import Artifact, describe, families, quantize, record, schemes
 from tenuto.artifact import fingerprint
 from tenuto.backbone import layers
-from tenuto.errors import ArtifactError
+from tenuto.errors import ArtifactError, ModelError
 from tenuto.localize import canonicalized, localized
 from tenuto.qlayer import QLayer
 from tenuto.trajectory import Trajectory
@@ -36,6 +36,29 @@ def case(request: pytest.FixtureRequest, in_comfy: Any, in_ldm: Any) -> tuple[st
     """(family, the host's bare denoiser)."""
     host, family = request.param.split()
     return family, in_ldm() if host == "ldm" else in_comfy(family).model.diffusion_model
+
+
+def test_flux_under_either_name_of_its_norms(in_comfy: Any) -> None:
+    """The weight of a norm of queries and keys was `scale`, and is `weight` in newer hosts."""
+    denoiser = in_comfy("flux").model.diffusion_model
+    known, maps = ("scale", "weight"), []
+    for end in known:
+        for module in denoiser.modules():
+            other = known[1 - known.index(end)]
+            if other in module._parameters and type(module).__name__ == "RMSNorm":
+                module._parameters[end] = module._parameters.pop(other)
+        maps.append(families.names(denoiser))
+        assert any(p.name.endswith(f"query_norm.{end}") for p in maps[-1].places.values())
+    assert maps[0].places.keys() == maps[1].places.keys()
+    assert "transformer_blocks.0.attn.norm_q.weight" in maps[0].places
+
+
+def test_flux_2_is_told_apart(in_comfy: Any) -> None:
+    """It has the same class name in ComfyUI and other parts."""
+    denoiser = in_comfy("flux").model.diffusion_model
+    denoiser.double_stream_modulation_img = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"FLUX\.2"):
+        families.names(denoiser)
 
 
 @pytest.fixture(scope="module")

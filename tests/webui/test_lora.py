@@ -113,6 +113,34 @@ class LoRA:
         return self.host.unet.get_submodule(name)
 
 
+def test_functions_of_a_weight_do_not_write_into_it(host: Any) -> None:
+    """A partly loaded model computes with functions of its weights; merging adds in place. Both
+    ways of the hosts: a list of functions, and Forge's own that merges what is online."""
+    from webui_ext.lora import Changes
+
+    layer = host.unet.get_submodule(NAMES[0])
+    change = updates(host.unet, 0.1)[NAMES[0]]
+    own = layer.weight.detach().clone()
+    changes = Changes(host.sd_model)
+    layer.weight_function = [lambda weight: weight.add_(change)]
+    found = changes.difference(NAMES[0], layer)
+    assert found is not None and gap(found, change) < 1e-3
+    assert torch.equal(layer.weight, own)
+    layer.weight_function = []
+    operations: Any = types.ModuleType("backend.operations")
+
+    def get_weight_and_bias(layer: Any) -> tuple[Tensor, Any]:
+        return layer.weight.detach().to(torch.float32).add_(change), layer.bias
+
+    operations.get_weight_and_bias = get_weight_and_bias
+    layer.forge_online_loras = {"one": change}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "backend.operations", operations)
+        found = changes.difference(NAMES[0], layer)
+    assert found is not None and gap(found, change) < 1e-3
+    assert torch.equal(layer.weight, own)
+
+
 @pytest.fixture
 def lora(host: Any, monkeypatch: pytest.MonkeyPatch) -> LoRA:
     """The host's loader."""

@@ -133,11 +133,11 @@ def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class Hold:
     """The forward of a branch under a schedule: compute and store, or hand out what is held.
 
-    copies: hand out and keep copies, for hosts that add to what a branch returned in place.
+    Copies are kept and handed out: models and hosts add to what a branch returned in place.
     """
 
-    def __init__(self, clock: Clock, rows: list[bool], copies: bool = False) -> None:
-        self.clock, self.rows, self.slot, self.copies = clock, rows, Slot(), copies
+    def __init__(self, clock: Clock, rows: list[bool]) -> None:
+        self.clock, self.rows, self.slot = clock, rows, Slot()
         self.keeps = not all(rows)
         self.counts = [0, 0]  # computed, held
 
@@ -149,23 +149,17 @@ class Hold:
             found = self.slot.find(self.clock, shape)
             if found is not None:
                 self.counts[1] += 1
-                return each(torch.clone, found) if self.copies else found
+                return each(torch.clone, found)
         out = original(*args, **kwargs)
         self.counts[0] += 1
-        kept = each(torch.clone if self.copies else Tensor.detach, out)
-        self.slot.store(self.clock, shape, kept)
+        self.slot.store(self.clock, shape, each(lambda t: t.detach().clone(), out))
         return out
 
 
-def lay_(
-    denoiser: nn.Module, schedule: CacheSchedule, clock: Clock, copies: bool = False
-) -> list[Override]:
-    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser.
-
-    copies: see `Hold`.
-    """
+def lay_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
+    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
     columns = schedule.at(clock.timesteps).table.t().tolist()
     return [
-        override_(denoiser.get_submodule(name), Hold(clock, rows, copies))
+        override_(denoiser.get_submodule(name), Hold(clock, rows))
         for name, rows in zip(schedule.branches, columns, strict=True)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backbone import Backbone, Branch, Subset
+from ..errors import ModelError
 from ..keymap import KeyMap, keymap
 
 CLASSES = ("FluxTransformer2DModel",)
@@ -26,15 +27,14 @@ DOUBLE = {
     "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
     "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
     "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
 }  # fmt: skip
-SINGLE = {
-    "modulation.lin": "norm.linear", "linear2": "proj_out",
-    "norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight",
+DOUBLE_NORMS = {
+    "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
 }  # fmt: skip
+SINGLE = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
+SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+ENDS = ("scale", "weight")  # the original code's name of a norm's weight; ComfyUI's from 0.14 on
 
 
 def describe(module: Any) -> Backbone:
@@ -63,6 +63,8 @@ def describe(module: Any) -> Backbone:
 
 def names(module: Any) -> KeyMap:
     """Where the parts of a `Flux` are: fused attention inputs; the last modulation is turned."""
+    if hasattr(module, "double_stream_modulation_img"):  # the same class name, another network
+        raise ModelError("Tenuto does not know the parts of FLUX.2 in this host yet.")
     prefixes: dict[str, Any] = dict(OUTER)
     modules: dict[str, tuple[str, ...]] = {TIME: ("time_in",)}
     width = module.img_in.out_features
@@ -70,6 +72,7 @@ def names(module: Any) -> KeyMap:
         host, name = f"double_blocks.{i}", f"transformer_blocks.{i}"
         modules[name] = (host,)
         prefixes |= {f"{host}.{theirs}": f"{name}.{own}" for theirs, own in DOUBLE.items()}
+        prefixes |= _norms(host, name, DOUBLE_NORMS)
         for stream, parts in (("img", IMAGE), ("txt", TEXT)):
             qkv = tuple((f"{name}.attn.{part}", width) for part in parts)
             prefixes[f"{host}.{stream}_attn.qkv"] = qkv
@@ -77,8 +80,18 @@ def names(module: Any) -> KeyMap:
         host, name = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         modules[name] = (host,)
         prefixes |= {f"{host}.{theirs}": f"{name}.{own}" for theirs, own in SINGLE.items()}
+        prefixes |= _norms(host, name, SINGLE_NORMS)
         qkv = tuple((f"{name}.attn.{part}", width) for part in IMAGE)
         rest = block.linear1.out_features - 3 * width
         prefixes[f"{host}.linear1"] = (*qkv, (f"{name}.proj_mlp", rest))
     swapped = ("final_layer.adaLN_modulation.1",)
     return keymap(module, "FluxTransformer2DModel", prefixes, modules, swapped)
+
+
+def _norms(host: str, name: str, norms: dict[str, str]) -> dict[str, str]:
+    """The norms of queries and keys, whichever name their weight has in the host."""
+    return {
+        f"{host}.{theirs}.{end}": f"{name}.{own}.weight"
+        for theirs, own in norms.items()
+        for end in ENDS
+    }
