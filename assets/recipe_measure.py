@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))  # not installed here
 
-from tenuto.metrics import frechet_distance as frechet
-from tenuto.metrics import kernel_distance
+from tenuto.measure import frechet_distance as frechet
+from tenuto.measure import kernel_distance
 
 __all__ = [
     "GRID", "batches", "draw", "features", "frechet", "kernel_distance", "psnr", "reconstruct",

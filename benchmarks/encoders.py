@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tenuto as tn
 from benchmarks.quantization import cpu_name
 from tenuto.artifact import Artifact
-from tenuto.attachment import encoder_layers
-from tenuto.demo import defaults
-from tenuto.encoders import METHODS, WIDTHS, encoder_job, fill
-from tenuto.encoding import calls_of, states_distance
-from tenuto.measure import compare_all
+from tenuto.calibration import METHODS, WIDTHS, encoder_job, fill
+from tenuto.measure import compare_all, states_distance
+from tenuto.runtime import encoder_layers
+from tenuto.sampling import calls_of
+from tenuto.sampling.loading import defaults
 
 MODELS = ("transformer", "unet")
 

@@ -38,14 +38,23 @@ import tenuto as tn
 from benchmarks.quality_pictures import Real, tf32
 from benchmarks.quality_rows import AUTOENCODER, BF16, FULL, Bench, Kept, Row, note
 from benchmarks.quality_table import markdown, sheet_lines
-from tenuto.bf16 import NATIVE, bf16_arithmetic, bf16_copy
-from tenuto.measure import compare, compare_all, lpips, resident_weight_bytes, ssim
-from tenuto.patching import place
-from tenuto.pictures import Row as SheetRow
-from tenuto.pictures import save_png, sheet, to_images
-from tenuto.route import PRESETS
-from tenuto.showcase import CAPTIONS
-from tenuto.trajectory import sampler
+from tenuto.calibration import PRESETS
+from tenuto.cli.demo import CAPTIONS
+from tenuto.measure import (
+    NATIVE,
+    bf16_arithmetic,
+    bf16_copy,
+    compare,
+    compare_all,
+    lpips,
+    resident_weight_bytes,
+    ssim,
+)
+from tenuto.measure.sheet import Row as SheetRow
+from tenuto.measure.sheet import sheet
+from tenuto.model import place
+from tenuto.sampling import sampler
+from tenuto.sampling.images import save_png, to_images
 
 MODELS = ("transformer", "unet")
 SEED = 10_000  # of the first compared picture

@@ -15,8 +15,8 @@ from assets.recipe_data import caption, class_names, read_split
 from assets.recipe_inception import load_inception
 from assets.recipe_measure import features, psnr, reconstruct
 from tenuto.measure import frechet_distance, kernel_distance
-from tenuto.patching import place
-from tenuto.trajectory import sampler
+from tenuto.model import place
+from tenuto.sampling import sampler
 
 FIRST = 100_000  # seed of the first picture: far from all others, and of the first class
 

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import tenuto as tn
-from tenuto.algorithms.adaround import AdaRound
-from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.artifact import fingerprint
-from tenuto.calibrate import effort, recipe_for
-from tenuto.demo import defaults, load, prompts
-from tenuto.patching import denoiser_of
-from tenuto.route import PRESETS as ROUTE_PRESETS
-from tenuto.route import train_router
-from tenuto.shipped import asset
+from tenuto.calibration import PRESETS as ROUTE_PRESETS
+from tenuto.calibration import effort, recipe_for, train_router
+from tenuto.calibration.algorithms.adaround import AdaRound
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.model import denoiser_of
+from tenuto.resources import asset
+from tenuto.sampling.loading import defaults, load, prompts
 from tenuto.work import digest
 
 FULL, BF16, AUTOENCODER = "full precision", "bf16", "autoencoder alone"

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
-from tenuto.algorithms.adaround import AdaRound
-from tenuto.algorithms.nearest import RoundToNearest
-from tenuto.bf16 import bf16_arithmetic, bf16_copy
-from tenuto.calibrate import effort, recipe_for
-from tenuto.demo import defaults, load, prompts
-from tenuto.measure import lpips, percentile, psnr, ssim
-from tenuto.patching import denoiser_of, place
-from tenuto.trajectory import Trajectory, sampler
+from tenuto.calibration import effort, recipe_for
+from tenuto.calibration.algorithms.adaround import AdaRound
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.measure import bf16_arithmetic, bf16_copy, lpips, psnr, ssim
+from tenuto.model import denoiser_of, place
+from tenuto.runtime import percentile
+from tenuto.sampling import Trajectory, sampler
+from tenuto.sampling.loading import defaults, load, prompts
 
 FIRST_SEED = 10_000
 

@@ -34,17 +34,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
 from benchmarks.quality_pictures import Real
-from tenuto.caching.budget import saved, whole_steps
-from tenuto.caching.interval import interval_for, late_interval_for
-from tenuto.caching.programme import StepProgramme
-from tenuto.caching.random_table import RandomTable
-from tenuto.caching.rollout import evaluate, intercepted
-from tenuto.caching.schedule import CacheSchedule
-from tenuto.demo import defaults, load, prompts
-from tenuto.measure import lpips, multiply_adds, percentile, psnr, ssim
-from tenuto.patching import denoiser_of, place
-from tenuto.route import POWERS, PRESETS, train_router
-from tenuto.trajectory import sampler, to_device
+from tenuto.caching import (
+    CacheSchedule,
+    RandomTable,
+    StepProgramme,
+    interval_for,
+    late_interval_for,
+    saved,
+    whole_steps,
+)
+from tenuto.calibration import POWERS, PRESETS, train_router
+from tenuto.calibration.router.rollout import evaluate, intercepted
+from tenuto.measure import lpips, psnr, ssim
+from tenuto.model import denoiser_of, multiply_adds, place
+from tenuto.runtime import percentile
+from tenuto.sampling import sampler, to_device
+from tenuto.sampling.loading import defaults, load, prompts
 
 DRAWN, CHOSEN = 10_000, 20_000  # first seeds: of the pictures compared, and of those that choose
 RANDOM = 20

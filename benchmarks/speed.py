@@ -28,15 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
 from benchmarks.quantization import cpu_name, wanted
-from tenuto.attachment import quantized
-from tenuto.bf16 import bf16_arithmetic, bf16_copy
-from tenuto.calibrate import effort
-from tenuto.demo import defaults, load, prompts
-from tenuto.measure import Latency, latency
-from tenuto.patching import denoiser_of, place
-from tenuto.qlayer import QLayer
-from tenuto.trajectory import sampler
-from tenuto.turns import first_call
+from tenuto.calibration import effort
+from tenuto.measure import bf16_arithmetic, bf16_copy, first_call
+from tenuto.model import denoiser_of, place
+from tenuto.runtime import Latency, QLayer, latency, quantized
+from tenuto.sampling import sampler
+from tenuto.sampling.loading import defaults, load, prompts
 
 MODELS = ("transformer", "unet")
 SEED = 10_000

@@ -11,21 +11,14 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
-from tenuto import families
-from tenuto.artifact import Artifact
-from tenuto.attachment import schedule_of
-from tenuto.backbone import layers
-from tenuto.caching.schedule import CacheSchedule
-from tenuto.choice import check_execution
-from tenuto.clock import Clock
+from tenuto.artifact import Artifact, localized, schedule_of
+from tenuto.caching import CacheSchedule
+from tenuto.calibration import recipe_for
 from tenuto.errors import ArtifactError, ModelError
-from tenuto.families import describe
-from tenuto.host import Patches
-from tenuto.keymap import KeyMap
-from tenuto.localize import localized
-from tenuto.patching import Attached
-from tenuto.recipes import recipe_for
-from tenuto.scheme import Scheme
+from tenuto.model import Attached, KeyMap, describe, families, layers
+from tenuto.numerics import Scheme
+from tenuto.runtime import Patches, check_execution
+from tenuto.sampling import Clock
 
 from .cache import Cache, Policy
 from .weights import Weights, unpatched

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching.schedule import CacheSchedule, Hold
-from tenuto.clock import Clock
+from tenuto.caching import CacheSchedule, Hold
 from tenuto.errors import ModelError
-from tenuto.families import describe, names
-from tenuto.patching import Override, override_
+from tenuto.model import Override, describe, names, override_
+from tenuto.sampling import Clock
 
 from .wrapping import Wrapped
 

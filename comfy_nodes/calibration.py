@@ -20,14 +20,13 @@ import latent_preview
 import torch
 from torch import Tensor, nn
 
-from tenuto.artifact import Artifact
-from tenuto.calibrate import PRESETS, quantize
+from tenuto.artifact import Artifact, canonicalized
+from tenuto.calibration import PRESETS, quantize
+from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
-from tenuto.families import names
-from tenuto.localize import canonicalized
-from tenuto.maintenance import CHOICES
-from tenuto.scheme import named
-from tenuto.trajectory import Call, Trajectory, record
+from tenuto.model import names
+from tenuto.numerics import named
+from tenuto.sampling import Call, Trajectory, record
 from tenuto.work import Work
 
 from .api import ArtifactType, io, ui

@@ -10,13 +10,11 @@ from typing import Any
 
 import folder_paths
 
-from tenuto.artifact import Artifact, tabled
-from tenuto.attachment import schedule_of
-from tenuto.caching.interval import Interval, LateInterval
-from tenuto.caching.schedule import CacheSchedule
-from tenuto.choice import EXECUTIONS
+from tenuto.artifact import Artifact, schedule_of, tabled
+from tenuto.caching import CacheSchedule, Interval, LateInterval
 from tenuto.errors import TenutoError
-from tenuto.scheme import named
+from tenuto.numerics import named
+from tenuto.runtime import EXECUTIONS
 
 from .adapter import here, quantized, rounded, routed
 from .api import ArtifactType, io

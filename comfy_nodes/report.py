@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenuto.choice import DENSE
-from tenuto.drawing import stacked
+from tenuto.artifact import StepMap
+from tenuto.artifact.drawing import stacked
+from tenuto.artifact.plots import map_panel, title_panel
 from tenuto.errors import TenutoError
-from tenuto.plots import map_panel, title_panel
-from tenuto.stepwise import StepMap
+from tenuto.runtime import DENSE
 
 from .api import io, ui
 from .cache import Cache, Run

@@ -14,16 +14,13 @@ from typing import Any
 import comfy.ops
 from torch import Tensor, nn
 
-from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.artifact import Artifact, tabled
-from tenuto.backbone import layers
-from tenuto.clock import Clock
-from tenuto.kernels.activation import Memo
-from tenuto.patching import Override, override_
-from tenuto.qlayer import QConv2d, QLayer, QLinear, follow
-from tenuto.qtensor import QTensor
-from tenuto.scheme import Scheme
-from tenuto.temporal_table import TemporalTable
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.model import Override, layers, override_
+from tenuto.numerics import QTensor, Scheme
+from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow
+from tenuto.runtime.kernels.quantize_input import Memo
+from tenuto.sampling import Clock
 
 from .wrapping import Wrapped
 

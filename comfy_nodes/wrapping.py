@@ -15,8 +15,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
-from tenuto.clock import Clock
-from tenuto.patching import Override
+from tenuto.model import Override
+from tenuto.sampling import Clock
 
 
 class Wrapped:

@@ -64,7 +64,7 @@ class Bench:
         return self._saved(found, wanted)
 
     def _saved(self, found: Picture, wanted: Wanted) -> dict[str, Any]:
-        from tenuto.pictures import picture_name, save_png
+        from tenuto.sampling.images import picture_name, save_png
 
         folder, paths, infos = self.places.out / "pictures", {}, {}
         for which, picture in found.pictures.items():
@@ -94,7 +94,7 @@ class Bench:
 
     def added(self, path: str | Path, name: str) -> str:
         """Take an artifact file into the output folder, if it is one; returns its name."""
-        from tenuto.checks import load_artifact
+        from tenuto.cli.checks import load_artifact
 
         source, name = Path(path), checked_name(Path(name).name)
         if source.suffix != ".safetensors":
@@ -134,7 +134,7 @@ class Bench:
 
         text_encoder, method and rounding are those of `tenuto quantize`.
         """
-        from tenuto.commands import check_quantization
+        from tenuto.cli.commands import check_quantization
 
         name = checked_name(name)
         if scheme is None and reuse is None and text_encoder is None:
@@ -227,7 +227,7 @@ class Bench:
         prompts: str = "",
     ) -> Job:
         """Start a comparison; TenutoError if it is refused."""
-        from tenuto.choice import check_execution
+        from tenuto.runtime import check_execution
 
         check_execution(execution)
         if not artifacts:

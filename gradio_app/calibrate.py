@@ -8,9 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.encoders import METHODS, WIDTHS
+from tenuto.calibration import METHODS, PRESETS, ROUNDINGS, WIDTHS
 from tenuto.errors import TenutoError
-from tenuto.recipes import PRESETS, ROUNDINGS
 
 from .bench import Bench
 from .generate import artifact_choices

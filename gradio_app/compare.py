@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.choice import EXECUTIONS
 from tenuto.errors import TenutoError
 from tenuto.measure import BF16, FIRST_SEED, FULL
+from tenuto.runtime import EXECUTIONS
 
 from .bench import COUNT, Bench
 from .calibrate import STEADY

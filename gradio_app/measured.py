@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from tenuto.console import mib
+from tenuto.artifact.summary import mib
 
 from .view import lasting, table
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenuto.checks import check_out
-from tenuto.demo import PREFIX, check_model
+from tenuto.cli.checks import check_out
 from tenuto.errors import ArtifactError, ModelError, TenutoError
-from tenuto.shipped import asset
+from tenuto.resources import asset
+from tenuto.sampling.loading import PREFIX, check_model
 from tenuto.work import Work, write_text
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")

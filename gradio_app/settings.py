@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenuto.checks import check_file, device_of
+from tenuto.cli.checks import check_file, device_of
 from tenuto.errors import TenutoError
 
 HOSTS = {False: "127.0.0.1", True: "0.0.0.0"}  # by --listen

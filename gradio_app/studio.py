@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tenuto.demo import Defaults, defaults
 from tenuto.errors import Cancelled
+from tenuto.sampling.loading import Defaults, defaults
 
 from .infotext import written
 from .settings import Settings
@@ -79,9 +79,9 @@ class Studio:
 
     def pipe(self, model: str) -> Any:
         """The pipeline of `model`, loaded unless it is the last one."""
-        from tenuto.checks import device_of
-        from tenuto.console import Bars
-        from tenuto.preparing import loaded
+        from tenuto.cli.checks import device_of
+        from tenuto.cli.console import Bars
+        from tenuto.cli.session import loaded
 
         with self._loading:
             if self._model != model:
@@ -93,8 +93,8 @@ class Studio:
 
     def draw(self, wanted: Wanted, on_call: OnCall) -> Picture:
         """One picture, or two: beside it the one that full precision draws from the same noise."""
-        from tenuto.checks import load_artifact
-        from tenuto.preparing import check_steps
+        from tenuto.cli.checks import load_artifact
+        from tenuto.cli.session import check_steps
 
         self._stop.clear()
         artifact = None if wanted.artifact is None else load_artifact(wanted.artifact)
@@ -110,7 +110,7 @@ class Studio:
     @contextmanager
     def _watched(self, pipe: Any, total: int, on_call: OnCall) -> Iterator[None]:
         """Count the denoiser's calls, and leave at the next one when drawing is to stop."""
-        from tenuto.patching import denoiser_of
+        from tenuto.model import denoiser_of
 
         done = 0
 
@@ -129,8 +129,8 @@ class Studio:
 
 
 def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
-    from tenuto.pictures import draw
-    from tenuto.preparing import attached_to
+    from tenuto.cli.session import attached_to
+    from tenuto.sampling.images import draw
 
     with attached_to(pipe, artifact, "auto") as attached:
         start = time.perf_counter()
@@ -150,7 +150,7 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
     import torch
 
     from tenuto.measure import ARTIFACT, FULL, compare_all
-    from tenuto.pictures import to_images
+    from tenuto.sampling.images import to_images
 
     start = time.perf_counter()
     found, drawn = compare_all(
@@ -168,7 +168,7 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
 def defaults_of(model: str, artifact: Path | None = None) -> Defaults:
     """Steps and guidance of a model, or of the artifact that is used with it."""
     from tenuto.artifact import read_header
-    from tenuto.checks import damage_told
+    from tenuto.cli.checks import damage_told
 
     if artifact is None:
         return defaults(model)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from tenuto.pictures import difference
+from tenuto.measure.sheet import difference
 
 SLIDER, A, B, DIFFERENCE = "Slider", "A", "B", "Difference"
 GAIN = 8

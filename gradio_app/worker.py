@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tenuto.console import Bars
+from tenuto.cli.console import Bars
 from tenuto.errors import Cancelled, TenutoError
-from tenuto.trajectory import Progress
+from tenuto.progress import Progress
 
 from .infotext import written
 
@@ -104,7 +104,7 @@ class Reports(Bars):
 
 def router_now(work: Path) -> dict[str, Any]:
     """The losses and the map of a router that trains."""
-    from tenuto.caching.so_far import so_far
+    from tenuto.calibration.router.in_progress import so_far
 
     found = so_far(work)
     return {} if found is None else {"loss": list(found.loss), "map": plain(found.map)}
@@ -124,9 +124,9 @@ def plain(route: Any) -> dict[str, Any]:
 
 def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     """Quantize the denoiser, text encoders or both, then train a router; resumes what was begun."""
-    from tenuto import commands
-    from tenuto.checks import load_artifact, work_folder
-    from tenuto.stepwise import step_map
+    from tenuto.artifact import step_map
+    from tenuto.cli import commands
+    from tenuto.cli.checks import load_artifact, work_folder
 
     out, first = Path(request["out"]), Path(request["first"])
     chosen = {key: request.get(key) for key in QUANTIZED}  # an older request lacks some
@@ -160,10 +160,10 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     """Draw in full precision, with every artifact and in bf16; all of it goes into a folder."""
     import torch
 
-    from tenuto.checks import comparison_prompts, load_artifact
+    from tenuto.cli.checks import comparison_prompts, load_artifact
+    from tenuto.cli.session import pipeline, sampling_of
     from tenuto.measure import compare_all
-    from tenuto.pictures import save_png, to_images
-    from tenuto.preparing import pipeline, sampling_of
+    from tenuto.sampling.images import save_png, to_images
     from tenuto.work import write_text
 
     files = {name: Path(path) for name, path in request["artifacts"].items()}

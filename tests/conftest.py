@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenuto.choice import INT8, Chooser
+from tenuto.runtime.execution import INT8, Chooser
 
 WORDS = "a photo of the red blue goldfish lemon school bus dog cat on table in snow at night"
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tenuto.demo import defaults, load
 from tenuto.errors import ModelError
-from tenuto.trajectory import sampler
+from tenuto.sampling.loading import defaults, load
+from tenuto.sampling.record import sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tenuto as tn
-from tenuto.algorithms.nearest import RoundToNearest
-from tenuto.backbone import layers
-from tenuto.replay import inputs_of, outputs
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.calibration.replay import inputs_of, outputs
+from tenuto.model.backbone import layers
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

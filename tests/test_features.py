@@ -8,7 +8,7 @@ from torch import Tensor
 
 from assets.recipe_inception import Inception
 from tenuto.errors import TenutoError
-from tenuto.measure import frechet_distance, kernel_distance
+from tenuto.measure.metrics import frechet_distance, kernel_distance
 
 
 def normal(count: int, mean: Tensor, covariance: Tensor, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import json
 import os
@@ -22,30 +23,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MIB = 2**20
 Files = Callable[..., list[Path]]
 
-# A module imports only from rows above its own; a folder is one name, and its files may import each
-# other. CONTRIBUTING.md has the same rows: a new top-level module gets its place in both.
-ROWS = (
-    ("errors", "version", "arguments"),
-    ("numerics", "scheme", "clock", "work", "metrics", "shipped", "comparison", "pictures"),
-    ("backbone", "keymap", "kernels", "perceptual", "cost", "bf16", "drawing", "grid", "stepwise"),
-    ("families", "patching", "plots", "choice"),
-    ("trajectory", "qtensor"),
-    ("qlayer", "replay", "surroundings", "tape", "temporal_table", "turns"),
-    ("gram",),
-    ("algorithms", "caching", "discovery", "ranges", "temporal"),
-    ("artifact", "maintenance", "recipes"),
-    ("compact",),
-    ("localize",),
-    ("attachment",),
-    ("encoding",),
-    ("calibrate", "route", "measure", "demo", "host"),
-    ("encoders",),
-    ("__init__", "console", "checks"),
-    ("showcase", "launch", "preparing"),
-    ("commands",),
+# A room imports only from the lines above its own; the ground is everything else.
+ROOMS = (
+    ("numerics", "model"),
+    ("sampling",),
+    ("caching",),
+    ("artifact",),
+    ("runtime",),
+    ("calibration", "measure"),
     ("cli",),
 )
-ROW = {name: row for row, names in enumerate(ROWS) for name in names}
+RANK = {name: rank for rank, names in enumerate(ROOMS, 1) for name in names}
+
+ROOMS_311 = ("calibration", "measure", "cli")  # no host imports them
 
 HEAVY = ("triton", "diffusers", "transformers", "gradio", "torchvision", "matplotlib", "pandas")
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -91,25 +81,18 @@ def imported(tree: ast.Module) -> Iterator[tuple[ast.AST, str, str]]:
 
 
 def inner_imports(path: Path, tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """The parts of tenuto that a file of core/tenuto imports, as (node, name of row table)."""
+    """The modules of tenuto that a file of core/tenuto imports, as (node, dotted path below it)."""
     package = ["tenuto", *path.relative_to(CORE).parent.parts]
-
-    def part(dotted: str) -> str:
-        names = dotted.split(".")[1:2]
-        known = names and ((CORE / names[0]).is_dir() or (CORE / f"{names[0]}.py").is_file())
-        return names[0] if known else "__init__"
-
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "tenuto":
-                    yield node, part(alias.name)
+            found = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
-            if base.split(".")[0] == "tenuto":
-                for alias in node.names:
-                    yield node, part(f"{base}.{alias.name}")
+            base = [*above, *(node.module or "").split(".")]
+            found = [[part for part in (*base, alias.name) if part] for alias in node.names]
+        else:
+            continue
+        yield from ((node, ".".join(parts[1:])) for parts in found if parts[0] == "tenuto")
 
 
 def defined(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
@@ -126,45 +109,60 @@ def defined(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
                         yield f"{node.name}.{inner.name}", inner
 
 
-# --- the rows -----------------------------------------------------------------------------------
+# --- the rooms ----------------------------------------------------------------------------------
 
 
-def test_every_module_has_a_row() -> None:
-    names = {p.stem for p in CORE.glob("*.py")} | {
-        p.parent.name for p in CORE.glob("*/__init__.py")
-    }
-    assert names, "core/tenuto is empty"
-    assert not names - set(ROW), f"no row for {sorted(names - set(ROW))}"
+def test_rooms_import_downwards_only() -> None:
+    """Each room from those before it, the ground (files beside them) from no room."""
+    wrong = []
+    for path in sources("core"):
+        room = path.relative_to(CORE).with_suffix("").parts[0]
+        if room == "__init__":
+            continue  # the public names
+        for node, module in inner_imports(path, tree_of(path)):
+            other = module.split(".")[0]
+            if other != room and RANK.get(other, 0) >= max(RANK.get(room, 0), 1):
+                wrong.append(f"{at(path, node)}: {room} imports {other}")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", sources("core"), ids=lambda p: p.relative_to(CORE).as_posix())
-def test_imports_come_from_rows_above(path: Path) -> None:
-    own = path.relative_to(CORE).with_suffix("").parts[0]
-    wrong = [
-        f"{at(path, node)}: {own} imports {name}"
-        for node, name in inner_imports(path, tree_of(path))
-        if not (ROW.get(name, 99) < ROW.get(own, -1) or (name == own and path.parent != CORE))
-    ]
-    assert not wrong, "\n".join(dict.fromkeys(wrong))
+def test_modules_import_in_no_circle() -> None:
+    """Within a room too: at import time, every module is there before those that need it."""
+    files = {".".join(path_parts(p)): p for p in sources("core")}
+    needs: dict[str, set[str]] = {}
+    for name, path in files.items():
+        tree = tree_of(path)
+        found = inner_imports(path, tree)
+        top = {module for node, module in found if node in tree.body}
+        needs[name] = {m if m in files else m.rpartition(".")[0] for m in top} - {name}
+    order = graphlib.TopologicalSorter({n: m & set(files) for n, m in needs.items()})
+    order.prepare()  # CycleError names the circle
 
 
-def test_contributing_shows_the_same_rows() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| \d+ \| (.*) \|$", text, re.M)
-    assert tuple(tuple(re.findall(r"`(\w+)/?`", row)) for row in table) == ROWS
+def path_parts(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(CORE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def test_the_row_check_sees_what_it_should() -> None:
+def test_the_house_has_nine_rooms() -> None:
+    folders = [p.name for p in CORE.iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert sorted(folders) == sorted(RANK)
+    assert len([p for p in CORE.iterdir() if p.is_file()]) <= 9
+
+
+def test_the_import_check_sees_what_it_should() -> None:
     """A check of imports that finds none would pass for ever."""
 
     def found(path: Path, *lines: str) -> list[str]:
         return [name for _, name in inner_imports(path, ast.parse("\n".join(lines)))]
 
-    inside = ("from . import x", "from ..artifact import A", "import tenuto.scheme")
-    assert found(CORE / "caching" / "x.py", *inside) == ["caching", "artifact", "scheme"]
+    inside = ("from . import x", "from ..artifact import A", "import tenuto.numerics.scheme")
+    assert found(CORE / "caching" / "x.py", *inside) == [
+        "caching.x", "artifact.A", "numerics.scheme",
+    ]  # fmt: skip
     top = ("from .errors import E", "from . import clock, name", "from torch import nn")
-    assert found(CORE / "x.py", *top) == ["errors", "clock", "__init__"]
-    assert found(CORE / "x.py", "from tenuto import quantize") == ["__init__"]
+    assert found(CORE / "x.py", *top) == ["errors.E", "clock", "name"]
+    assert found(CORE / "x.py", "from tenuto import quantize") == ["quantize"]
 
 
 def test_the_library_imports_no_host_and_no_adapter() -> None:
@@ -298,7 +296,7 @@ def test_only_the_command_prints() -> None:
     wrong = [
         at(path, node)
         for path in sources("core")
-        if path != CORE / "cli.py"
+        if CORE / "cli" not in path.parents
         for node in ast.walk(tree_of(path))
         if (
             isinstance(node, ast.Call)
@@ -330,7 +328,7 @@ def test_the_hosts_python_can_read_it() -> None:
     """A1111 and Forge run Python 3.10: its grammar, and no later addition to its library."""
     wrong = []
     for path in sources("core", "webui_ext", "scripts"):
-        if path in (CORE / "cli.py", CORE / "demo.py"):
+        if CORE in path.parents and path.relative_to(CORE).parts[0] in ROOMS_311:
             continue
         text = path.read_text(encoding="utf-8")
         try:

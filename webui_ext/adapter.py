@@ -9,19 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from tenuto import families
-from tenuto.artifact import Artifact
-from tenuto.attachment import schedule_of
-from tenuto.choice import check_execution
-from tenuto.clock import Clock
+from tenuto.artifact import Artifact, localized, schedule_of
+from tenuto.calibration import recipe_for
 from tenuto.errors import ArtifactError, ModelError
-from tenuto.families import describe
-from tenuto.host import Patches
-from tenuto.keymap import KeyMap
-from tenuto.localize import localized
-from tenuto.patching import Attached
-from tenuto.recipes import recipe_for
-from tenuto.scheme import Format, Scheme, named, schemes
+from tenuto.model import Attached, KeyMap, describe, families
+from tenuto.numerics import Format, Scheme, named, schemes
+from tenuto.runtime import Patches, check_execution
+from tenuto.sampling import Clock
 
 from . import hosts
 from .cache import Cache, Plan

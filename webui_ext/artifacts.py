@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from tenuto import families
 from tenuto.artifact import Artifact, read_header
 from tenuto.errors import ArtifactError, TenutoError
+from tenuto.model import families
 
 from .choices import BUILT_IN, OFF
 from .options import option

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenuto.caching.schedule import CacheSchedule, each
-from tenuto.clock import Clock
-from tenuto.patching import Override, override_, tensors_in
+from tenuto.caching import CacheSchedule, each
+from tenuto.model import Override, override_, tensors_in
+from tenuto.sampling import Clock
 
 from .run import Run
 

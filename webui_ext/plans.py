@@ -7,12 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tenuto.artifact import Artifact
-from tenuto.attachment import schedule_of
-from tenuto.caching.interval import late_interval_for
-from tenuto.caching.logits import Router
-from tenuto.caching.programme import StepProgramme
-from tenuto.caching.schedule import CacheSchedule
+from tenuto.artifact import Artifact, schedule_of
+from tenuto.caching import CacheSchedule, StepProgramme, late_interval_for
+from tenuto.calibration.router.logits import Router
 from tenuto.errors import ArtifactError
 
 from .cache import Plan

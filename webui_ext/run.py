@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.clock import Clock
+from tenuto.sampling import Clock
 
 log = logging.getLogger("tenuto")
 

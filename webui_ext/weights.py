@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenuto.algorithms.nearest import RoundToNearest
 from tenuto.artifact import Artifact, tabled
-from tenuto.clock import Clock
-from tenuto.kernels.activation import Memo
-from tenuto.patching import Override, override_
-from tenuto.qlayer import QConv2d, QLayer, QLinear, follow
-from tenuto.qtensor import QTensor
-from tenuto.scheme import Scheme
-from tenuto.temporal_table import TemporalTable
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.model import Override, override_
+from tenuto.numerics import QTensor, Scheme
+from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow
+from tenuto.runtime.kernels.quantize_input import Memo
+from tenuto.sampling import Clock
 
 from . import hosts
 from .lora import Changes

@@ -1,17 +1,15 @@
 """Tenuto: diffusion models made faster and smaller, with a picture one cannot tell apart."""
 
 from .artifact import Artifact
-from .attachment import attach
-from .caching.schedule import CacheSchedule
-from .calibrate import quantize
-from .demo import demo, prompts
-from .encoders import quantize_encoder
+from .caching import CacheSchedule
+from .calibration import quantize, quantize_encoder, train_router
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
-from .families import describe
 from .measure import compare
-from .route import train_router
-from .scheme import Format, Recipe, Rule, Scheme, schemes
-from .trajectory import Trajectory, record
+from .model import describe
+from .numerics import Format, Recipe, Rule, Scheme, schemes
+from .runtime import attach
+from .sampling import Trajectory, record
+from .sampling.loading import demo, prompts
 from .version import __version__
 
 __all__ = [

@@ -54,7 +54,7 @@ def opened(base: Path) -> dict[str, Any]:
     """Run the command in this process, with a script at the window."""
     sys.path.insert(0, str(ROOT / "core"))
     from tenuto import cli
-    from tenuto.launch import module
+    from tenuto.cli.app import module
 
     seen: dict[str, Any] = {}
     window = module("window")

@@ -23,9 +23,10 @@ from gradio_app.jobs import Desk, Job
 from gradio_app.places import Places, checked_name
 from gradio_app.png import texts
 from gradio_app.settings import Settings
-from tenuto.caching.so_far import so_far
+from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
-from tenuto.pictures import difference, save_png
+from tenuto.measure.sheet import difference
+from tenuto.sampling.images import save_png
 from tenuto.work import Work
 
 SETTINGS = {
@@ -344,11 +345,12 @@ def test_gradio_is_loaded_by_the_app_alone() -> None:
 def test_an_installation_without_gradio_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tenuto import cli, launch
+    from tenuto import cli
+    from tenuto.cli import app
 
-    find = launch.importlib.util.find_spec
+    find = app.importlib.util.find_spec
     monkeypatch.setattr(
-        launch.importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name)
+        app.importlib.util, "find_spec", lambda name: None if name == "gradio" else find(name)
     )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["app"]) == 2

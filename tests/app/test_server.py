@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from gradio_app.png import texts
-from tenuto.artifact import read_header
+from tenuto.artifact.header import read_header
 
 pytestmark = pytest.mark.slow
 
@@ -207,7 +207,7 @@ def test_what_is_no_picture_restores_nothing(app: Any, visit: Any, tmp_path: Pat
 @pytest.fixture(scope="module")
 def shipped() -> bytes:
     """An artifact file."""
-    from tenuto.shipped import asset
+    from tenuto.resources import asset
 
     return asset("artifacts/demo-unet.w8a8.safetensors").read_bytes()
 

@@ -11,8 +11,8 @@ import pytest
 
 from gradio_app import worker
 from gradio_app.worker import Reports, calibrate
-from tenuto import commands
-from tenuto.artifact import Artifact
+from tenuto.artifact.artifact import Artifact
+from tenuto.cli import commands
 from tenuto.errors import Cancelled
 
 RECORDED = ["Recording", "Quantizing"]
@@ -65,7 +65,7 @@ def test_what_the_commands_are_told(
     monkeypatch.setattr(commands, "quantize", quantize)
     monkeypatch.setattr(commands, "train_router", train)
     bare = SimpleNamespace(header={}, tensors={})
-    monkeypatch.setattr("tenuto.checks.load_artifact", lambda path: bare)
+    monkeypatch.setattr("tenuto.cli.checks.load_artifact", lambda path: bare)
     bars = Reports(lambda **event: None, threading.Event())
     whole = request(tmp_path, **asked)
     older = {k: v for k, v in whole.items() if k not in NEW or v is not None}

@@ -284,7 +284,7 @@ def conditions() -> Callable[[str, list[int]], dict[str, Tensor]]:
 @pytest.fixture(scope="session")
 def recorded(tiny: Callable[[str], nn.Module]) -> Callable[..., Any]:
     """recorded(kind, **settings of the loop): the trajectory of 2 runs of 2 pictures; made once."""
-    from tenuto.trajectory import record
+    from tenuto.sampling.record import record
 
     made: dict[Any, Any] = {}
 

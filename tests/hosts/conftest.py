@@ -133,8 +133,8 @@ def randomized(module: nn.Module) -> nn.Module:
 
 def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     """Put the weights of a diffusers model into a host's, by the key map of its family."""
-    from tenuto import families
-    from tenuto.keymap import turned
+    from tenuto.model import families
+    from tenuto.model.key_map import turned
 
     keys = families.names(host)
     assert keys is not None

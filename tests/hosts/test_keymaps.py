@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import tenuto
-from tenuto import Artifact, describe, families, quantize, record, schemes
-from tenuto.artifact import fingerprint
-from tenuto.backbone import layers
+from tenuto import Artifact, describe, quantize, record, schemes
+from tenuto.artifact.fingerprint import fingerprint
+from tenuto.artifact.host_names import canonicalized, localized
 from tenuto.errors import ArtifactError, ModelError
-from tenuto.localize import canonicalized, localized
-from tenuto.qlayer import QLayer
-from tenuto.trajectory import Trajectory
+from tenuto.model import families
+from tenuto.model.backbone import layers
+from tenuto.runtime.layers import QLayer
+from tenuto.sampling.trajectory import Trajectory
 
 attach = partial(tenuto.attach, execution="int8")  # the artifact's own arithmetic
 TIMES = (999.0, 750.0, 500.0, 250.0)

@@ -78,7 +78,7 @@ def test_a_bias_goes_where_its_input_is(in_comfy: Any) -> None:
     module = model.model.diffusion_model.get_submodule(name)
     assert isinstance(module, nn.Linear) and module.bias is not None
     from comfy_nodes.weights import Quantized
-    from tenuto.kernels.activation import Memo
+    from tenuto.runtime.kernels.quantize_input import Memo
 
     weights.on = True
     call = Quantized(weights, name, False, Memo())

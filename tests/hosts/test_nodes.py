@@ -12,7 +12,7 @@ from torch import nn
 from tenuto import Artifact, schemes
 from tenuto.caching.interval import LateInterval
 from tenuto.errors import ArtifactError, ModelError
-from tenuto.host import Host, InPlace
+from tenuto.runtime.host import Host, InPlace
 
 TIMES, BRANCHES = tuple(range(1000, 0, -100)), ("a", "b")
 
@@ -114,7 +114,7 @@ def test_what_is_calibrated_here_is_used_in_diffusers(
     from comfy_nodes.adapter import ComfyUI
     from comfy_nodes.calibration import Sampling, calibrated, recorded
     from tenuto import attach
-    from tenuto.host import Patches
+    from tenuto.runtime.host import Patches
 
     model, unet = in_comfy(family), original(family)
     text = prompts([1])

@@ -87,9 +87,9 @@ def save_route(host: Any, tmp_path: Path) -> Callable[[float], Any]:
     """save_route(share): an artifact with a route that computes about so many cells."""
 
     def save(share: float) -> Any:
-        from tenuto.artifact import Artifact
-        from tenuto.families import describe
-        from tenuto.localize import canonicalized
+        from tenuto.artifact.artifact import Artifact
+        from tenuto.artifact.host_names import canonicalized
+        from tenuto.model.families import describe
 
         times = [999.0 - 100 * i for i in range(10)]
         branches = [b.name for b in describe(host.unet).branches]

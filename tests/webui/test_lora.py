@@ -212,8 +212,8 @@ def test_an_artifact_fits_while_a_lora_is_merged(
     host: Any, lora: LoRA, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its fingerprint is of the checkpoint's weights, which the host keeps a copy of."""
-    from tenuto.artifact import Artifact
-    from tenuto.localize import canonicalized
+    from tenuto.artifact.artifact import Artifact
+    from tenuto.artifact.host_names import canonicalized
 
     made = Artifact.new(host.unet, {"timesteps": [999.0, 1.0], "steps": 2, "guidance": 1.0})
     canonical = canonicalized(made, host.unet)

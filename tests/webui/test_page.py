@@ -79,7 +79,7 @@ def test_a_picture_without_it_turns_it_off(host: Any) -> None:
 def test_an_unknown_artifact_stays_off_with_a_warning(
     host: Any, tmp_path: Path, wrong: str
 ) -> None:
-    from tenuto.artifact import Artifact
+    from tenuto.artifact.artifact import Artifact
 
     folder = tmp_path / "tenuto"
     folder.mkdir()
@@ -110,8 +110,8 @@ def test_the_artifacts_of_the_folder_are_offered(host: Any, tmp_path: Path) -> N
     """Those of this architecture, and nothing that is not an artifact."""
     from safetensors.torch import save_file
 
-    from tenuto.artifact import Artifact
-    from tenuto.localize import canonicalized
+    from tenuto.artifact.artifact import Artifact
+    from tenuto.artifact.host_names import canonicalized
 
     folder = tmp_path / "tenuto"
     (folder / "more").mkdir(parents=True)

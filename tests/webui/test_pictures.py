@@ -51,10 +51,10 @@ def test_the_step_is_the_nearest_calibrated_one(host: Any, tmp_path: Any) -> Non
 
 def save_route(host: Any, folder: Any, rows: list[int]) -> Any:
     """An artifact of the host's model in models/tenuto, with a route of whole steps."""
-    from tenuto.artifact import Artifact
+    from tenuto.artifact.artifact import Artifact
+    from tenuto.artifact.host_names import canonicalized
     from tenuto.caching.schedule import CacheSchedule
-    from tenuto.families import describe
-    from tenuto.localize import canonicalized
+    from tenuto.model.families import describe
 
     times = [999.2 - i * 1000 / len(rows) for i in range(len(rows))]
     branches = [b.name for b in describe(host.unet).branches]
@@ -163,7 +163,7 @@ def test_nothing_acts_where_an_sd_unet_stands_in(host: Any) -> None:
 def test_a_failure_is_a_sentence_and_the_picture_goes_on(
     host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tenuto.qlayer import QLinear
+    from tenuto.runtime.layers import QLinear
 
     plain = host.pictures(host.p(*OFF))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tenuto.artifact import Artifact
+from tenuto.artifact.artifact import Artifact
 from tenuto.errors import ArtifactError
 from webui_ext.choices import CACHES, OFF, ROUTER, UNIFORM, Choices, infotext, pasted
 from webui_ext.plans import at_budget, plan_of, rule, share, spread

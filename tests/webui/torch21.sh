@@ -25,5 +25,5 @@ pip() { "$PY" -m pip --disable-pip-version-check install --quiet --no-compile "$
 pip torch==2.1.2 numpy==1.26.2 safetensors==0.4.2 pillow==9.5.0 'pytest>=9' tqdm diffusers==0.32.2 transformers==4.44.2 sentencepiece
 
 cd "$ROOT"
-[ $# -ge 1 ] || set -- tests/core tests/caching tests/webui tests/test_cost.py tests/test_metrics.py tests/test_plots.py
+[ $# -ge 1 ] || set -- tests/core/model tests/core/numerics tests/core/sampling tests/core/caching tests/core/artifact tests/core/runtime tests/webui
 PYTHONPATH=core OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE exec "$PY" -m pytest -W ignore -m "not slow" "$@"

@@ -1,1 +1,26 @@
-"""Which branch to compute at which step: one policy a file, all of them a `CacheSchedule`."""
+"""What to compute and what to reuse at which step: `CacheSchedule` and what makes one."""
+
+from .budget import reuse_for, saved, whole_steps
+from .cells import Hold, Slot, each, lay_, shape_of
+from .interval import Interval, LateInterval, interval_for, late_interval_for
+from .random_table import RandomTable
+from .schedule import CacheSchedule
+from .step_programme import StepProgramme
+
+__all__ = [
+    "CacheSchedule",
+    "Hold",
+    "Interval",
+    "LateInterval",
+    "RandomTable",
+    "Slot",
+    "StepProgramme",
+    "each",
+    "interval_for",
+    "late_interval_for",
+    "lay_",
+    "reuse_for",
+    "saved",
+    "shape_of",
+    "whole_steps",
+]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import Artifact, describe, families, quantize, record, schemes
-from tenuto.host import InPlace, Patches
+from tenuto import Artifact, describe, quantize, record, schemes
+from tenuto.model import families
+from tenuto.runtime.host import InPlace, Patches
 
 TIMES = (999, 750, 500, 250)  # of diffusion models on 0..1000; flows take the same on 0..1
 BENCHES = (

@@ -222,8 +222,8 @@ def test_another_models_artifact_is_refused(
 
 def test_the_clock_follows(bench: Any, settings: Any) -> None:
     """`Host.follow`: the steps in order, each half of guidance a stream of its own."""
-    from tenuto.clock import Clock
-    from tenuto.patching import override_
+    from tenuto.model.patches import override_
+    from tenuto.sampling.clock import Clock
 
     handle = bench.fresh()
     scale = 1 / 1000 if bench.family == "flux" else 1

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import Artifact, attach, families
-from tenuto.qlayer import QLayer
+from tenuto import Artifact, attach
+from tenuto.model import families
+from tenuto.runtime.layers import QLayer
 
 TIMES = (751, 501, 251, 1)  # of four steps, in diffusers and in ComfyUI's scheduler ddim_uniform
 SEED, GUIDANCE, PROMPT = 11, 2.0, "a red bus"
@@ -262,7 +263,7 @@ def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> See
 
 def in_webui(artifact: Artifact, parts: Parts) -> Seen:
     """The adapter of A1111, Forge and reForge, on the U-Net that they have."""
-    from tenuto.host import Patches
+    from tenuto.runtime.host import Patches
     from webui_ext.adapter import WebUI
 
     unet = parts.in_ldm()
@@ -282,7 +283,7 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
 def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     """ComfyUI's own modules and samplers."""
     from comfy_nodes.adapter import ComfyUI
-    from tenuto.host import Patches
+    from tenuto.runtime.host import Patches
 
     plain, keys = by_comfy(parts.model, parts), families.names(parts.denoiser)
     attached = ComfyUI().install(parts.model, Patches(artifact, execution="int8"))

@@ -1,0 +1,177 @@
+"""The artifact: one safetensors file with a JSON header. Data, not patches.
+
+Tensors are called "section/canonical.name.part"; the sections are weights, ranges, temporal, route
+and encoder. Everything is checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ArtifactError, SchemeError
+from ..model import denoiser_of, describe
+from ..numerics import Scheme, layout
+from ..work import write_tensors
+from .fingerprint import fingerprint, same, versions
+from .header import KEY, VERSION, read_header
+
+SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
+STEPWISE = ("ranges/", "temporal/")
+
+
+@dataclass
+class Artifact:
+    """What calibration found out about one model. header: plain data. tensors: by section/name."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def new(model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None) -> Artifact:
+        """An empty artifact of `model`; schedule: {"timesteps", "steps", "guidance"}."""
+        denoiser = denoiser_of(model)
+        header = {
+            "format_version": VERSION,
+            "family": describe(denoiser).family,
+            "model_class": type(denoiser).__name__,
+            "prediction_type": _prediction(model),
+            "fingerprint": fingerprint(denoiser),
+            "schedule": schedule,
+            "made": versions() | (made or {}),
+        }
+        return Artifact(header)
+
+    def section(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one section, without its name in front."""
+        return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}
+
+    def __or__(self, other: Artifact) -> Artifact:
+        """Both artifacts in one; the right one's sections win. They must be of the same model."""
+        if not same(self.header["fingerprint"], other.header["fingerprint"]):
+            raise ArtifactError("The two artifacts belong to different models.")
+        taken = {key.split("/", 1)[0] for key in other.tensors}
+        whole = bool(taken & {"weights", "temporal"})  # one quantization: they belong together
+        taken |= {"weights", "ranges", "temporal"} if whole else set()
+        kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
+        header = self.header | other.header
+        header["made"] = self.header["made"] | other.header["made"]
+        for key in ("temporal", "compact"):  # of the weights
+            if whole and key not in other.header:
+                header.pop(key, None)
+        bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at
+        if bound or taken == {"encoder"}:
+            header["schedule"] = self.header["schedule"]
+        return Artifact(header, kept | other.tensors)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all. Equal artifacts give equal bytes."""
+        text = json.dumps(self.header, sort_keys=True, separators=(",", ":"))
+        try:
+            write_tensors(Path(path), self.tensors, {KEY: text})
+        except OSError as error:
+            raise ArtifactError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Artifact:
+        """Read a file; ArtifactError says in one sentence what is wrong with it."""
+        header = read_header(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}.") from error
+        found = Artifact(header, tensors)
+        found.validate(str(path))
+        return found
+
+    def validate(self, name: str = "The artifact") -> None:
+        """Check that header and tensors fit each other."""
+        stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
+        if stray:
+            raise ArtifactError(f"{name} has unknown sections: {', '.join(sorted(stray))}.")
+        try:
+            schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
+            for layer, facts in self.header.get("layers", {}).items():
+                self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
+            for encoder, facts in self.header.get("encoders", {}).items():
+                self._check_encoder(encoder, facts, name)
+            for module, facts in tabled(self.header).items():
+                self._check_table(module, [tuple(shape) for shape in facts["outputs"]], name)
+        except (AttributeError, KeyError, TypeError, SchemeError) as error:
+            raise ArtifactError(f"{name} is damaged: its header misses a layer.") from error
+
+    def _check_encoder(self, encoder: str, facts: dict[str, Any], name: str) -> None:
+        """The codes of a text encoder; its weights alone are quantized."""
+        schemes = {k: Scheme.from_json(v) for k, v in facts["schemes"].items()}
+        if any(scheme.activation is not None for scheme in schemes.values()):
+            raise ArtifactError(f"{name} is damaged: the inputs of {encoder} have a format.")
+        _ = int(facts["fingerprint"]["parameters"]), list(facts["fingerprint"]["values"])
+        for layer, about in facts["layers"].items():
+            form = schemes[about["scheme"]].weight
+            wanted = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
+            self._check_tensors({f"encoder/{k}": v for k, v in wanted.items()}, name)
+
+    def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
+        """The features of one module, a row for every step; none of its layers beside them."""
+        steps = len(self.header["schedule"]["timesteps"])
+        for number, shape in enumerate(outputs):
+            found = self.tensors.get(f"temporal/{module}.{number}")
+            if found is None:
+                raise ArtifactError(f"{name} lacks temporal/{module}.{number}.")
+            if not found.is_floating_point() or tuple(found.shape) != (steps, *shape):
+                raise ArtifactError(f"{name} is damaged: temporal/{module}.{number} does not fit.")
+        if not outputs or any(
+            f"{n}.".startswith(f"{module}.") for n in self.header.get("layers", {})
+        ):
+            raise ArtifactError(f"{name} is damaged: {module} is no table.")
+
+    def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
+        """What `attach` will read, of the shape and type that it will need."""
+        parts = layout(layer, shape, scheme.weight)
+        if "compact" in self.header:  # see compact.py
+            stream = self.tensors[f"weights/{layer}.delta"]
+            parts[f"{layer}.delta"] = (torch.uint8, (stream.numel(),))
+            del parts[f"{layer}.qdata"]
+        wanted = {f"weights/{k}": v for k, v in parts.items()}
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            steps = len(self.header["schedule"]["timesteps"]) if scheme.activation.per_step else 1
+            fact = (torch.float32, (steps,))
+            wanted |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
+        self._check_tensors(wanted, name)
+
+    def _check_tensors(self, wanted: dict[str, Any], name: str) -> None:
+        for key, (dtype, size) in wanted.items():
+            found = self.tensors.get(key)
+            if found is None:
+                raise ArtifactError(f"{name} lacks {key}.")
+            if found.dtype is not dtype or tuple(found.shape) != size:
+                raise ArtifactError(f"{name} is damaged: {key} does not fit its layer.")
+
+    def check(self, model: Any) -> None:
+        """Raise ArtifactError unless this artifact was made for the weights of `model`."""
+        denoiser = denoiser_of(model)
+        wanted = self.header["model_class"]
+        if type(denoiser).__name__ != wanted and describe(denoiser).family != self.header["family"]:
+            raise ArtifactError(
+                f"The artifact is for a {wanted}, and the model is a {type(denoiser).__name__}."
+            )
+        if not same(self.header["fingerprint"], fingerprint(denoiser)):
+            raise ArtifactError("The artifact was made for another model: the weights differ.")
+
+
+def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a header says of each module that is a table: {"outputs": shapes, "single": ...}."""
+    modules = header.get("temporal", {}).get("modules", {})
+    return {name: facts for name, facts in modules.items() if facts["kind"] == "table"}
+
+
+def _prediction(model: Any) -> str | None:
+    config = getattr(getattr(model, "scheduler", None), "config", None)
+    return config.get("prediction_type") if config is not None else None

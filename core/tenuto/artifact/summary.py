@@ -1,0 +1,145 @@
+"""An artifact as people read it: a short table and its cache schedule as a map of characters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from .artifact import SECTIONS, Artifact
+
+MAP_ROWS = 120  # branches that a step map shows
+
+
+def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
+    """An artifact's header and what its tensors say. size: of the file, in bytes."""
+    sections = {}
+    for name in SECTIONS:
+        tensors = artifact.section(name)
+        if tensors:
+            held = sum(t.numel() * t.element_size() for t in tensors.values())
+            sections[name] = {"tensors": len(tensors), "bytes": held}
+    layers = artifact.header.get("layers", {}).values()
+    facts: dict[str, Any] = {
+        "file_bytes": size,
+        "sections": sections,
+        "layers_by_scheme": dict(Counter(layer["scheme"] for layer in layers)),
+    }
+    table = artifact.tensors.get("route/table")
+    if table is not None:
+        facts["computed_branches_by_step"] = table.sum(1).tolist()
+    return {"header": artifact.header, **facts}
+
+
+def about(path: str, artifact: Artifact, size: int) -> str:
+    """An artifact as people read it."""
+    header, facts = artifact.header, facts_of(artifact, size)
+    schedule, mark = header["schedule"], header["fingerprint"]
+    times, guidance = schedule.get("timesteps", []), schedule.get("guidance")
+    span = f", timesteps {times[0]:g} to {times[-1]:g}" if times else ""
+    span = f"{'' if guidance is None else f', guidance {guidance:g}'}{span}"
+    parameters = f"{mark.get('parameters', 0) / 1e6:.1f} M parameters"
+    rows = [
+        ("file", f"{path}, {mib(size)}, format {header['format_version']}"),
+        ("model", f"{header['model_class']} ({header['family']}), {parameters}"),
+        ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
+    ]
+    for name, held in facts["sections"].items():
+        rows.append((name, f"{mib(held['bytes'])} in {held['tensors']} tensors"))
+        rows += [(name, line) for line in _temporal_lines(header) if name == "temporal"]
+    if "temporal" not in facts["sections"]:
+        rows += [("temporal", line) for line in _temporal_lines(header)]
+    by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
+    if by_scheme:
+        rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    for name, encoder in header.get("encoders", {}).items():
+        count = Counter(layer["scheme"] for layer in encoder["layers"].values())
+        kinds = ", ".join(f"{n} in {scheme}" for scheme, n in count.items())
+        rows.append((name, f"{kinds}; weight error up to {_worst(encoder):.3f}"))
+    rows += [("route", line) for line in _route_lines(header)]
+    rows += [("made", line) for line in _made_lines(header)]
+    return "\n".join([*table(rows), *step_map(artifact)])
+
+
+def table(rows: list[tuple[str, str]]) -> list[str]:
+    """Names in one column, values in the next; a repeated name is shown once."""
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    last, lines = "", []
+    for name, value in rows:
+        lines.append(f"{'' if name == last else name:<{width}}{value}".rstrip())
+        last = name
+    return lines
+
+
+def _worst(header: dict[str, Any]) -> float:
+    return max((layer.get("weight_error", 0.0) for layer in header["layers"].values()), default=0.0)
+
+
+def _temporal_lines(header: dict[str, Any]) -> Iterator[str]:
+    """One line a kind: how many time-only modules, and how far their features are off."""
+    modules = header.get("temporal", {}).get("modules", {}).values()
+    kinds = Counter(facts["kind"] for facts in modules)
+    for kind, count in kinds.items():
+        errors = [f for f in modules if f["kind"] == kind]
+        mean = sum(f["mean"] for f in errors) / count
+        worst = max(f["worst"] for f in errors)
+        noun = "module" if count == 1 else "modules"
+        yield f"{kind}: {count} {noun}, 1 - cosine {mean:.1e} mean, {worst:.1e} worst step"
+
+
+def _route_lines(header: dict[str, Any]) -> Iterator[str]:
+    route = header.get("route")
+    if not route:
+        return
+    held = f"{route['reuse_ratio']:.1%} of the branch calls are held"
+    work = route.get("reuse_flops")
+    yield f"{route['policy']}: {held}" + ("" if work is None else f", {work:.1%} of the work")
+    if route.get("scores"):
+        yield "squared error of the result, by candidate:"
+    for name, score in sorted(route.get("scores", {}).items(), key=lambda row: _order(row[1])):
+        shown = f"{score:.4g}" if isinstance(score, int | float) else json.dumps(score)
+        yield f"  {shown:>10}  {name}"
+
+
+def _order(score: Any) -> float:
+    return float(score) if isinstance(score, int | float) else math.inf
+
+
+def _made_lines(header: dict[str, Any]) -> Iterator[str]:
+    made = dict(header.get("made") or {})
+    calibration = made.pop("calibration", None) or {}
+    if "preset" in header:
+        made = {"preset": header["preset"]} | made
+    yield ", ".join(f"{name} {value}" for name, value in made.items())
+    if calibration:
+        pictures = calibration.get("batch", 0) * calibration.get("runs", 0)
+        yield (
+            f"calibrated on {pictures} pictures of {calibration.get('steps')} steps, "
+            f"seed {calibration.get('seed')}, prompts {calibration.get('prompts')}"
+        )
+
+
+def step_map(artifact: Artifact) -> list[str]:
+    """The route as steps by branches, one character a cell; empty without a route."""
+    found = artifact.tensors.get("route/table")
+    if found is None:
+        return []
+    names = [_short(name) for name in artifact.header["route"]["branches"]]
+    width = max(len(name) for name in names) + 2
+    lines = ["", "computed (#) and held (.) at each step, first to last:"]
+    for name, column in list(zip(names, found.t().tolist(), strict=True))[:MAP_ROWS]:
+        lines.append(f"{name:<{width}}{''.join('#' if cell else '.' for cell in column)}")
+    if len(names) > MAP_ROWS:
+        lines.append(f"... and {len(names) - MAP_ROWS} more branches")
+    return lines
+
+
+def _short(name: str) -> str:
+    return name.replace("transformer_blocks.", "").replace("blocks.", "")
+
+
+def mib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,110 @@
+"""What executes a cache schedule: a branch's forward computes, or reuses its last output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Override, override_, tensors_in
+from ..sampling import Clock
+from .schedule import CacheSchedule
+
+
+class Slot:
+    """Held outputs of one branch, by stream. Another run, shape or an unknown stream computes."""
+
+    def __init__(self) -> None:
+        self.run: int | None = None
+        self.held: dict[Hashable, tuple[Any, int, Any]] = {}
+        self.last: tuple[tuple[Hashable, ...], Any, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        return Slot()
+
+    def store(self, clock: Clock, shape: Any, out: Any) -> None:
+        """Keep `out`, (B, ...) or a tuple of such tensors, for the streams of the call."""
+        if self.run != clock.run:
+            self.held.clear()
+            self.run = clock.run
+        self.last = (clock.streams, shape, out)
+        for row, stream in enumerate(clock.streams):
+            self.held[stream] = (out, row, shape)
+
+    def detach_(self) -> None:
+        """Cut what is held off the graph that made it."""
+        if self.last is not None:
+            self.last = (*self.last[:2], each(Tensor.detach, self.last[2]))
+        for stream, (out, row, shape) in self.held.items():
+            self.held[stream] = (each(Tensor.detach, out), row, shape)
+
+    def find(self, clock: Clock, shape: Any) -> Any:
+        """What is held for the streams of the call, or None where any is missing."""
+        if self.run != clock.run or self.last is None:
+            return None
+        streams, old, out = self.last
+        if streams == clock.streams and old == shape:
+            return out
+        found = [self.held.get(stream) for stream in clock.streams]
+        rows = [(f[0], f[1]) for f in found if f is not None and f[2] == shape]
+        if not rows or len(rows) < len(found):
+            return None
+        if isinstance(out, Tensor):
+            return torch.stack([held[row] for held, row in rows])
+        return tuple(
+            None if part is None else torch.stack([held[i][row] for held, row in rows])
+            for i, part in enumerate(out)
+        )
+
+
+def each(fn: Callable[..., Tensor], *outputs: Any) -> Any:
+    """`fn` on tensors, or member by member on equal tuples of them: what branches return.
+
+    A member may be None: the last joint block of SD3 returns no context.
+    """
+    if isinstance(outputs[0], Tensor):
+        return fn(*outputs)
+    pairs = zip(*outputs, strict=True)
+    return tuple(None if parts[0] is None else fn(*parts) for parts in pairs)
+
+
+def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The shape of a branch's input without its batch: its first tensor, by place or by name."""
+    return tuple(next(tensors_in((args, kwargs))).shape[1:])
+
+
+class Hold:
+    """The forward of a branch under a schedule: compute and store, or hand out what is held.
+
+    Copies are kept and handed out: models and hosts add to what a branch returned in place.
+    """
+
+    def __init__(self, clock: Clock, rows: list[bool]) -> None:
+        self.clock, self.rows, self.slot = clock, rows, Slot()
+        self.keeps = not all(rows)
+        self.counts = [0, 0]  # computed, held
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.keeps:
+            return original(*args, **kwargs)
+        shape = shape_of(args, kwargs)
+        if not self.rows[self.clock.row]:
+            found = self.slot.find(self.clock, shape)
+            if found is not None:
+                self.counts[1] += 1
+                return each(torch.clone, found)
+        out = original(*args, **kwargs)
+        self.counts[0] += 1
+        self.slot.store(self.clock, shape, each(lambda t: t.detach().clone(), out))
+        return out
+
+
+def lay_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
+    """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
+    columns = schedule.at(clock.timesteps).table.t().tolist()
+    return [
+        override_(denoiser.get_submodule(name), Hold(clock, rows))
+        for name, rows in zip(schedule.branches, columns, strict=True)
+    ]

@@ -1,0 +1,25 @@
+"""All that is learnt: quantization, text encoders, the cache router."""
+
+from .presets import ROUNDINGS, Preset, effort, recipe_for
+from .quantize import quantize
+from .quantize_encoder import METHODS, WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
+from .replay import outputs
+from .train_router import POWERS, PRESETS, train_router
+
+__all__ = [
+    "METHODS",
+    "POWERS",
+    "PRESETS",
+    "ROUNDINGS",
+    "WIDTHS",
+    "Preset",
+    "effort",
+    "encoder_job",
+    "encoder_scheme",
+    "fill",
+    "outputs",
+    "quantize",
+    "quantize_encoder",
+    "recipe_for",
+    "train_router",
+]

@@ -1,0 +1,69 @@
+"""Stored activation ranges: min-max over the recorded calls, one for all steps or one a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import Format, affine
+from ..sampling import Trajectory
+from ..work import Work
+from .replay import arguments
+
+
+def activation_ranges(
+    denoiser: nn.Module,
+    forms: Mapping[str, Format],
+    trajectory: Trajectory,
+    device: Any,
+    work: Work,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(scale, zero_point) of the input of every layer in `forms`, fp32 (T,) per step, else (1,).
+
+    What was seen is a unit of `work` of its own, and the recording is replayed once.
+    """
+    if not forms:
+        return {}
+    kept = work.load("ranges")
+    if kept is None:
+        kept = extremes(denoiser, list(forms), trajectory, device)
+        work.save("ranges", kept)
+    found = {}
+    for name, form in forms.items():
+        low, high = kept[f"{name}.low"], kept[f"{name}.high"]
+        if not form.per_step:
+            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        found[name] = affine(low, high, form.bits, form.symmetric)
+    return found
+
+
+@torch.no_grad()
+def extremes(
+    denoiser: nn.Module, names: Sequence[str], trajectory: Trajectory, device: Any
+) -> dict[str, Tensor]:
+    """Smallest and largest input of each layer at each step: NAME.low and NAME.high, fp32 (T,)."""
+    steps, row = len(trajectory.timesteps), 0
+    found = {f"{n}.low": torch.full((steps,), torch.inf) for n in names}
+    found |= {f"{n}.high": torch.full((steps,), -torch.inf) for n in names}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            low, high = torch.aminmax(args[0].detach())
+            lows, highs = found[f"{name}.low"], found[f"{name}.high"]
+            lows[row] = min(float(lows[row]), float(low))
+            highs[row] = max(float(highs[row]), float(high))
+
+        return hook
+
+    hooks = [denoiser.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
+    try:
+        for call in trajectory.calls:
+            row = call.row
+            denoiser(**arguments(denoiser, call, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,167 @@
+"""GPTQ: round a column at a time, and let the columns that are left make up for its error.
+
+Frantar et al. 2022 (arXiv 2210.17323): for the inputs x (R, K) of a layer and A = x^T x, with U the
+upper Cholesky factor of A^-1, column j is rounded and its error e_j = (w_j - q_j) / U_jj goes on as
+    w_k -= e_j U_jk   for k > j.
+Two additions. The layer is to give what it gave in full precision, y = W x, on the inputs that it
+gets now, x^: the weight to be rounded is then the least-squares one, B A^-1 with A = x^^T x^ and
+B = y^T x^ (asymmetric calibration, Li et al. 2025, arXiv 2504.02692). And afterwards every column
+is rounded again with all others fixed, a few times (cyclic descent, Behdin et al. 2023, arXiv
+2309.01885): this never raises the error
+    |W^ x^ - y|^2 = tr(W^ A W^T) - 2 tr(W^ B^T) + const.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...numerics import Format, Grid, QTensor, Scheme
+from ...runtime.kernels.column_rounding import compensate, descend
+from ..bank import Bank
+from ..moments import inputs_seen, patches, shared_inputs
+from .nearest import RoundToNearest, weight_of
+
+WIDTH = 128  # columns whose errors are handed on in one product
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Layer by layer in the order of the block, each on what the layers before it now give.
+
+    rows: of the bank that are used. damping: share of A's mean diagonal that is added to it; it
+    draws the weight to the full-precision one where the inputs say nothing. sweeps: of cyclic
+    descent. asymmetric: aim at the outputs of the full-precision block.
+    """
+
+    rows: int = 256
+    damping: float = 0.1
+    sweeps: int = 2
+    asymmetric: bool = True
+
+    needs_inputs = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        block: nn.Module,
+        layers: dict[str, Scheme],
+        bank: Bank,
+        target: Tensor | None = None,
+        *,
+        seed: int = 0,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> dict[str, QTensor]:
+        """The weights of `layers`; `target` is not looked at."""
+        device = next(block.parameters()).device
+        whole, block, done = block, copy.deepcopy(block), 0
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(bank), generator=draw)[: self.rows]
+        found = RoundToNearest()(block, layers)  # what the block never calls stays like that
+        for group in shared_inputs(block, list(layers), bank, device):
+            if on_progress:
+                on_progress(done, len(layers), "compensating")
+            gram, cross = self._moments(whole, block, group, bank, rows, device)
+            for name in group:
+                weight = weight_of(whole, name)
+                found[name] = self.weight(weight, layers[name].weight, gram, cross[name])
+                layer: Any = block.get_submodule(name)
+                layer.weight.data.copy_(found[name].dequantize())
+            done += len(group)
+        return found
+
+    def _moments(
+        self,
+        whole: nn.Module,
+        block: nn.Module,
+        group: Sequence[str],
+        bank: Bank,
+        rows: Tensor,
+        device: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A (G, K, K) of the inputs that the layers share, and B (G, N / G, K) of each."""
+        first = whole.get_submodule(group[0])
+        gram: Any = 0.0
+        cross: dict[str, Any] = dict.fromkeys(group, 0.0)
+        now = inputs_seen(block, group[:1], bank, rows, device)
+        was = inputs_seen(whole, group[:1], bank, rows, device) if self.asymmetric else now
+        for seen in now:
+            x = patches(first, seen[group[0]])  # (G, R, K)
+            gram = gram + x.mT @ x
+            if self.asymmetric:
+                old = patches(first, next(was)[group[0]])
+                for name in group:
+                    y = old @ _by_group(weight_of(whole, name), len(x)).mT  # (G, R, N / G)
+                    cross[name] = cross[name] + y.mT @ x
+        if not self.asymmetric:
+            cross = {n: _by_group(weight_of(whole, n), len(gram)) @ gram for n in group}
+        return gram, cross
+
+    def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
+        """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
+        grid, groups = Grid.of(weight, form), len(gram)
+        columns = weight.shape[1:].numel()
+        parts = (grid.size(columns), *grid.limits(columns))
+        split = [t.unflatten(0, (groups, -1)) for t in parts]
+        levels = [
+            self.rounded(w, a, b, *rows)
+            for w, a, b, *rows in zip(
+                _by_group(weight, groups).float(), gram, cross, *split, strict=True
+            )
+        ]
+        return QTensor.of(torch.cat(levels).view(weight.shape), grid)
+
+    def rounded(
+        self, weight: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
+    ) -> Tensor:
+        """Levels (N, K) of a weight (N, K). gram: (K, K); the rest (N, K), see `Grid`."""
+        gram, cross = gram.double(), cross.double()
+        extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
+        gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        cross = cross + extra * weight
+        order = gram.diagonal().argsort(descending=True)
+        gram, cross = gram[order][:, order], cross[:, order]
+        factor = torch.linalg.cholesky(gram)
+        wanted = torch.cholesky_solve(cross.mT, factor).mT.float().contiguous()
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+        grid = [t[:, order] for t in (size, low, high)]
+        levels = compensated(wanted, inverse, *grid)
+        for _ in range(self.sweeps):
+            levels = descended(levels, gram.float(), cross.float(), *grid)
+        return levels[:, order.argsort()]
+
+
+def _by_group(weight: Tensor, groups: int) -> Tensor:
+    """A weight (N, ...) as (G, N / G, K)."""
+    return weight.detach().flatten(1).unflatten(0, (groups, -1))
+
+
+def compensated(weight: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Levels (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
+    rest, levels = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], WIDTH):
+        tile = slice(start, start + WIDTH)
+        grid = size[:, tile], low[:, tile], high[:, tile]
+        levels[:, tile], errors = compensate(rest[:, tile], inverse[tile, tile], *grid)
+        rest[:, start + WIDTH :] -= errors @ inverse[tile, start + WIDTH :]
+    return levels
+
+
+def descended(
+    levels: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Levels (N, K) after one sweep in which every column takes its best value."""
+    values = levels * size
+    slope = values @ gram - cross  # half the gradient
+    for start in range(0, levels.shape[1], WIDTH):
+        tile = slice(start, start + WIDTH)
+        grid = size[:, tile], low[:, tile], high[:, tile]
+        new = descend(slope[:, tile], gram[tile, tile], values[:, tile], *grid)
+        slope += (new - values[:, tile]) @ gram[tile]
+        values[:, tile] = new
+    return (values / size).round()

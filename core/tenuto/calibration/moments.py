@@ -1,0 +1,107 @@
+"""What a layer of a block sees on recorded inputs, as second moments.
+
+A Linear sees rows x (R, K); a Conv2d sees its patches, K = (in / groups) x kh x kw, one group at a
+time. All that a least-squares fit of the weight needs is A = x^T x and B = y^T x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .bank import Bank
+
+CHUNK = 32  # rows of the bank in one call of the block
+
+
+class _Enough(Exception):  # leaves a block once everything was seen
+    pass
+
+
+def inputs_seen(
+    block: nn.Module, names: Sequence[str], bank: Bank, rows: Tensor, device: Any
+) -> Iterator[dict[str, Tensor]]:
+    """name -> the input of that layer, as it came, for `rows` of the bank, a chunk at a time.
+
+    The first chunk tells how often the layers are called; others are left after the last call.
+    Tokens that do not count are zero.
+    """
+    found: dict[str, Tensor] = {}
+    calls, last = 0, 0
+    counted: Tensor | None = None
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            nonlocal calls
+            x, calls = _counted(args[0].detach(), counted), calls + 1
+            found[name] = torch.cat((found[name], x)) if name in found else x
+            if calls == last:
+                raise _Enough
+
+        return hook
+
+    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
+    try:
+        for index in rows.split(CHUNK):
+            args, kwargs = bank.rows(index, device)
+            counted = None if bank.counted is None else bank.counted[index].to(device)
+            calls = 0
+            with suppress(_Enough):
+                block(*args, **kwargs)
+            last = calls
+            yield dict(found)
+            found.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counted(x: Tensor, counted: Tensor | None) -> Tensor:
+    """x (B, L, K) with zeros where `counted` (B, L) is 0; other shapes as they are."""
+    if counted is None or x.shape[:-1] != counted.shape:
+        return x
+    return x * counted[..., None].to(x.dtype)
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer as rows that its flattened weight multiplies: (groups, R, K)."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.flatten(0, -2)[None]
+    assert not isinstance(layer.padding, str)
+    cut = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, gK, L)
+    return cut.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def shared_inputs(
+    block: nn.Module, names: Sequence[str], bank: Bank, device: Any
+) -> list[list[str]]:
+    """The layers `names` in the order in which they run, those with the same input together.
+
+    A layer that the block does not call is left out.
+    """
+    order: list[tuple[Tensor, str]] = []
+
+    def note(name: str) -> Any:
+        return lambda module, args: order.append((args[0], name))
+
+    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
+    args, kwargs = bank.rows(torch.arange(1), device)
+    try:
+        block(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[str]] = []
+    last: Tensor | None = None
+    for x, name in order:
+        if x is last and type(block.get_submodule(name)) is nn.Linear:
+            groups[-1].append(name)
+        elif all(name not in group for group in groups):
+            groups.append([name])
+            last = x
+    return groups

@@ -1,0 +1,72 @@
+"""Presets of effort, and the recipe that a scheme stands for where a user names no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SchemeError
+from ..model import Backbone
+from ..numerics import Recipe, Rule, Scheme, schemes
+from .algorithms.adaround import AdaRound
+from .algorithms.gptq import GPTQ
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+
+ROUNDINGS = ("nearest", "gptq", "adaround")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Effort. prompts and batch: of the recording; temporal: for the time-only modules.
+
+    gptq, adaround: how much of each for weights below 8 bits; usual: which of them, unless a user
+    says.
+    """
+
+    prompts: int
+    batch: int
+    temporal: Tiar
+    gptq: GPTQ
+    adaround: AdaRound
+    usual: str = "gptq"
+
+    def rounding(self, name: str | None = None) -> RoundToNearest | GPTQ | AdaRound:
+        """The algorithm called `name` at this effort; None: the usual one. Else SchemeError."""
+        name = name or self.usual
+        if name not in ROUNDINGS:
+            raise SchemeError(f"Unknown rounding {name!r}: choose one of {', '.join(ROUNDINGS)}.")
+        return RoundToNearest() if name == "nearest" else getattr(self, name)
+
+
+PRESETS = {
+    "quick": Preset(16, 4, Tiar(100), GPTQ(256), AdaRound(300, 16)),
+    "standard": Preset(64, 8, Tiar(300), GPTQ(512), AdaRound(600, 32)),
+    "thorough": Preset(64, 8, Tiar(1000), GPTQ(2048), AdaRound(1000, 32), "adaround"),
+}
+
+
+def effort(name: str) -> Preset:
+    """The preset called `name`; SchemeError names the choices."""
+    if name not in PRESETS:
+        raise SchemeError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def recipe_for(scheme: Scheme, backbone: Backbone, rounding: Any = None) -> Recipe:
+    """The default recipe: first and last layers at 8 bits, the rest at `scheme`.
+
+    Weights below 8 bits are rounded by `rounding` (an algorithm), 8-bit ones to nearest; so are
+    time-only layers, for which `quantize` has better than to round them apart.
+    """
+    nearest = RoundToNearest()
+    wide = schemes.W8A16 if scheme.activation is None else Scheme(
+        f"w8{scheme.name[2:]}", schemes.W8A8.weight, scheme.activation
+    )  # fmt: skip
+    rules = [Rule(pattern, None) for pattern in backbone.keep]
+    if scheme.weight.bits < 8:
+        time = [pattern for name in backbone.temporal for pattern in (name, f"{name}.*")]
+        rules += [Rule(pattern, scheme, nearest) for pattern in time]
+        rules += [Rule(pattern, wide, nearest) for pattern in backbone.ends]
+    rules.append(Rule("*", scheme, (rounding or nearest) if scheme.weight.bits < 8 else nearest))
+    return Recipe(tuple(rules))

@@ -1,0 +1,271 @@
+"""`quantize`: post-training quantization, block by block, from a recorded trajectory."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Artifact
+from ..errors import SchemeError, TenutoError
+from ..model import Backbone, denoiser_of, describe, frozen, layers
+from ..numerics import QTensor, Recipe, Rule, Scheme
+from ..progress import Progress
+from ..sampling import Trajectory
+from ..work import Work
+from .activation_ranges import activation_ranges
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+from .bank import on_device
+from .presets import PRESETS, effort, recipe_for
+from .replay import Chain, in_order
+from .temporal.maintenance import UNIT as TEMPORAL
+from .temporal.maintenance import Maintenance, check_choice, per_step, with_time_only
+
+__all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
+
+UNIT = 1000  # what one block is worth in the progress
+
+
+def quantize(
+    model: Any,
+    scheme: Scheme | Recipe,
+    trajectory: Trajectory,
+    *,
+    preset: str = "quick",
+    device: Any = None,
+    seed: int = 0,
+    rounding: str | None = None,
+    temporal: str = "auto",
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Artifact:
+    """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
+
+    rounding: how weights below 8 bits round, where `scheme` is no recipe: "nearest", "gptq" or
+    "adaround"; None: as the preset does. temporal: what becomes of the modules that depend on the
+    timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
+    "auto"; see `maintenance.py`.
+
+    Blocks are taken in order: their inputs come from the already quantized prefix, their targets
+    from the full-precision model. `work` names a folder in which finished blocks are kept; after
+    Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
+    """
+    denoiser = denoiser_of(model)
+    choice, chosen = check_choice(temporal), effort(preset)
+    backbone = with_time_only(denoiser, describe(denoiser), trajectory)
+    if isinstance(scheme, Recipe):
+        if rounding is not None:
+            raise SchemeError("A recipe says itself how weights round.")
+        recipe = scheme
+    else:
+        recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))
+    job = Job(denoiser, backbone, recipe, trajectory, device, seed)
+    if not job.plan:
+        raise TenutoError("No layer of the model matches the recipe.")
+    made = {"seed": seed, "device": job.device.type, "calibration": trajectory.about()}
+    artifact = Artifact.new(model, trajectory.schedule(), made)
+    inputs = {
+        "job": "quantize",
+        "recipe": recipe.to_json(),
+        "seed": seed,
+        "temporal": [choice, asdict(chosen.temporal)],
+        "version": artifact.header,
+    }
+    job.maintain(choice, chosen.temporal)
+    with frozen(job.model):
+        job.run(Work(work, inputs), on_progress)
+    return job.fill(artifact, preset)
+
+
+class Job:
+    """One quantization: a private copy of the denoiser that is quantized as it goes."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        backbone: Backbone,
+        recipe: Recipe,
+        trajectory: Trajectory,
+        device: Any,
+        seed: int,
+    ) -> None:
+        self.backbone, self.recipe, self.trajectory, self.seed = backbone, recipe, trajectory, seed
+        self.device = (
+            torch.device(device) if device is not None else next(denoiser.parameters()).device
+        )
+        self.model = copy.deepcopy(denoiser).float().to(self.device)
+        found = (
+            (name, recipe.rule(name)) for name, layer in layers(self.model) if _possible(layer)
+        )
+        self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
+        self.weights: dict[str, QTensor] = {}
+        self.errors: dict[str, float] = {}
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.maintained: dict[str, Tensor] = {}
+
+    def maintain(self, choice: str, rounding: Tiar) -> None:
+        """Set what becomes of the time-only modules; before anything is quantized."""
+        plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
+        names, trajectory = self.backbone.temporal, self.trajectory
+        self.time = Maintenance.of(
+            self.model, names, plan, trajectory, self.device, choice, rounding
+        )
+
+    def units(self) -> Iterator[tuple[str, list[str]]]:
+        """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.
+
+        A layer outside whose algorithm wants inputs is a unit of its own, where it runs.
+        """
+        place = {name: self.backbone.block_of(name) for name in self.plan}
+        place |= dict.fromkeys(self.time.layers(), TEMPORAL)
+        alone = {n for n, rule in self.plan.items() if place[n] is None and _needs(rule)}
+        place |= {n: n if n in alone else place[n] or "outside" for n in self.plan}
+        units = list(self.backbone.blocks)
+        if alone:
+            call = self.trajectory.calls[0]
+            units = in_order(self.model, [*units, *sorted(alone)], call, self.device)
+        for unit in [TEMPORAL, "outside", *units]:
+            yield unit, [n for n in self.plan if place[n] == unit]
+
+    def run(self, work: Work, on_progress: Progress | None) -> None:
+        """Every unit, from `work` where it is finished."""
+        units = [(unit, names) for unit, names in self.units() if names]
+        needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
+        blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
+        calls = self.trajectory.calls
+        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
+        for place, (unit, names) in enumerate(units):
+            note = _notes(on_progress, place, len(units), unit)
+            note(0, 1, "")
+            kept = work.load(unit)
+            if kept is None:
+                kept = self._quantized(unit, names, chain, note)
+                work.save(unit, kept)
+            self._take(self._settled(kept) if unit == TEMPORAL else names, kept)
+            chain.passed(unit)
+        if on_progress:
+            on_progress(len(units) * UNIT, len(units) * UNIT, "activation ranges")
+        self._find_ranges(work)
+        if not self.time.layers():
+            self.maintained = self.time.plain(self.weights, self.ranges)
+
+    def _settled(self, kept: dict[str, Tensor]) -> list[str]:
+        """Take over what became of the time-only modules; returns their layers that are left."""
+        self.maintained = kept
+        for name in self.time.layers():
+            rule, scale = self.plan.pop(name), kept.get(f"ranges/{name}.scale")
+            if f"{name}.qdata" in kept and rule.scheme is not None:
+                self.plan[name] = replace(rule, scheme=per_step(rule.scheme))
+            if scale is not None:
+                self.ranges[name] = scale, kept[f"ranges/{name}.zero_point"]
+        return [n for n in self.time.layers() if n in self.plan]
+
+    def _quantized(
+        self, unit: str, names: list[str], chain: Chain, note: Progress
+    ) -> dict[str, Tensor]:
+        """The tensors of one unit, grouped by algorithm."""
+        if unit == TEMPORAL:
+            return self.time.quantized(_seed(self.seed, unit), note)
+        root = self.model if unit == "outside" else self.model.get_submodule(unit)
+        short = {n: n if unit == "outside" else n[len(unit) + 1 :] for n in names}
+        groups: dict[Any, dict[str, Scheme]] = {}
+        for name in names:
+            rule = self.plan[name]
+            assert rule.scheme is not None
+            groups.setdefault(rule.algorithm or RoundToNearest(), {})[short[name]] = rule.scheme
+        found: dict[str, Tensor] = {}
+        for algorithm, group in groups.items():
+            bank, target = (None, None)
+            if algorithm.needs_inputs:
+                bank, target = on_device(*chain.data(unit), self.device)
+            seed = _seed(self.seed, unit)
+            done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
+            for name, q in done.items():
+                full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
+                found |= q.tensors(full)
+        return found
+
+    def _take(self, names: list[str], tensors: dict[str, Tensor]) -> None:
+        """Put quantized weights into the copy, as their float values."""
+        for name in names:
+            rule, layer = self.plan[name], self.model.get_submodule(name)
+            assert rule.scheme is not None and isinstance(layer, nn.Linear | nn.Conv2d)
+            q = QTensor.from_tensors(tensors, name, layer.weight.shape, rule.scheme.weight)
+            value = q.dequantize().to(self.device)
+            gap = (value - layer.weight).norm() / layer.weight.norm().clamp_min(1e-12)
+            self.errors[name] = float(f"{float(gap):.4g}")
+            self.weights[name] = q
+            layer.weight.data.copy_(value)
+
+    def _find_ranges(self, work: Work) -> None:
+        """Stored activation ranges, of the layers that have none yet."""
+        schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
+        forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
+        forms = {n: form for n, form in forms.items() if not form.dynamic}
+        self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
+
+    def described(self) -> dict[str, Any]:
+        """What a header says of the quantized layers: schemes, recipe, layers."""
+        used = {r.scheme.name: r.scheme for r in self.plan.values() if r.scheme is not None}
+        return {
+            "schemes": {name: scheme.to_json() for name, scheme in used.items()},
+            "recipe": self.recipe.to_json(),
+            "layers": {
+                name: {
+                    "scheme": rule.scheme.name,
+                    "shape": list(self.weights[name].shape),
+                    "weight_error": self.errors[name],
+                }
+                for name, rule in self.plan.items()
+                if rule.scheme is not None
+            },
+        }
+
+    def fill(self, artifact: Artifact, preset: str) -> Artifact:
+        """`artifact` with the sections weights and ranges and what is known of them."""
+        for name, q in self.weights.items():
+            artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
+        for name, (scale, zero) in self.ranges.items():
+            artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
+        for key, value in self.maintained.items():
+            if key.startswith("table/"):
+                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
+        artifact.header |= self.described() | {
+            "preset": preset,
+            TEMPORAL: self.time.header(self.maintained),
+        }
+        return artifact
+
+
+def _needs(rule: Rule) -> bool:
+    return bool(getattr(rule.algorithm, "needs_inputs", False))
+
+
+def _possible(layer: nn.Module) -> bool:
+    """Zero padding only: the kernels know no other."""
+    return not isinstance(layer, nn.Conv2d) or (
+        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def _seed(seed: int, unit: str) -> int:
+    """A seed of its own for every unit, the same in every run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:6], "little")
+
+
+def _notes(on_progress: Progress | None, place: int, count: int, unit: str) -> Progress:
+    """Progress of a unit on one scale, `UNIT` a unit."""
+
+    def note(done: int, total: int, text: str) -> None:
+        if on_progress:
+            part = UNIT * done // max(1, total)
+            on_progress(place * UNIT + part, count * UNIT, f"{unit} {text}".strip())
+
+    return note

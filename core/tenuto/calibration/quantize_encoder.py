@@ -1,0 +1,143 @@
+"""Text encoders in 8 or 4 bits: their weights alone; inputs stay in float, as encoders are run.
+
+Calibration is on prompts, exactly as the pipeline gives them to the encoder: its templates, padding
+and masks, and the empty prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..artifact import Artifact, fingerprint, versions
+from ..errors import SchemeError
+from ..model import describe, encoders_of, frozen
+from ..numerics import Recipe, Scheme, schemes
+from ..progress import Progress
+from ..sampling import BATCH, Call, Trajectory, encoder_calls
+from ..work import Work, digest
+from .algorithms.awq import AWQ
+from .algorithms.gptq import GPTQ
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+from .presets import recipe_for
+from .quantize import Job
+
+METHODS = {"rtn": RoundToNearest(), "awq": AWQ(), "gptq": GPTQ()}
+WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
+
+
+def encoder_scheme(width: str, method: str) -> Scheme:
+    """The scheme of such a width and method; SchemeError names the choices."""
+    if width not in WIDTHS or method not in METHODS:
+        raise SchemeError(
+            f"A text encoder is quantized to {' or '.join(WIDTHS)} by {', '.join(METHODS)}, "
+            f"not to {width!r} by {method!r}."
+        )
+    scheme = WIDTHS[width]
+    if method != "awq":
+        return scheme
+    return Scheme(f"{scheme.name}-awq", replace(scheme.weight, smooth=True))
+
+
+def quantize_encoder(
+    pipe: Any,
+    width: str,
+    prompts: Sequence[str],
+    *,
+    method: str = "gptq",
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float | None = None,
+    device: Any = None,
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Artifact:
+    """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
+
+    width: "w8" or "w4" (a range per 32 columns). method: "rtn", "awq" or "gptq". steps and
+    guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
+    """
+    scheme = encoder_scheme(width, method)
+    calls = encoder_calls(pipe, prompts)
+    about = {"method": method, "prompts": len(prompts), "seed": seed}
+    artifact = Artifact.new(pipe, _schedule(pipe, steps, guidance), {"encoder": about})
+    artifact.header["encoders"] = {}
+    mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
+    shelf = Work(work, mark).path
+    for number, (name, own) in enumerate(calls.items()):
+        job = encoder_job(
+            encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
+            work=shelf and shelf / name, on_progress=_part(on_progress, number, len(calls), name),
+        )  # fmt: skip
+        fill(artifact, name, encoders_of(pipe)[name], job)
+    return artifact
+
+
+def encoder_job(
+    encoder: nn.Module,
+    calls: Sequence[Call],
+    width: str,
+    method: str,
+    *,
+    seed: int = 0,
+    device: Any = None,
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Job:
+    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
+    scheme, algorithm = encoder_scheme(width, method), METHODS[method]
+    backbone = describe(encoder)
+    rules = (
+        replace(rule, algorithm=rule.scheme and algorithm)
+        for rule in recipe_for(scheme, backbone, algorithm).rules
+    )
+    trajectory = Trajectory((0.0,), list(calls), seed, BATCH, len(calls), 1)
+    job = Job(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
+    job.maintain("none", Tiar())
+    inputs = {
+        "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
+        "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
+    }  # fmt: skip
+    with frozen(job.model):
+        job.run(Work(work, inputs), on_progress)
+    return job
+
+
+def _mark(call: Call) -> str:
+    """What an encoder is asked, as a short text."""
+    return digest(call.inputs["input_ids"].tolist())
+
+
+def fill(artifact: Artifact, name: str, encoder: nn.Module, job: Job) -> None:
+    """Put the codes of one encoder, and what is known of them, into the artifact."""
+    for layer, q in job.weights.items():
+        artifact.tensors |= {f"encoder/{name}.{k}": v for k, v in q.tensors(layer).items()}
+    artifact.header["encoders"][name] = {
+        "family": job.backbone.family,
+        "model_class": type(encoder).__name__,
+        "fingerprint": fingerprint(encoder),
+    } | job.described()
+
+
+def _schedule(pipe: Any, steps: int, guidance: float | None) -> dict[str, Any]:
+    """The pipeline's own schedule: an artifact has one, an encoder asks for none."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    times = [float(t) for t in scheduler.timesteps]
+    return {"timesteps": times, "steps": steps, "guidance": guidance}
+
+
+def _part(on_progress: Progress | None, number: int, count: int, name: str) -> Progress | None:
+    """The progress of one encoder of several on one scale."""
+    if on_progress is None:
+        return None
+
+    def note(done: int, total: int, text: str) -> None:
+        on_progress(number * total + done, count * total, f"{name} {text}".strip())
+
+    return note

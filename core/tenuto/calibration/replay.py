@@ -1,0 +1,176 @@
+"""Replay a recorded trajectory block by block: what each block saw, and what it answered."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..model import place, tensors_in
+from ..sampling import Call, to_device
+from .bank import Bank, banked, cut_out
+
+log = logging.getLogger("tenuto")
+
+
+class _Stop(Exception):  # leaves a forward once its block was reached
+    pass
+
+
+def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
+    """What `call` passed, on `device`; half precision as the denoiser's own dtype."""
+    _, dtype = place(denoiser)
+    return to_device(call.inputs, device, dtype)
+
+
+def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[Any, Any]:
+    """(args, kwargs) that `block` gets when `denoiser` is called as recorded; stops there."""
+    seen: list[tuple[Any, Any]] = []
+
+    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    hook = denoiser.get_submodule(block).register_forward_pre_hook(
+        stop, with_kwargs=True, prepend=True
+    )
+    try:
+        denoiser(**arguments(denoiser, call, device))
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    if not seen:
+        raise ModelError(f"The model was recorded, but did not call {block}.")
+    return seen[0]
+
+
+@torch.no_grad()
+def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: Any) -> Bank:
+    """What `block` gets in `calls` of `denoiser`, kept on the CPU.
+
+    The first tensor says how many rows a call has. What all rows share, such as the embedding of
+    a timestep, is given to each where it changes from call to call.
+    Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
+    """
+    found = []
+    for call in calls:
+        args, kwargs = run_to(denoiser, block, call, device)
+        found.append(cut_out((tuple(args), dict(kwargs)), call.row))
+    bank = banked(block, found)
+    known = [call.counted for call in calls]
+    rows = [t for t in known if t is not None]
+    if len(rows) == len(known) and sum(map(len, rows)) == len(bank):  # and no call was left out
+        bank.counted = torch.cat(rows)
+    return bank
+
+
+@torch.no_grad()
+def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor:
+    """The outputs of `block` on every row of `bank`, (R, ...), kept on the CPU."""
+    found = []
+    for index in bank.chunks(size):
+        args, kwargs = bank.rows(index, device)
+        found.append(first_tensor(block(*args, **kwargs)).cpu())
+    return torch.cat(found)
+
+
+def first_tensor(out: Any) -> Tensor:
+    """The main output of a block: the tensor itself or the first one of a tuple."""
+    return next(tensors_in(out))
+
+
+@torch.no_grad()
+def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
+    """Whether each block gets the last one's output and otherwise the very same objects."""
+    seen: list[tuple[list[int], int]] = []
+    hooks = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        tensors = list(tensors_in((args, kwargs)))
+        seen.append(([id(t) for t in tensors], id(first_tensor(out))))
+        keep.extend([*tensors, first_tensor(out)])
+
+    keep: list[Tensor] = []
+    for name in blocks:
+        hooks.append(denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True))
+    try:
+        denoiser(**arguments(denoiser, call, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(seen) != len(blocks):
+        return False
+    steps = range(1, len(seen))
+    chained = (seen[i][0][0] == seen[i - 1][1] for i in steps)
+    return all(chained) and all(seen[i][0][1:] == seen[0][0][1:] for i in steps)
+
+
+def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any) -> list[str]:
+    """`names` of submodules in the order in which `call` first reaches them, others last."""
+    seen: dict[str, None] = {}
+    hooks = [
+        denoiser.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: seen.setdefault(n))
+        for n in names
+    ]
+    try:
+        with torch.no_grad():
+            denoiser(**arguments(denoiser, call, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*seen, *(n for n in names if n not in seen)]
+
+
+class Chain:
+    """Inputs and targets of one block after another, while `model` is quantized block by block.
+
+    Where every block feeds the next one, outputs are handed on; else each block's inputs are
+    replayed from the start of the model. Only blocks that need data cost anything.
+    blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        units: Sequence[str],
+        needy: Collection[str | None],
+        calls: Sequence[Call],
+        device: Any,
+    ) -> None:
+        self.model, self.reference = model, copy.deepcopy(model)
+        self.blocks, self.calls, self.device = list(units), calls, device
+        self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
+        whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain
+        self.linear = self.last > 0 and whole and is_chain(model, blocks, calls[0], device)
+        self.student: Bank | None = None
+        self.teacher: Bank | None = None
+        self.target: Tensor | None = None
+
+    def data(self, block: str) -> tuple[Bank, Tensor]:
+        """(inputs from the quantized prefix, outputs in full precision) of `block`."""
+        stale = not self.linear and self.target is None
+        if self.student is None or self.teacher is None or stale:
+            self.student = inputs_of(self.model, block, self.calls, self.device)
+            self.teacher = inputs_of(self.reference, block, self.calls, self.device)
+        if self.target is None:
+            reference = self.reference.get_submodule(block)
+            self.target = outputs(reference, self.teacher, self.device)
+        return self.student, self.target
+
+    def passed(self, block: str) -> None:
+        """`block` is quantized: go on to the next one."""
+        if block not in self.blocks or self.blocks.index(block) >= self.last:
+            return
+        if self.linear:
+            student, target = self.data(block)
+            out = outputs(self.model.get_submodule(block), student, self.device)
+            assert self.teacher is not None
+            self.student, self.teacher = student.advance(out), self.teacher.advance(target)
+        self.target = None

@@ -1,0 +1,1 @@
+"""The cache router: HarmoniCa training and the search for schedules."""

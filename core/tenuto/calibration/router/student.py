@@ -1,0 +1,99 @@
+"""One training step of a router inside a sampling run: teacher, student, loss, slope, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...sampling import Clock
+from .mixing import Mixer
+from .rollout import Guide
+
+
+class Student:
+    """The denoiser's forward in training; what it returns is the student's output.
+
+    rows: the weights r (N,) of a step. learn(row, loss, slopes): what a step shows; slopes are the
+    gradients (N,) of its mean squared error to r, by row: its own and, with `credit`, those of
+    earlier steps whose outputs it reuses. The graph through the slots is cut at every step whose
+    number + `offset` `credit` divides. The first step computes everything and learns nothing.
+    The teacher gets the same inputs as the student, and neither reads nor writes what is held.
+    """
+
+    mixer: Mixer
+
+    def __init__(
+        self,
+        rows: Callable[[int], Tensor],
+        learn: Callable[[int, float, dict[int, Tensor]], None],
+        guide: Guide,
+        credit: int = 0,
+        offset: int = 0,
+    ) -> None:
+        self.rows, self.learn, self.guide = rows, learn, guide
+        self.credit, self.offset = credit, offset
+        self.leaves: dict[int, Tensor] = {}
+
+    def attend(self, clock: Clock) -> Callable[..., Any]:
+        """The forward, for `override_`."""
+
+        def forward(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with torch.inference_mode(False):
+                args, kwargs = usable(args), usable(kwargs)
+                if clock.row > 0:
+                    return self._step(clock.row, original, args, kwargs)
+                with torch.no_grad():
+                    self.mixer.set(torch.ones_like(self.rows(0)))
+                    return original(*args, **kwargs)
+
+        return forward
+
+    def _step(self, row: int, original: Any, args: Any, kwargs: Any) -> Any:
+        mixer = self.mixer
+        with torch.no_grad():
+            mixer.apart = True
+            target = self.guide(original(*args, **kwargs), args, kwargs).float()
+            mixer.apart = False
+        with torch.enable_grad():
+            mixer.set(self._leaf(row, target.device))
+            out = original(*args, **kwargs)
+            loss = (self.guide(out, args, kwargs).float() - target).square().mean()
+        if loss.requires_grad:  # not so where nothing was held yet
+            keep = bool(self.credit)
+            slopes = torch.autograd.grad(
+                loss, list(self.leaves.values()), allow_unused=True, retain_graph=keep
+            )
+            found = zip(self.leaves, slopes, strict=True)
+            self.learn(row, float(loss.detach()), {k: s.cpu() for k, s in found if s is not None})
+        return detached(out)
+
+    def _leaf(self, row: int, device: torch.device) -> Tensor:
+        """r of a step, one tensor for all its calls."""
+        if row not in self.leaves:
+            if not self.credit or (row + self.offset) % self.credit == 0:
+                self.leaves.clear()
+                self.mixer.forget()
+            self.leaves[row] = self.rows(row).detach().to(device).requires_grad_()
+            self.mixer.credit = bool(self.credit)
+        return self.leaves[row]
+
+
+def usable(value: Any) -> Any:
+    """Tensors of inference mode copied, so that they can take part in a graph."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {k: usable(v) for k, v in value.items()}
+    return type(value)(usable(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def detached(value: Any) -> Any:
+    """A denoiser's output without its graph, of the same type."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return type(value)(**{k: detached(v) for k, v in value.items()})
+    return type(value)(detached(v) for v in value) if isinstance(value, list | tuple) else value

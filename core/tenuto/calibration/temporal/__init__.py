@@ -1,0 +1,1 @@
+"""The time path: what depends on the timestep alone, kept exact."""

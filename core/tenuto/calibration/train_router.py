@@ -1,0 +1,292 @@
+"""`train_router`: find, for one model, which branch to reuse at which step, and measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..artifact import Artifact
+from ..caching import CacheSchedule, StepProgramme, late_interval_for, reuse_for, saved, whole_steps
+from ..errors import ModelError, SchemeError, TenutoError
+from ..model import denoiser_of, describe, multiply_adds, place
+from ..progress import Progress
+from ..runtime import quantized
+from ..sampling import Sample, Trajectory, to_device
+from ..work import Work
+from .router.harmonica import HarmoniCa
+from .router.iepo import gain
+from .router.logits import Router
+from .router.rollout import errors, references, step_costs
+
+POWERS = (2.0, 3.0)  # of age, in the step programme: both are measured
+HELD_OUT = 5_000  # first seed of the pictures that candidates are measured on
+DEFAULT_REUSE = 0.3
+SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
+PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
+
+
+@dataclass(frozen=True)
+class RoutePreset:
+    """Effort. router: settings of the training; batches: that each candidate is measured on."""
+
+    router: HarmoniCa
+    batches: int
+
+    @property
+    def batch(self) -> int:
+        """Pictures a batch, everywhere."""
+        return self.router.batch
+
+
+PRESETS = {
+    "quick": RoutePreset(HarmoniCa(iterations=24, batch=1), 4),
+    "standard": RoutePreset(HarmoniCa(iterations=48, batch=2), 4),
+    "thorough": RoutePreset(HarmoniCa(iterations=100, batch=8, lr=0.1, joint=0.4), 8),
+}
+
+
+def train_router(
+    model: Any,
+    trajectory: Trajectory,
+    *,
+    reuse: float | None = None,
+    speedup: float | None = None,
+    artifact: Artifact | None = None,
+    preset: str = "quick",
+    iterations: int | None = None,
+    seed: int = 0,
+    sample: Sample | None = None,
+    work: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> Artifact:
+    """Train a router for the denoiser of `model` and return an artifact with the section "route".
+
+    reuse: the share of (step, branch) cells to hold. speedup: how many times fewer multiply-adds
+    a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
+    artifact: what `quantize` made of this model; the quantized model is teacher and student then.
+    The router, the late intervals and the step programmes that reuse as much are all measured on
+    held-out seeds against the un-cached run. The best becomes the route, every score is told, and
+    the router's own table stays beside it.
+    `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
+    same call goes on there and ends in the same artifact. `model` itself is not changed.
+    """
+    job = RouteJob(model, trajectory, artifact, preset, seed)
+    job.plan_for(iterations, sample)
+    job.budget(reuse, speedup)
+    return job.run(work, on_progress)
+
+
+class RouteJob:
+    """One search for a route."""
+
+    def __init__(
+        self,
+        model: Any,
+        trajectory: Trajectory,
+        artifact: Artifact | None,
+        preset: str,
+        seed: int,
+    ) -> None:
+        if preset not in PRESETS:
+            raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+        if artifact is not None:
+            artifact.check(model)
+            _check_schedule(artifact, trajectory)
+        self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
+        self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
+        self.denoiser = denoiser_of(model)
+        self.branches = tuple(b.name for b in describe(self.denoiser).branches)
+        if not self.branches:
+            raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be held.")
+        if len(self.times) < 2:
+            raise TenutoError("With one step there is nothing to reuse.")
+        call = to_device(trajectory.calls[0].inputs, place(self.denoiser)[0])
+        self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
+        self.costs: list[float] | None = None  # of the branches; None: all alike
+
+    def plan_for(self, iterations: int | None, sample: Sample | None) -> None:
+        """What the caller has set otherwise than the preset and the trajectory."""
+        if iterations is not None:
+            router = dataclasses.replace(self.plan.router, iterations=iterations)
+            self.plan = dataclasses.replace(self.plan, router=router)
+        if sample is not None:
+            self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
+
+    def budget(self, reuse: float | None, speedup: float | None) -> None:
+        """The share to hold: of cells, or of multiply-adds where a speedup is asked."""
+        if reuse is not None and speedup is not None:
+            raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
+        steps = len(self.times)
+        self.asked = {"reuse": reuse, "speedup": speedup}
+        self.reuse = DEFAULT_REUSE if reuse is None else reuse
+        if speedup is not None:
+            self.reuse = reuse_for(speedup, self.counts, steps)
+            self.costs = [float(self.counts[name]) for name in self.branches]
+        if not 0 < self.reuse <= 1 - 1 / steps:
+            raise TenutoError(f"{steps} steps cannot reuse {self.reuse:.0%} of their branches.")
+
+    def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
+        """Costs, router, measurements: from `path` as far as they are finished."""
+        trajectory = self.trajectory
+        schedule = {
+            "timesteps": list(self.times),
+            "steps": trajectory.steps,
+            "guidance": trajectory.guidance,
+        }
+        result = Artifact.new(self.model, schedule)
+        work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
+        if self.artifact is not None:
+            self.denoiser = quantized(
+                self.model, self.artifact, route=False, execution="int8"
+            ).denoiser
+        meter = Meter(on_progress, self.parts())
+        costs = self.measure_costs(work, meter)
+        router = self.train(gain(*costs), work, meter)
+        cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS}
+        tables = cuts | self.candidates(costs[0])
+        scores = self.measure(tables, work, meter)
+        best, mine = (min(some, key=lambda name: scores[name]) for some in (scores, cuts))
+        result.tensors = {
+            "route/table": tables[best].table,
+            "route/router": tables[mine].table.clone(),
+            "route/logits": router.logits,
+            "route/costs": costs[0],
+        }
+        result.header["route"] = self.facts(best, tables[best], scores, router)
+        return result
+
+    def about(self) -> dict[str, Any]:
+        """What decides the result, for the manifest of the work."""
+        return {
+            "plan": dataclasses.asdict(self.plan),
+            "reuse": self.reuse,
+            "costs": self.costs,
+            "seed": self.seed,
+            "trajectory": self.trajectory.about(),
+            "branches": list(self.branches),
+            "artifact": self.artifact and self.artifact.header,
+        }
+
+    def candidates(self, costs: Tensor) -> dict[str, CacheSchedule]:
+        """What needs no training: late intervals and step programmes. costs: (T,), of a step."""
+        reuse = whole_steps(self.reuse, len(self.times))
+        found: dict[str, Callable[..., CacheSchedule]] = {
+            f"late interval {policy.first}/{policy.period}": policy
+            for policy in late_interval_for(reuse, self.times, self.branches)
+        }
+        prices = tuple(costs.tolist())
+        found |= {f"step programme age^{p:g}": StepProgramme(reuse, prices, p) for p in POWERS}
+        return {name: policy(self.times, self.branches) for name, policy in found.items()}
+
+    def parts(self) -> dict[str, float]:
+        """What each part takes, in denoiser calls of one batch."""
+        steps, plan = len(self.times), self.plan
+        count = len(SPREADS) + len(self.candidates(Tensor([1.0] * steps)))
+        return {
+            "costs": steps * (steps + 3) / 2,
+            "router": plan.router.iterations * steps * PASSES,
+            "reference": plan.batches * steps,
+            "candidates": count * plan.batches * steps * (1 - self.reuse),
+        }
+
+    def measure_costs(self, work: Work, meter: Meter) -> tuple[Tensor, Tensor]:
+        """`step_costs`, from `work` if they are there."""
+        kept = work.load("costs")
+        if kept is None:
+            note, seed = meter.part("costs"), self.trajectory.seed + self.seed
+            result, step = step_costs(
+                self.denoiser, self.trajectory, self.branches, seed, self.plan.batch, note
+            )
+            kept = {"result": result, "step": step}
+            work.save("costs", kept)
+        return kept["result"], kept["step"]
+
+    def train(self, gains: Tensor, work: Work, meter: Meter) -> Router:
+        """The router, from random logits."""
+        settings = dataclasses.replace(self.plan.router, reuse=self.reuse, seed=self.seed)
+        return settings(
+            self.denoiser,
+            self.trajectory,
+            self.branches,
+            costs=self.costs,
+            gains=gains,
+            work=work,
+            on_progress=meter.part("router"),
+        )
+
+    def measure(
+        self, tables: dict[str, CacheSchedule], work: Work, meter: Meter
+    ) -> dict[str, float]:
+        """Each candidate's squared error of the final latent: the geometric mean over pictures."""
+        batch, note = self.plan.batch, meter.part("reference")
+        seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.batches)]
+        note(0, 1, "un-cached pictures")
+        kept = work.load("reference")
+        if kept is None:
+            kept = {"reference": references(self.denoiser, self.trajectory, seeds, batch)}
+            work.save("reference", kept)
+        reference, scores, note = kept["reference"], {}, meter.part("candidates")
+        for i, (name, table) in enumerate(tables.items()):
+            note(i, len(tables), f"measuring: {name}")
+            kept = work.load(f"candidate {name}")
+            if kept is None:
+                found = errors(self.denoiser, table, self.trajectory, seeds, batch, reference)
+                kept = {"errors": found.double()}
+                work.save(f"candidate {name}", kept)
+            scores[name] = float(kept["errors"].clamp_min(1e-30).log().mean().exp())
+        note(1, 1, "measured")
+        return scores
+
+    def facts(
+        self, best: str, table: CacheSchedule, scores: dict[str, float], router: Router
+    ) -> dict[str, Any]:
+        """The header of the route."""
+        return {
+            "policy": best,
+            "timesteps": list(self.times),
+            "branches": list(self.branches),
+            "reuse_ratio": table.reuse_ratio,
+            "reuse_flops": saved(table, self.counts),
+            "scores": {name: float(f"{score:.6g}") for name, score in scores.items()},
+            "asked": self.asked,
+            "preset": self.preset,
+            "router": dataclasses.asdict(self.plan.router)
+            | {"reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed},
+            "device": place(self.denoiser)[0].type,
+            "calibration": self.trajectory.about(),
+        }
+
+
+class Meter:
+    """Progress of several parts on one scale: denoiser calls of one batch, in tenths."""
+
+    def __init__(self, on_progress: Progress | None, parts: dict[str, float]) -> None:
+        self.on_progress = on_progress
+        self.parts = {name: round(10 * cost) for name, cost in parts.items()}
+
+    def part(self, name: str) -> Progress:
+        """The progress of one part, from 0 to a total of its own."""
+        names = list(self.parts)
+        before = sum(self.parts[n] for n in names[: names.index(name)])
+
+        def note(done: int, total: int, text: str) -> None:
+            if self.on_progress:
+                mine = self.parts[name] * done // max(1, total)
+                self.on_progress(before + mine, sum(self.parts.values()), text)
+
+        return note
+
+
+def _check_schedule(artifact: Artifact, trajectory: Trajectory) -> None:
+    """Ranges of activations are bound to their own steps, and so is a route."""
+    times = artifact.header["schedule"]["timesteps"]
+    if artifact.section("ranges") and list(times) != list(trajectory.timesteps):
+        raise TenutoError(
+            f"The artifact has activation ranges for its own {len(times)} steps: record the "
+            "trajectory with the same steps and guidance."
+        )

@@ -1,0 +1,117 @@
+"""What the command checks before it loads a model, each with one sentence if it is wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..artifact import Artifact
+from ..errors import ArtifactError, TenutoError
+from ..sampling.loading import PREFIX, prompts
+from ..work import MANIFEST
+
+RECORDING = "recording"  # the folder of the recording inside the work folder
+
+
+def check_file(path: Path) -> None:
+    """Raise TenutoError unless a file can be written at `path`; nothing is left there."""
+    if path.exists() and not path.is_file():
+        raise TenutoError(f"Cannot write {path}: it is not a file.")
+    folder = next(p for p in (path.parent, *path.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_picture(path: Path | Literal[True], artifact: Path) -> Path:
+    """Where a picture of `artifact` goes: `path`, or beside it if that is True. A PNG only."""
+    out = artifact.with_suffix(".png") if path is True else path
+    if out.suffix.lower() != ".png" or out.absolute() == artifact.absolute():
+        raise TenutoError(f"Cannot draw into {out}: name another file that ends in .png.")
+    check_file(out)
+    return out
+
+
+def work_folder(path: Path) -> Path:
+    """Where unfinished work for `path` is kept: NAME.work beside NAME.safetensors."""
+    return path.with_name(f"{path.stem}.work")
+
+
+def check_out(path: Path) -> Path:
+    """`check_file`, and the work folder that belongs to it."""
+    check_file(path)
+    work = work_folder(path)
+    if work == path or (work.exists() and not work.is_dir()) or any(_foreign(work)):
+        raise TenutoError(f"Unfinished work would be kept in {work}, which is taken: rename --out.")
+    return work
+
+
+def _foreign(work: Path) -> Iterator[Path]:
+    """What lies in `work` though no job of ours has begun there."""
+    if work.is_dir() and not (work / MANIFEST).exists():
+        yield from (p for p in work.iterdir() if p.name != RECORDING and p.suffix != ".part")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a prompts file; TenutoError if there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise TenutoError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise TenutoError(f"{path} is not a text file in UTF-8.") from error
+    found = [line for line in lines if line]
+    if not found:
+        raise TenutoError(f"{path} holds no prompt: write one a line.")
+    return found
+
+
+def calibration_prompts(args: Namespace) -> list[str]:
+    """--prompts FILE, else the list that ships for such a model."""
+    if getattr(args, "prompts", None):
+        return read_prompts(args.prompts)
+    return prompts("default" if args.model.startswith(PREFIX) else "general")
+
+
+def comparison_prompts(args: Namespace) -> list[str]:
+    """--prompts FILE, else prompts that calibration does not see: the far end of the list."""
+    if args.prompts:
+        return read_prompts(args.prompts)
+    if args.model.startswith(PREFIX):
+        return prompts("evaluation")
+    return prompts("general")[::-1][: args.count]
+
+
+def load_artifact(path: Path) -> Artifact:
+    """The artifact in `path`; whatever is wrong with it becomes one sentence."""
+    with damage_told(path):
+        return Artifact.load(path)
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Turn the errors that a forged or damaged artifact provokes into one sentence."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device called `name`, else a GPU where there is one; TenutoError if there is none."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise TenutoError(f"There is no device {name!r} here.") from error
+    return device

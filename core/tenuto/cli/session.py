@@ -1,0 +1,132 @@
+"""What the commands and the app do first: how to sample, the model, its recordings."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifact import Artifact, fingerprint
+from ..errors import TenutoError
+from ..model import denoiser_of
+from ..runtime import attach
+from ..sampling import Trajectory, keep, kept, record
+from ..sampling.loading import PREFIX, Defaults, defaults, load
+from ..work import MANIFEST, Lock, Work
+from .checks import RECORDING, damage_told, device_of
+from .console import Bars
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a command samples."""
+
+    steps: int
+    guidance: float | None
+    device: torch.device
+
+
+@contextmanager
+def unfinished(work: Path) -> Iterator[None]:
+    """Keep `work` while the job is not done, unless it was refused before it began."""
+    with Lock(work):
+        try:
+            yield
+        except TenutoError:
+            if not (work / MANIFEST).exists():
+                Work(work / RECORDING, {}).discard()
+                with suppress(OSError):
+                    work.rmdir()
+            raise
+        Work(work, {}).discard()
+
+
+def sampling_of(args: Namespace, artifact: Artifact | None = None) -> Sampling:
+    """Steps and guidance: as asked, else the artifact's, else the model's own."""
+    steps, guidance = defaults(args.model)
+    if artifact is not None:
+        with damage_told(args.artifact):
+            steps, guidance = Defaults.read(artifact.header["schedule"])
+    return Sampling(
+        steps if args.steps is None else args.steps,
+        guidance if args.guidance is None else args.guidance,
+        device_of(args.device),
+    )
+
+
+def pipeline(
+    args: Namespace, sampling: Sampling, bars: Bars, artifact: Artifact | None = None
+) -> Any:
+    """The model, loaded and checked."""
+    pipe = loaded(args.model, sampling.device, bars)
+    check_steps(pipe, sampling.steps)
+    if artifact is not None:
+        with damage_told(args.artifact), attach(pipe, artifact):
+            pass  # it fits
+    return pipe
+
+
+def loaded(model: str, device: torch.device, bars: Bars) -> Any:
+    """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
+    wide = model.startswith(PREFIX) or device.type == "cpu"
+    silence(not bars.watched)
+    return load(model, device, torch.float32 if wide else torch.bfloat16)
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """TenutoError unless the model can be sampled in so many steps."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
+
+
+def silence(bars: bool) -> None:
+    """Keep other libraries' chatter away while a model is loaded, and their `bars` where asked."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.set_verbosity_error()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    if bars:
+        of_diffusers.disable_progress_bar()
+
+
+def attached_to(pipe: Any, artifact: Artifact | None, execution: str) -> Any:
+    """A context in which `artifact`, if there is one, is attached."""
+    return nullcontext() if artifact is None else attach(pipe, artifact, execution=execution)
+
+
+def recorded(
+    pipe: Any,
+    lines: list[str],
+    sampling: Sampling,
+    seed: int,
+    batch: int,
+    work: Path,
+    bars: Bars,
+    runs: int | None = None,
+) -> Trajectory:
+    """A recording of every prompt, or the one that an interrupted command left in `work`."""
+    batch = min(batch, len(lines))
+    runs = runs or -(-len(lines) // batch)
+    encoder = getattr(pipe, "text_encoder", None)
+    job = {
+        "job": "record", "prompts": lines, "steps": sampling.steps, "guidance": sampling.guidance,
+        "seed": seed, "batch": batch, "runs": runs, "device": str(sampling.device),
+        "model": [fingerprint(m) for m in (denoiser_of(pipe), encoder) if m is not None],
+    }  # fmt: skip
+    shelf = Work(work / RECORDING, job)
+    found = kept(shelf, pipe, lines, sampling.steps, sampling.guidance)
+    if found is None:
+        found = record(
+            pipe, lines, steps=sampling.steps, guidance=sampling.guidance, seed=seed,
+            batch=batch, runs=runs, on_progress=bars("Recording"),
+        )  # fmt: skip
+        keep(shelf, found)
+    return found

@@ -1,0 +1,126 @@
+"""Several ways to draw the same pictures that take turns, so that their times can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, TenutoError
+from ..model import Signature
+from ..progress import Progress
+from ..runtime import Latency, percentile, timed
+from ..sampling import Sample
+
+ROUNDS = 4  # how often the ways take turns
+
+Way = Callable[[], AbstractContextManager[nn.Module]]
+FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):  # leaves a sampling run after its first call was seen
+    pass
+
+
+@dataclass
+class Drawn:
+    """What one way drew, by batch: pictures (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds."""
+
+    batches: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def per_picture(self) -> float:
+        """Seconds a picture, the median over batches."""
+        pairs = zip(self.seconds, self.batches, strict=True)
+        return percentile([seconds / len(pictures) for seconds, pictures in pairs], 50)
+
+    @property
+    def latency(self) -> Latency:
+        """Seconds of each batch."""
+        return Latency(tuple(self.seconds))
+
+
+def distances(
+    distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
+) -> list[float]:
+    """`distance` of each picture of `one` from its counterpart, batch by batch: large ones fit."""
+    pairs = zip(one.batches, other.batches, strict=True)
+    return [value for a, b in pairs for value in distance(a, b).tolist()]
+
+
+def split(seed: int, count: int, batch: int) -> list[tuple[int, int]]:
+    """(first seed, size) of the batches that draw `count` pictures from `seed` on."""
+    return [(s, min(batch, seed + count - s)) for s in range(seed, seed + count, batch)]
+
+
+def draw_in_turns(
+    ways: Mapping[str, Way],
+    sample: Sample,
+    batches: Sequence[tuple[int, int]],
+    on_progress: Progress | None = None,
+) -> dict[str, Drawn]:
+    """Every way draws every batch: some batches by each way, the next ones in the opposite order.
+
+    ways: what to enter to draw one way; it gives the denoiser that `sample` is called with.
+    batches: (seed, size). Only the sampling is timed. TenutoError if `sample` returns no pictures.
+    """
+    found = {name: Drawn() for name in ways}
+    total = len(ways) * sum(size for _, size in batches)
+    done = 0
+    length = -(-len(batches) // ROUNDS)
+    for turn, start in enumerate(range(0, len(batches), length)):
+        for name in list(ways)[:: -1 if turn % 2 else 1]:
+            with ways[name]() as denoiser:
+                for seed, size in batches[start : start + length]:
+                    if on_progress:
+                        on_progress(done, total, name)
+                    pictures, seconds = timed(lambda d=denoiser, s=seed, n=size: sample(d, s, n))
+                    found[name].batches.append(_checked(pictures, size))
+                    found[name].seconds.append(seconds)
+                    done += size
+    if on_progress:
+        on_progress(done, total, "drawn")
+    return found
+
+
+def _checked(pictures: Any, size: int) -> Tensor:
+    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != size:
+        got = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
+        raise TenutoError(f"`sample` should return pictures ({size}, C, H, W), not {got}.")
+    return pictures.detach().float().clamp(-1, 1).cpu()
+
+
+def first_call(
+    denoiser: nn.Module, sample: Sample, seed: int, batch: int, whole: bool
+) -> tuple[FirstCall, int]:
+    """The arguments of the first denoiser call of a sampling run, and how many steps were seen.
+
+    The run is left after that call unless `whole`: then the steps are all that it visits.
+    """
+    calls: list[FirstCall] = []
+    times: set[float] = set()
+    facts = Signature(denoiser)
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not calls:
+            calls.append((args, kwargs))
+        step = torch.as_tensor(facts.timestep(facts.inputs(args, kwargs)))
+        times.add(float(step.reshape(-1)[0]))
+        if not whole:
+            raise _Enough
+
+    hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        sample(denoiser, seed, batch)
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+    if not calls:
+        raise ModelError("`sample` did not call the denoiser that it was given.")
+    return calls[0], len(times)

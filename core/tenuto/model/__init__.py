@@ -1,0 +1,32 @@
+"""A torch model as names: what it is made of, how it is patched, watched and counted."""
+
+from .backbone import Backbone, Branch, layers
+from .families import describe, names
+from .key_map import KeyMap, turned
+from .operations import multiply_adds
+from .parts import denoiser_of, encoders_of, frozen, place
+from .patches import Attached, Override, PipelineRuns, Replacement, Swap, override_
+from .signature import Signature, tensors_in
+
+__all__ = [
+    "Attached",
+    "Backbone",
+    "Branch",
+    "KeyMap",
+    "Override",
+    "PipelineRuns",
+    "Replacement",
+    "Signature",
+    "Swap",
+    "denoiser_of",
+    "describe",
+    "encoders_of",
+    "frozen",
+    "layers",
+    "multiply_adds",
+    "names",
+    "override_",
+    "place",
+    "tensors_in",
+    "turned",
+]

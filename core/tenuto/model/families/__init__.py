@@ -1,0 +1,76 @@
+"""One model family a file: which classes it covers and what such a denoiser is made of.
+
+A family file has `CLASSES` (class names, never classes: nothing is imported) and
+`describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
+`names(module) -> KeyMap` too. `generic.py` serves what no family covers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import pkgutil
+from types import ModuleType
+
+from torch import nn
+
+from ...errors import ModelError
+from ..backbone import Backbone, Branch, Subset
+from ..key_map import KeyMap
+
+
+def families() -> dict[str, ModuleType]:
+    """Every family file by name."""
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    found = {n: importlib.import_module(f"{__name__}.{n}") for n in names}
+    return {n: m for n, m in found.items() if hasattr(m, "CLASSES")}
+
+
+def names(module: nn.Module) -> KeyMap | None:
+    """The key map of a host's denoiser; None where its own names are the canonical ones.
+
+    ModelError if the class is a host's, and something in it has no canonical name.
+    """
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    found = (f for f in families().values() if kinds & set(getattr(f, "HOSTS", ())))
+    return next((family.names(module) for family in found), None)
+
+
+def describe(module: nn.Module) -> Backbone:
+    """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    for family in families().values():
+        if kinds & set(family.CLASSES):
+            return family.describe(module)
+    keys = names(module)
+    if keys is not None:
+        return _in_host(describe(keys.view(module)), keys)
+    backbone = importlib.import_module(f"{__name__}.generic").describe(module)
+    if not backbone.blocks:
+        raise ModelError(f"{type(module).__name__} has no list of blocks that Tenuto knows.")
+    return backbone
+
+
+def _in_host(backbone: Backbone, keys: KeyMap) -> Backbone:
+    """A canonical description in a host's names; patterns become the layers that match them."""
+
+    def own(name: str) -> str:
+        return keys.module(name)[0]
+
+    def matching(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(
+            host
+            for host, parts in keys.layers().items()
+            if any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in patterns)
+        )
+
+    subsets = (tuple(dict.fromkeys(map(own, s.linears))) for s in backbone.subsets)
+    return Backbone(
+        backbone.family,
+        tuple(map(own, backbone.blocks)),
+        tuple(Branch(own(b.name), b.kind, own(b.block)) for b in backbone.branches),
+        tuple(Subset(linears) for linears in subsets if len(linears) > 1),
+        tuple(host for name in backbone.temporal for host in keys.module(name)),
+        matching(backbone.ends),
+        matching(backbone.keep),
+    )

@@ -1,0 +1,155 @@
+"""`KeyMap`: where what has a canonical (diffusers) name is in a host's model.
+
+A host may fuse layers that share an input into one (query, key and value), and may swap the halves
+of a modulation (scale and shift). A family writes its key map as prefixes; here they are applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+Target = str | tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a canonical parameter is: `name` in the host, the rows [start, stop) of it.
+
+    turned: its two halves have changed places.
+    """
+
+    name: str
+    rows: tuple[int, int]
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Canonical names of a host's denoiser.
+
+    model_class: the diffusers class whose names are meant. places: canonical parameter -> Place.
+    modules: canonical module -> the host's modules, one for each of its outputs.
+    """
+
+    model_class: str
+    places: dict[str, Place]
+    modules: dict[str, tuple[str, ...]]
+
+    def module(self, name: str) -> tuple[str, ...]:
+        """The host's module (or modules, one an output) of a canonical one; ModelError if none."""
+        place = self.places.get(f"{name}.weight")
+        if name in self.modules:
+            return self.modules[name]
+        if place is None:
+            raise ModelError(f"This host has no module of its own for {name}.")
+        return (place.name.removesuffix(".weight"),)
+
+    def canonical(self, host: str) -> str:
+        """The canonical name of a host's module; the host's own where it has no other."""
+        found = (n for n, hosts in self.modules.items() if host in hosts)
+        whole = (n for n, p in self.places.items() if p.name == f"{host}.weight")
+        return next(found, next(whole, f"{host}.weight").removesuffix(".weight"))
+
+    def layers(self) -> dict[str, list[str]]:
+        """The host's layer -> the canonical ones that are fused in it, in the order of the rows."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for name, place in self.places.items():
+            if name.endswith(".weight"):
+                host = place.name.removesuffix(".weight")
+                found.setdefault(host, []).append((place.rows[0], name.removesuffix(".weight")))
+        return {host: [name for _, name in sorted(parts)] for host, parts in found.items()}
+
+    def view(self, denoiser: nn.Module, tensor: Callable[[str], Tensor] | None = None) -> nn.Module:
+        """Modules with canonical names that hold the host's own weights: to look at, not to run.
+
+        tensor: gives a parameter by the host's name where it is not the model's own.
+        """
+        root = type(self.model_class, (_View,), {})()
+        for name, place in self.places.items():
+            own = denoiser.get_parameter(place.name) if tensor is None else tensor(place.name)
+            value = own.detach()[slice(*place.rows)]
+            value = turned(value) if place.turned else value
+            leaf, _, end = name.rpartition(".")
+            kind = denoiser.get_submodule(place.name.rpartition(".")[0])
+            parent = _inside(root, leaf, kind)
+            parent.register_parameter(end, nn.Parameter(value, requires_grad=False))
+        return root
+
+
+class _View(nn.ModuleDict):
+    """A place for modules: it has a length, and its parts by name."""
+
+
+def _inside(root: nn.Module, name: str, kind: nn.Module) -> nn.Module:
+    """The module `name` of a view, made where it is not there yet: of the host's kind, empty."""
+    parent, _, key = name.rpartition(".")
+    holder = _inside(root, parent, nn.Module()) if parent else root
+    if not name:
+        return root
+    if key not in holder._modules:
+        holder.add_module(key, _empty(kind))
+    return holder.get_submodule(key)
+
+
+def _empty(kind: nn.Module) -> nn.Module:
+    if isinstance(kind, nn.Linear):
+        return nn.Linear(1, 1, bias=False, device="meta")
+    if isinstance(kind, nn.Conv2d):
+        return nn.Conv2d(1, 1, 1, bias=False, device="meta")
+    return _View()
+
+
+def turned(x: Tensor) -> Tensor:
+    """`x` (N, ...) with its two halves in each other's place."""
+    return torch.cat(x.chunk(2)[::-1])
+
+
+def keymap(
+    denoiser: nn.Module,
+    model_class: str,
+    prefixes: Mapping[str, Target],
+    modules: Mapping[str, tuple[str, ...]],
+    swapped: Iterable[str] = (),
+    ignored: Iterable[str] = (),
+) -> KeyMap:
+    """The key map that `prefixes` (host -> canonical; the longest that fits counts) stand for.
+
+    A target that is a tuple of (canonical, rows) is fused. swapped: the host's prefixes with
+    swapped halves. ignored: parameters without a counterpart. ModelError where one is left over.
+    """
+    places: dict[str, Place] = {}
+    swapped, ignored = set(swapped), tuple(ignored)
+    for name, parameter in denoiser.named_parameters():
+        if name.startswith(ignored):
+            continue
+        prefix = _longest(name, prefixes)
+        if prefix is None:
+            raise ModelError(
+                f"{type(denoiser).__name__} has {name}, which Tenuto has no canonical name for."
+            )
+        target, rest = prefixes[prefix], name[len(prefix) :]
+        start = 0
+        size = len(parameter) if parameter.ndim else 1
+        for canonical, rows in ((target, size),) if isinstance(target, str) else target:
+            place = Place(name, (start, start + rows), prefix in swapped)
+            places[f"{canonical}{rest}".removeprefix(".")] = place
+            start += rows
+    have: dict[str, Any] = dict(denoiser.named_modules())
+    kept = {name: hosts for name, hosts in modules.items() if all(h in have for h in hosts)}
+    return KeyMap(model_class, places, kept)
+
+
+def _longest(name: str, prefixes: Mapping[str, Target]) -> str | None:
+    """The longest of `prefixes` that is `name` or one of the modules that hold it."""
+    while name not in prefixes:
+        name, dot, _ = name.rpartition(".")
+        if not dot:
+            return None
+    return name

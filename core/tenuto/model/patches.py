@@ -1,0 +1,213 @@
+"""Put patches into a model and take them out again.
+
+Nothing here changes a class: a forward is replaced on one instance, a leaf in its parent, and the
+old one comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+Self = TypeVar("Self", bound="Attached")  # typing has one from 3.11 on
+
+
+class Override:
+    """A replaced forward on one instance; a deep copy of the module keeps it and its own state.
+
+    call(original, module, *args, **kwargs) computes the new output.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call = module, call
+        self.before, self.off = _live(module.__dict__.get("forward")), False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.off:
+            return self.original(*args, **kwargs)
+        return self.call(self.original, self.module, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Take the replacement out."""
+        if self.module.__dict__.get("forward") is not self:
+            raise ModelError("Another patch was put on top of this one: remove that first.")
+        self.before = _live(self.before)
+        if self.before is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.before
+
+    def retire(self) -> None:
+        """Take it out, or, under another patch, do nothing from now on: hosts keep no order.
+
+        What is put on or taken out later finds it and lets go of it.
+        """
+        self.off = True
+        if self.module.__dict__.get("forward") is self:
+            self.remove()
+
+
+def _live(forward: Any) -> Any:
+    """What `forward` leads to: retired overrides are left out."""
+    while isinstance(forward, Override) and forward.off:
+        forward = forward.before
+    return forward
+
+
+def override_(module: nn.Module, call: Callable[..., Any]) -> Override:
+    """Replace the forward of `module` by `call(original, module, *args, **kwargs)`."""
+    patch = Override(module, call)
+    module.__dict__["forward"] = patch
+    return patch
+
+
+class Swap:
+    """A child module replaced in its parent; the old one follows a move or a cast meanwhile."""
+
+    def __init__(self, root: nn.Module, name: str, new: nn.Module) -> None:
+        parent, _, self.key = name.rpartition(".")
+        self.parent = root.get_submodule(parent)
+        self.old: nn.Module | None = getattr(self.parent, self.key)
+        self.new, self.place = new, _place_of(new)
+        new.__dict__["_swap"] = weakref.ref(self)
+        setattr(self.parent, self.key, new)
+
+    def remove(self) -> None:
+        """Put the old module back."""
+        setattr(self.parent, self.key, self.original())
+
+    def original(self) -> nn.Module:
+        """The old module, moved and cast as the new one was; ModelError if it was released."""
+        if self.old is None:
+            raise ModelError("The originals were released: load the model again.")
+        device, dtype = _place_of(self.new)
+        if (device, dtype) != self.place and device is not None and device.type != "meta":
+            self.old.to(device, dtype)
+            self.place = device, dtype
+        return self.old
+
+    def release(self) -> None:
+        """Forget the old module, and whatever the new one keeps of it."""
+        self.old = None
+        forget = getattr(self.new, "release", None)
+        if forget is not None:
+            forget()
+
+
+class Replacement(nn.Module):
+    """A module that a `Swap` puts in place of another: what is saved of it is the other's state.
+
+    `save_pretrained` and `state_dict` of an attached model give the float weights by their own
+    names; where those were released they raise ModelError instead of writing half a model.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's, where this module stands in its place."""
+        original = self._replaced()
+        if original is None:
+            return super().state_dict(*args, **kwargs)
+        return original.state_dict(*args, **kwargs)
+
+    def _replaced(self) -> nn.Module | None:
+        if "_swap" not in self.__dict__:
+            return None
+        swap = self.__dict__["_swap"]()
+        if swap is None or swap.old is None:
+            raise ModelError(
+                "The float weights of the attached model were released, and quantized ones cannot "
+                "be saved with it: load the model again to save it; an artifact saves itself."
+            )
+        return swap.original()
+
+
+class PipelineRuns:
+    """Calls `begin` where a diffusers pipeline begins to sample, whatever its timesteps are.
+
+    A pipeline's call checks its inputs, sets the timesteps and opens its progress bar: each of the
+    three says so, on this pipeline (and the scheduler that it has now) alone.
+    """
+
+    def __init__(self, pipe: Any, begin: Callable[[], None]) -> None:
+        owners = (
+            (pipe, "check_inputs"), (pipe, "progress_bar"),
+            (getattr(pipe, "scheduler", None), "set_timesteps"),
+        )  # fmt: skip
+        self.notes = [
+            _Note(owner, name, begin)
+            for owner, name in owners
+            if callable(getattr(owner, name, None))
+        ]
+
+    def remove(self) -> None:
+        """Take all of it out."""
+        for note in reversed(self.notes):
+            note.remove()
+
+
+class _Note:
+    """A method of one object that says when it is called; a deep copy of the object keeps it."""
+
+    def __init__(self, owner: Any, name: str, begin: Callable[[], None]) -> None:
+        self.owner, self.name, self.begin = owner, name, begin
+        self.before = vars(owner).get(name)
+        self.__signature__ = inspect.signature(getattr(owner, name))  # pipelines look at it
+        vars(owner)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.begin()
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(self.owner), self.name).__get__(self.owner)(*args, **kwargs)
+
+    def remove(self) -> None:
+        if vars(self.owner).get(self.name) is self:
+            del vars(self.owner)[self.name]
+            if self.before is not None:
+                vars(self.owner)[self.name] = self.before
+        else:
+            self.begin = lambda: None
+
+
+def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a replacement computes, and the dtype that it stands for, if it says so."""
+    tensor = next((t for t in (*module.buffers(), *module.parameters())), None)
+    return None if tensor is None else tensor.device, getattr(module, "dtype", None)
+
+
+class Attached:
+    """Patches in a model. `handle` is the patched model; `detach()` restores it bit for bit."""
+
+    def __init__(self, handle: Any, patches: Sequence[Any]) -> None:
+        self.handle = handle
+        self.patches = list(patches)
+
+    def detach(self) -> None:
+        """Take every patch out, last first; twice does no harm."""
+        while self.patches:
+            self.patches[-1].remove()
+            self.patches.pop()
+
+    def release(self) -> None:
+        """Forget the replaced modules: their memory is free, and there is no way back."""
+        for patch in self.patches:
+            if isinstance(patch, Swap):
+                patch.release()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()

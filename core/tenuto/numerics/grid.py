@@ -1,0 +1,80 @@
+"""The grid of a quantized weight: which values its codes stand for.
+
+A range is that of a whole row,
+    value = scale[n] * (code - zero[n]),
+or that of a group of columns, in two levels, so that every value is an 8-bit code of its row too
+and the integer kernels need not know of groups (QServe, arXiv 2405.04532; LLMC):
+    value = scale[n] * step[n, g] * (code - zero[n, g]),   |step * (code - zero)| <= 127.
+A *level* is code - zero: signed, whole, between `limits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .integer_codes import RANGES, code_limits
+from .scheme import Format
+
+WIDEST = 127  # of an 8-bit code
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a weight (N, K) with G ranges a row.
+
+    scale: fp32 (N,). zero: whole fp32 (N, G). step: whole fp32 (N, G), or None where G is 1.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    step: Tensor | None
+    form: Format
+
+    @staticmethod
+    def of(weight: Tensor, form: Format) -> Grid:
+        """The grid of a weight (N, ...) as its format searches it."""
+        rows, search = weight.detach().float().flatten(1), RANGES[form.ranges]
+        if not form.group:
+            scale, zero = search(rows, form.bits, form.symmetric)
+            return Grid(scale, zero[:, None], None, form)
+        short = -rows.shape[1] % form.group
+        groups = torch.nn.functional.pad(rows, (0, short)).view(-1, form.group)
+        wanted, zero = search(groups, form.bits, form.symmetric)
+        wanted, zero = wanted.view(len(rows), -1), zero.view(len(rows), -1)
+        low, high = code_limits(form.bits, form.symmetric)
+        farthest = torch.maximum(zero - low, high - zero)
+        scale = (wanted * farthest).amax(1) / WIDEST
+        step = (wanted / scale[:, None]).round().clamp_min(1)
+        return Grid(scale, zero, torch.minimum(step, (WIDEST / farthest).floor()), form)
+
+    def spread(self, values: Tensor, columns: int) -> Tensor:
+        """(N, G) of every range as (N, K) of every column; a view where there is one range."""
+        return spread(values, self.form.group, columns)
+
+    def size(self, columns: int) -> Tensor:
+        """The distance of neighbouring values, (N, K)."""
+        if self.step is None:
+            return self.scale[:, None].expand(-1, columns)
+        return self.spread(self.step * self.scale[:, None], columns)
+
+    def limits(self, columns: int) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level of every column, (N, K) each."""
+        low, high = code_limits(self.form.bits, self.form.symmetric)
+        return self.spread(low - self.zero, columns), self.spread(high - self.zero, columns)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Levels (N, ...) of the values nearest to `weight` (N, ...)."""
+        rows = weight.detach().float().flatten(1)
+        columns = rows.shape[1]
+        levels = (rows / self.size(columns)).round_()
+        return levels.clamp_(*self.limits(columns)).view(weight.shape)
+
+
+def spread(values: Tensor, group: int, columns: int) -> Tensor:
+    """(N, G) of every range as (N, K) of every column; G is 1 where `group` is 0."""
+    if not group:
+        return values.expand(-1, columns)
+    return values.repeat_interleave(group, 1)[:, :columns]

@@ -1,0 +1,148 @@
+"""`QTensor`: a quantized weight, and how its codes are stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import integer_codes
+from .grid import Grid, spread
+from .scheme import Format
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes of a weight (N, ...), K columns a row, G ranges a row; see `grid.py`.
+
+    qdata: int8 (N, ...) for 5 to 8 bits, else two codes a byte, uint8 (N, ceil(K / 2)).
+    scale: fp32 (N,). zero_point: uint8 (N,), or None where the range is symmetric.
+    With groups of columns, zero_point and step are uint8 (N, G). channel: fp32 (K,), what the
+    columns were multiplied by before they were rounded, or None.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    shape: tuple[int, ...]
+    bits: int
+    step: Tensor | None = None
+    group: int = 0
+    channel: Tensor | None = None
+
+    @staticmethod
+    def of(levels: Tensor, grid: Grid, channel: Tensor | None = None) -> QTensor:
+        """A weight from whole levels (N, ...), floating, as `Grid.nearest` gives them."""
+        form, shape, zero, step = grid.form, tuple(levels.shape), None, None
+        if not form.symmetric:
+            zero = grid.zero.to(torch.uint8)
+        elif form.bits <= 4:  # stored unsigned
+            zero = torch.full_like(grid.zero, 2 ** (form.bits - 1), dtype=torch.uint8)
+        if grid.step is not None:
+            step = grid.step.to(torch.uint8)
+        elif zero is not None:
+            zero = zero[:, 0]
+        qdata = stored(levels, zero, form.bits, form.group)
+        scale = grid.scale.float()
+        return QTensor(qdata, scale, zero, shape, form.bits, step, form.group, channel)
+
+    def levels(self) -> Tensor:
+        """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
+        if self.zero_point is None:
+            return self.qdata
+        size = int(torch.Size(self.shape[1:]).numel())
+        rows = integer_codes.unpack_int4(self.qdata, size) if self.bits <= 4 else self.qdata
+        wide = rows.to(torch.int16) - _columns(self.zero_point, self.group, size).to(torch.int16)
+        return (wide.to(torch.int8) if self.bits < 8 else wide).view(self.shape)
+
+    def codes(self) -> Tensor:
+        """What `scale` multiplies, int8 (or int16) of the weight's shape: levels, times steps."""
+        levels = self.levels()
+        if self.step is None:
+            return levels
+        rows = levels.flatten(1)
+        steps = _columns(self.step, self.group, rows.shape[1])
+        return (rows * steps.to(torch.int8)).view(self.shape)
+
+    def qdata_of(self, codes: Tensor) -> Tensor:
+        """`qdata` of other codes in these ranges: the inverse of `codes`."""
+        if self.step is not None:
+            rows = codes.flatten(1)
+            codes = rows // _columns(self.step, self.group, rows.shape[1]).to(torch.int8)
+        return stored(codes, self.zero_point, self.bits, self.group)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for."""
+        scale = self.scale.view(-1, *[1] * (len(self.shape) - 1))
+        value = self.codes().to(scale.dtype) * scale
+        if self.channel is not None:
+            value = (value.flatten(1) / self.channel).view(self.shape)
+        return value.to(dtype)
+
+    def to(self, device: Any) -> QTensor:
+        """The same weight on another device."""
+        zero, step, channel = (
+            None if t is None else t.to(device) for t in (self.zero_point, self.step, self.channel)
+        )
+        return replace(
+            self,
+            qdata=self.qdata.to(device),
+            scale=self.scale.to(device),
+            zero_point=zero,
+            step=step,
+            channel=channel,
+        )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Named tensors for a file."""
+        parts = {
+            "qdata": self.qdata,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "step": self.step,
+            "channel": self.channel,
+        }
+        return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], name: str, shape: Any, form: Format) -> QTensor:
+        """The weight of format `form` that `tensors` stored under `name`."""
+        qdata, scale = tensors[f"{name}.qdata"], tensors[f"{name}.scale"]
+        parts = ("zero_point", "step", "channel")
+        zero, step, channel = (tensors.get(f"{name}.{part}") for part in parts)
+        return QTensor(qdata, scale, zero, tuple(shape), form.bits, step, form.group, channel)
+
+
+def _columns(values: Tensor, group: int, columns: int) -> Tensor:
+    """Values of every range, (N,) or (N, G), as (N, K) of every column."""
+    return spread(values if group else values[:, None], group, columns)
+
+
+def stored(levels: Tensor, zero_point: Tensor | None, bits: int, group: int = 0) -> Tensor:
+    """`QTensor.qdata` of levels (N, ...): the inverse of `QTensor.levels`."""
+    if zero_point is None:
+        return levels.to(torch.int8)
+    rows = levels.flatten(1).to(torch.int16)
+    rows = rows + _columns(zero_point, group, rows.shape[1]).to(torch.int16)
+    return integer_codes.pack_int4(rows.to(torch.uint8)) if bits <= 4 else rows.to(torch.uint8)
+
+
+def layout(
+    name: str, shape: tuple[int, ...], form: Format
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each of `QTensor.tensors(name)`, for a weight of `shape` in `form`."""
+    size = math.prod(shape[1:])
+    found = {f"{name}.scale": (torch.float32, shape[:1])}
+    if form.smooth:
+        found[f"{name}.channel"] = (torch.float32, (size,))
+    if form.symmetric and form.bits > 4:
+        return found | {f"{name}.qdata": (torch.int8, shape)}
+    columns = (size + 1) // 2 if form.bits <= 4 else size
+    found[f"{name}.qdata"] = (torch.uint8, (shape[0], columns))
+    if not form.group:
+        return found | {f"{name}.zero_point": (torch.uint8, shape[:1])}
+    facts = (torch.uint8, (shape[0], math.ceil(size / form.group)))
+    return found | {f"{name}.zero_point": facts, f"{name}.step": facts}

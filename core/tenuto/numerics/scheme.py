@@ -1,0 +1,171 @@
+"""Number formats, schemes and recipes: frozen data that a user writes, JSON both ways."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import SchemeError
+
+GRANULARITIES = ("tensor", "channel", "token")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format.
+
+    granularity: "channel" is one range per output channel (weights), "tensor" one for all values,
+    "token" one per row, found on the fly (per picture in a convolution, whose pixels mix).
+    per_step: with "tensor", one range for every calibrated step (FSC of TFMQ-DM, arXiv 2311.16503).
+    ranges: how a stored range is found: "minmax", "mse" or "percentile".
+    group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
+    smooth: a weight is multiplied by a scale per column before it is rounded, and divided by it
+    afterwards (AWQ, arXiv 2306.00978).
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: str = "channel"
+    per_step: bool = False
+    ranges: str = "minmax"
+    group: int = 0
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise SchemeError(f"A format has 2 to 8 bits, not {self.bits}.")
+        if self.granularity not in GRANULARITIES:
+            raise SchemeError(f"Unknown granularity {self.granularity!r}: one of {GRANULARITIES}.")
+        if self.ranges not in ("minmax", "mse", "percentile"):
+            raise SchemeError(f"Unknown range search {self.ranges!r}.")
+        if self.group and (self.bits > 4 or self.symmetric or self.group < 8 or self.group % 8):
+            raise SchemeError("Groups are for asymmetric weights of 4 bits or less: 8, 16, 24, ...")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is found on the fly, from the values themselves."""
+        return self.granularity == "token"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight format and an activation format; `activation` None leaves activations in float."""
+
+    name: str
+    weight: Format
+    activation: Format | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.granularity != "channel":
+            raise SchemeError("Weights are quantized per output channel, or in groups of it.")
+        if self.weight.bits == 8 and not self.weight.symmetric:
+            raise SchemeError(
+                "8-bit weights are symmetric: the integer kernels have no zero point."
+            )
+        if self.activation is not None:
+            _check_activation(self.activation)
+            if self.weight.smooth:
+                raise SchemeError("A scale per column is for weights whose inputs stay in float.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a header; without what older versions do not know, where it says no."""
+        found = asdict(self)
+        for form in (found["weight"], found["activation"]):
+            if form and not form["smooth"]:
+                del form["smooth"]
+        return found
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Scheme:
+        """The scheme that `to_json` wrote."""
+        try:
+            activation = data["activation"] and Format(**data["activation"])
+            return Scheme(data["name"], Format(**data["weight"]), activation)
+        except (KeyError, TypeError) as error:
+            raise SchemeError(f"Not a scheme: {data!r}.") from error
+
+
+def _check_activation(form: Format) -> None:
+    """What no layer computes is refused here, before it passes as something else."""
+    if form.granularity == "channel":
+        raise SchemeError("Activations are quantized per tensor or per token.")
+    if form.bits != 8 or form.ranges != "minmax" or form.group or form.smooth:
+        raise SchemeError("Activations have 8 bits and min-max ranges.")
+    if form.symmetric != form.dynamic:
+        raise SchemeError("Activation ranges are symmetric per token, asymmetric per tensor.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers that match `pattern` (fnmatch) get `scheme` by `algorithm`; None stays float."""
+
+    pattern: str
+    scheme: Scheme | None
+    algorithm: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an algorithm is its class name and settings."""
+        algorithm = self.algorithm and {
+            "name": type(self.algorithm).__name__,
+            **asdict(self.algorithm),
+        }
+        scheme = self.scheme and self.scheme.to_json()
+        return {"pattern": self.pattern, "scheme": scheme, "algorithm": algorithm}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules; the first whose pattern matches wins, no match stays float."""
+
+    rules: tuple[Rule, ...]
+
+    def rule(self, name: str) -> Rule | None:
+        """The rule of the layer called `name`, or None where it stays float."""
+        found = next((r for r in self.rules if fnmatch.fnmatchcase(name, r.pattern)), None)
+        return found if found is not None and found.scheme is not None else None
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data for a header."""
+        return [rule.to_json() for rule in self.rules]
+
+    @staticmethod
+    def from_json(
+        data: Iterable[dict[str, Any]], algorithm: Callable[[dict[str, Any]], Any]
+    ) -> Recipe:
+        """The recipe that `to_json` wrote; `algorithm` turns {"name", settings...} into one."""
+        rules: list[Rule] = []
+        try:
+            for row in data:
+                scheme = row["scheme"] and Scheme.from_json(row["scheme"])
+                found = row["algorithm"] and algorithm(row["algorithm"])
+                rules.append(Rule(row["pattern"], scheme, found))
+        except (KeyError, TypeError) as error:
+            raise SchemeError(f"Not a recipe: {data!r}.") from error
+        return Recipe(tuple(rules))
+
+
+_W8 = Format(8, symmetric=True, ranges="minmax")
+_W4 = Format(4, symmetric=False, ranges="mse", group=32)
+_TOKEN = Format(8, symmetric=True, granularity="token")
+_STEP = Format(8, symmetric=False, granularity="tensor", per_step=True)
+
+
+class schemes:
+    """The named schemes. `*_STATIC`: one activation range per step instead of one per token."""
+
+    W8A8 = Scheme("w8a8", _W8, _TOKEN)
+    W4A8 = Scheme("w4a8", _W4, _TOKEN)
+    W8A16 = Scheme("w8a16", _W8)
+    W4A16 = Scheme("w4a16", _W4)
+    W8A8_STATIC = Scheme("w8a8-static", _W8, _STEP)
+    W4A8_STATIC = Scheme("w4a8-static", _W4, _STEP)
+
+
+def named(name: str) -> Scheme:
+    """The scheme called `name`, e.g. "w8a8"; SchemeError names the choices."""
+    table = {s.name: s for s in vars(schemes).values() if isinstance(s, Scheme)}
+    if name not in table:
+        raise SchemeError(f"Unknown scheme {name!r}: choose one of {', '.join(table)}.")
+    return table[name]

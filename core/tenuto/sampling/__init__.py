@@ -1,0 +1,26 @@
+"""One sampling run: load a pipeline, call it, record its calls, follow its clock."""
+
+from .clock import Clock, active
+from .encoder_calls import BATCH, calls_of, encoder_calls
+from .follow import Follow, follow
+from .record import record, sampler, to_device
+from .storage import keep, kept
+from .trajectory import Call, Sample, Trajectory
+
+__all__ = [
+    "BATCH",
+    "Call",
+    "Clock",
+    "Follow",
+    "Sample",
+    "Trajectory",
+    "active",
+    "calls_of",
+    "encoder_calls",
+    "follow",
+    "keep",
+    "kept",
+    "record",
+    "sampler",
+    "to_device",
+]

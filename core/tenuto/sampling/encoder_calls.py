@@ -1,0 +1,83 @@
+"""What a pipeline calls its text encoders with: the inputs that they are calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TenutoError
+from ..model import Signature, denoiser_of, encoders_of
+from .record import sampler
+from .trajectory import Call
+
+BATCH = 8
+
+
+class _Encoded(Exception):  # leaves a pipeline when it comes to its denoiser
+    pass
+
+
+def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict[str, list[Call]]:
+    """What each text encoder of a pipeline is called with for `prompts` and the empty one.
+
+    Every row of input once, `batch` in a call. TenutoError if the pipeline calls none.
+    """
+    seen: dict[str, dict[bytes, dict[str, Any]]] = {name: {} for name in encoders_of(pipe)}
+
+    def keep(name: str, facts: Signature) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for row in _rows(facts.inputs(args, kwargs)):
+                seen[name].setdefault(row["input_ids"].numpy().tobytes(), row)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        raise _Encoded
+
+    hooks: list[Any] = [denoiser_of(pipe).register_forward_pre_hook(leave)]
+    for name, encoder in encoders_of(pipe).items():
+        hook = keep(name, Signature(encoder))
+        hooks.append(encoder.register_forward_pre_hook(hook, with_kwargs=True))
+    lines = ("", *prompts)
+    sample = sampler(pipe, lines, 1, None)
+    try:
+        for start in range(0, len(lines), batch):
+            with suppress(_Encoded), torch.no_grad():
+                sample(denoiser_of(pipe), start, min(batch, len(lines) - start))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
+    if not any(found.values()):
+        raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")
+    return {name: calls for name, calls in found.items() if calls}
+
+
+def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one call; what has no rows stays as it is."""
+    ids = inputs["input_ids"]
+    return [
+        {
+            key: value[i].detach().cpu() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+        for i in range(len(ids))
+    ]
+
+
+def calls_of(rows: Sequence[dict[str, Any]], batch: int = BATCH) -> list[Call]:
+    """Rows of input by argument, equally long, as calls; `attention_mask` says what counts."""
+    found = []
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        inputs = {
+            key: torch.stack([row[key] for row in some]) if isinstance(value, Tensor) else value
+            for key, value in some[0].items()
+        }
+        mask = inputs.get("attention_mask")
+        found.append(Call(start // batch, 0, 0.0, inputs, None if mask is None else mask.float()))
+    return found

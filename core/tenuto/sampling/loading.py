@@ -1,0 +1,189 @@
+"""The models and prompts that ship, and how any diffusers pipeline is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ModelError, TenutoError
+from ..resources import asset
+from ..resources import prompts as shipped_prompts
+
+PREFIX = "demo:"
+LISTS = ("default", "evaluation", "general")
+OWNER = "demo-transformer"  # its autoencoder is that of every demo model
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Defaults(NamedTuple):
+    """How a model is sampled unless told otherwise; guidance None is the pipeline's own."""
+
+    steps: int = 20
+    guidance: float | None = None
+
+    @classmethod
+    def read(cls, facts: dict[str, Any]) -> Defaults:
+        """From plain data; what is not given stays as it is here. ValueError if it cannot be."""
+        steps, guidance = int(facts.get("steps", cls().steps)), facts.get("guidance")
+        found = cls(steps, None if guidance is None else float(guidance))
+        if steps < 1 or not math.isfinite(found.guidance or 0):
+            raise ValueError(f"{steps} steps at guidance {guidance}")
+        return found
+
+
+def demo(model: str = "transformer", *, device: Any = None, dtype: Any = None) -> Any:
+    """The shipped text-to-image model as a diffusers pipeline, in fp32 on the CPU by default.
+
+    model: "transformer" or "unet". It comes from the installed files alone: no network. Call the
+    transformer with `use_resolution_binning=False, clean_caption=False`: PixArt's pipeline does
+    not know so small a picture. Raises ModelError if no such model ships.
+    """
+    return _read(demo_folder(model), device, dtype, local=True)
+
+
+def demo_folder(model: str) -> Path:
+    """The diffusers folder of a shipped model: "transformer", or "demo:transformer"."""
+    name = model.removeprefix(PREFIX)
+    there = _shipped_models()
+    if name not in there:
+        choice = (
+            f"choose one of {', '.join(there)}" if there else "none came with this installation"
+        )
+        raise ModelError(f"There is no demo model {name!r}: {choice}.")
+    return asset(f"demo-{name}")
+
+
+def _shipped_models() -> list[str]:
+    names = []
+    for name in ("transformer", "unet"):
+        try:
+            if (asset(f"demo-{name}") / "model_index.json").is_file():
+                names.append(name)
+        except TenutoError:
+            continue
+    return names
+
+
+def prompts(name: str = "default") -> list[str]:
+    """A shipped list of prompts: "default" (calibration), "evaluation", or "general" (any model).
+
+    "default" and "evaluation" name what the demo models know, and share no class.
+    """
+    if name not in LISTS:
+        raise TenutoError(f"There is no prompt list {name!r}: choose one of {', '.join(LISTS)}.")
+    return list(shipped_prompts(name))
+
+
+def defaults(model: Any) -> Defaults:
+    """Steps and guidance of a model, by name, folder or pipeline, as its `tenuto.json` has them."""
+    folder = _folder_of(model)
+    try:
+        facts = json.loads((folder / "tenuto.json").read_text(encoding="utf-8")) if folder else {}
+        return Defaults.read(facts)
+    except FileNotFoundError:
+        return Defaults()
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{folder}/tenuto.json is not readable: {error}.") from error
+
+
+def _folder_of(model: Any) -> Path | None:
+    if not isinstance(model, str | Path):
+        model = getattr(model, "name_or_path", None) or ""
+    if str(model).startswith(PREFIX):
+        return demo_folder(str(model))
+    folder = Path(str(model)).expanduser()
+    return folder if str(model) and folder.is_dir() else None
+
+
+def check_model(model: str) -> None:
+    """Raise ModelError unless `model` can be one: checked before anything heavy is imported.
+
+    model: `demo:NAME`, a diffusers folder, or a hub id such as "org/name".
+    """
+    if model.startswith(PREFIX):
+        demo_folder(model)
+        return
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(f"{model} is not a diffusers folder: it has no model_index.json.")
+    elif path.exists():
+        raise ModelError(
+            f"{model} is a file; a model is a diffusers folder, a hub id or demo:NAME."
+        )
+    elif not HUB_ID.fullmatch(model):
+        raise ModelError(f"There is no folder {model}, and no hub id is written like that.")
+
+
+def load(model: str, device: Any = None, dtype: Any = None) -> Any:
+    """A diffusers pipeline: `demo:NAME`, a diffusers folder or a hub id.
+
+    dtype: fp32 unless it is given. Safetensors alone are read, and only a hub id may use the
+    network. Raises ModelError.
+    """
+    check_model(model)
+    if model.startswith(PREFIX):
+        return demo(model, device=device, dtype=dtype)
+    path = Path(model).expanduser()
+    return _read(path if path.is_dir() else model, device, dtype, local=path.is_dir())
+
+
+def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
+    """`source` as a pipeline; whatever the loaders raise becomes one sentence."""
+    import diffusers
+    import torch
+    from diffusers import DiffusionPipeline
+
+    new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
+    kind = {"dtype" if new else "torch_dtype": dtype or torch.float32}
+    kind |= {"use_safetensors": True, "local_files_only": local}
+    try:
+        with _without_advice():
+            pipe = DiffusionPipeline.from_pretrained(str(source), **_shared(source, kind), **kind)
+    except Exception as error:  # diffusers, transformers and the hub each have their own
+        where = "Cannot load" if local else "There is no such folder, and the hub does not give"
+        raise ModelError(f"{where} {source}: {_first_line(error)}") from error
+    return pipe if device is None else pipe.to(device)
+
+
+def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a demo model has from another one and its folder lacks.
+
+    In a clone, `demo-unet/vae` is a link. A wheel leaves it out, so as to hold the autoencoder
+    once, and a checkout without links (Windows) has a text file in its place.
+    """
+    folder = Path(source)
+    ours = folder.name.startswith("demo-") and (folder / "model_index.json").is_file()
+    vae = folder.parent / OWNER / "vae"
+    if not ours or (folder / "vae").is_dir() or not vae.is_dir():
+        return {}
+    from diffusers import AutoencoderKL
+
+    return {"vae": AutoencoderKL.from_pretrained(str(vae), **options)}
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without transformers' advice to install torchvision: drawing reads no picture."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "requires torchvision" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

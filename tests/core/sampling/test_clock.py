@@ -1,0 +1,346 @@
+"""Where a sampling run stands: steps, runs, streams."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenuto.sampling.clock import Clock, active
+from tenuto.sampling.follow import follow
+
+TIMES = (999, 749, 499, 249)
+
+
+def seen(clock: Clock, t: Any, *conditions: Tensor, batch: int | None = None) -> tuple[Any, ...]:
+    """The streams of one call."""
+    clock.observe(t, batch or len(conditions[0]), conditions, "cpu")
+    return clock.streams
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("timestep", "row"),
+    [(999, 0), (1500, 0), (875, 0), (873, 1), (749, 1), (500.5, 2), (300, 3), (0, 3), (-4, 3)],
+)
+def test_the_nearest_calibrated_step(timestep: float, row: int) -> None:
+    clock = Clock(TIMES)
+    assert clock.nearest(timestep) == row
+    clock.tick(timestep, [0])
+    assert clock.row == row
+    assert clock.index.tolist() == [row]
+    assert clock.index.dtype is torch.int64 and clock.index.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [499, 499.0, torch.tensor(499), torch.tensor([499]), torch.tensor([499.0, 499.0]),
+     torch.tensor(499.0, dtype=torch.float16), torch.tensor([499, 499], dtype=torch.int32)],
+)  # fmt: skip
+def test_a_timestep_in_any_form(given: Any) -> None:
+    clock = Clock(TIMES)
+    clock.observe(given, 2, [torch.randn(2, 3)], "cpu")
+    assert clock.row == 2
+    clock.observe(given, 2, [], "cpu")
+    assert clock.row == 2
+
+
+def test_no_calibrated_steps_at_all() -> None:
+    clock = Clock(())
+    clock.observe(torch.tensor(10), 2, [torch.randn(2, 3)], "cpu")
+    assert clock.row == 0 and clock.index.tolist() == [0]
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def test_going_back_in_time_starts_a_run() -> None:
+    clock = Clock(TIMES)
+    runs = []
+    for t in [*TIMES, *TIMES, 999, 499, 749]:
+        clock.tick(t, [0])
+        runs.append(clock.run)
+    assert runs[:4] == [runs[0]] * 4
+    assert runs[4:8] == [runs[0] + 1] * 4
+    assert runs[8:] == [runs[0] + 2, runs[0] + 2, runs[0] + 3]
+
+
+def test_evaluating_a_step_twice_goes_on_with_the_run() -> None:
+    """Second-order samplers call at every inner step twice; other step counts map to one row."""
+    clock = Clock(TIMES)
+    runs = set()
+    for t in [999, 749, 749, 499, 499, 400, 260, 249, 249]:
+        clock.tick(t, [0])
+        runs.add(clock.run)
+    assert len(runs) == 1
+
+
+def run_through(
+    clock: Clock, seed: int, start: int = 0, stop: int | None = None, twice: bool = False
+) -> set[int]:
+    """The runs that the clock counts while one image is denoised; every timestep is a new tensor.
+
+    twice: as Heun's method does, at the end of every step and at the beginning of the next.
+    """
+    draw, runs = torch.Generator().manual_seed(seed), set()
+    x = torch.randn(1, 4, 4, 4, generator=draw)
+    for place, t in enumerate(TIMES[start:stop]):
+        for _ in range(2 if twice and place else 1):
+            x = x + 0.1 * torch.randn(1, 4, 4, 4, generator=draw)
+            clock.observe(torch.tensor([t / 1000]) * 1000, 1, [], "cpu", x)
+            runs.add(clock.run)
+    return runs
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_run_after_one_that_was_broken_off(twice: bool, inference: bool) -> None:
+    """Image-to-image begins in mid-schedule, perhaps where the run before it was broken off."""
+    clock, found = Clock(TIMES), []
+    with torch.inference_mode(inference):
+        for seed, (start, stop) in enumerate([(0, 2), (1, 4), (3, 4), (3, 4), (0, 4), (3, 4)]):
+            found.append(run_through(clock, seed, start, stop, twice))
+        for seed in (7, 8):
+            found.append(run_through(clock, seed, 1, 3))
+            found.append(run_through(clock, seed + 10, 2, 4))
+    assert [len(runs) for runs in found] == [1] * len(found)
+    assert len(set.union(*found)) == len(found)
+
+
+def test_begin_forgets_the_step() -> None:
+    clock = Clock(TIMES)
+    clock.tick(249, [0])
+    before = clock.run
+    clock.begin()
+    assert clock.run == before + 1
+    clock.tick(249, [0])
+    assert clock.run == before + 1
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts() -> Tensor:
+    """Embeddings (5, 4, 6): the last three belong to the same prompt."""
+    x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(3))
+    return torch.cat([x[:2], x[2:3].expand(3, 4, 6)])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_halves_in_one_call_or_two(prompts: Tensor, order: tuple[int, int]) -> None:
+    """Guidance: the empty prompt for all, then the prompts; the same ids either way."""
+    empty = torch.zeros_like(prompts)
+    together = seen(Clock(TIMES), 999, torch.cat([empty, prompts]))
+    clock = Clock(TIMES)
+    halves: dict[int, tuple[Hashable, ...]] = {}
+    for half in order:
+        halves[half] = seen(clock, 999, (empty, prompts)[half])
+    assert halves[0] + halves[1] == together
+    assert len(set(together)) == 10, "each row has an id of its own"
+    turned = seen(Clock(TIMES), 999, torch.cat([prompts, empty]))
+    assert turned == halves[1] + halves[0]
+
+
+def test_distinct_pictures_in_any_split(prompts: Tensor) -> None:
+    distinct = prompts[:3]
+    whole = seen(Clock(TIMES), 999, distinct)
+    clock = Clock(TIMES)
+    assert [seen(clock, 999, distinct[i : i + 1])[0] for i in (2, 0, 1)] == [
+        whole[2], whole[0], whole[1]
+    ]  # fmt: skip
+    assert seen(clock, 999, distinct[1:]) == whole[1:]
+
+
+def test_equal_prompts_are_told_apart(prompts: Tensor) -> None:
+    ids = seen(Clock(TIMES), 999, prompts)
+    assert len(set(ids)) == 5
+
+
+def test_ids_hold_from_step_to_step(prompts: Tensor) -> None:
+    clock = Clock(TIMES)
+    assert seen(clock, 999, prompts) == seen(clock, 749, prompts.clone()) == seen(clock, 5, prompts)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+     torch.uint8, torch.bool],
+)  # fmt: skip
+def test_conditions_of_any_type(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 0]]).to(dtype)
+    assert len(set(seen(Clock(TIMES), 1, x))) == 3
+    assert seen(Clock(TIMES), 1, x[:2])[0] != seen(Clock(TIMES), 1, x[1:])[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([5, 0, 0, 5], [0, 5, 5, 0]),  # equal sums, equal first moments
+        ([1, 0], [0, 1]),
+        ([512, 1024, 0, 0], [1024, 512, 0, 0]),
+        ([0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0]),
+    ],
+)
+def test_similar_conditions_differ(one: list[float], other: list[float]) -> None:
+    """Size ids and masks are made of few values: a linear hash confuses them."""
+    first = seen(Clock(TIMES), 1, torch.tensor([one]))
+    assert first != seen(Clock(TIMES), 1, torch.tensor([other]))
+
+
+def test_the_order_of_conditions_counts() -> None:
+    a, b = torch.tensor([[3, 4]]), torch.tensor([[5, 6]])
+    assert seen(Clock(TIMES), 1, a, b) != seen(Clock(TIMES), 1, b, a)
+    assert seen(Clock(TIMES), 1, a, a) != seen(Clock(TIMES), 1, b, b)
+
+
+def test_a_condition_that_was_written_to_is_read_again(prompts: Tensor) -> None:
+    """Hashes are kept by object: no write, and no new object in the old place, may be missed."""
+    clock, x = Clock(TIMES), prompts[:1].clone()
+    before = seen(clock, 1, x)
+    x.mul_(2)
+    assert seen(clock, 1, x) != before
+    with torch.inference_mode():
+        y = prompts[:1].clone()
+        before = seen(clock, 1, y)
+        y.mul_(2)
+        assert seen(clock, 1, y) != before
+    ids = set()
+    for value in range(60):  # each takes the memory of the one before
+        ids.add(seen(clock, 1, torch.full((1, 4), float(value)))[0])
+    assert len(ids) == 60
+
+
+def test_every_condition_counts(prompts: Tensor) -> None:
+    """Equal prompts, other labels."""
+    same = prompts[:1].expand(2, 4, 6)
+    ids = seen(Clock(TIMES), 1, same, torch.tensor([1, 2]))
+    assert ids[0] != seen(Clock(TIMES), 1, same[:1], torch.tensor([3]))[0]
+    assert seen(Clock(TIMES), 1, same[:1], torch.tensor([2]))[0] == ids[1]
+
+
+def test_one_row_for_all_counts_too(prompts: Tensor) -> None:
+    """An embedding given once and broadcast tells two calls apart as one per picture does."""
+    empty, prompt = torch.zeros(1, 4, 6), prompts[:1]
+    clock = Clock(TIMES)
+    assert seen(clock, 1, empty, batch=3) != seen(clock, 1, prompt, batch=3)
+    assert len(set(seen(clock, 1, prompt, batch=3))) == 3
+
+
+def test_without_conditions_rows_are_counted() -> None:
+    clock = Clock(TIMES)
+    clock.observe(999, 3, [], "cpu")
+    first = clock.streams
+    clock.observe(749, 3, [], "cpu")
+    assert clock.streams == first and len(set(first)) == 3
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+class OnDevice(Tensor):
+    """A tensor that counts how often the host looks at it, or at what was computed from it."""
+
+    reads: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        to_host = {"tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__",
+                   "__index__", "__array__"}  # fmt: skip
+        if name in to_host:
+            OnDevice.reads.append(name)
+            return func(*(_bare(a) for a in args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def _bare(x: Any) -> Any:
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+
+
+@pytest.mark.parametrize("conditions", [0, 1, 3])
+def test_one_read_from_the_device_a_call(conditions: int) -> None:
+    OnDevice.reads = []
+    t = torch.tensor([499, 499]).as_subclass(OnDevice)
+    given = [torch.randn(2, 5).as_subclass(OnDevice) for _ in range(conditions)]
+    clock = Clock(TIMES)
+    clock.observe(t, 2, given, "cpu")
+    assert len(OnDevice.reads) == 1
+    assert clock.row == 2
+    float(t[0])
+    assert len(OnDevice.reads) == 2, "this test counts nothing"
+
+
+# --- copies, contexts, compile --------------------------------------------------------------------
+
+
+def test_a_copied_model_has_a_clock_of_its_own() -> None:
+    """One for all of its parts; what happens to either is nothing to the other."""
+    clock = Clock(TIMES)
+    clock.tick(499, [0])
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].clock = module[1].clock = clock  # type: ignore[assignment]
+    twin = copy.deepcopy(module)
+    assert twin[0].clock is twin[1].clock is not clock
+    assert (twin[0].clock.row, int(twin[0].clock.index)) == (2, 2)
+    twin[0].clock.tick(249, [0])
+    assert (clock.row, twin[1].clock.row) == (2, 3)
+
+
+class Tiny(nn.Module):
+    def forward(self, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        return sample
+
+
+def test_follow_is_a_context() -> None:
+    clock, denoiser = Clock(TIMES), Tiny()
+    assert active.get() is None
+    with pytest.raises(KeyboardInterrupt), follow(denoiser, clock) as found:
+        assert found is clock and active.get() is clock
+        denoiser(torch.zeros(2, 3), torch.tensor(499), labels=torch.tensor([1, 2]))
+        assert clock.row == 2 and len(clock.streams) == 2
+        raise KeyboardInterrupt
+    assert active.get() is None
+    assert not denoiser._forward_pre_hooks
+    denoiser(torch.zeros(2, 3), torch.tensor(999), torch.tensor([1, 2]))
+    assert clock.row == 2, "it is not followed any more"
+
+
+@pytest.fixture
+def compiler() -> Iterator[Any]:
+    """A backend that runs graphs as they are and counts how often it was asked for one."""
+    from torch._dynamo import reset
+    from torch._dynamo.testing import CompileCounter
+
+    reset()
+    yield CompileCounter()
+    reset()
+
+
+def test_the_index_compiles_once(compiler: Any) -> None:
+    """A host integer would be compiled in: the table would be read at the first step for ever."""
+    clock = Clock(TIMES)
+    table = torch.arange(4.0)
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * table.index_select(0, clock.index)
+
+    compiled = torch.compile(scaled, backend=compiler, fullgraph=True)
+    for row, t in enumerate(TIMES):
+        clock.tick(t, [0])
+        assert compiled(torch.ones(3)).tolist() == [row] * 3
+    assert compiler.frame_count == 1
+
+
+def test_a_view_of_what_was_just_computed_is_no_new_run() -> None:
+    """k-diffusion's timesteps of a batch: a view of other memory at every call."""
+    clock = Clock((999.0, 500.0))
+    for value in (999, 999, 500):
+        clock.observe(torch.full((4,), value).view(2, 2)[0], 2, [], "cpu")
+    assert clock.run == 0
