@@ -24,7 +24,7 @@ from tenuto.artifact import Artifact, canonicalized
 from tenuto.calibration import PRESETS, quantize
 from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
-from tenuto.model import names
+from tenuto.model import map_tensors, names
 from tenuto.numerics import named
 from tenuto.sampling import Call, Trajectory, record
 from tenuto.work import Work
@@ -178,11 +178,7 @@ def plain(call: Call) -> dict[str, Any]:
 
 def normal(value: Any) -> Any:
     """Copies that remember how they were made, which tensors of inference mode do not."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, list | tuple):
-        return type(value)(normal(v) for v in value)
-    return {k: normal(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return map_tensors(Tensor.clone, value)
 
 
 def calibrated(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenuto.caching import CacheSchedule, each
-from tenuto.model import Override, override_, tensors_in
+from tenuto.caching import CacheSchedule
+from tenuto.model import Override, map_tensors, override_, tensors_in
 from tenuto.sampling import Clock
 
 from .run import Run
@@ -130,12 +130,12 @@ class BranchCall:
         if found is not None and self._usable(found, shape):
             found.age, found.seen = found.age + 1, run.evaluation
             self.counts[1] += 1
-            return each(lambda t: t.to(found.dtype, copy=True), found.out)
+            return map_tensors(lambda t: t.to(found.dtype, copy=True), found.out)
         out = original(*args, **kwargs)
         self.counts[0] += 1
         dtype = next(tensors_in(out)).dtype
         stored = torch.float16 if owner.plan.half else dtype
-        kept = each(lambda t: t.detach().to(stored, copy=True), out)
+        kept = map_tensors(lambda t: t.detach().to(stored, copy=True), out)
         self.kept[key] = Kept(shape, kept, dtype, run.epoch, run.evaluation)
         return out
 

@@ -1,7 +1,7 @@
 """What to compute and what to reuse at which step: `CacheSchedule` and what makes one."""
 
 from .budget import reuse_for, saved, whole_steps
-from .cells import Hold, Slot, each, lay_, shape_of
+from .cells import Hold, Slot, lay_, shape_of
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .random_table import RandomTable
 from .schedule import CacheSchedule
@@ -15,7 +15,6 @@ __all__ = [
     "RandomTable",
     "Slot",
     "StepProgramme",
-    "each",
     "interval_for",
     "late_interval_for",
     "lay_",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model import Override, override_, tensors_in
+from ..model import Override, map_tensors, override_, tensors_in
 from ..sampling import Clock
 from .schedule import CacheSchedule
 
@@ -25,7 +25,7 @@ class Slot:
         return Slot()
 
     def store(self, clock: Clock, shape: Any, out: Any) -> None:
-        """Keep `out`, (B, ...) or a tuple of such tensors, for the streams of the call."""
+        """Keep `out`, (B, ...) or such tensors in a container, for the streams of the call."""
         if self.run != clock.run:
             self.held.clear()
             self.run = clock.run
@@ -36,9 +36,9 @@ class Slot:
     def detach_(self) -> None:
         """Cut what is held off the graph that made it."""
         if self.last is not None:
-            self.last = (*self.last[:2], each(Tensor.detach, self.last[2]))
+            self.last = (*self.last[:2], map_tensors(Tensor.detach, self.last[2]))
         for stream, (out, row, shape) in self.held.items():
-            self.held[stream] = (each(Tensor.detach, out), row, shape)
+            self.held[stream] = (map_tensors(Tensor.detach, out), row, shape)
 
     def find(self, clock: Clock, shape: Any) -> Any:
         """What is held for the streams of the call, or None where any is missing."""
@@ -51,23 +51,11 @@ class Slot:
         rows = [(f[0], f[1]) for f in found if f is not None and f[2] == shape]
         if not rows or len(rows) < len(found):
             return None
-        if isinstance(out, Tensor):
-            return torch.stack([held[row] for held, row in rows])
-        return tuple(
-            None if part is None else torch.stack([held[i][row] for held, row in rows])
-            for i, part in enumerate(out)
-        )
 
+        def gathered(*parts: Tensor) -> Tensor:
+            return torch.stack([part[row] for part, (_, row) in zip(parts, rows, strict=True)])
 
-def each(fn: Callable[..., Tensor], *outputs: Any) -> Any:
-    """`fn` on tensors, or member by member on equal tuples of them: what branches return.
-
-    A member may be None: the last joint block of SD3 returns no context.
-    """
-    if isinstance(outputs[0], Tensor):
-        return fn(*outputs)
-    pairs = zip(*outputs, strict=True)
-    return tuple(None if parts[0] is None else fn(*parts) for parts in pairs)
+        return map_tensors(gathered, *(held for held, _ in rows))
 
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,10 +82,10 @@ class Hold:
             found = self.slot.find(self.clock, shape)
             if found is not None:
                 self.counts[1] += 1
-                return each(torch.clone, found)
+                return map_tensors(torch.clone, found)
         out = original(*args, **kwargs)
         self.counts[0] += 1
-        self.slot.store(self.clock, shape, each(lambda t: t.detach().clone(), out))
+        self.slot.store(self.clock, shape, map_tensors(lambda t: t.detach().clone(), out))
         return out
 
 

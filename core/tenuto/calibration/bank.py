@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..model import map_leaves, map_tensors
 
 log = logging.getLogger("tenuto")
 
@@ -57,25 +58,20 @@ class Rows:
 
 
 def _filled(value: Any, tensors: dict[int, Tensor]) -> Any:
-    if isinstance(value, Rows):
-        return tensors[value.key]
-    if isinstance(value, dict):
-        return {k: _filled(v, tensors) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_filled(v, tensors) for v in value)
-    return value
+    def fill(leaf: Any, _: str) -> Any:
+        return tensors[leaf.key] if isinstance(leaf, Rows) else leaf
+
+    return map_leaves(fill, value, leaves=(Rows,))
 
 
 def _cut(value: Any, found: list[Tensor]) -> Any:
     """`value` with each tensor taken out into `found`."""
-    if isinstance(value, Tensor):
-        found.append(value.detach().cpu())
+
+    def cut(x: Tensor) -> Rows:
+        found.append(x.detach().cpu())
         return Rows(len(found) - 1)
-    if isinstance(value, dict):
-        return {k: _cut(v, found) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cut(v, found) for v in value)
-    return value
+
+    return map_tensors(cut, value)
 
 
 Seen = tuple[Any, list[Tensor], int]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..model import map_tensors
+
 NATIVE, WIDE = "native", "bf16 operands, fp32 products"
 
 
@@ -41,8 +43,9 @@ def bf16_copy(denoiser: nn.Module, arithmetic: str = NATIVE) -> nn.Module:
     inner = twin.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _each((args, kwargs), _lower)
-        return _each(inner(*args, **kwargs), lambda x: x.to(dtype) if x.is_floating_point() else x)
+        args, kwargs = map_tensors(_lower, (args, kwargs))
+        out = inner(*args, **kwargs)
+        return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, out)
 
     _replace_forward(twin, forward)
     return twin
@@ -67,16 +70,3 @@ def _wide(layer: nn.Linear | nn.Conv2d) -> Callable[..., Tensor]:
 
 def _lower(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16) if x.is_floating_point() and x.ndim > 1 else x
-
-
-def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `fn` applied to the tensors in its nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, dict):
-        items = {k: _each(v, fn) for k, v in value.items()}
-        return items if type(value) is dict else type(value)(**items)  # an output of diffusers
-    if isinstance(value, list | tuple):
-        parts = [_each(v, fn) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

@@ -6,7 +6,8 @@ from .key_map import KeyMap, turned
 from .operations import multiply_adds
 from .parts import denoiser_of, encoders_of, frozen, place
 from .patches import Attached, Override, PipelineRuns, Replacement, Swap, override_
-from .signature import Signature, tensors_in
+from .signature import Signature
+from .tree import map_leaves, map_tensors, tensors_in
 
 __all__ = [
     "Attached",
@@ -23,6 +24,8 @@ __all__ = [
     "encoders_of",
     "frozen",
     "layers",
+    "map_leaves",
+    "map_tensors",
     "multiply_adds",
     "names",
     "override_",

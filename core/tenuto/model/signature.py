@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .tree import tensors_in
 
 STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
 
@@ -50,15 +50,3 @@ class Signature:
         step = self.timestep(inputs)
         rest = (v for n, v in inputs.items() if n != self.names[0] and v is not step)
         return [t for value in rest for t in tensors_in(value)]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)

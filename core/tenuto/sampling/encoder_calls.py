@@ -7,10 +7,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import TenutoError
-from ..model import Signature, denoiser_of, encoders_of
+from ..model import Signature, denoiser_of, encoders_of, map_tensors
 from .record import sampler
 from .trajectory import Call
 
@@ -60,13 +60,7 @@ def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict
 def _rows(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one call; what has no rows stays as it is."""
     ids = inputs["input_ids"]
-    return [
-        {
-            key: value[i].detach().cpu() if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-        }
-        for i in range(len(ids))
-    ]
+    return [map_tensors(lambda x, i=i: x[i].detach().cpu(), inputs) for i in range(len(ids))]
 
 
 def calls_of(rows: Sequence[dict[str, Any]], batch: int = BATCH) -> list[Call]:
@@ -75,8 +69,8 @@ def calls_of(rows: Sequence[dict[str, Any]], batch: int = BATCH) -> list[Call]:
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         inputs = {
-            key: torch.stack([row[key] for row in some]) if isinstance(value, Tensor) else value
-            for key, value in some[0].items()
+            key: map_tensors(lambda *rows: torch.stack(rows), *(row[key] for row in some))
+            for key in some[0]
         }
         mask = inputs.get("attention_mask")
         found.append(Call(start // batch, 0, 0.0, inputs, None if mask is None else mask.float()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
-from ..model import Signature, denoiser_of, frozen
+from ..model import Signature, denoiser_of, frozen, map_tensors
 from ..progress import Progress
 from .trajectory import Call, Sample, Trajectory
 
@@ -77,7 +77,8 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
         step = float(torch.as_tensor(facts.timestep(inputs)).reshape(-1)[0])
-        calls.append(Call(run, 0, step, _cpu(inputs)))
+        kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
+        calls.append(Call(run, 0, step, kept))
 
     hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -86,24 +87,14 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
         hook.remove()
 
 
-def _cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: _cpu(v) for k, v in value.items()}
-    return type(value)(_cpu(v) for v in value) if isinstance(value, list | tuple) else value
-
-
 def to_device(value: Any, device: Any, half: torch.dtype | None = None) -> Any:
-    """Tensors in nested dicts, lists and tuples on `device`; half precision becomes `half`."""
-    if isinstance(value, Tensor):
-        low = value.dtype in (torch.float16, torch.bfloat16)
-        return value.to(device, half if low and half else value.dtype)
-    if isinstance(value, dict):
-        return {k: to_device(v, device, half) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device, half) for v in value)
-    return value
+    """Tensors in nested containers on `device`; half precision becomes `half`."""
+
+    def moved(x: Tensor) -> Tensor:
+        low = x.dtype in (torch.float16, torch.bfloat16)
+        return x.to(device, half if low and half else x.dtype)
+
+    return map_tensors(moved, value)
 
 
 def record(

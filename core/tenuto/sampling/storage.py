@@ -70,7 +70,7 @@ class _Store:
         """`value` as plain data; TypeError if something in it is neither plain nor a tensor."""
         if isinstance(value, Tensor):
             return ["tensor", self._key(value)]
-        if isinstance(value, dict):
+        if type(value) is dict:
             return ["dict", [[self.put(k), self.put(v)] for k, v in value.items()]]
         if type(value) in (list, tuple):
             return [type(value).__name__, [self.put(v) for v in value]]

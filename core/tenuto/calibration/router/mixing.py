@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from ...caching import Slot, each, shape_of
-from ...model import Override, override_
+from ...caching import Slot, shape_of
+from ...model import Override, map_tensors, override_
 from ...runtime import QConv2d, QLayer
 from ...sampling import Clock
 
@@ -61,7 +61,7 @@ class Soft:
         out = original(*args, **kwargs)
         if mixer.apart:
             return out
-        held, fresh = self.slot.find(mixer.clock, shape), each(Tensor.detach, out)
+        held, fresh = self.slot.find(mixer.clock, shape), map_tensors(Tensor.detach, out)
         if held is None:
             self.slot.store(mixer.clock, shape, fresh)
             return out
@@ -70,11 +70,15 @@ class Soft:
         def blend(f: Tensor, c: Tensor) -> Tensor:
             return (r * f + (1 - r) * c).to(f.dtype)
 
-        mixture = each(blend, out, held)
+        mixture = map_tensors(blend, out, held)
         if mixer.writes[self.column]:
             kept = fresh
             if mixer.store == "mixture":
-                kept = each(blend, fresh, held) if mixer.credit else each(Tensor.detach, mixture)
+                kept = (
+                    map_tensors(blend, fresh, held)
+                    if mixer.credit
+                    else map_tensors(Tensor.detach, mixture)
+                )
             self.slot.store(mixer.clock, shape, kept)
         return mixture
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...model import map_tensors
 from ...sampling import Clock
 from .mixing import Mixer
 from .rollout import Guide
@@ -68,7 +69,7 @@ class Student:
             )
             found = zip(self.leaves, slopes, strict=True)
             self.learn(row, float(loss.detach()), {k: s.cpu() for k, s in found if s is not None})
-        return detached(out)
+        return map_tensors(Tensor.detach, out)
 
     def _leaf(self, row: int, device: torch.device) -> Tensor:
         """r of a step, one tensor for all its calls."""
@@ -83,17 +84,4 @@ class Student:
 
 def usable(value: Any) -> Any:
     """Tensors of inference mode copied, so that they can take part in a graph."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {k: usable(v) for k, v in value.items()}
-    return type(value)(usable(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def detached(value: Any) -> Any:
-    """A denoiser's output without its graph, of the same type."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return type(value)(**{k: detached(v) for k, v in value.items()})
-    return type(value)(detached(v) for v in value) if isinstance(value, list | tuple) else value
+    return map_tensors(lambda x: x.clone() if x.is_inference() else x, value)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import Signature, frozen, place, tensors_in
+from ...model import Signature, frozen, map_leaves, place, tensors_in
 from ...sampling import Call
 from ..replay import arguments
 
@@ -52,13 +52,13 @@ def changed(value: Any, draw: torch.Generator, name: str = "") -> Any:
     Floats are drawn anew at their own spread, integers move by one within what was seen, masks of
     0 and 1 lose or gain their last place, other masks stay.
     """
-    if isinstance(value, Tensor):
-        return _changed(value, draw, "mask" in name)
-    if isinstance(value, dict):
-        return {k: changed(v, draw, f"{name}.{k}") for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(changed(v, draw, name) for v in value)
-    return value * 1.5 + 0.25 if isinstance(value, float) else value
+
+    def other(leaf: Any, name: str) -> Any:
+        if isinstance(leaf, Tensor):
+            return _changed(leaf, draw, "mask" in name)
+        return leaf * 1.5 + 0.25 if isinstance(leaf, float) else leaf
+
+    return map_leaves(other, value, name)
 
 
 def _changed(x: Tensor, draw: torch.Generator, mask: bool) -> Tensor:

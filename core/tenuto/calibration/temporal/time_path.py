@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ModelError
-from ...model import Swap, place, tensors_in
+from ...model import Swap, map_tensors, place, tensors_in
 from ...numerics import QTensor, Scheme, affine
 from ...runtime import QConv2d, QLinear, TemporalTable
 from ...sampling import Call, Clock, Trajectory
@@ -160,10 +160,8 @@ class TimePath(nn.Module):
 
 def _fed(args: Any, kwargs: Any, x: Tensor) -> tuple[Any, Any]:
     """The arguments of a call with `x` as their first tensor."""
-    if args and isinstance(args[0], Tensor):
-        return (x, *args[1:]), kwargs
-    name = next(n for n, value in kwargs.items() if isinstance(value, Tensor))
-    return args, kwargs | {name: x}
+    first = next(tensors_in((args, kwargs)))
+    return map_tensors(lambda t: x if t is first else t, (args, kwargs))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -249,10 +247,13 @@ def _visit(
 
 
 def _is_feature(args: Any, kwargs: Any, out: Any) -> bool:
-    """Whether the outputs are tensors with the input's rows, and the same in every row."""
+    """Whether the outputs are tensors with the input's rows, and the same in every row.
+
+    What hands them out as a type of its own, which a table could not return, is none.
+    """
     first = next(tensors_in((args, kwargs)), None)
     found = [out] if isinstance(out, Tensor) else out
-    if first is None or not first.ndim or not isinstance(found, list | tuple) or not found:
+    if first is None or not first.ndim or type(found) not in (list, tuple) or not found:
         return False
     return all(
         isinstance(t, Tensor)
@@ -267,11 +268,7 @@ def _first_row(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments of a call, of the first row alone."""
     batch = len(next(tensors_in((args, kwargs))))
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (value[:1] if value.ndim and len(value) == batch else value).clone()
-        if isinstance(value, dict):
-            return {k: cut(v) for k, v in value.items()}
-        return type(value)(cut(v) for v in value) if isinstance(value, list | tuple) else value
+    def cut(x: Tensor) -> Tensor:
+        return (x[:1] if x.ndim and len(x) == batch else x).clone()
 
-    return cut(args), cut(kwargs)
+    return map_tensors(cut, (args, kwargs))
