@@ -110,22 +110,19 @@ class Studio:
     @contextmanager
     def _watched(self, pipe: Any, total: int, on_call: OnCall) -> Iterator[None]:
         """Count the denoiser's calls, and leave at the next one when drawing is to stop."""
-        from tenuto.model import denoiser_of
+        from tenuto.model import denoiser_of, watched
 
         done = 0
 
-        def before(module: Any, args: Any) -> None:
+        def before(name: str, args: Any, kwargs: Any) -> None:
             nonlocal done
             if self._stop.is_set():
                 raise Cancelled
             on_call(min(done, total), total)
             done += 1
 
-        hook = denoiser_of(pipe).register_forward_pre_hook(before)
-        try:
+        with watched(denoiser_of(pipe), before=before):
             yield
-        finally:
-            hook.remove()
 
 
 def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:

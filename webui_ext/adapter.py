@@ -12,7 +12,7 @@ from torch import nn
 from tenuto.artifact import Artifact, localized, schedule_of
 from tenuto.calibration import recipe_for
 from tenuto.errors import ArtifactError, ModelError
-from tenuto.model import Attached, KeyMap, describe, families
+from tenuto.model import Attached, KeyMap, describe, families, watched
 from tenuto.numerics import Format, Scheme, named, schemes
 from tenuto.runtime import Patches, check_execution
 from tenuto.sampling import Clock
@@ -53,17 +53,14 @@ class WebUI:
         """By a hook on the denoiser; one call after the other, each row a stream of its own."""
         denoiser = self.denoiser(handle)
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             run.on, run.call = True, -1
-            run.called(module, args, kwargs)
+            run.called(denoiser, args, kwargs)
             clock.streams = tuple(range(len(args[0])))
 
         run = Run(clock)
-        hook = denoiser.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
-        try:
+        with watched(denoiser, before=note, first=True):
             yield clock
-        finally:
-            hook.remove()
 
 
 class Installed(Attached):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..model import watched
 from ..numerics import Format, affine
 from ..sampling import Trajectory
 from ..work import Work
@@ -49,21 +50,14 @@ def extremes(
     found = {f"{n}.low": torch.full((steps,), torch.inf) for n in names}
     found |= {f"{n}.high": torch.full((steps,), -torch.inf) for n in names}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            low, high = torch.aminmax(args[0].detach())
-            lows, highs = found[f"{name}.low"], found[f"{name}.high"]
-            lows[row] = min(float(lows[row]), float(low))
-            highs[row] = max(float(highs[row]), float(high))
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        low, high = torch.aminmax(args[0].detach())
+        lows, highs = found[f"{name}.low"], found[f"{name}.high"]
+        lows[row] = min(float(lows[row]), float(low))
+        highs[row] = max(float(highs[row]), float(high))
 
-        return hook
-
-    hooks = [denoiser.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
-    try:
+    with watched(denoiser, names, before=note):
         for call in trajectory.calls:
             row = call.row
             denoiser(**arguments(denoiser, call, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found

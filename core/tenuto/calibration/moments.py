@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..model import Leave, watched
 from .bank import Bank
 
 CHUNK = 32  # rows of the bank in one call of the block
-
-
-class _Enough(Exception):  # leaves a block once everything was seen
-    pass
 
 
 def inputs_seen(
@@ -35,30 +32,22 @@ def inputs_seen(
     calls, last = 0, 0
     counted: Tensor | None = None
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            nonlocal calls
-            x, calls = _counted(args[0].detach(), counted), calls + 1
-            found[name] = torch.cat((found[name], x)) if name in found else x
-            if calls == last:
-                raise _Enough
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        nonlocal calls
+        x, calls = _counted(args[0].detach(), counted), calls + 1
+        found[name] = torch.cat((found[name], x)) if name in found else x
+        if calls == last:
+            raise Leave
 
-        return hook
-
-    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
-    try:
-        for index in rows.split(CHUNK):
-            args, kwargs = bank.rows(index, device)
-            counted = None if bank.counted is None else bank.counted[index].to(device)
-            calls = 0
-            with suppress(_Enough):
-                block(*args, **kwargs)
-            last = calls
-            yield dict(found)
-            found.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for index in rows.split(CHUNK):
+        args, kwargs = bank.rows(index, device)
+        counted = None if bank.counted is None else bank.counted[index].to(device)
+        calls = 0
+        with watched(block, names, before=note), suppress(Leave):
+            block(*args, **kwargs)
+        last = calls
+        yield dict(found)
+        found.clear()
 
 
 def _counted(x: Tensor, counted: Tensor | None) -> Tensor:
@@ -86,16 +75,12 @@ def shared_inputs(
     """
     order: list[tuple[Tensor, str]] = []
 
-    def note(name: str) -> Any:
-        return lambda module, args: order.append((args[0], name))
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        order.append((args[0], name))
 
-    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
     args, kwargs = bank.rows(torch.arange(1), device)
-    try:
+    with watched(block, names, before=note):
         block(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     groups: list[list[str]] = []
     last: Tensor | None = None
     for x, name in order:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model import place, tensors_in
+from ..model import Leave, place, tensors_in, watched
 from ..sampling import Call, to_device
 from .bank import Bank, banked, cut_out
 
 log = logging.getLogger("tenuto")
-
-
-class _Stop(Exception):  # leaves a forward once its block was reached
-    pass
 
 
 def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
@@ -32,19 +29,12 @@ def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[An
     """(args, kwargs) that `block` gets when `denoiser` is called as recorded; stops there."""
     seen: list[tuple[Any, Any]] = []
 
-    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def stop(name: str, args: Any, kwargs: Any) -> None:
         seen.append((args, kwargs))
-        raise _Stop
+        raise Leave
 
-    hook = denoiser.get_submodule(block).register_forward_pre_hook(
-        stop, with_kwargs=True, prepend=True
-    )
-    try:
+    with watched(denoiser, [block], before=stop, first=True), suppress(Leave):
         denoiser(**arguments(denoiser, call, device))
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
     if not seen:
         raise ModelError(f"The model was recorded, but did not call {block}.")
     return seen[0]
@@ -89,21 +79,15 @@ def first_tensor(out: Any) -> Tensor:
 def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
     """Whether each block gets the last one's output and otherwise the very same objects."""
     seen: list[tuple[list[int], int]] = []
-    hooks = []
 
-    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
         seen.append(([id(t) for t in tensors], id(first_tensor(out))))
         keep.extend([*tensors, first_tensor(out)])
 
     keep: list[Tensor] = []
-    for name in blocks:
-        hooks.append(denoiser.get_submodule(name).register_forward_hook(note, with_kwargs=True))
-    try:
+    with watched(denoiser, blocks, after=note):
         denoiser(**arguments(denoiser, call, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     if len(seen) != len(blocks):
         return False
     steps = range(1, len(seen))
@@ -114,16 +98,12 @@ def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any
 def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any) -> list[str]:
     """`names` of submodules in the order in which `call` first reaches them, others last."""
     seen: dict[str, None] = {}
-    hooks = [
-        denoiser.get_submodule(n).register_forward_pre_hook(lambda *_, n=n: seen.setdefault(n))
-        for n in names
-    ]
-    try:
-        with torch.no_grad():
-            denoiser(**arguments(denoiser, call, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        seen.setdefault(name)
+
+    with torch.no_grad(), watched(denoiser, names, before=note):
+        denoiser(**arguments(denoiser, call, device))
     return [*seen, *(n for n in names if n not in seen)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
-from ..model import Signature
+from ..model import Leave, Signature, watched
 from ..progress import Progress
 from ..runtime import Latency, percentile, timed
 from ..sampling import Sample
@@ -20,10 +20,6 @@ ROUNDS = 4  # how often the ways take turns
 
 Way = Callable[[], AbstractContextManager[nn.Module]]
 FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Enough(Exception):  # leaves a sampling run after its first call was seen
-    pass
 
 
 @dataclass
@@ -106,21 +102,16 @@ def first_call(
     times: set[float] = set()
     facts = Signature(denoiser)
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
             calls.append((args, kwargs))
         step = torch.as_tensor(facts.timestep(facts.inputs(args, kwargs)))
         times.add(float(step.reshape(-1)[0]))
         if not whole:
-            raise _Enough
+            raise Leave
 
-    hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with watched(denoiser, before=keep), suppress(Leave):
         sample(denoiser, seed, batch)
-    except _Enough:
-        pass
-    finally:
-        hook.remove()
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     return calls[0], len(times)

@@ -8,12 +8,14 @@ from .parts import denoiser_of, encoders_of, frozen, place
 from .patches import Attached, Override, PipelineRuns, Replacement, Swap, override_
 from .signature import Signature
 from .tree import map_leaves, map_tensors, tensors_in
+from .watch import Leave, watched
 
 __all__ = [
     "Attached",
     "Backbone",
     "Branch",
     "KeyMap",
+    "Leave",
     "Override",
     "PipelineRuns",
     "Replacement",
@@ -32,4 +34,5 @@ __all__ = [
     "place",
     "tensors_in",
     "turned",
+    "watched",
 ]

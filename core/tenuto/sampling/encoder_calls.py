@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import TenutoError
-from ..model import Signature, denoiser_of, encoders_of, map_tensors
+from ..model import Leave, Signature, denoiser_of, encoders_of, map_tensors, watched
 from .record import sampler
 from .trajectory import Call
 
 BATCH = 8
-
-
-class _Encoded(Exception):  # leaves a pipeline when it comes to its denoiser
-    pass
 
 
 def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict[str, list[Call]]:
@@ -28,29 +23,25 @@ def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict
     """
     seen: dict[str, dict[bytes, dict[str, Any]]] = {name: {} for name in encoders_of(pipe)}
 
-    def keep(name: str, facts: Signature) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keeper(name: str, facts: Signature) -> Any:
+        def keep(_: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for row in _rows(facts.inputs(args, kwargs)):
                 seen[name].setdefault(row["input_ids"].numpy().tobytes(), row)
 
-        return hook
+        return keep
 
     def leave(*_: Any) -> None:
-        raise _Encoded
+        raise Leave
 
-    hooks: list[Any] = [denoiser_of(pipe).register_forward_pre_hook(leave)]
-    for name, encoder in encoders_of(pipe).items():
-        hook = keep(name, Signature(encoder))
-        hooks.append(encoder.register_forward_pre_hook(hook, with_kwargs=True))
     lines = ("", *prompts)
     sample = sampler(pipe, lines, 1, None)
-    try:
+    with ExitStack() as watching:
+        watching.enter_context(watched(denoiser_of(pipe), before=leave))
+        for name, encoder in encoders_of(pipe).items():
+            watching.enter_context(watched(encoder, before=keeper(name, Signature(encoder))))
         for start in range(0, len(lines), batch):
-            with suppress(_Encoded), torch.no_grad():
+            with suppress(Leave), torch.no_grad():
                 sample(denoiser_of(pipe), start, min(batch, len(lines) - start))
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
     if not any(found.values()):
         raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
-from ..model import Signature, denoiser_of, frozen, map_tensors
+from ..model import Signature, denoiser_of, frozen, map_tensors, watched
 from ..progress import Progress
 from .trajectory import Call, Sample, Trajectory
 
@@ -74,17 +74,14 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
     """Append every call of `denoiser` to `calls`, as it was before the call."""
     facts = Signature(denoiser)
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
         step = float(torch.as_tensor(facts.timestep(inputs)).reshape(-1)[0])
         kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
         calls.append(Call(run, 0, step, kept))
 
-    hook = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with watched(denoiser, before=keep):
         yield calls
-    finally:
-        hook.remove()
 
 
 def to_device(value: Any, device: Any, half: torch.dtype | None = None) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...model import watched
 from ...numerics import Format, QTensor, Scheme
 from ..bank import Bank
 from ..replay import outputs
@@ -117,20 +118,12 @@ def _seen(
     """What the layers `names` get in a call of the block with `weights`: float64 (R, K)."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            x = args[0].detach().flatten(0, -2).double()
-            found[name] = torch.cat((found[name], x)) if name in found else x
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        x = args[0].detach().flatten(0, -2).double()
+        found[name] = torch.cat((found[name], x)) if name in found else x
 
-        return hook
-
-    hooks = [block.get_submodule(n).register_forward_pre_hook(note(n)) for n in names]
-    try:
-        with _weights(block, weights):
-            block(*rows[0], **rows[1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(block, names, before=note), _weights(block, weights):
+        block(*rows[0], **rows[1])
     return found
 
 

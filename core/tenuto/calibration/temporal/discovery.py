@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import Signature, frozen, map_leaves, place, tensors_in
+from ...model import Signature, frozen, map_leaves, place, tensors_in, watched
 from ...sampling import Call
 from ..replay import arguments
 
@@ -90,25 +90,15 @@ def _outputs(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, list[list
     order: dict[str, None] = {}
     found: dict[str, list[list[Tensor]]] = {}
 
-    def enter(name: str) -> Any:
-        return lambda module, args: order.setdefault(name)
+    def enter(name: str, args: Any, kwargs: Any) -> None:
+        order.setdefault(name)
 
-    def leave(name: str) -> Any:
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
-            found.setdefault(name, []).append([t.clone() for t in tensors_in(out)])
+    def leave(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        found.setdefault(name, []).append([t.clone() for t in tensors_in(out)])
 
-        return keep
-
-    hooks = []
-    for name, module in denoiser.named_modules():
-        if name:
-            hooks.append(module.register_forward_pre_hook(enter(name)))
-            hooks.append(module.register_forward_hook(leave(name)))
-    try:
+    names = [name for name, _ in denoiser.named_modules() if name]
+    with watched(denoiser, names, before=enter, after=leave):
         denoiser(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: found[name] for name in order if any(found.get(name, []))}
 
 

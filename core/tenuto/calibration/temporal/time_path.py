@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ModelError
-from ...model import Swap, map_tensors, place, tensors_in
+from ...model import Leave, Swap, map_tensors, place, tensors_in, watched
 from ...numerics import QTensor, Scheme, affine
 from ...runtime import QConv2d, QLinear, TemporalTable
 from ...sampling import Call, Clock, Trajectory
@@ -114,16 +115,18 @@ class TimePath(nn.Module):
         for name, q in weights.items():
             layer: Any = twin.get_submodule(self.local(name))
             layer.weight.data.copy_(q.dequantize())
+        layers = {self.local(name): name for name in weights}
 
-            def watch(module: nn.Module, args: Any, name: str = name) -> None:
-                low[name][row] = torch.minimum(low[name][row], args[0].amin().cpu())
-                high[name][row] = torch.maximum(high[name][row], args[0].amax().cpu())
+        def note(name: str, args: Any, kwargs: Any) -> None:
+            lows, highs = low[layers[name]], high[layers[name]]
+            lows[row] = torch.minimum(lows[row], args[0].amin().cpu())
+            highs[row] = torch.maximum(highs[row], args[0].amax().cpu())
 
-            layer.register_forward_pre_hook(watch)
         device, _ = place(twin)
-        for row in range(len(self.bank)):
-            args, kwargs = self.bank.rows(torch.tensor([row]), device)
-            twin(*args, **kwargs)
+        with watched(twin, layers, before=note):
+            for row in range(len(self.bank)):
+                args, kwargs = self.bank.rows(torch.tensor([row]), device)
+                twin(*args, **kwargs)
         return {n: affine(low[n], high[n], 8, symmetric=False) for n in weights}
 
     @torch.no_grad()
@@ -174,10 +177,6 @@ def _gap(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().sum() / 2
 
 
-class _Done(Exception):  # leaves a forward once every module was reached
-    pass
-
-
 @torch.no_grad()
 def time_path(
     denoiser: nn.Module, names: Sequence[str], trajectory: Trajectory, device: Any
@@ -225,24 +224,13 @@ def _visit(
     """(args, kwargs, output) of every module's first call, in the order in which they come."""
     found: dict[str, tuple[Any, Any, Any]] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            found.setdefault(name, (tuple(args), dict(kwargs), out))
-            if len(found) == len(names):
-                raise _Done
+    def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        found.setdefault(name, (tuple(args), dict(kwargs), out))
+        if len(found) == len(names):
+            raise Leave
 
-        return hook
-
-    hooks = [
-        denoiser.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in names
-    ]
-    try:
+    with watched(denoiser, names, after=note), suppress(Leave):
         denoiser(**arguments(denoiser, call, device))
-    except _Done:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
