@@ -16,7 +16,7 @@ from ..artifact import Artifact
 from ..errors import SchemeError, TenutoError
 from ..model import Backbone, denoiser_of, describe, frozen, layers
 from ..numerics import QTensor, Recipe, Rule, Scheme
-from ..progress import Progress
+from ..progress import Progress, parts
 from ..sampling import Trajectory
 from ..work import Work
 from .activation_ranges import activation_ranges
@@ -31,6 +31,7 @@ from .temporal.maintenance import Maintenance, check_choice, per_step, with_time
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
 
 UNIT = 1000  # what one block is worth in the progress
+RANGES = "activation ranges"
 
 
 def quantize(
@@ -141,8 +142,10 @@ class Job:
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
         calls = self.trajectory.calls
         chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
-        for place, (unit, names) in enumerate(units):
-            note = _notes(on_progress, place, len(units), unit)
+        sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
+        notes = parts(on_progress, sizes, named=True)
+        for unit, names in units:
+            note = notes[unit]
             note(0, 1, "")
             kept = work.load(unit)
             if kept is None:
@@ -150,8 +153,7 @@ class Job:
                 work.save(unit, kept)
             self._take(self._settled(kept) if unit == TEMPORAL else names, kept)
             chain.passed(unit)
-        if on_progress:
-            on_progress(len(units) * UNIT, len(units) * UNIT, "activation ranges")
+        notes[RANGES](1, 1, "")
         self._find_ranges(work)
         if not self.time.layers():
             self.maintained = self.time.plain(self.weights, self.ranges)
@@ -258,14 +260,3 @@ def _possible(layer: nn.Module) -> bool:
 def _seed(seed: int, unit: str) -> int:
     """A seed of its own for every unit, the same in every run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:6], "little")
-
-
-def _notes(on_progress: Progress | None, place: int, count: int, unit: str) -> Progress:
-    """Progress of a unit on one scale, `UNIT` a unit."""
-
-    def note(done: int, total: int, text: str) -> None:
-        if on_progress:
-            part = UNIT * done // max(1, total)
-            on_progress(place * UNIT + part, count * UNIT, f"{unit} {text}".strip())
-
-    return note

@@ -17,7 +17,7 @@ from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
 from ..model import describe, encoders_of, frozen
 from ..numerics import Recipe, Scheme, schemes
-from ..progress import Progress
+from ..progress import Progress, parts
 from ..sampling import BATCH, Call, Trajectory, encoder_calls
 from ..work import Work, digest
 from .algorithms.awq import AWQ
@@ -29,6 +29,7 @@ from .quantize import Job
 
 METHODS = {"rtn": RoundToNearest(), "awq": AWQ(), "gptq": GPTQ()}
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
+WHOLE = 100_000  # what one encoder is worth in the progress
 
 
 def encoder_scheme(width: str, method: str) -> Scheme:
@@ -69,10 +70,11 @@ def quantize_encoder(
     artifact.header["encoders"] = {}
     mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
     shelf = Work(work, mark).path
-    for number, (name, own) in enumerate(calls.items()):
+    notes = parts(on_progress, dict.fromkeys(calls, WHOLE), named=True)
+    for name, own in calls.items():
         job = encoder_job(
             encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
-            work=shelf and shelf / name, on_progress=_part(on_progress, number, len(calls), name),
+            work=shelf and shelf / name, on_progress=notes[name],
         )  # fmt: skip
         fill(artifact, name, encoders_of(pipe)[name], job)
     return artifact
@@ -130,14 +132,3 @@ def _schedule(pipe: Any, steps: int, guidance: float | None) -> dict[str, Any]:
     scheduler.set_timesteps(steps)
     times = [float(t) for t in scheduler.timesteps]
     return {"timesteps": times, "steps": steps, "guidance": guidance}
-
-
-def _part(on_progress: Progress | None, number: int, count: int, name: str) -> Progress | None:
-    """The progress of one encoder of several on one scale."""
-    if on_progress is None:
-        return None
-
-    def note(done: int, total: int, text: str) -> None:
-        on_progress(number * total + done, count * total, f"{name} {text}".strip())
-
-    return note

@@ -14,7 +14,7 @@ from ..artifact import Artifact
 from ..caching import CacheSchedule, StepProgramme, late_interval_for, reuse_for, saved, whole_steps
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import denoiser_of, describe, multiply_adds, place
-from ..progress import Progress
+from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
 from ..work import Work
@@ -28,6 +28,8 @@ HELD_OUT = 5_000  # first seed of the pictures that candidates are measured on
 DEFAULT_REUSE = 0.3
 SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
 PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
+
+Notes = dict[str, Progress]  # of the parts of a search
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,12 @@ class RouteJob:
             self.denoiser = quantized(
                 self.model, self.artifact, route=False, execution="int8"
             ).denoiser
-        meter = Meter(on_progress, self.parts())
-        costs = self.measure_costs(work, meter)
-        router = self.train(gain(*costs), work, meter)
+        notes = parts(on_progress, self.sizes())
+        costs = self.measure_costs(work, notes)
+        router = self.train(gain(*costs), work, notes)
         cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS}
         tables = cuts | self.candidates(costs[0])
-        scores = self.measure(tables, work, meter)
+        scores = self.measure(tables, work, notes)
         best, mine = (min(some, key=lambda name: scores[name]) for some in (scores, cuts))
         result.tensors = {
             "route/table": tables[best].table,
@@ -183,22 +185,23 @@ class RouteJob:
         found |= {f"step programme age^{p:g}": StepProgramme(reuse, prices, p) for p in POWERS}
         return {name: policy(self.times, self.branches) for name, policy in found.items()}
 
-    def parts(self) -> dict[str, float]:
-        """What each part takes, in denoiser calls of one batch."""
+    def sizes(self) -> dict[str, int]:
+        """What each part takes, in tenths of a denoiser call of one batch."""
         steps, plan = len(self.times), self.plan
         count = len(SPREADS) + len(self.candidates(Tensor([1.0] * steps)))
-        return {
+        calls = {
             "costs": steps * (steps + 3) / 2,
             "router": plan.router.iterations * steps * PASSES,
             "reference": plan.batches * steps,
             "candidates": count * plan.batches * steps * (1 - self.reuse),
         }
+        return {name: round(10 * count) for name, count in calls.items()}
 
-    def measure_costs(self, work: Work, meter: Meter) -> tuple[Tensor, Tensor]:
+    def measure_costs(self, work: Work, notes: Notes) -> tuple[Tensor, Tensor]:
         """`step_costs`, from `work` if they are there."""
         kept = work.load("costs")
         if kept is None:
-            note, seed = meter.part("costs"), self.trajectory.seed + self.seed
+            note, seed = notes["costs"], self.trajectory.seed + self.seed
             result, step = step_costs(
                 self.denoiser, self.trajectory, self.branches, seed, self.plan.batch, note
             )
@@ -206,7 +209,7 @@ class RouteJob:
             work.save("costs", kept)
         return kept["result"], kept["step"]
 
-    def train(self, gains: Tensor, work: Work, meter: Meter) -> Router:
+    def train(self, gains: Tensor, work: Work, notes: Notes) -> Router:
         """The router, from random logits."""
         settings = dataclasses.replace(self.plan.router, reuse=self.reuse, seed=self.seed)
         return settings(
@@ -216,21 +219,21 @@ class RouteJob:
             costs=self.costs,
             gains=gains,
             work=work,
-            on_progress=meter.part("router"),
+            on_progress=notes["router"],
         )
 
     def measure(
-        self, tables: dict[str, CacheSchedule], work: Work, meter: Meter
+        self, tables: dict[str, CacheSchedule], work: Work, notes: Notes
     ) -> dict[str, float]:
         """Each candidate's squared error of the final latent: the geometric mean over pictures."""
-        batch, note = self.plan.batch, meter.part("reference")
+        batch, note = self.plan.batch, notes["reference"]
         seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.batches)]
         note(0, 1, "un-cached pictures")
         kept = work.load("reference")
         if kept is None:
             kept = {"reference": references(self.denoiser, self.trajectory, seeds, batch)}
             work.save("reference", kept)
-        reference, scores, note = kept["reference"], {}, meter.part("candidates")
+        reference, scores, note = kept["reference"], {}, notes["candidates"]
         for i, (name, table) in enumerate(tables.items()):
             note(i, len(tables), f"measuring: {name}")
             kept = work.load(f"candidate {name}")
@@ -260,26 +263,6 @@ class RouteJob:
             "device": place(self.denoiser)[0].type,
             "calibration": self.trajectory.about(),
         }
-
-
-class Meter:
-    """Progress of several parts on one scale: denoiser calls of one batch, in tenths."""
-
-    def __init__(self, on_progress: Progress | None, parts: dict[str, float]) -> None:
-        self.on_progress = on_progress
-        self.parts = {name: round(10 * cost) for name, cost in parts.items()}
-
-    def part(self, name: str) -> Progress:
-        """The progress of one part, from 0 to a total of its own."""
-        names = list(self.parts)
-        before = sum(self.parts[n] for n in names[: names.index(name)])
-
-        def note(done: int, total: int, text: str) -> None:
-            if self.on_progress:
-                mine = self.parts[name] * done // max(1, total)
-                self.on_progress(before + mine, sum(self.parts.values()), text)
-
-        return note
 
 
 def _check_schedule(artifact: Artifact, trajectory: Trajectory) -> None:
