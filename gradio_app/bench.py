@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tenuto.errors import TenutoError
-from tenuto.work import write_text
+from tenuto.work import whole_file, write_text
 
 from .given import given, real, whole
 from .infotext import LONGEST, parsed
@@ -104,12 +104,8 @@ class Bench:
         except TenutoError as error:  # its path is of no use to anyone
             raise TenutoError(str(error).replace(str(source), source.name)) from error
         target = self.places.new_artifact(name)
-        part = target.with_name(f".{target.name}.part")
-        try:
+        with whole_file(target) as part:
             shutil.copyfile(source, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
         return target.stem
 
     # --- calibrate ------------------------------------------------------------------------------

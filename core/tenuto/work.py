@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -41,16 +42,27 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: renamed to it in the end, removed after an error.
+
+    The folder is made where there is none. OSError where it cannot be, or where nothing was
+    written. A killed process leaves `.NAME.PID.part` behind, which `Work` takes for no file.
+    """
     path = _target(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(dict(_apart(tensors)), part, metadata)
-        part.chmod(0o644)  # it comes out readable by its owner alone
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    """Write a safetensors file whole or not at all."""
+    with whole_file(path) as part:
+        save_file(dict(_apart(tensors)), part, metadata)
+        part.chmod(0o644)  # it comes out readable by its owner alone
 
 
 def _apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -65,13 +77,8 @@ def _apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    path = _target(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _target(path: Path) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenuto import work as work_module
 from tenuto.errors import TenutoError
-from tenuto.work import Work, digest, write_tensors, write_text
+from tenuto.work import Work, digest, whole_file, write_tensors, write_text
 
 JOB = {"job": "quantize", "seed": 0}
 CORE = Path(work_module.__file__).parent.parent
@@ -316,3 +316,17 @@ def test_links_are_followed(tmp_path: Path) -> None:
     work.save("u", unit())
     work.discard()
     assert files(tmp_path / "w") == [] and (tmp_path / "w").is_symlink()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "picture.png"
+    with whole_file(path) as part:
+        part.write_bytes(b"first")
+        assert part.parent == path.parent and not path.exists()
+    assert path.read_bytes() == b"first" and files(path.parent) == ["picture.png"]
+    with pytest.raises(KeyError), whole_file(path) as part:
+        part.write_bytes(b"half")
+        raise KeyError
+    with pytest.raises(FileNotFoundError), whole_file(path):
+        pass  # nothing written is no file
+    assert path.read_bytes() == b"first" and files(path.parent) == ["picture.png"]

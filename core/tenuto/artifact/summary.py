@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .artifact import SECTIONS, Artifact
+from .contents import schedule_of
 
 MAP_ROWS = 120  # branches that a step map shows
 
@@ -27,9 +28,9 @@ def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
         "sections": sections,
         "layers_by_scheme": dict(Counter(layer["scheme"] for layer in layers)),
     }
-    table = artifact.tensors.get("route/table")
-    if table is not None:
-        facts["computed_branches_by_step"] = table.sum(1).tolist()
+    schedule = schedule_of(artifact)
+    if schedule is not None:
+        facts["computed_branches_by_step"] = schedule.table.sum(1).tolist()
     return {"header": artifact.header, **facts}
 
 
@@ -123,13 +124,13 @@ def _made_lines(header: dict[str, Any]) -> Iterator[str]:
 
 def step_map(artifact: Artifact) -> list[str]:
     """The route as steps by branches, one character a cell; empty without a route."""
-    found = artifact.tensors.get("route/table")
-    if found is None:
+    schedule = schedule_of(artifact)
+    if schedule is None:
         return []
-    names = [_short(name) for name in artifact.header["route"]["branches"]]
+    names = [_short(name) for name in schedule.branches]
     width = max(len(name) for name in names) + 2
     lines = ["", "computed (#) and held (.) at each step, first to last:"]
-    for name, column in list(zip(names, found.t().tolist(), strict=True))[:MAP_ROWS]:
+    for name, column in list(zip(names, schedule.table.t().tolist(), strict=True))[:MAP_ROWS]:
         lines.append(f"{name:<{width}}{''.join('#' if cell else '.' for cell in column)}")
     if len(names) > MAP_ROWS:
         lines.append(f"... and {len(names) - MAP_ROWS} more branches")

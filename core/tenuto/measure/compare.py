@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Artifact
+from ..artifact import Artifact, schedule_of
 from ..errors import TenutoError
 from ..model import denoiser_of, frozen, multiply_adds, place
 from ..progress import Progress
@@ -177,8 +177,8 @@ def _facts_of(
     denoiser: nn.Module, artifacts: Mapping[str, Artifact], call: FirstCall
 ) -> dict[str, _Facts]:
     """What is known of each artifact before anything is drawn."""
-    routes = [artifact.header.get("route", {}) for artifact in artifacts.values()]
-    branches = {branch for route in routes for branch in route.get("branches", ())}
+    schedules = [schedule_of(artifact) for artifact in artifacts.values()]
+    branches = {name for schedule in schedules if schedule for name in schedule.branches}
     work = multiply_adds(denoiser, *call, names=sorted(branches))
     size, arithmetic = resident_weight_bytes(denoiser), bf16_arithmetic(place(denoiser)[0])
     return {name: _Facts(work, size, arithmetic) for name in artifacts}

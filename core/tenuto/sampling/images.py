@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from ..work import whole_file
 
 TOGETHER = 8  # pictures drawn at once
 
@@ -63,23 +64,17 @@ def save_png(
 
     parameters: the text field of that name, in which other programs look for settings.
     """
-    import os
-
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_itxt("tenuto", json.dumps(settings, ensure_ascii=False))
     if parameters is not None:
         text.add_text("parameters", parameters)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG", pnginfo=text)
-        part.replace(path)
+        with whole_file(path) as part:
+            picture.save(part, format="PNG", pnginfo=text)
     except OSError as error:
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def picture_name(prompt: str, seed: int, folder: Path | None = None) -> Path:
