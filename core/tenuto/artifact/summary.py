@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from ..caching import CacheSchedule
+from ..errors import TenutoError
 from .artifact import SECTIONS, Artifact
 from .contents import schedule_of
 
@@ -28,7 +30,7 @@ def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
         "sections": sections,
         "layers_by_scheme": dict(Counter(layer["scheme"] for layer in layers)),
     }
-    schedule = schedule_of(artifact)
+    schedule = _route(artifact)
     if schedule is not None:
         facts["computed_branches_by_step"] = schedule.table.sum(1).tolist()
     return {"header": artifact.header, **facts}
@@ -124,7 +126,7 @@ def _made_lines(header: dict[str, Any]) -> Iterator[str]:
 
 def step_map(artifact: Artifact) -> list[str]:
     """The route as steps by branches, one character a cell; empty without a route."""
-    schedule = schedule_of(artifact)
+    schedule = _route(artifact)
     if schedule is None:
         return []
     names = [_short(name) for name in schedule.branches]
@@ -135,6 +137,14 @@ def step_map(artifact: Artifact) -> list[str]:
     if len(names) > MAP_ROWS:
         lines.append(f"... and {len(names) - MAP_ROWS} more branches")
     return lines
+
+
+def _route(artifact: Artifact) -> CacheSchedule | None:
+    """`schedule_of`; a damaged one gives a ValueError, which the command turns into a sentence."""
+    try:
+        return schedule_of(artifact)
+    except TenutoError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
 
 
 def _short(name: str) -> str:
