@@ -307,6 +307,17 @@ def test_only_the_command_prints() -> None:
     assert not wrong, f"the library logs to the logger 'tenuto': {wrong}"
 
 
+def test_modules_are_watched_in_one_way() -> None:
+    """`watched` takes its hooks out again; two followers stay for as long as what they follow."""
+    allowed = {"core/tenuto/model/watch.py", "core/tenuto/sampling/follow.py", "webui_ext/run.py"}
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources(*SHIPPED, "benchmarks")
+        if "register_forward" in path.read_text(encoding="utf-8")
+    }
+    assert found == allowed
+
+
 # --- form ---------------------------------------------------------------------------------------
 
 
