@@ -19,7 +19,7 @@ WORDS = "a photo of the red blue goldfish lemon school bus dog cat on table in s
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Under "auto" int8 is always chosen: no result depends on the machine or on its load."""
-    monkeypatch.setattr(Chooser, "__call__", lambda self, kind, int8, dense: INT8)
+    monkeypatch.setattr(Chooser, "__call__", lambda self, kind, runs: INT8)
     yield
 
 

@@ -1,6 +1,7 @@
 """Number formats: schemes and recipes, grids of values, quantized tensors."""
 
-from .grid import Grid
+from . import float8
+from .grid import Grid, covering, ends
 from .integer_codes import affine
 from .qtensor import QTensor, layout
 from .scheme import Format, Recipe, Rule, Scheme, named, schemes
@@ -13,6 +14,9 @@ __all__ = [
     "Rule",
     "Scheme",
     "affine",
+    "covering",
+    "ends",
+    "float8",
     "layout",
     "named",
     "schemes",

@@ -5,7 +5,9 @@ A range is that of a whole row,
 or that of a group of columns, in two levels, so that every value is an 8-bit code of its row too
 and the integer kernels need not know of groups (QServe, arXiv 2405.04532; LLMC):
     value = scale[n] * step[n, g] * (code - zero[n, g]),   |step * (code - zero)| <= 127.
-A *level* is code - zero: signed, whole, between `limits`.
+A *level* is code - zero: signed, whole, between `limits`. The values of an 8-bit float lie at
+unequal distances,
+    value = scale[n] * float8.values(level).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integer_codes import RANGES, code_limits
+from ..errors import SchemeError
+from . import float8
+from .integer_codes import RANGES, affine, code_limits, row_range
 from .scheme import Format
 
 WIDEST = 127  # of an 8-bit code
@@ -37,6 +41,9 @@ class Grid:
     def of(weight: Tensor, form: Format) -> Grid:
         """The grid of a weight (N, ...) as its format searches it."""
         rows, search = weight.detach().float().flatten(1), RANGES[form.ranges]
+        if form.dtype == "e4m3":
+            scale, zero = float8.covering(*row_range(rows))
+            return Grid(scale, zero[:, None], None, form)
         if not form.group:
             scale, zero = search(rows, form.bits, form.symmetric)
             return Grid(scale, zero[:, None], None, form)
@@ -55,19 +62,26 @@ class Grid:
         return spread(values, self.form.group, columns)
 
     def size(self, columns: int) -> Tensor:
-        """The distance of neighbouring values, (N, K)."""
+        """The distance of neighbouring values, (N, K). SchemeError where they are unequal."""
+        if self.form.dtype != "int":
+            raise SchemeError(f"A format {self.form.dtype} is rounded to nearest, and only so.")
         if self.step is None:
             return self.scale[:, None].expand(-1, columns)
         return self.spread(self.step * self.scale[:, None], columns)
 
     def limits(self, columns: int) -> tuple[Tensor, Tensor]:
         """The lowest and the highest level of every column, (N, K) each."""
-        low, high = code_limits(self.form.bits, self.form.symmetric)
+        if self.form.dtype == "e4m3":
+            low, high = -float8.HIGHEST, float8.HIGHEST
+        else:
+            low, high = code_limits(self.form.bits, self.form.symmetric)
         return self.spread(low - self.zero, columns), self.spread(high - self.zero, columns)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Levels (N, ...) of the values nearest to `weight` (N, ...)."""
         rows = weight.detach().float().flatten(1)
+        if self.form.dtype == "e4m3":
+            return float8.levels(rows / self.scale[:, None]).view(weight.shape)
         columns = rows.shape[1]
         levels = (rows / self.size(columns)).round_()
         return levels.clamp_(*self.limits(columns)).view(weight.shape)
@@ -78,3 +92,17 @@ def spread(values: Tensor, group: int, columns: int) -> Tensor:
     if not group:
         return values.expand(-1, columns)
     return values.repeat_interleave(group, 1)[:, :columns]
+
+
+def covering(low: Tensor, high: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of activations in [low, high]."""
+    if form.dtype == "e4m3":
+        return float8.covering(low, high)
+    return affine(low, high, form.bits, form.symmetric)
+
+
+def ends(form: Format) -> tuple[float, float]:
+    """The smallest and the largest number that the scale of activations multiplies."""
+    if form.dtype == "e4m3":
+        return -float8.MOST, float8.MOST
+    return code_limits(form.bits, form.symmetric)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integer_codes
+from . import float8, integer_codes
 from .grid import Grid, spread
 from .scheme import Format
 
@@ -18,7 +18,8 @@ from .scheme import Format
 class QTensor:
     """Codes of a weight (N, ...), K columns a row, G ranges a row; see `grid.py`.
 
-    qdata: int8 (N, ...) for 5 to 8 bits, else two codes a byte, uint8 (N, ceil(K / 2)).
+    qdata: int8 (N, ...) for 5 to 8 bits, else two codes a byte, uint8 (N, ceil(K / 2)). Codes of a
+    float are its bytes, uint8 (N, ...).
     scale: fp32 (N,). zero_point: uint8 (N,), or None where the range is symmetric.
     With groups of columns, zero_point and step are uint8 (N, G). channel: fp32 (K,), what the
     columns were multiplied by before they were rounded, or None.
@@ -32,11 +33,15 @@ class QTensor:
     step: Tensor | None = None
     group: int = 0
     channel: Tensor | None = None
+    dtype: str = "int"
 
     @staticmethod
     def of(levels: Tensor, grid: Grid, channel: Tensor | None = None) -> QTensor:
         """A weight from whole levels (N, ...), floating, as `Grid.nearest` gives them."""
         form, shape, zero, step = grid.form, tuple(levels.shape), None, None
+        if form.dtype == "e4m3":
+            qdata, scale = float8.bytes_of(levels), grid.scale.float()
+            return QTensor(qdata, scale, None, shape, 8, channel=channel, dtype=form.dtype)
         if not form.symmetric:
             zero = grid.zero.to(torch.uint8)
         elif form.bits <= 4:  # stored unsigned
@@ -51,6 +56,8 @@ class QTensor:
 
     def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
+        if self.dtype == "e4m3":
+            return float8.level_of(self.qdata)
         if self.zero_point is None:
             return self.qdata
         size = int(torch.Size(self.shape[1:]).numel())
@@ -59,7 +66,12 @@ class QTensor:
         return (wide.to(torch.int8) if self.bits < 8 else wide).view(self.shape)
 
     def codes(self) -> Tensor:
-        """What `scale` multiplies, int8 (or int16) of the weight's shape: levels, times steps."""
+        """What `scale` multiplies, of the weight's shape: levels, times steps, int8 (or int16).
+
+        Those of a float in its own type.
+        """
+        if self.dtype == "e4m3":
+            return float8.codes_of(self.qdata)
         levels = self.levels()
         if self.step is None:
             return levels
@@ -69,6 +81,8 @@ class QTensor:
 
     def qdata_of(self, codes: Tensor) -> Tensor:
         """`qdata` of other codes in these ranges: the inverse of `codes`."""
+        if self.dtype == "e4m3":
+            return float8.bits_of(codes)
         if self.step is not None:
             rows = codes.flatten(1)
             codes = rows // _columns(self.step, self.group, rows.shape[1]).to(torch.int8)
@@ -113,7 +127,8 @@ class QTensor:
         qdata, scale = tensors[f"{name}.qdata"], tensors[f"{name}.scale"]
         parts = ("zero_point", "step", "channel")
         zero, step, channel = (tensors.get(f"{name}.{part}") for part in parts)
-        return QTensor(qdata, scale, zero, tuple(shape), form.bits, step, form.group, channel)
+        facts = step, form.group, channel, form.dtype
+        return QTensor(qdata, scale, zero, tuple(shape), form.bits, *facts)
 
 
 def _columns(values: Tensor, group: int, columns: int) -> Tensor:
@@ -138,6 +153,8 @@ def layout(
     found = {f"{name}.scale": (torch.float32, shape[:1])}
     if form.smooth:
         found[f"{name}.channel"] = (torch.float32, (size,))
+    if form.dtype == "e4m3":
+        return found | {f"{name}.qdata": (torch.uint8, shape)}
     if form.symmetric and form.bits > 4:
         return found | {f"{name}.qdata": (torch.int8, shape)}
     columns = (size + 1) // 2 if form.bits <= 4 else size

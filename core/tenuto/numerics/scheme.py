@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import SchemeError
 
 GRANULARITIES = ("tensor", "channel", "token")
+DTYPES = ("int", "e4m3")
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,25 @@ class Format:
     group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
     smooth: a weight is multiplied by a scale per column before it is rounded, and divided by it
     afterwards (AWQ, arXiv 2306.00978).
+    dtype: "int" is whole codes of 2 to 8 bits, "e4m3" an 8-bit float. See `float8.py`.
     """
 
-    bits: int
+    bits: int = 8
     symmetric: bool = True
     granularity: str = "channel"
     per_step: bool = False
     ranges: str = "minmax"
     group: int = 0
     smooth: bool = False
+    dtype: str = "int"
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SchemeError(f"Unknown dtype {self.dtype!r}: one of {', '.join(DTYPES)}.")
+        if self.dtype == "e4m3" and not (
+            self.bits == 8 and self.symmetric and self.ranges == "minmax" and not self.group
+        ):
+            raise SchemeError("A format e4m3 has 8 bits, symmetric min-max ranges and no groups.")
         if not 2 <= self.bits <= 8:
             raise SchemeError(f"A format has 2 to 8 bits, not {self.bits}.")
         if self.granularity not in GRANULARITIES:
@@ -75,6 +84,8 @@ class Scheme:
         for form in (found["weight"], found["activation"]):
             if form and not form["smooth"]:
                 del form["smooth"]
+            if form and form["dtype"] == "int":
+                del form["dtype"]
         return found
 
     @staticmethod
@@ -93,7 +104,7 @@ def _check_activation(form: Format) -> None:
         raise SchemeError("Activations are quantized per tensor or per token.")
     if form.bits != 8 or form.ranges != "minmax" or form.group or form.smooth:
         raise SchemeError("Activations have 8 bits and min-max ranges.")
-    if form.symmetric != form.dynamic:
+    if form.dtype == "int" and form.symmetric != form.dynamic:
         raise SchemeError("Activation ranges are symmetric per token, asymmetric per tensor.")
 
 

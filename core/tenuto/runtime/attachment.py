@@ -68,8 +68,7 @@ class Tenuto(Attached):
             if isinstance(module, QLayer):
                 count[module.execution] += 1
                 if module.choices:
-                    rows = sorted((bits, how) for (bits, _), how in module.choices.items())
-                    choices[name] = {str(2**bits - 1): how for bits, how in rows}
+                    choices[name] = {str(n): how for n, how in module.decided().items()}
         count["float"] = sum(1 for _ in layers(self.denoiser))
         found = {k: v for k, v in count.items() if v}
         quantized = [k for k in found if k != "float"]

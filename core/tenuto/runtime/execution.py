@@ -1,8 +1,8 @@
-"""Int8 or float? Decided by timing both, once for layers that are alike."""
+"""Which kernel, or float? Decided by timing them, once for layers that are alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,19 +21,21 @@ INT8, DENSE = "int8", "dequantized"
 class Chooser:
     """Chooses for a kind of layer, and answers alike whenever the same kind is asked for again.
 
-    margin: how many times slower int8 must be to be left: it has the smaller weights.
+    margin: how many times slower than float the fastest kernel must be to be left: it has the
+    smaller weights.
     """
 
     margin: float = 1.15
     repeats: int = 5
     known: dict[Hashable, str] = field(default_factory=dict)
 
-    def __call__(self, kind: Hashable, int8: Callable[[], Any], dense: Callable[[], Any]) -> str:
-        """`INT8` or `DENSE`, by medians of runs in turn."""
+    def __call__(self, kind: Hashable, runs: Mapping[str, Callable[[], Any]]) -> str:
+        """The name of a kernel in `runs`, or `DENSE`, by medians of runs in turn."""
         if kind not in self.known:
-            found = latency({INT8: int8, DENSE: dense}, self.repeats, warmup=2)
-            slower = found[INT8].median > self.margin * found[DENSE].median
-            self.known[kind] = DENSE if slower else INT8
+            found = latency(dict(runs), self.repeats, warmup=2)
+            low = min((name for name in runs if name != DENSE), key=lambda n: found[n].median)
+            slower = found[low].median > self.margin * found[DENSE].median
+            self.known[kind] = DENSE if slower else low
         return self.known[kind]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:

@@ -1,13 +1,14 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
-A layer executes in 8 bits where a kernel of `kernels/` can, else it simulates: the same codes, the
-arithmetic in float. "auto" and "float" may compute with the dequantized weight and the input as it
+A layer executes in 8 bits where a kernel of `kernels/` takes its case, else it simulates: the same
+codes, the arithmetic in float. "auto" and "float" may compute with the dequantized weight and the input as it
 is. Weight-only layers dequantize on use.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import Replacement
-from ..numerics import QTensor, Scheme
+from ..numerics import QTensor, Scheme, float8
 from ..sampling import Clock
 from . import execution
-from .execution import DENSE, INT8, Chooser
-from .kernels import int8_conv2d, int8_linear, packed_bf16, quantize_input
+from .execution import DENSE, Chooser
+from .kernels import Case, Kernel, candidates, packed_bf16, quantize_input
 
 
 class QLayer(Replacement):
@@ -53,7 +54,7 @@ class QLayer(Replacement):
         self.scheme, self.clock, self.simulate = scheme, clock, simulate
         self.memo = memo or quantize_input.Memo()
         self.wanted, self.chooser = wanted, chooser or execution.process
-        self.choices: dict[tuple[int, torch.dtype], str] = {}  # by highest bit of rows, and dtype
+        self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         q = qweight.to(weight.device)
         self.register_buffer("qdata", q.qdata)
@@ -65,10 +66,13 @@ class QLayer(Replacement):
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero", zero)
-        self._packed: Any = None
+        self._packed: dict[str, Any] = {}  # by kernel
         self._dense_packed: Any = None
         self._float: Tensor | None = None
+        self._able: dict[torch.dtype, tuple[Kernel, ...]] = {}
+        self.geometry = self._geometry(layer)
         self.train(layer.training)
+        self._candidates(self.dtype)  # found before a graph is made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QLayer:
         self._unpack()
@@ -80,7 +84,7 @@ class QLayer(Replacement):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
         self._unpack()  # another device or dtype: pack and choose again
-        self.choices = {}
+        self.choices, self._able = {}, {}
         kept = self.weight_scale, self.input_scale, self.input_zero, self.channel
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
@@ -90,13 +94,15 @@ class QLayer(Replacement):
         )  # a cast of the model must not round the ranges
         assert weight_scale is not None
         self.weight_scale = weight_scale
+        self._candidates(self.dtype)
         return self
 
     def _unpack(self) -> None:
         """Codes back into `qdata` as they were stored, caches gone."""
-        if self._packed is not None:
-            self.qdata = self._kept().qdata_of(self._packed.codes())
-        self._packed = self._float = self._dense_packed = None
+        if self._packed:
+            self.qdata = self._stored().qdata
+        self._packed = {}
+        self._float = self._dense_packed = None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()  # a cache is no state
@@ -108,15 +114,19 @@ class QLayer(Replacement):
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
-        if self._packed is not None:
-            return QTensor(self._packed.codes(), self.weight_scale, None, self.shape, 8)
-        return self._kept()
+        if self._packed and self.scheme.weight.dtype == "int":
+            codes = next(iter(self._packed.values())).codes()
+            return QTensor(codes, self.weight_scale, None, self.shape, 8)
+        return self._stored()
 
-    def _kept(self) -> QTensor:
-        """The weight as the buffers have it; without codes once packed."""
-        zero, step, group = self.zero_point, self.step, self.scheme.weight.group
-        facts = self.shape, self.bits, step, group, self.channel
-        return QTensor(self.qdata, self.weight_scale, zero, *facts)
+    def _stored(self) -> QTensor:
+        """The weight in the form that a file has it."""
+        zero, step, form = self.zero_point, self.step, self.scheme.weight
+        facts = self.shape, self.bits, step, form.group, self.channel, form.dtype
+        kept = QTensor(self.qdata, self.weight_scale, zero, *facts)
+        if not self._packed:
+            return kept
+        return replace(kept, qdata=kept.qdata_of(next(iter(self._packed.values())).codes()))
 
     @property
     def weight(self) -> Tensor:
@@ -127,49 +137,77 @@ class QLayer(Replacement):
     def execution(self) -> str:
         """How this layer computes on its device: int8, simulated, dequantized or weight-only.
 
-        "auto" is not decided yet; "int8 or dequantized" depends on the number of rows.
+        Another kernel has another word. "auto" is not decided yet; "int8 or dequantized" depends on
+        the number of rows.
         """
         if self.scheme.activation is None:
             return "weight-only"
         if self.simulate:
             return "simulated"
-        able = self._supported()
+        able = self._candidates(self.dtype)
         if self.wanted == "int8":
-            return INT8 if able else "simulated"
+            return able[0].word if able else "simulated"
         if self.wanted == "float" or not able:
             return DENSE
-        return " or ".join(sorted(set(self.choices.values()), reverse=True)) or "auto"
+        return " or ".join(sorted(set(self.decided().values()), reverse=True)) or "auto"
+
+    def decided(self) -> dict[int, str]:
+        """Under "auto", how it computes with so many rows at most, as far as that is decided."""
+        made = sorted(self.choices.items(), key=lambda row: row[0][0])
+        return {2**bits - 1: kernel.word if kernel else DENSE for (bits, _), kernel in made}
 
     def packed_tensors(self) -> list[Tensor]:
         """What the caches keep resident beside parameters and buffers."""
         wide = self._dense_packed and self._dense_packed.weight
-        found = [] if self._packed is None else self._packed.tensors()
+        found = [t for packed in self._packed.values() for t in packed.tensors()]
         return [*found, *(t for t in (self._float, wide) if t is not None)]
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
         if self.scheme.activation is None:
             return self._dense(x, self.weight.to(x.dtype), self._bias(x.dtype))
-        how = self._chosen(x) if self.wanted == "auto" else self.execution
-        if how == DENSE:
-            return self._dequantized(x)
-        return self._int8(x) if how == INT8 else self._simulated(x)
+        if self.simulate:
+            return self._simulated(x)
+        kernel = self._kernel(x)
+        if kernel is not None:
+            return self._executed(kernel, x)
+        return self._simulated(x) if self.wanted == "int8" else self._dequantized(x)
 
-    def _chosen(self, x: Tensor) -> str:
-        """What was decided for about so many rows of this dtype, or is decided now."""
+    def _candidates(self, dtype: torch.dtype) -> tuple[Kernel, ...]:
+        """The kernels that take this layer where it is, the one to be preferred first."""
+        found = self._able.get(dtype)
+        if found is None:
+            forms, device = (self.scheme.weight, self.scheme.activation), self.qdata.device
+            case = Case(self.operation, *forms, device, dtype, self.shape, self.geometry)
+            found = self._able[dtype] = candidates(case)
+        return found
+
+    def _kernel(self, x: Tensor) -> Kernel | None:
+        """What computes `x`; None: no kernel, or float.
+
+        Under "auto" what was decided for about so many rows of this dtype, or is decided now.
+        """
+        able = () if self.wanted == "float" else self._candidates(x.dtype)
+        if not able or self.wanted == "int8":
+            return able[0] if able else None
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
-        known = self.choices.get(key)
-        if known is None and (self.simulate or not self._supported()):
-            return self.execution
-        if known is None and execution.may_measure(x):
-            kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
-            with torch.no_grad():  # a new tensor each time: the memo knows none of them
-                known = self.chooser(
-                    kind, lambda: self._int8(x.detach()), lambda: self._dequantized(x.detach())
-                )
-            self.choices[key] = known
+        if key not in self.choices and execution.may_measure(x):
+            self.choices[key] = self._measured(able, (*key, str(x.device)), x)
             self._forget()
-        return known or INT8
+        return self.choices.get(key, able[0])
+
+    def _measured(self, able: tuple[Kernel, ...], where: tuple[Any, ...], x: Tensor) -> Any:
+        """The kernel of `able` that the chooser takes for `x`, or None for float."""
+        by_name = {kernel.name: kernel for kernel in able}
+        kind = (*self._kind(), *where, torch.get_num_threads(), *by_name)
+        runs: dict[str, Any] = {  # a new tensor each time: the memo knows none of them
+            name: lambda kernel=kernel: self._executed(kernel, x.detach())
+            for name, kernel in by_name.items()
+        }
+        runs[DENSE] = lambda: self._dequantized(x.detach())
+        with torch.no_grad():
+            name = self.chooser(kind, runs)
+        return None if name == DENSE else by_name.get(name, able[0])
 
     def _kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
@@ -179,11 +217,13 @@ class QLayer(Replacement):
     def _forget(self) -> None:
         """Drop the caches that no choice so far has a use for."""
         made = set(self.choices.values())
-        if INT8 not in made and self._packed is not None:
+        used = {k.name: self._packed[k.name] for k in made if k and k.name in self._packed}
+        if self._packed and not used:
             kept = self._float, self._dense_packed
             self._unpack()
             self._float, self._dense_packed = kept
-        if DENSE not in made:
+        self._packed = used
+        if None not in made:
             self._float = self._dense_packed = None
 
     def _dequantized(self, x: Tensor) -> Tensor:
@@ -202,13 +242,16 @@ class QLayer(Replacement):
         weight, bias = self._weight_in(torch.float32), self._bias(torch.float32)
         return self._dense(near, weight, bias).to(x.dtype)
 
-    def _int8(self, x: Tensor) -> Tensor:
+    def _executed(self, kernel: Kernel, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
-        if self._packed is None:
-            self._packed = self._pack()
+        packed = self._packed.get(kernel.name)
+        if packed is None:
+            packed = kernel.pack(self._stored(), self.geometry)
+            self._packed[kernel.name] = packed
             self.qdata = self.qdata.new_empty(0)
         with torch.no_grad():
-            return self._integer(codes, scale, zero, x.dtype)
+            bias = self._bias(torch.float32)
+            return kernel.call(codes, scale, zero, packed, bias, x.dtype)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, kept."""
@@ -220,27 +263,25 @@ class QLayer(Replacement):
         return None if self.bias is None else self.bias.to(dtype)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        assert self.scheme.activation is not None
+        dtype = self.scheme.activation.dtype
         if self.input_scale is None or self.input_zero is None:
-            codes, scale = self.memo.per_row(x, self._dims)
-            return codes, scale, quantize_input.MIDDLE
+            codes, scale = self.memo.per_row(x, self._dims, dtype)
+            return codes, scale, quantize_input.MIDDLE if dtype == "int" else 0
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
         scale = self.input_scale.index_select(0, index)
+        if dtype == "e4m3":
+            return float8.per_tensor(x, scale), scale, 0
         zero = self.input_zero.index_select(0, index)
         return quantize_input.per_tensor(x, scale, zero), scale, zero.to(torch.int32)
 
+    operation: str
     _dims: tuple[int, ...] = (-1,)
-    geometry: Any = None  # of a convolution: stride, padding, dilation, groups
     small = False  # gains nothing from a packed weight in float
 
-    def _supported(self) -> bool:
-        raise NotImplementedError
-
-    def _pack(self) -> Any:
-        raise NotImplementedError
-
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
+    def _geometry(self, layer: Any) -> Any:
+        """Of a convolution: stride, padding, dilation, groups."""
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -249,19 +290,11 @@ class QLayer(Replacement):
 class QLinear(QLayer):
     """A Linear with a quantized weight (N, K)."""
 
+    operation = "linear"
+
     def __init__(self, layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
         super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def _supported(self) -> bool:
-        return int8_linear.supported(self.qdata.device, self.shape)
-
-    def _pack(self) -> Any:
-        return int8_linear.pack(self.qtensor().codes(), self.weight_scale)
-
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
-        bias = self._bias(torch.float32)
-        return int8_linear.int8_linear(codes, scale, zero, self._packed, bias, dtype)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -270,23 +303,16 @@ class QLinear(QLayer):
 class QConv2d(QLayer):
     """A Conv2d with a quantized weight (O, I / groups, kh, kw)."""
 
+    operation = "conv2d"
     _dims = (1, 2, 3)
 
     def __init__(self, layer: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
         super().__init__(layer, *args, **kwargs)
-        assert not isinstance(layer.padding, str)  # such layers stay float
-        self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         self.small = self.shape[2] * self.shape[3] == 1
 
-    def _supported(self) -> bool:
-        return int8_conv2d.supported(self.qdata.device, self.shape, self.geometry[-1])
-
-    def _pack(self) -> Any:
-        return int8_conv2d.pack(self.qtensor().codes(), self.weight_scale, self.geometry)
-
-    def _integer(self, codes: Tensor, scale: Tensor, zero: Any, dtype: torch.dtype) -> Tensor:
-        bias = self._bias(torch.float32)
-        return int8_conv2d.int8_conv2d(codes, scale, zero, self._packed, bias, dtype)
+    def _geometry(self, layer: nn.Conv2d) -> Any:
+        assert not isinstance(layer.padding, str)  # such layers stay float
+        return layer.stride, layer.padding, layer.dilation, layer.groups
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, padding, dilation, groups = self.geometry

@@ -29,7 +29,7 @@ class Says:
     def __init__(self, answer: Callable[[Any], str]) -> None:
         self.answer, self.asked = answer, []
 
-    def __call__(self, kind: Hashable, int8: Any, dense: Any) -> str:
+    def __call__(self, kind: Hashable, runs: Any) -> str:
         self.asked.append(kind)
         return self.answer(kind)
 
@@ -62,9 +62,13 @@ def test_int8_is_left_where_it_is_clearly_slower(
 
     chooser = Chooser()
     for _ in range(2):
-        assert chooser("kind", lambda: run("a", int8), lambda: run("b", 1.0)) == expected
+        runs_of = {INT8: lambda: run("a", int8), DENSE: lambda: run("b", 1.0)}
+        assert chooser("kind", runs_of) == expected
     assert runs.count("a") == runs.count("b") == chooser.repeats + 2
-    assert chooser("other", lambda: run("a", 9.0), lambda: run("b", 1.0)) == DENSE
+    slow = {INT8: lambda: run("a", 9.0), DENSE: lambda: run("b", 1.0)}
+    assert chooser("other", slow) == DENSE
+    quick = {INT8: slow[INT8], "quick": lambda: run("c", 1.1), DENSE: slow[DENSE]}
+    assert chooser("another", quick) == "quick", "the fastest of the kernels"
     assert copy.deepcopy(chooser) is chooser
 
 
@@ -75,7 +79,8 @@ def test_it_really_times_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     q = made("linear", wanted="auto", chooser=chooser)
     x = torch.randn(5, 32, requires_grad=True)
     y = q(x)
-    assert q.execution in (INT8, DENSE) and list(chooser.known.values()) == [q.execution]
+    assert q.execution in (INT8, DENSE)
+    assert list(chooser.known.values()) == [DENSE if q.execution == DENSE else "int8_linear"]
     assert torch.equal(y, made("linear", wanted="int8" if q.execution == INT8 else "float")(x))
 
 
@@ -174,10 +179,10 @@ def test_the_scratch_of_a_choice_is_dropped() -> None:
     """A chooser that runs both ways leaves only what was chosen."""
 
     class Runs(Says):
-        def __call__(self, kind: Hashable, int8: Any, dense: Any) -> str:
-            gap = (int8() - dense()).norm()
+        def __call__(self, kind: Hashable, runs: Any) -> str:
+            gap = (runs["int8_linear"]() - runs[DENSE]()).norm()
             assert 0 < float(gap) < 1
-            return super().__call__(kind, int8, dense)
+            return super().__call__(kind, runs)
 
     for answer, dtypes in ((INT8, {torch.int8, torch.float32, torch.int32}), (DENSE, None)):
         q = made(wanted="auto", chooser=Runs(lambda kind, answer=answer: answer))

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics import QTensor
 from . import onednn
 from .epilogue import finished, in_pieces
 from .int8_linear import IntLinear, signed
-from .quantize_input import MIDDLE
+from .kernel import Case, Formats, Kernel, apart, graph_operation
+from .quantize_input import MIDDLE, compiling
 
 EIGHT = 8  # what cuBLAS wants a multiple of
 
@@ -29,11 +31,11 @@ def reference(
     bias: Tensor | None,
     geometry: tuple[Any, ...],
 ) -> Tensor:
-    """The operation in float64, returned in fp32."""
+    """The operation in float64."""
     w = codes.double() * w_scale.double().view(-1, 1, 1, 1)
     zero = x_zero.double() if isinstance(x_zero, Tensor) else float(x_zero)
     y = torch.nn.functional.conv2d(x.double() - zero, w, None, *geometry) * x_scale.double()
-    return (y if bias is None else y + bias.double().view(-1, 1, 1)).float()
+    return y if bias is None else y + bias.double().view(-1, 1, 1)
 
 
 def supported(device: torch.device, shape: tuple[int, ...], groups: int = 1) -> bool:
@@ -65,8 +67,7 @@ def int8_conv2d(
 
     Norms of contiguous models are many times slower on channels_last, which the operators return.
     """
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    form: Any = torch.channels_last if last else torch.contiguous_format
+    form = _form(x)
     if onednn.takes(packed, x_scale, x_zero, dtype):
         return packed(x, x_zero, x_scale.view(1), bias, dtype).contiguous(memory_format=form)
     wide = None if bias is None else bias.view(-1, 1, 1)
@@ -77,18 +78,37 @@ def int8_conv2d(
     )
 
 
+def _form(x: Tensor) -> Any:
+    """How `x` lies in memory."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class IntConv2d:
     """An int8 weight for `torch._int_mm` on patches: zero-padded to what cuBLAS takes."""
 
+    split = False
+
     def __init__(self, codes: Tensor, scale: Tensor, geometry: tuple[Any, ...]) -> None:
-        self.stride, self.padding, self.dilation, _ = geometry
-        self.shape = tuple(codes.shape)
+        self._facts(tuple(codes.shape), geometry)
         rows = codes.permute(0, 2, 3, 1).flatten(1)  # (O, kh * kw * I), channels innermost
-        self.short = -rows.shape[1] % EIGHT
         more = -len(rows) % EIGHT
         rows = torch.nn.functional.pad(rows, (0, self.short, 0, more))
         self.scale = scale.float()
         self.product = IntLinear(rows, torch.nn.functional.pad(self.scale, (0, more)))
+
+    def _facts(self, shape: tuple[int, ...], geometry: tuple[Any, ...]) -> None:
+        self.shape, self.geometry = shape, geometry
+        self.stride, self.padding, self.dilation, _ = geometry
+        self.short = -(shape[1] * shape[2] * shape[3]) % EIGHT
+
+    @staticmethod
+    def restored(tensors: list[Tensor], shape: Any, geometry: tuple[Any, ...]) -> IntConv2d:
+        """What `tensors` are of."""
+        found = IntConv2d.__new__(IntConv2d)
+        found._facts(tuple(shape), geometry)
+        found.product, found.scale = IntLinear.restored(tensors[:3]), tensors[3]
+        return found
 
     def __call__(self, x: Tensor, zero: Any) -> Tensor:
         """The convolution of (x - zero) with scale * codes in fp32: uint8 (B, I, H, W)."""
@@ -130,3 +150,74 @@ def _padded(x: Tensor, padding: Any, zero: Any) -> Tensor:
     found[...] = zero - MIDDLE
     found[:, ph : ph + x.shape[1], pw : pw + x.shape[2]] = x
     return found
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+SCHEMA = (
+    "int8_conv2d(Tensor x, Tensor x_scale, Tensor? zero, int number, Tensor[] weight, bool split,"
+    " int[] shape, int[] stride, int[] padding, int[] dilation, int groups, Tensor? bias,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
+def _on_tensors(
+    x: Tensor,
+    x_scale: Tensor,
+    zero: Tensor | None,
+    number: int,
+    weight: list[Tensor],
+    split: bool,
+    shape: Any,
+    *rest: Any,
+) -> Tensor:
+    *geometry, bias, dtype = rest
+    sizes, packed = tuple(geometry), None
+    if weight[0].is_mkldnn:
+        facts = {"shape": tuple(shape), "geometry": sizes}
+        packed = onednn.PackedConv2d.restored(weight, split, **facts)
+    else:
+        packed = IntConv2d.restored(weight, shape, sizes)
+    return int8_conv2d(x, x_scale, number if zero is None else zero, packed, bias, dtype)
+
+
+def _fake(x: Tensor, x_scale: Tensor, zero: Any, number: int, *rest: Any) -> Tensor:
+    shape, stride, padding, dilation = rest[2:6]
+    pairs = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in pairs]
+    return x.new_empty((x.shape[0], shape[0], *size), dtype=rest[-1]).contiguous(
+        memory_format=_form(x)
+    )
+
+
+_operation = graph_operation(SCHEMA, _on_tensors, _fake)
+
+
+def _call(
+    x: Tensor, x_scale: Tensor, x_zero: Any, packed: Any, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`int8_conv2d`; one node of a graph that is being made."""
+    if _operation is None or not compiling():
+        return int8_conv2d(x, x_scale, x_zero, packed, bias, dtype)
+    facts = packed.tensors(), packed.split, packed.shape, *packed.geometry
+    return _operation(x, x_scale, *apart(x_zero), *facts, bias, dtype)
+
+
+def _reference(
+    x: Tensor, x_scale: Tensor, x_zero: Any, weight: QTensor, bias: Tensor | None, geometry: Any
+) -> Tensor:
+    return reference(x, x_scale, x_zero, weight.codes(), weight.scale, bias, geometry)
+
+
+def _pack(weight: QTensor, geometry: Any) -> Any:
+    return pack(weight.codes(), weight.scale, geometry)
+
+
+def _supports(case: Case) -> bool:
+    return supported(case.device, case.shape, case.geometry[-1])
+
+
+KERNEL = Kernel(
+    "int8_conv2d", "conv2d", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
+    _supports, _pack, _reference, _call,
+)  # fmt: skip

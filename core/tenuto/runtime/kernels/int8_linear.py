@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics import QTensor
 from . import onednn
 from .epilogue import finished, in_pieces
-from .quantize_input import MIDDLE
+from .kernel import Case, Formats, Kernel, apart, graph_operation
+from .quantize_input import MIDDLE, compiling
 
 
 def reference(
     x: Tensor, x_scale: Tensor, x_zero: Any, codes: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The operation in float64, returned in fp32."""
+    """The operation in float64."""
     y = (x.double() - _number(x_zero, x)) @ (w_scale.double()[:, None] * codes.double()).T
     y = y * x_scale.double()
-    return (y if bias is None else y + bias.double()).float()
+    return y if bias is None else y + bias.double()
 
 
 def supported(device: torch.device, shape: tuple[int, ...]) -> bool:
@@ -62,11 +64,19 @@ class IntLinear:
     """An int8 weight for `torch._int_mm`: at least 17 rows, zero points by the column sums."""
 
     ROWS = 32
+    split = False  # sums are of 32 bits
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self.weight = codes.contiguous().t()  # (K, N), column-major as cuBLAS wants it
         self.scale = scale.float()
         self.sums = codes.sum(1, dtype=torch.int32)
+
+    @staticmethod
+    def restored(tensors: list[Tensor]) -> IntLinear:
+        """What `tensors` are of."""
+        found = IntLinear.__new__(IntLinear)
+        found.weight, found.scale, found.sums = tensors
+        return found
 
     def __call__(self, x: Tensor, zero: Any) -> Tensor:
         """(x - zero) @ (scale * codes).T in fp32: uint8 (M, K) -> (M, N)."""
@@ -97,3 +107,64 @@ def signed(x: Tensor) -> Tensor:
 
 def _number(zero: Any, like: Tensor) -> Any:
     return zero.to(like.device).double() if isinstance(zero, Tensor) else float(zero)
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+SCHEMA = (
+    "int8_linear(Tensor x, Tensor x_scale, Tensor? zero, int number, Tensor[] weight, bool split,"
+    " Tensor? bias, ScalarType dtype) -> Tensor"
+)
+
+
+def _on_tensors(
+    x: Tensor,
+    x_scale: Tensor,
+    zero: Tensor | None,
+    number: int,
+    weight: list[Tensor],
+    split: bool,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    own = weight[0].is_mkldnn
+    packed = onednn.PackedLinear.restored(weight, split) if own else IntLinear.restored(weight)
+    return int8_linear(x, x_scale, number if zero is None else zero, packed, bias, dtype)
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    weight, dtype = args[3], args[-1]
+    return x.new_empty((*x.shape[:-1], weight[1].shape[0]), dtype=dtype)
+
+
+_operation = graph_operation(SCHEMA, _on_tensors, _fake)
+
+
+def _call(
+    x: Tensor, x_scale: Tensor, x_zero: Any, packed: Any, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`int8_linear`; one node of a graph that is being made."""
+    if _operation is None or not compiling():
+        return int8_linear(x, x_scale, x_zero, packed, bias, dtype)
+    facts = packed.tensors(), packed.split, bias, dtype
+    return _operation(x, x_scale, *apart(x_zero), *facts)
+
+
+def _reference(
+    x: Tensor, x_scale: Tensor, x_zero: Any, weight: QTensor, bias: Tensor | None, geometry: Any
+) -> Tensor:
+    return reference(x, x_scale, x_zero, weight.codes(), weight.scale, bias)
+
+
+def _pack(weight: QTensor, geometry: Any) -> Any:
+    return pack(weight.codes(), weight.scale)
+
+
+def _supports(case: Case) -> bool:
+    return supported(case.device, case.shape)
+
+
+KERNEL = Kernel(
+    "int8_linear", "linear", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
+    _supports, _pack, _reference, _call,
+)  # fmt: skip

@@ -75,6 +75,14 @@ class _Packed:
         self.zero = torch.zeros(len(scale), dtype=torch.int32)
         self.split = saturates() and int(codes.abs().amax()) > SAFE_WEIGHT
 
+    @classmethod
+    def restored(cls, tensors: list[Tensor], split: bool, **facts: Any) -> _Packed:
+        """What `tensors` are of, with the other facts of it: a graph has no objects."""
+        found = cls.__new__(cls)
+        found.weight, found.scale, found.zero = tensors
+        found.__dict__.update(facts, split=split)
+        return found
+
     def __call__(
         self,
         x: Tensor,
@@ -127,6 +135,7 @@ class PackedConv2d(_Packed):
 
     def __init__(self, codes: Tensor, scale: Tensor, geometry: tuple[Any, ...]) -> None:
         super().__init__(codes, scale)
+        self.shape = tuple(codes.shape)
         self.geometry = geometry  # stride, padding, dilation, groups
         pack = torch.ops.onednn.qconv_prepack
         self.weight = pack(codes.contiguous(), self.scale, 1.0, 0, *geometry, None)

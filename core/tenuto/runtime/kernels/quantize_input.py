@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...numerics import float8
+
 MIDDLE = 128  # zero point of a symmetric range in uint8
 TINY = 1e-8
 MAGIC = 1.5 * 2**23  # from here to 2^24 floats are whole numbers
@@ -121,6 +123,9 @@ def _scratch(like: Tensor) -> Tensor:
     return buffer[: like.numel()].view(like.shape)
 
 
+PER_ROW = {"int": per_row, "e4m3": float8.per_row}
+
+
 class Memo:
     """`per_row` of tensors that are still alive: query, key and value quantize one input once.
 
@@ -130,19 +135,23 @@ class Memo:
     KEPT = 8
 
     def __init__(self) -> None:
-        self.seen: list[tuple[weakref.ref[Tensor], int, tuple[int, ...], Any]] = []
+        self.seen: list[tuple[weakref.ref[Tensor], int, Any, Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Memo:
         return Memo()
 
-    def per_row(self, x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
-        """Codes and scales as the function of that name gives them."""
+    def per_row(
+        self, x: Tensor, dims: tuple[int, ...] = (-1,), dtype: str = "int"
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales as the function of that name gives them; those of a float by its own."""
+        find = PER_ROW[dtype]
         if x.is_inference():  # has no version
-            return per_row(x, dims)
+            return find(x, dims)
+        wanted = dims, dtype
         for known, version, kind, found in self.seen:
-            if known() is x and version == x._version and kind == dims:
+            if known() is x and version == x._version and kind == wanted:
                 return found
-        found = per_row(x, dims)
+        found = find(x, dims)
         alive = [row for row in self.seen if row[0]() is not None and row[0]() is not x]
-        self.seen = [(weakref.ref(x), x._version, dims, found), *alive[: self.KEPT - 1]]
+        self.seen = [(weakref.ref(x), x._version, wanted, found), *alive[: self.KEPT - 1]]
         return found
