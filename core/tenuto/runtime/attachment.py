@@ -28,7 +28,7 @@ from ..model import (
 )
 from ..numerics import QTensor, Scheme
 from ..sampling import Clock, Follow
-from .execution import DENSE, Chooser, check_execution
+from .execution import DENSE, Chooser, check_execution, word
 from .kernels.quantize_input import Memo
 from .layers import QConv2d, QLayer, QLinear
 from .temporal_table import TemporalTable
@@ -68,7 +68,8 @@ class Tenuto(Attached):
             if isinstance(module, QLayer):
                 count[module.execution] += 1
                 if module.choices:
-                    choices[name] = {str(n): how for n, how in module.decided().items()}
+                    made = sorted(module.choices.items(), key=lambda row: row[0][0])
+                    choices[name] = {str(2**bits - 1): word(kernel) for (bits, _), kernel in made}
         count["float"] = sum(1 for _ in layers(self.denoiser))
         found = {k: v for k, v in count.items() if v}
         quantized = [k for k in found if k != "float"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from .kernels import Kernel
 from .kernels.quantize_input import compiling
 from .timing import latency
 
@@ -40,6 +41,25 @@ class Chooser:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         return self  # a copy of a model decides as the model does
+
+
+def decided(
+    chooser: Any, kind: tuple[Any, ...], runs: Mapping[Kernel | None, Callable[[], Any]]
+) -> Kernel | None:
+    """The kernel of `runs` that `chooser` takes, or None, the float layer.
+
+    A chooser may say "int8" instead of a name: the first one.
+    """
+    by_name = {kernel.name: kernel for kernel in runs if kernel is not None}
+    named = {kernel.name if kernel else DENSE: run for kernel, run in runs.items()}
+    with torch.no_grad():
+        name = chooser((*kind, *by_name), named)
+    return None if name == DENSE else by_name.get(name, next(iter(by_name.values())))
+
+
+def word(kernel: Kernel | None) -> str:
+    """What a layer says of itself that computes with a kernel, or in float."""
+    return DENSE if kernel is None else kernel.word
 
 
 def may_measure(x: Tensor) -> bool:

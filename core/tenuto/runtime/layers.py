@@ -1,13 +1,14 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
 A layer executes in 8 bits where a kernel of `kernels/` takes its case, else it simulates: the same
-codes, the arithmetic in float. "auto" and "float" may compute with the dequantized weight and the input as it
-is. Weight-only layers dequantize on use.
+codes, the arithmetic in float. "auto" and "float" may compute with the dequantized weight and the
+input as it is. Weight-only layers dequantize on use.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model import Replacement
-from ..numerics import QTensor, Scheme, float8
+from ..numerics import QTensor, Scheme
 from ..sampling import Clock
 from . import execution
 from .execution import DENSE, Chooser
@@ -56,16 +57,14 @@ class QLayer(Replacement):
         self.wanted, self.chooser = wanted, chooser or execution.process
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
-        q = qweight.to(weight.device)
-        self.register_buffer("qdata", q.qdata)
-        self.register_buffer("weight_scale", q.scale)
-        self.register_buffer("zero_point", q.zero_point)
-        self.register_buffer("step", q.step)
-        self.register_buffer("channel", q.channel)
-        self.bias = layer.bias
+        self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
-        self.register_buffer("input_scale", scale)
-        self.register_buffer("input_zero", zero)
+        buffers = {
+            "qdata": q.qdata, "weight_scale": q.scale, "zero_point": q.zero_point, "step": q.step,
+            "channel": q.channel, "input_scale": scale, "input_zero": zero,
+        }  # fmt: skip
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
         self._packed: dict[str, Any] = {}  # by kernel
         self._dense_packed: Any = None
         self._float: Tensor | None = None
@@ -99,10 +98,8 @@ class QLayer(Replacement):
 
     def _unpack(self) -> None:
         """Codes back into `qdata` as they were stored, caches gone."""
-        if self._packed:
-            self.qdata = self._stored().qdata
-        self._packed = {}
-        self._float = self._dense_packed = None
+        self.qdata = self._stored().qdata
+        self._packed, self._float, self._dense_packed = {}, None, None
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()  # a cache is no state
@@ -114,16 +111,16 @@ class QLayer(Replacement):
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
-        if self._packed and self.scheme.weight.dtype == "int":
-            codes = next(iter(self._packed.values())).codes()
-            return QTensor(codes, self.weight_scale, None, self.shape, 8)
-        return self._stored()
+        if not self._packed or self.scheme.weight.dtype != "int":
+            return self._stored()
+        codes = next(iter(self._packed.values())).codes()
+        return QTensor(codes, self.weight_scale, None, self.shape, 8)
 
     def _stored(self) -> QTensor:
         """The weight in the form that a file has it."""
-        zero, step, form = self.zero_point, self.step, self.scheme.weight
-        facts = self.shape, self.bits, step, form.group, self.channel, form.dtype
-        kept = QTensor(self.qdata, self.weight_scale, zero, *facts)
+        form, parts = self.scheme.weight, (self.qdata, self.weight_scale, self.zero_point)
+        facts = self.shape, self.bits, self.step, form.group, self.channel, form.dtype
+        kept = QTensor(*parts, *facts)
         if not self._packed:
             return kept
         return replace(kept, qdata=kept.qdata_of(next(iter(self._packed.values())).codes()))
@@ -149,12 +146,8 @@ class QLayer(Replacement):
             return able[0].word if able else "simulated"
         if self.wanted == "float" or not able:
             return DENSE
-        return " or ".join(sorted(set(self.decided().values()), reverse=True)) or "auto"
-
-    def decided(self) -> dict[int, str]:
-        """Under "auto", how it computes with so many rows at most, as far as that is decided."""
-        made = sorted(self.choices.items(), key=lambda row: row[0][0])
-        return {2**bits - 1: kernel.word if kernel else DENSE for (bits, _), kernel in made}
+        words = {execution.word(kernel) for kernel in self.choices.values()}
+        return " or ".join(sorted(words, reverse=True)) or "auto"
 
     def packed_tensors(self) -> list[Tensor]:
         """What the caches keep resident beside parameters and buffers."""
@@ -179,35 +172,29 @@ class QLayer(Replacement):
         if found is None:
             forms, device = (self.scheme.weight, self.scheme.activation), self.qdata.device
             case = Case(self.operation, *forms, device, dtype, self.shape, self.geometry)
-            found = self._able[dtype] = candidates(case)
+            self._able[dtype] = found = candidates(case)
         return found
 
     def _kernel(self, x: Tensor) -> Kernel | None:
         """What computes `x`; None: no kernel, or float.
 
-        Under "auto" what was decided for about so many rows of this dtype, or is decided now.
+        Under "auto" what was decided for about so many rows of this dtype, or is now.
         """
         able = () if self.wanted == "float" else self._candidates(x.dtype)
         if not able or self.wanted == "int8":
             return able[0] if able else None
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
         if key not in self.choices and execution.may_measure(x):
-            self.choices[key] = self._measured(able, (*key, str(x.device)), x)
+            kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
+            runs = {k: functools.partial(self._anew, x, k) for k in (*able, None)}
+            self.choices[key] = execution.decided(self.chooser, kind, runs)
             self._forget()
         return self.choices.get(key, able[0])
 
-    def _measured(self, able: tuple[Kernel, ...], where: tuple[Any, ...], x: Tensor) -> Any:
-        """The kernel of `able` that the chooser takes for `x`, or None for float."""
-        by_name = {kernel.name: kernel for kernel in able}
-        kind = (*self._kind(), *where, torch.get_num_threads(), *by_name)
-        runs: dict[str, Any] = {  # a new tensor each time: the memo knows none of them
-            name: lambda kernel=kernel: self._executed(kernel, x.detach())
-            for name, kernel in by_name.items()
-        }
-        runs[DENSE] = lambda: self._dequantized(x.detach())
-        with torch.no_grad():
-            name = self.chooser(kind, runs)
-        return None if name == DENSE else by_name.get(name, able[0])
+    def _anew(self, x: Tensor, kernel: Kernel | None) -> Tensor:
+        """`x` as a tensor that the memo does not know, by a kernel or in float."""
+        x = x.detach()
+        return self._dequantized(x) if kernel is None else self._executed(kernel, x)
 
     def _kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
@@ -218,10 +205,8 @@ class QLayer(Replacement):
         """Drop the caches that no choice so far has a use for."""
         made = set(self.choices.values())
         used = {k.name: self._packed[k.name] for k in made if k and k.name in self._packed}
-        if self._packed and not used:
-            kept = self._float, self._dense_packed
-            self._unpack()
-            self._float, self._dense_packed = kept
+        if not used:
+            self.qdata = self._stored().qdata
         self._packed = used
         if None not in made:
             self._float = self._dense_packed = None
@@ -244,13 +229,11 @@ class QLayer(Replacement):
 
     def _executed(self, kernel: Kernel, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
-        packed = self._packed.get(kernel.name)
-        if packed is None:
-            packed = kernel.pack(self._stored(), self.geometry)
-            self._packed[kernel.name] = packed
+        if kernel.name not in self._packed:
+            self._packed[kernel.name] = kernel.pack(self._stored(), self.geometry)
             self.qdata = self.qdata.new_empty(0)
+        packed, bias = self._packed[kernel.name], self._bias(torch.float32)
         with torch.no_grad():
-            bias = self._bias(torch.float32)
             return kernel.call(codes, scale, zero, packed, bias, x.dtype)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
@@ -266,15 +249,11 @@ class QLayer(Replacement):
         assert self.scheme.activation is not None
         dtype = self.scheme.activation.dtype
         if self.input_scale is None or self.input_zero is None:
-            codes, scale = self.memo.per_row(x, self._dims, dtype)
-            return codes, scale, quantize_input.MIDDLE if dtype == "int" else 0
+            return *self.memo.per_row(x, self._dims, dtype), quantize_input.ZERO[dtype]
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
-        scale = self.input_scale.index_select(0, index)
-        if dtype == "e4m3":
-            return float8.per_tensor(x, scale), scale, 0
-        zero = self.input_zero.index_select(0, index)
-        return quantize_input.per_tensor(x, scale, zero), scale, zero.to(torch.int32)
+        scale, zero = (t.index_select(0, index) for t in (self.input_scale, self.input_zero))
+        return quantize_input.stored(x, scale, zero, dtype)
 
     operation: str
     _dims: tuple[int, ...] = (-1,)

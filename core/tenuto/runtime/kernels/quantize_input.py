@@ -124,6 +124,14 @@ def _scratch(like: Tensor) -> Tensor:
 
 
 PER_ROW = {"int": per_row, "e4m3": float8.per_row}
+ZERO = {"int": MIDDLE, "e4m3": 0}
+
+
+def stored(x: Tensor, scale: Tensor, zero: Tensor, dtype: str) -> tuple[Tensor, Tensor, Any]:
+    """Codes of a stored range, its scale, and the zero point as kernels take it."""
+    if dtype == "e4m3":
+        return float8.per_tensor(x, scale), scale, 0
+    return per_tensor(x, scale, zero), scale, zero.to(torch.int32)
 
 
 class Memo:

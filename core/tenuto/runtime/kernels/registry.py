@@ -14,12 +14,13 @@ import sys
 
 from .kernel import Case, Kernel
 
+FOLDER = __name__.rpartition(".")[0]
 logger = logging.getLogger("tenuto")
 
 
 def kernels() -> tuple[Kernel, ...]:
     """All of them, the one to be preferred first."""
-    return _found(tuple(sys.modules[__package__].__path__))
+    return _found(tuple(sys.modules[FOLDER].__path__))
 
 
 def candidates(case: Case) -> tuple[Kernel, ...]:
@@ -34,7 +35,7 @@ def _found(folders: tuple[str, ...]) -> tuple[Kernel, ...]:
         if info.name.endswith("_triton"):
             continue
         try:
-            module = importlib.import_module(f"{__package__}.{info.name}")
+            module = importlib.import_module(f"{FOLDER}.{info.name}")
         except ImportError as error:  # of a package that is not here: the others go on
             logger.warning("The kernel %s cannot be imported: %s.", info.name, error)
             continue
