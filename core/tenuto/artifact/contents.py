@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caching import CacheSchedule
 from ..errors import ArtifactError, TenutoError
+from ..numerics import Format, Scheme, ends
 from .artifact import Artifact
 
 KINDS = {  # what a branch is called last, and what it is
@@ -25,7 +26,6 @@ KINDS = {  # what a branch is called last, and what it is
     "resnets": "residual block",
 }
 LIMIT = 4096  # steps or branches: more cannot be seen
-LEVELS = 255  # of 8 bits, the only activations that there are
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def band(
         scale, zero = scale.double(), tensors[f"ranges/{name}.zero_point"].double()
         if zero.shape != scale.shape or not bool((zero * scale + scale).isfinite().all()):
             raise ValueError(f"the range of {name} is none")
-        found[name] = -zero * scale, (LEVELS - zero) * scale
+        bottom, top = ends(_activation(header, name))
+        found[name] = (bottom - zero) * scale, (top - zero) * scale
     if layer is not None and layer not in found:
         raise TenutoError(f"The artifact has no activation range a step for the layer {layer!r}.")
     if not found:
@@ -130,6 +131,13 @@ def gaps(header: Mapping[str, Any]) -> Gaps | None:
     said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     note = f"{len(rows)} module{'s' if len(rows) > 1 else ''} ({said})"
     return Gaps(errors.mean(0), errors.amax(0), times, note)
+
+
+def _activation(header: Mapping[str, Any], layer: str) -> Format:
+    """The format of the input of `layer`; whole codes where the header does not know the layer."""
+    facts = (header.get("layers") or {}).get(layer)
+    scheme = facts and Scheme.from_json(header["schemes"][facts["scheme"]])
+    return (scheme and scheme.activation) or Format(8, symmetric=False, granularity="tensor")
 
 
 def _times(facts: Mapping[str, Any]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import watched
-from ..numerics import Format, affine
+from ..numerics import Format, covering
 from ..sampling import Trajectory
 from ..work import Work
 from .replay import arguments
@@ -37,7 +37,7 @@ def activation_ranges(
         low, high = kept[f"{name}.low"], kept[f"{name}.high"]
         if not form.per_step:
             low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
-        found[name] = affine(low, high, form.bits, form.symmetric)
+        found[name] = covering(low, high, form)
     return found
 
 

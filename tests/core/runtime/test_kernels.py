@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.numerics import integer_codes
+from tenuto.numerics.scheme import Format, Scheme, schemes
 from tenuto.runtime import kernels
-from tenuto.runtime.kernels import epilogue, int8_conv2d, int8_linear, onednn, quantize_input
+from tenuto.runtime.kernels import (
+    Case,
+    Kernel,
+    epilogue,
+    int8_conv2d,
+    int8_linear,
+    onednn,
+    quantize_input,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CODES = ("random", "extreme", "halfway")
@@ -231,16 +239,127 @@ def test_both_ways_of_summing_are_exact(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(conv(y, 0).flatten(1), expected.float())
 
 
-def _kernel_files() -> Iterator[str]:
-    for info in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"tenuto.runtime.kernels.{info.name}")
-        if hasattr(module, "reference"):
-            yield info.name
+# --- every kernel of the registry -----------------------------------------------------------------
+
+E4M3 = Format(dtype="e4m3"), Format(dtype="e4m3", granularity="token")
+SCHEMES = [
+    schemes.W8A8, schemes.W8A8_STATIC, schemes.W4A8, schemes.W4A8_STATIC,
+    *(Scheme(f"w{b}a8", Format(b), schemes.W8A8.activation) for b in (2, 3, 5, 7)),
+    Scheme("fp8", *E4M3),
+]  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def test_every_kernel_is_here() -> None:
-    """A new kernel file gets its inputs above."""
-    assert set(_kernel_files()) == {"int8_linear", "int8_conv2d"}
+def given(operation: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Any]]:
+    """Shapes of an input and a weight, and a geometry."""
+    if operation == "linear":
+        yield from (((*lead, k), (n, k), None) for lead, k, n in [*LINEAR, ((2, 20), 64, 128)])
+    else:
+        yield from CONV
+
+
+def cases(kernel: Kernel, device: str) -> Iterator[tuple[Case, tuple[int, ...]]]:
+    """All cases here that it says it takes, each with the shape of an input."""
+    for x, weight, geometry in given(kernel.operation):
+        for scheme in SCHEMES:
+            for dtype in DTYPES:
+                forms, place = (scheme.weight, scheme.activation), torch.device(device)
+                case = Case(kernel.operation, *forms, place, dtype, weight, geometry)
+                if kernel.takes(case):
+                    yield case, x
+
+
+def made(case: Case, shape: tuple[int, ...], draw: torch.Generator) -> tuple[Any, ...]:
+    """(x, x_scale, x_zero, weight, bias) of a case, as a layer gives them."""
+    assert case.activation is not None
+    weight = RoundToNearest().weight(torch.randn(case.shape, generator=draw), case.weight)
+    bias = torch.randn(case.shape[0], generator=draw).to(case.device)
+    x, dims = torch.randn(shape, generator=draw) * 3, (-1,) if len(case.shape) == 2 else (1, 2, 3)
+    x, dtype = x.to(case.device, case.dtype), case.activation.dtype
+    if case.activation.dynamic:
+        codes, scale = quantize_input.PER_ROW[dtype](x, dims)
+        zero: Any = quantize_input.ZERO[dtype]
+    else:
+        pair = torch.tensor([0.02], device=case.device), torch.tensor([77.0], device=case.device)
+        codes, scale, zero = quantize_input.stored(x, *pair, dtype)
+    return codes, scale, zero, weight.to(case.device), bias
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", kernels.kernels(), ids=lambda k: k.name)
+def test_every_kernel_is_its_reference(kernel: Kernel, device: str) -> None:
+    """On every case that it takes; a new file is covered without a word here."""
+    draw = torch.Generator().manual_seed(0)
+    for number, (case, shape) in enumerate(cases(kernel, device)):
+        x, scale, zero, weight, bias = made(case, shape, draw)
+        packed = kernel.pack(weight, case.geometry)
+        assert torch.equal(packed.codes().float(), weight.codes().float()), case
+        assert packed.tensors()
+        bias = bias if number % 3 else None
+        before = [t.clone() for t in (x, scale)]
+        found = kernel.call(x, scale, zero, packed, bias, case.dtype)
+        expected = kernel.reference(x, scale, zero, weight, bias, case.geometry)
+        assert expected.dtype is torch.float64 and found.dtype is case.dtype, case
+        assert found.shape == expected.shape and found.is_contiguous(), case
+        near(found, expected, case.dtype)
+        assert all(torch.equal(*pair) for pair in zip(before, (x, scale), strict=True))
+
+
+def test_the_registry_has_an_order_and_no_two_of_a_name() -> None:
+    names = [kernel.name for kernel in kernels.kernels()]
+    assert len(names) == len(set(names)) and {"int8_linear", "int8_conv2d"} <= set(names)
+    for kernel in kernels.kernels():
+        assert kernel.operation in ("linear", "conv2d")
+        nowhere = [case for case, _ in cases(kernel, "meta")]
+        assert not nowhere, f"{kernel.name} says that it runs on no device"
+    assert any(True for kernel in kernels.kernels() for _ in cases(kernel, "cpu"))
+
+
+class Calls(torch.nn.Module):
+    """A module whose forward is one call of a kernel."""
+
+    def __init__(self, kernel: Kernel, packed: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel, self.packed, self.dtype = kernel, packed, dtype
+
+    def forward(self, x: Tensor, scale: Tensor, zero: Any, bias: Tensor) -> Tensor:
+        return self.kernel.call(x, scale, zero, self.packed, bias, self.dtype) + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", kernels.kernels(), ids=lambda k: k.name)
+def test_a_graph_has_it_as_one_operation(kernel: Kernel, device: str) -> None:
+    """Traced whole, with shapes and strides from the operation's fake, and the same bits."""
+    seen: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        seen.append([n for n in graph.graph.nodes if "tenuto" in str(n.target)])
+        return aot(graph, inputs)
+
+    aot: Any = torch._dynamo.lookup_backend("aot_eager")
+    draw, done = torch.Generator().manual_seed(1), set()
+    for case, shape in cases(kernel, device):
+        assert case.activation is not None
+        kind = case.activation.granularity, case.dtype
+        if case.shape[0] % 8 or kind in done or case.dtype is torch.float16:
+            continue
+        done.add(kind)
+        x, scale, zero, weight, bias = made(case, shape, draw)
+        packed, dtype = kernel.pack(weight, case.geometry), case.dtype
+        module = Calls(kernel, packed, dtype)
+        forms = [x]
+        if x.ndim == 4:
+            forms.append(x.contiguous(memory_format=torch.channels_last))
+        for given in forms:
+            torch._dynamo.reset()
+            args = given, scale, zero
+            compiled: Any = torch.compile(module, backend=keep, fullgraph=True)
+            found, expected = (m(*args, bias) for m in (compiled, module))
+            assert torch.equal(found, expected) and found.stride() == expected.stride()
+            (node,) = seen.pop()
+            fake, real = node.meta["example_value"], module.kernel.call(*args, packed, bias, dtype)
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), dtype)
+    torch._dynamo.reset()
 
 
 # --- activations to codes -------------------------------------------------------------------------

@@ -56,6 +56,8 @@ def per_step(scheme: Scheme) -> Scheme:
     if scheme.activation is None or scheme.activation.per_step:
         return scheme
     static = schemes.W8A8_STATIC.activation
+    if scheme.activation.dtype != "int":
+        static = replace(scheme.activation, granularity="tensor", per_step=True)
     return Scheme(f"{scheme.name.removesuffix('-static')}-static", scheme.weight, static)
 
 
@@ -104,9 +106,8 @@ class Maintenance:
         tried: dict[str, dict[str, Tensor]] = {}
         if self.choice in ("tiar", "auto"):
             weights = self._reconstructed(seed, note)
-            static = [n for n in weights if self.schemes[n].activation is not None]
-            ranges = self.path.ranges(weights)
-            ranges = {n: ranges[n] for n in static}
+            forms = {n: per_step(self.schemes[n]).activation for n in weights}
+            ranges = self.path.ranges(weights, {n: form for n, form in forms.items() if form})
             tried["tiar"] = self._errors(weights, ranges, {})
         if self.choice in ("table", "auto"):
             tried["table"] = self._errors({}, {}, tables)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...errors import ModelError
 from ...model import Leave, Swap, map_tensors, place, tensors_in, watched
-from ...numerics import QTensor, Scheme, affine
+from ...numerics import Format, QTensor, Scheme, covering
 from ...runtime import QConv2d, QLinear, TemporalTable
 from ...sampling import Call, Clock, Trajectory
 from ..bank import Bank, banked, cut_out
@@ -103,8 +103,10 @@ class TimePath(nn.Module):
         return found
 
     @torch.no_grad()
-    def ranges(self, weights: Mapping[str, QTensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """(scale, zero_point), fp32 (T,), of every quantized layer's input: 8 bits, min-max.
+    def ranges(
+        self, weights: Mapping[str, QTensor], forms: Mapping[str, Format]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """(scale, zero_point), fp32 (T,), of the input of every layer in `forms`: min-max.
 
         The inputs are a finite set, one a step: finite set calibration of TFMQ-DM. They are seen
         with the weights already quantized.
@@ -127,7 +129,7 @@ class TimePath(nn.Module):
             for row in range(len(self.bank)):
                 args, kwargs = self.bank.rows(torch.tensor([row]), device)
                 twin(*args, **kwargs)
-        return {n: affine(low[n], high[n], 8, symmetric=False) for n in weights}
+        return {n: covering(low[n], high[n], form) for n, form in forms.items()}
 
     @torch.no_grad()
     def errors(
