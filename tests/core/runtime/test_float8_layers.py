@@ -92,9 +92,15 @@ def test_a_cast_of_the_model_changes_no_code() -> None:
         assert fresh.execution == DENSE, "no kernel takes it yet"
 
 
+def outputs(model: nn.Module, trajectory: Any) -> Tensor:
+    """What the recorded calls give."""
+    found = [model(**call.inputs) for call in trajectory.calls]
+    return torch.cat([f if isinstance(f, Tensor) else f[0] for f in found])
+
+
 @pytest.mark.parametrize("scheme", ALL.values(), ids=list(ALL))
 def test_from_a_model_to_a_file_and_back(
-    tiny: Any, kind: str, recorded: Any, loop: Any, bits: Any, tmp_path: Path, scheme: Scheme
+    tiny: Any, kind: str, recorded: Any, bits: Any, tmp_path: Path, scheme: Scheme
 ) -> None:
     model, path = tiny(kind), tmp_path / "x.safetensors"
     before = bits(model)
@@ -112,16 +118,17 @@ def test_from_a_model_to_a_file_and_back(
     assert whole.tensors.keys() == loaded.tensors.keys()
     assert all(torch.equal(whole.tensors[k], v) for k, v in loaded.tensors.items())
     with torch.no_grad():
-        plain = loop(kind)(model, 1, 2)
+        plain = outputs(model, recorded(kind))
         with attach(model, loaded, execution="int8") as attached:
-            found, report = loop(kind)(model, 1, 2), attached.execution()
+            found, report = outputs(model, recorded(kind)), attached.execution()
             layers = [m for m in model.modules() if isinstance(m, QLayer)]
         assert bits(model) == before
         wanted = "weight-only" if scheme is ALONE else "simulated"
         assert report == {"mode": wanted, "layers": {wanted: len(layers)}}
-        assert 0 < float((found - plain).norm() / plain.norm()) < 0.2
+        assert 0 < float((found - plain).norm() / plain.norm()) < 0.3  # three bits of mantissa
         with attach(model, loaded) as attached:
-            loop(kind)(model, 1, 2)
+            near = outputs(model, recorded(kind))
+            assert float((near - plain).norm() / plain.norm()) < 0.3  # three bits of mantissa
             assert attached.execution()["mode"] == ("weight-only" if scheme is ALONE else DENSE)
 
 
