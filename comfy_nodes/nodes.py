@@ -15,6 +15,7 @@ from tenuto.caching import CacheSchedule, Interval, LateInterval
 from tenuto.errors import TenutoError
 from tenuto.numerics import named
 from tenuto.runtime import EXECUTIONS
+from tenuto.text import printable
 
 from .adapter import here, quantized, rounded, routed
 from .api import ArtifactType, io
@@ -91,8 +92,8 @@ def info(artifact: Artifact, name: str) -> str:
     """What is in an artifact, in a few lines."""
     header = artifact.header
     schemes = Counter(f["scheme"] for f in header.get("layers", {}).values())
-    lines = [f"{name}: {header['family']} ({header['model_class']})"]
-    lines += [f"{count} layers {scheme}" for scheme, count in sorted(schemes.items())]
+    lines = [f"{name}: {printable(header['family'])} ({printable(header['model_class'])})"]
+    lines += [f"{count} layers {printable(scheme)}" for scheme, count in sorted(schemes.items())]
     lines += [f"{len(tabled(header))} temporal tables"] if tabled(header) else []
     route = schedule_of(artifact)
     if route is not None:

@@ -1,12 +1,22 @@
 """The few errors of the library; each message is one sentence that a user can act on."""
 
+from .text import printable
+
+SENTENCE = 1000  # characters
+
 
 class TenutoError(Exception):
     """Bad input or a model, file or machine that cannot do what was asked."""
 
 
 class ArtifactError(TenutoError):
-    """An artifact that cannot be read, or that belongs to another model."""
+    """An artifact that cannot be read, or that belongs to another model.
+
+    Its sentence may have words of the file: it is one line, of printable characters.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence, SENTENCE))
 
 
 class ModelError(TenutoError):

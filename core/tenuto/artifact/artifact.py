@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError, SchemeError
 from ..model import denoiser_of, describe
 from ..numerics import Scheme, layout
+from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
-from .header import KEY, VERSION, read_header
+from .header import KEY, VERSION, WRONG, check_fingerprint, opened
 
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
 STEPWISE = ("ranges/", "temporal/")
+POSITIVE = (".scale", ".channel", ".step")  # tensors that are divided by
 
 
 @dataclass
@@ -81,12 +82,12 @@ class Artifact:
     @staticmethod
     def load(path: str | Path) -> Artifact:
         """Read a file; ArtifactError says in one sentence what is wrong with it."""
-        header = read_header(path)
-        try:
-            with safe_open(str(path), framework="pt") as file:
+        with opened(path) as (header, file):
+            try:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}.") from error
+            except AttributeError as error:
+                said = f"{path} has tensors of a type that this torch does not know"
+                raise ArtifactError(f"{said}: {printable(error)}.") from error
         found = Artifact(header, tensors)
         found.validate(str(path))
         return found
@@ -95,7 +96,8 @@ class Artifact:
         """Check that header and tensors fit each other."""
         stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
         if stray:
-            raise ArtifactError(f"{name} has unknown sections: {', '.join(sorted(stray))}.")
+            said = printable(", ".join(sorted(stray)))
+            raise ArtifactError(f"{name} has unknown sections: {said}.")
         try:
             schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
             for layer, facts in self.header.get("layers", {}).items():
@@ -103,16 +105,20 @@ class Artifact:
             for encoder, facts in self.header.get("encoders", {}).items():
                 self._check_encoder(encoder, facts, name)
             for module, facts in tabled(self.header).items():
+                _ = facts["single"]
                 self._check_table(module, [tuple(shape) for shape in facts["outputs"]], name)
-        except (AttributeError, KeyError, TypeError, SchemeError) as error:
-            raise ArtifactError(f"{name} is damaged: its header misses a layer.") from error
+        except (*WRONG, SchemeError) as error:
+            raise ArtifactError(
+                f"{name} is damaged: its header does not fit its tensors."
+            ) from error
 
     def _check_encoder(self, encoder: str, facts: dict[str, Any], name: str) -> None:
         """The codes of a text encoder; its weights alone are quantized."""
         schemes = {k: Scheme.from_json(v) for k, v in facts["schemes"].items()}
         if any(scheme.activation is not None for scheme in schemes.values()):
-            raise ArtifactError(f"{name} is damaged: the inputs of {encoder} have a format.")
-        _ = int(facts["fingerprint"]["parameters"]), list(facts["fingerprint"]["values"])
+            said = f"the inputs of {printable(encoder)} have a format"
+            raise ArtifactError(f"{name} is damaged: {said}.")
+        check_fingerprint(facts["fingerprint"])
         for layer, about in facts["layers"].items():
             form = schemes[about["scheme"]].weight
             wanted = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
@@ -122,21 +128,25 @@ class Artifact:
         """The features of one module, a row for every step; none of its layers beside them."""
         steps = len(self.header["schedule"]["timesteps"])
         for number, shape in enumerate(outputs):
-            found = self.tensors.get(f"temporal/{module}.{number}")
+            key = f"temporal/{module}.{number}"
+            found = self.tensors.get(key)
             if found is None:
-                raise ArtifactError(f"{name} lacks temporal/{module}.{number}.")
+                raise ArtifactError(f"{name} lacks {printable(key)}.")
             if not found.is_floating_point() or tuple(found.shape) != (steps, *shape):
-                raise ArtifactError(f"{name} is damaged: temporal/{module}.{number} does not fit.")
+                raise ArtifactError(f"{name} is damaged: {printable(key)} does not fit.")
+            _check_values(key, found, name)
         if not outputs or any(
             f"{n}.".startswith(f"{module}.") for n in self.header.get("layers", {})
         ):
-            raise ArtifactError(f"{name} is damaged: {module} is no table.")
+            raise ArtifactError(f"{name} is damaged: {printable(module)} is no table.")
 
     def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
         """What `attach` will read, of the shape and type that it will need."""
         parts = layout(layer, shape, scheme.weight)
         if "compact" in self.header:  # see compact.py
-            stream = self.tensors[f"weights/{layer}.delta"]
+            facts, stream = self.header["compact"][layer], self.tensors[f"weights/{layer}.delta"]
+            if not (0 <= facts["most"] <= 127 and 0 <= facts["crc32"] < 2**32):
+                raise ValueError("no such differences")
             parts[f"{layer}.delta"] = (torch.uint8, (stream.numel(),))
             del parts[f"{layer}.qdata"]
         wanted = {f"weights/{k}": v for k, v in parts.items()}
@@ -150,9 +160,10 @@ class Artifact:
         for key, (dtype, size) in wanted.items():
             found = self.tensors.get(key)
             if found is None:
-                raise ArtifactError(f"{name} lacks {key}.")
+                raise ArtifactError(f"{name} lacks {printable(key)}.")
             if found.dtype is not dtype or tuple(found.shape) != size:
-                raise ArtifactError(f"{name} is damaged: {key} does not fit its layer.")
+                raise ArtifactError(f"{name} is damaged: {printable(key)} does not fit its layer.")
+            _check_values(key, found, name)
 
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
@@ -160,10 +171,19 @@ class Artifact:
         wanted = self.header["model_class"]
         if type(denoiser).__name__ != wanted and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(
-                f"The artifact is for a {wanted}, and the model is a {type(denoiser).__name__}."
+                f"The artifact is for a {printable(wanted, 80)}, and the model is a "
+                f"{type(denoiser).__name__}."
             )
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
             raise ArtifactError("The artifact was made for another model: the weights differ.")
+
+
+def _check_values(key: str, found: Tensor, name: str) -> None:
+    """Finite numbers; of what is divided by, positive ones."""
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        raise ArtifactError(f"{name} is damaged: {printable(key)} has values that are not finite.")
+    if key.endswith(POSITIVE) and not bool((found > 0).all()):
+        raise ArtifactError(f"{name} is damaged: {printable(key)} has values that are not above 0.")
 
 
 def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ def expanded(artifact: Artifact, model: Any) -> Artifact:
             grid = _grid(tensors, name, form)
             most, wanted = int(facts["most"]), int(facts["crc32"])
             delta = _unpack(tensors.pop(f"weights/{name}.delta"), most, weight.numel())
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
             raise ArtifactError(f"The artifact is damaged: {name} cannot be expanded.") from error
         levels = grid.nearest(weight).to(torch.int16) + delta.view(weight.shape)
         if _checksum(levels) != wanted:

@@ -1,65 +1,92 @@
-"""Read and check the header of an artifact's file before any tensor is read."""
+"""Read and check the header of an artifact's file before any tensor is read.
+
+Lengths, offsets, types and shapes are safetensors' to check; here is what it cannot know.
+"""
 
 from __future__ import annotations
 
 import json
-import struct
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import ArtifactError
+from ..text import printable
 
 VERSION = "1.2"  # 1.1: groups of columns; 1.2: text encoders, a scale per column
 KEY = "tenuto"
-HEADER_LIMIT = 64 * 2**20  # bytes; a header of a real artifact is far smaller
+HEADER_LIMIT = 64 * 2**20  # characters of our part; that of a real artifact is far smaller
+DIGITS = 18  # of a whole number: all of them fit 64 bits
+WRONG = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The JSON header of an artifact, read and checked without touching the tensors."""
+    with opened(path, "np") as (header, _):
+        return header
+
+
+@contextmanager
+def opened(path: str | Path, framework: str = "pt") -> Iterator[tuple[dict[str, Any], Any]]:
+    """(checked header, the open safetensors file); ArtifactError if either cannot be read."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise ArtifactError(
-                    f"{path} is not an artifact: its header is missing or too long."
-                )
-            table = json.loads(file.read(length))
+        with path.open("rb"):  # the system says better than safetensors why it cannot be
+            pass
+        with safe_open(str(path), framework=framework) as file:
+            yield _parse(file.metadata() or {}, path), file
     except OSError as error:
-        raise ArtifactError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a safetensors file.") from error
-    _check_table(table, size - 8 - length, path)
-    return _parse(table, path)
+        raise ArtifactError(f"Cannot read {path}: {error.strerror or printable(error)}.") from error
+    except SafetensorError as error:
+        said = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+        raise ArtifactError(
+            f"{path} is damaged, or no safetensors file: {printable(said)}."
+        ) from error
 
 
-def _check_table(table: Any, room: int, path: Path) -> None:
-    """Offsets inside the file: a truncated or forged file is refused before it is read."""
-    try:
-        ends = [row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"]
-        starts = [row["data_offsets"][0] for name, row in table.items() if name != "__metadata__"]
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{path} is not a safetensors file.") from error
-    if any(not isinstance(n, int) or n < 0 for n in starts + ends) or max(ends, default=0) != room:
-        raise ArtifactError(f"{path} is truncated or damaged.")
-
-
-def _parse(table: dict[str, Any], path: Path) -> dict[str, Any]:
+def _parse(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     wrong = f"{path} is a safetensors file, but not a Tenuto artifact."
+    text = metadata.get(KEY, "")
+    if len(text) > HEADER_LIMIT:
+        raise ArtifactError(f"{path} is not an artifact: its header is too long.")
     try:
-        header = json.loads(table["__metadata__"][KEY])
+        header = json.loads(text, parse_int=_whole)
         version = str(header["format_version"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except WRONG as error:
         raise ArtifactError(wrong) from error
     if version.split(".")[0] != VERSION.split(".")[0]:
-        raise ArtifactError(f"{path} has format version {version}; this Tenuto reads {VERSION}.")
+        raise ArtifactError(
+            f"{path} has format version {printable(version, 40)}; this Tenuto reads {VERSION}."
+        )
     try:
         _ = str(header["family"]), str(header["model_class"]), dict(header["made"])
-        _ = [float(t) for t in header["schedule"]["timesteps"]]
-        _ = int(header["fingerprint"]["parameters"])
-        _ = [float(v) for v in header["fingerprint"]["values"]]
-    except (KeyError, TypeError, ValueError) as error:
+        schedule = dict(header["schedule"])
+        about = (schedule.get(key) for key in ("steps", "guidance"))
+        check_numbers([*schedule["timesteps"], *(v for v in about if v is not None)])
+        check_fingerprint(header["fingerprint"])
+    except WRONG as error:
         raise ArtifactError(wrong) from error
     return header
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS + 1:
+        raise ValueError("a whole number of more than 64 bits")
+    return int(digits)
+
+
+def check_numbers(values: Any) -> None:
+    """One of WRONG unless these are finite numbers."""
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise ValueError("not a finite number")
+
+
+def check_fingerprint(facts: dict[str, Any]) -> None:
+    """One of WRONG unless it is the fingerprint of a model: an infinite one would fit any."""
+    if not isinstance(facts["parameters"], int) or facts["parameters"] < 1 or not facts["values"]:
+        raise ValueError("the fingerprint of no weights")
+    check_numbers(facts["values"])

@@ -10,10 +10,12 @@ from typing import Any
 
 from ..caching import CacheSchedule
 from ..errors import TenutoError
+from ..text import printable
 from .artifact import SECTIONS, Artifact
 from .contents import schedule_of
 
 MAP_ROWS = 120  # branches that a step map shows
+LINE = 500  # characters of a line of the table
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     parameters = f"{mark.get('parameters', 0) / 1e6:.1f} M parameters"
     rows = [
         ("file", f"{path}, {mib(size)}, format {header['format_version']}"),
-        ("model", f"{header['model_class']} ({header['family']}), {parameters}"),
+        ("model", f"{printable(header['model_class'])} ({header['family']}), {parameters}"),
         ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
     ]
     for name, held in facts["sections"].items():
@@ -63,6 +65,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         rows.append((name, f"{kinds}; weight error up to {_worst(encoder):.3f}"))
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("made", line) for line in _made_lines(header)]
+    rows = [(printable(name), printable(value, LINE)) for name, value in rows]
     return "\n".join([*table(rows), *step_map(artifact)])
 
 
@@ -103,7 +106,7 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
         yield "squared error of the result, by candidate:"
     for name, score in sorted(route.get("scores", {}).items(), key=lambda row: _order(row[1])):
         shown = f"{score:.4g}" if isinstance(score, int | float) else json.dumps(score)
-        yield f"  {shown:>10}  {name}"
+        yield f"  {printable(shown, 40):>10}  {name}"
 
 
 def _order(score: Any) -> float:
@@ -148,7 +151,7 @@ def _route(artifact: Artifact) -> CacheSchedule | None:
 
 
 def _short(name: str) -> str:
-    return name.replace("transformer_blocks.", "").replace("blocks.", "")
+    return printable(name.replace("transformer_blocks.", "").replace("blocks.", ""))
 
 
 def mib(size: float) -> str:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
-from ..errors import TenutoError
+from ..errors import SENTENCE, TenutoError
+from ..text import printable
 from ..version import __version__
 from .arguments import real, text, whole
 
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{error}.")
         return 2
     with contextlib.suppress(BrokenPipeError):
-        print(json.dumps(answer.data, ensure_ascii=False) if args.json else answer.text, flush=True)
+        print(json.dumps(answer.data) if args.json else answer.text, flush=True)
     return 0
 
 
 def _say(text: str) -> None:
-    print(f"tenuto: {text}", file=sys.stderr)
+    print(f"tenuto: {printable(text, SENTENCE)}", file=sys.stderr)
 
 
 def _stopped(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ import torch
 from ..artifact import Artifact
 from ..errors import ArtifactError, TenutoError
 from ..sampling.loading import PREFIX, prompts
+from ..text import printable
 from ..work import MANIFEST
 
 RECORDING = "recording"  # the folder of the recording inside the work folder
@@ -102,7 +103,8 @@ def damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+        said = f"{type(error).__name__}: {printable(error)}"
+        raise ArtifactError(f"{path} is damaged: {said}.") from error
 
 
 def device_of(name: str | None) -> torch.device:

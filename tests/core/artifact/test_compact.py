@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def test_nothing_is_lost(made: tuple[Any, Artifact], tmp_path: Path) -> None:
     assert again.header == artifact.header and again.tensors.keys() == artifact.tensors.keys()
     for key, value in artifact.tensors.items():
         assert again.tensors[key].dtype is value.dtype and torch.equal(again.tensors[key], value)
+
+
+@pytest.mark.parametrize("key", ["most", "crc32"])
+@pytest.mark.parametrize("value", [-math.inf, math.nan, -1, 10**17, "1", None])
+def test_forged_facts_are_refused_before_anything_is_expanded(
+    tiny: Any, recorded: Any, tmp_path: Path, key: str, value: Any
+) -> None:
+    model = tiny("unet")
+    small = compact(quantize(model, schemes.W4A16, recorded("unet")), model)
+    next(iter(small.header["compact"].values()))[key] = value
+    small.save(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="does not fit its tensors"):
+        Artifact.load(tmp_path / "a")
+    with pytest.raises(ArtifactError):
+        expanded(small, model)
 
 
 def test_it_is_smaller(made: tuple[Any, Artifact]) -> None:
