@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tenuto.artifact import StepMap
-from tenuto.artifact.drawing import stacked
-from tenuto.artifact.plots import map_panel, title_panel
+from tenuto.artifact.panels import cells
+from tenuto.artifact.plots import available, image, map_figure
 from tenuto.errors import TenutoError
 from tenuto.runtime import DENSE
 
@@ -18,6 +18,7 @@ from .api import io, ui
 from .cache import Cache, Run
 from .weights import Weights
 
+SIDE = 768  # pixels of a map without names, about
 NOTHING = "This model carries nothing of Tenuto's."
 
 
@@ -98,8 +99,16 @@ def cache_lines(run: Run | None) -> list[str]:
 
 
 def heat_map(run: Run) -> Tensor:
-    """(1, H, W, 3) in [0, 1]: a cell is computed, or held at every one of its evaluations."""
+    """(1, H, W, 3) in [0, 1]: a cell is computed, or reused at every one of its evaluations.
+
+    With names and axes where the host has matplotlib, else the cells alone.
+    """
     route = StepMap(run.held == 0, run.timesteps, run.names, "last run")
-    panel = map_panel(route)
-    image = stacked([title_panel("Tenuto: the last run", cache_lines(run)[0], panel.width), panel])
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]
+    if not available():
+        small = cells(route)
+        size = max(1, SIDE // max(small.shape))
+        pixels = small.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    else:
+        picture = image(map_figure(route, "Tenuto: the last run", cache_lines(run)[0]))
+        pixels = torch.from_numpy(np.array(picture))
+    return pixels.float()[None] / 255

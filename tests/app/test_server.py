@@ -140,7 +140,7 @@ def bomb() -> bytes:
 ARTIFACTS = {
     "a pickle": ("a.safetensors", PICKLE * 100, "not an artifact"),
     "truncated": ("b.safetensors", None, "truncated"),
-    "a header of 1 GB": ("c.safetensors", header(2**30), "too long"),
+    "a header of 1 GB": ("c.safetensors", header(2**30), "too large"),
     "empty": ("d.safetensors", b"", "not an artifact"),
 }
 PICTURES = {
@@ -221,7 +221,7 @@ def test_damaged_files_in_the_output_folder(app: Any, client: Any, shipped: byte
     (app.out / "pickled.safetensors").write_bytes(PICKLE)
     (app.out / "other.safetensors").write_bytes(shipped)
     for name, words in (
-        ("huge", "too long"), ("short", "truncated"), ("pickled", "not an artifact"),
+        ("huge", "too large"), ("short", "truncated"), ("pickled", "not an artifact"),
         ("other", "is for a UNet2DConditionModel"),
     ):  # fmt: skip
         assert words in refused(generated, client, artifact=name)

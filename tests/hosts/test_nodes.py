@@ -74,6 +74,27 @@ def test_a_route_is_wanted(in_comfy: Any, original: Any) -> None:
     assert info(made, "x") == "x: sd3 (SD3Transformer2DModel)"
 
 
+def test_the_map_of_the_last_run_shows_what_was_reused() -> None:
+    """Without matplotlib, which ComfyUI has not, the cells alone: branches down, steps across."""
+    from comfy_nodes.report import SIDE, heat_map
+    from tenuto.artifact.panels import COLOURS, REUSED
+
+    held = torch.tensor([[0, 0], [2, 0], [0, 2]])
+    run: Any = SimpleNamespace(
+        computed=2 - held, held=held, timesteps=(9.0, 5.0, 1.0), names=("b.0.attn1", "b.0.ff"),
+        seconds=[0.1] * 3, calls=6,
+    )  # fmt: skip
+    size = SIDE // 3
+    picture = heat_map(run)
+    assert picture.shape == (1, 2 * size, 3 * size, 3) and picture.dtype is torch.float32
+    kinds = (COLOURS["attention"], COLOURS["feed-forward"])
+    for branch, kind in enumerate(kinds):
+        for step in range(3):
+            wanted = torch.tensor(list(bytes.fromhex((REUSED if held[step, branch] else kind)[1:])))
+            cell = picture[0, branch * size : (branch + 1) * size, step * size : (step + 1) * size]
+            assert torch.equal((cell * 255).round(), wanted.float().expand_as(cell))
+
+
 def test_a_second_node_of_a_kind_takes_the_first_ones_place(in_comfy: Any) -> None:
     from comfy_nodes.adapter import rounded
 

@@ -84,7 +84,7 @@ def step_map(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepMa
     if tuple(table.shape) != (len(times), len(branches)) or not table.numel():
         raise ValueError("the route's table does not fit its steps and branches")
     if len(branches) > LIMIT:
-        raise TenutoError(f"A route over {len(branches)} branches is too large to draw.")
+        raise TenutoError(f"A cache schedule over {len(branches)} branches is too large to plot.")
     return StepMap(table.bool(), times, branches, str(facts.get("policy", "route")))
 
 
@@ -107,13 +107,13 @@ def band(
         bottom, top = ends(_activation(header, name))
         found[name] = (bottom - zero) * scale, (top - zero) * scale
     if layer is not None and layer not in found:
-        raise TenutoError(f"The artifact has no activation range a step for the layer {layer!r}.")
+        raise TenutoError(f"The artifact has no activation range per step for the layer {layer!r}.")
     if not found:
         return None
     note = "the layer that was asked for"
     if layer is None:
         layer = max(found, key=lambda name: _change(*found[name]))
-        note = f"of {len(found)} layers with a range a step, the one that changes most"
+        note = f"of {len(found)} layers with a range per step, the one that changes most"
     return Band(layer, *found[layer], times, note)
 
 
@@ -143,7 +143,7 @@ def _activation(header: Mapping[str, Any], layer: str) -> Format:
 def _times(facts: Mapping[str, Any]) -> tuple[float, ...]:
     times = tuple(float(t) for t in facts["timesteps"])
     if len(times) > LIMIT:
-        raise TenutoError(f"{len(times)} steps are too many to draw.")
+        raise TenutoError(f"{len(times)} steps are too many to plot.")
     return times
 
 

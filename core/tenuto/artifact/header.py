@@ -44,7 +44,7 @@ def opened(path: str | Path, framework: str = "pt") -> Iterator[tuple[dict[str, 
     except SafetensorError as error:
         said = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
         raise ArtifactError(
-            f"{path} is damaged, or no safetensors file: {printable(said)}."
+            f"{path} is not an artifact, or it is truncated or damaged: {printable(said)}."
         ) from error
 
 

@@ -278,10 +278,10 @@ def _inspect(commands: Any) -> None:
         nargs="?",
         const=True,
         metavar="PNG",
-        help="draw what it tells step by step (FILE with the ending .png)",
+        help="also plot it step by step, into PNG (FILE with the ending .png)",
     )
     parser.add_argument(
-        "--layer", metavar="NAME", help="whose ranges to draw (those that change most)"
+        "--layer", metavar="NAME", help="whose activation ranges to plot (those that change most)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

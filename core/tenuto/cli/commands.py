@@ -173,12 +173,12 @@ def compare(args: Namespace, bars: Bars) -> Answer:
 
 
 def inspect(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto inspect`: what is in an artifact, with `--plot` as a picture too."""
+    """`tenuto inspect`: what is in an artifact, with `--plot` as a plot too."""
     from ..artifact.plots import plot
     from ..sampling.images import save_png
 
     if args.layer is not None and args.plot is None:
-        raise TenutoError("--layer says whose ranges --plot draws: ask for --plot too.")
+        raise TenutoError("--layer says whose ranges --plot shows: ask for --plot too.")
     out = None if args.plot is None else check_picture(args.plot, args.file)
     artifact = load_artifact(args.file)
     size = args.file.stat().st_size
@@ -188,7 +188,7 @@ def inspect(args: Namespace, bars: Bars) -> Answer:
             return Answer(text, data)
         picture = plot(artifact.header, artifact.tensors, args.file.name, args.layer)
     save_png(picture, out, {"artifact": args.file.name, "layer": args.layer})
-    return Answer(f"{text}\n\nThe picture is in {out}.", data | {"plot": str(out)})
+    return Answer(f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)})
 
 
 def demo(args: Namespace, bars: Bars) -> Answer:

@@ -337,7 +337,7 @@ def first(**changes: Any) -> bytes:
 
 
 def exact(key: str, text: str) -> bytes:
-    """The good file with `text` in the place of the number at `key`, as no writer of JSON puts it."""
+    """The good file with `text` in the place of the number at `key`, as JSON allows it."""
     changed = re.sub(rf'("{key}": ?)\d+', rf"\g<1>{text}", TABLE["__metadata__"]["tenuto"])
     return file_of(TABLE | {"__metadata__": {"tenuto": changed}}, DATA)
 

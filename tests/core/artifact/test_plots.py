@@ -1,21 +1,31 @@
-"""`tenuto inspect --plot`: the picture shows what the file says, or there is one sentence."""
+"""`tenuto inspect --plot`: the plot shows what the file says, or there is one sentence."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import tenuto as tn
 from tenuto import cli
-from tenuto.artifact import contents, drawing, plots
-from tenuto.artifact.contents import StepMap, band, gaps, step_map
-from tenuto.artifact.plots import COLOURS, HELD, cell, plot, row_tops
+from tenuto.artifact import contents, panels
+from tenuto.artifact.contents import Band, Gaps, StepMap, band, gaps, step_map
+from tenuto.artifact.panels import BLUE, COLOURS, PALE, REUSED, RUST, band_panel, gaps_panel
+from tenuto.artifact.plots import figure, image, map_figure, plot
 from tenuto.errors import TenutoError
 
 STEPS = 4
@@ -65,44 +75,93 @@ def less(artifact: tn.Artifact, *sections: str) -> tn.Artifact:
     return found
 
 
-def drawn(artifact: tn.Artifact, **options: Any) -> Any:
-    return plot(artifact.header, artifact.tensors, "a.safetensors", **options)
+def plotted(artifact: tn.Artifact, **options: Any) -> Any:
+    """The figure, and a function from a panel's number and coordinates to the pixel there."""
+    found = figure(artifact.header, artifact.tensors, "a.safetensors", **options)
+    return found, image(found)
 
 
-def middle(box: tuple[int, int, int, int], down: int = 0) -> tuple[int, int]:
-    return (box[0] + box[2]) // 2, (box[1] + box[3]) // 2 + down
+def pixel(picture: Any, axes: Any, x: float, y: float) -> str:
+    """The colour of the picture at a place in the coordinates of `axes`."""
+    across, up = axes.transData.transform((x, y))
+    return "#{:02x}{:02x}{:02x}".format(*picture.getpixel((int(across), int(picture.height - up))))
+
+
+def words_of(found: Any) -> list[str]:
+    """Every text of a figure or of its axes."""
+    return [t.get_text() for t in found.findobj(Text) if t.get_text()]
+
+
+def line_of(axes: Any, colour: str) -> tuple[list[float], list[float]]:
+    """x and y of the one line of this colour."""
+    (line,) = [line for line in axes.lines if line.get_color() == colour]
+    return list(line.get_xdata()), list(line.get_ydata())
 
 
 # --- the map --------------------------------------------------------------------------------------
 
 
-def test_every_cell_has_the_colour_of_its_kind_or_is_held(made: tn.Artifact) -> None:
-    picture, route = drawn(made), step_map(made.header, made.tensors)
+def test_every_cell_has_the_colour_of_its_kind_or_of_reuse(made: tn.Artifact) -> None:
+    (found, picture), route = plotted(made), step_map(made.header, made.tensors)
     assert route is not None
-    down = plots.title_panel("a", "b", 900).height
-    tops, kinds = row_tops(route), route.kinds()
+    kinds, axes = route.kinds(), found.axes[0]
     assert kinds[:3] == ["attention", "cross-attention", "feed-forward"]
     for step in range(STEPS):
         for branch, kind in enumerate(kinds):
-            box = cell(route, step, tops[branch])
-            wanted = COLOURS[kind] if made.tensors["route/table"][step, branch] else HELD
-            assert picture.getpixel(middle(box, down)) == wanted
-            for corner in ((box[0], box[1]), (box[2], box[3])):
-                assert picture.getpixel((corner[0], corner[1] + down)) == wanted
+            wanted = COLOURS[kind] if made.tensors["route/table"][step, branch] else REUSED
+            for x, y in ((0, 0), (-0.45, -0.25), (0.45, 0.25)):
+                assert pixel(picture, axes, step + x, branch + y) == wanted
+
+
+def test_a_legend_says_what_the_colours_are(made: tn.Artifact) -> None:
+    legend = plotted(made)[0].axes[0].get_legend()
+    shown = {t.get_text(): to_hex(p.get_facecolor()) for t, p in
+             zip(legend.get_texts(), legend.get_patches(), strict=True)}  # fmt: skip
+    wanted = ("attention", "cross-attention", "feed-forward")
+    assert shown == {kind: COLOURS[kind] for kind in wanted} | {"reuse": REUSED}
 
 
 def test_rows_are_apart_and_blocks_farther(made: tn.Artifact) -> None:
-    route = step_map(made.header, made.tensors)
+    (found, picture), route = plotted(made), step_map(made.header, made.tensors)
     assert route is not None and route.blocks()[2:4] == [f"transformer_blocks.{i}" for i in (0, 1)]
-    gaps = [b - a for a, b in zip(row_tops(route), row_tops(route)[1:], strict=False)]
-    assert gaps[2] > gaps[0] == gaps[1] == gaps[-1]
+    axes = found.axes[0]
+
+    def between(row: int) -> int:
+        """Pixels of paper, or nearly, below a row."""
+        ends = (int(picture.height - axes.transData.transform((0, row + y))[1]) for y in (0, 1))
+        column = int(axes.transData.transform((0, 0))[0])
+        colours = [picture.getpixel((column, y)) for y in range(*ends)]
+        return sum(min(colour) > 230 for colour in colours)
+
+    assert between(2) > between(0) >= 1
+    assert between(0) == between(1)
+
+
+def test_steps_and_timesteps_are_at_their_columns(made: tn.Artifact) -> None:
+    times = made.header["route"]["timesteps"]
+    for axes in plotted(made)[0].axes:
+        assert axes.get_xticks().tolist() == list(range(STEPS))
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == [f"{n}\n{t:.0f}" for n, t in enumerate(times, 1)]
+        assert axes.get_xlim() == (-0.5, STEPS - 0.5)
+
+
+def test_blocks_and_kinds_are_beside_their_rows(made: tn.Artifact) -> None:
+    axes = plotted(made)[0].axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()][:3] == [
+        "attention", "cross-attention", "feed-forward",
+    ]  # fmt: skip
+    heights = {t.get_text(): t.get_window_extent().y0 for t in axes.texts}
+    row = -axes.transData.transform((0, 1))[1] + axes.transData.transform((0, 0))[1]
+    assert heights["block 0"] - heights["block 1"] == pytest.approx(3 * row, abs=1)
+    assert "Cache schedule, by hand: " in " ".join(heights)
 
 
 def test_names_of_a_unet_are_put_plainly() -> None:
     resnet, inner = "down_blocks.0.resnets.1", "up_blocks.1.attentions.2.transformer_blocks"
     names = (resnet, f"{inner}.0.attn2", f"{inner}.3.ff", "mid_block.resnets.0", "layers.7.mlp")
     route = StepMap(torch.ones(1, 5, dtype=torch.bool), (9.0,), names, "x")
-    assert [plots.words(block) for block in route.blocks()] == [
+    assert [panels.words(block) for block in route.blocks()] == [
         "down 0, resnet 1", "up 1, attention 2", "up 1, attention 2, block 3", "mid, resnet 0",
         "layer 7",
     ]  # fmt: skip
@@ -110,24 +169,56 @@ def test_names_of_a_unet_are_put_plainly() -> None:
     assert route.kinds() == kinds
 
 
-@pytest.mark.parametrize("steps, branches", [(1, 1), (50, 110), (1000, 400), (3, 4000)])
+@pytest.mark.parametrize("steps, branches", [(1, 1), (50, 110), (1200, 40), (3, 2000)])
 def test_many_cells_and_few(steps: int, branches: int) -> None:
-    """Each has a place of its own inside the picture."""
+    """Each has pixels of its own, and every word is inside the picture."""
     names = tuple(f"blocks.{i // 2}.{('attn', 'mlp')[i % 2]}" for i in range(branches))
     table = torch.ones(steps, branches, dtype=torch.bool)
-    route = StepMap(table, tuple(float(t) for t in range(steps, 0, -1)), names, "x")
-    panel, tops = plots.map_panel(route), row_tops(route)
-    last = cell(route, steps - 1, tops[branches - 1])
-    assert last[2] < panel.width and last[3] < tops[-1] < panel.height
-    assert panel.getpixel(middle(last)) == COLOURS["attention" if branches == 1 else "feed-forward"]
-    assert tops == sorted(set(tops))
-    assert panel.width <= 1100 or steps > 800
+    table[-1, -1] = steps == 1
+    route = StepMap(table, tuple(float(t) for t in range(steps, 0, -1)), names, "x" * 300)
+    found = map_figure(route, "y" * 300, "z" * 300)
+    picture = image(found)
+    axes = found.axes[0]
+    box = axes.get_window_extent()
+    assert box.width >= steps - 0.01 and box.height >= 2 * branches - 0.01
+    wanted = COLOURS["attention"] if steps == 1 else REUSED
+    assert pixel(picture, axes, steps - 1, branches - 1) == wanted
+    for text in found.findobj(Text):
+        if text.get_text() and text.get_visible():
+            place = text.get_window_extent()
+            assert place.x0 >= 0 and place.x1 <= picture.width, text
+            assert place.y0 >= 0 and place.y1 <= picture.height, text
+
+
+def test_kinds_without_a_colour_of_their_own_get_one() -> None:
+    """As far as colours and the legend go; the others are one."""
+    kinds = ["_mix", "mlp", "conv", "gate", "a", "b", "c"]
+    names = tuple(f"blocks.0.{kind}" for kind in kinds)
+    route = StepMap(torch.ones(2, 7, dtype=torch.bool), (2.0, 1.0), names, "x")
+    found = panels.kind_colours(route)
+    assert found["feed-forward"] == COLOURS["feed-forward"] and found["b"] == panels.OTHER
+    assert len({found[kind] for kind in ("_mix", "feed-forward", "conv", "gate")}) == 4
+    legend = map_figure(route, "a", "b").axes[0].get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[:2] == ["mix", "feed-forward"] and texts[-2:] == ["others", "reuse"]
+
+
+def test_words_of_a_file_are_plain_text(made: tn.Artifact) -> None:
+    """No formula, no control character, no warning of a letter that the font lacks."""
+    found = copy.deepcopy(made)
+    found.header["route"]["policy"] = "$\\frac{1}{0$ \x1b[2J\n\u202e\u72ac"
+    found.header["model_class"] = "$x^{"
+    branches = found.header["route"]["branches"]
+    found.header["route"]["branches"] = [f"$\\bad.{name}" for name in branches]
+    shown, picture = plotted(found)
+    assert picture.width
+    assert any(r"$\frac{1}{0$ \x1b[2J\n\u202e?" in text for text in words_of(shown))
 
 
 # --- ranges and temporal errors -------------------------------------------------------------------
 
 
-def test_the_layer_that_changes_most_is_drawn(made: tn.Artifact) -> None:
+def test_the_layer_that_changes_most_is_shown(made: tn.Artifact) -> None:
     found = band(made.header, made.tensors)
     assert found is not None
     ranges = made.section("ranges")
@@ -148,68 +239,116 @@ def test_the_layer_that_changes_most_is_drawn(made: tn.Artifact) -> None:
     asked = band(made.header, made.tensors, other)
     assert asked is not None and asked.layer == other
     assert torch.equal(asked.low, ends(other)[0]) and torch.equal(asked.high, ends(other)[1])
-    assert drawn(made, layer=other).tobytes() != drawn(made).tobytes()
+    assert other in " ".join(words_of(plotted(made, layer=other)[0]))
 
 
 def test_the_band_lies_between_its_ends(made: tn.Artifact) -> None:
     found = band(made.header, made.tensors)
+    shown, picture = plotted(less(made, "route", "temporal"))
+    (axes,) = shown.axes
     assert found is not None
-    panel = plots.band_panel(found)
-    scale = drawing.Scale.over([*found.low.tolist(), *found.high.tolist()])
-    for line in (found.low.tolist(), found.high.tolist()):
-        for x, y in drawing.points(line, scale):
-            assert panel.getpixel((int(x), int(y))) == plots.BLUE
-    (x, top), (_, bottom) = (drawing.points(v.tolist(), scale)[1] for v in (found.high, found.low))
-    inside = [panel.getpixel((int(x), y)) for y in range(int(top) + 5, int(bottom) - 5)]
-    assert inside and plots.PALE in inside and set(inside) <= {plots.PALE, drawing.LINE}
-    assert panel.getpixel((int(x), int(top) - 6)) in {drawing.LINE, (251, 251, 249)}
+    low, high = found.low.tolist(), found.high.tolist()
+    assert [list(line.get_ydata()) for line in axes.lines] == [high, low]
+    for values in (low, high):
+        for step, value in enumerate(values):
+            assert pixel(picture, axes, step, value) == BLUE
+    middle = (low[1] + high[1]) / 2 + 0.03 * (high[1] - low[1])
+    assert pixel(picture, axes, 1, middle) == PALE
+    bottom, top = axes.get_ylim()
+    assert bottom < min(low) and max(high) < top
+    assert found.layer in " ".join(words_of(axes)) and found.note in words_of(axes)
 
 
 def test_temporal_errors_are_those_of_the_header(made: tn.Artifact) -> None:
-    header = copy.deepcopy(made.header)
-    modules = header["temporal"]["modules"]
+    artifact = less(made, "route", "ranges")
+    modules = artifact.header["temporal"]["modules"]
     (facts,) = modules.values()
     modules["another"] = facts | {"kind": "table", "cosine_error": [0.0] * STEPS}
-    found = gaps(header)
+    found = gaps(artifact.header)
     assert found is not None and found.note == "2 modules (1 tiar, 1 table)"
     assert found.worst.tolist() == facts["cosine_error"]
     assert found.mean.tolist() == pytest.approx([e / 2 for e in facts["cosine_error"]])
-    panel = plots.gaps_panel(found)
-    scale = drawing.Scale.over([*found.mean.tolist(), *found.worst.tolist()], log=True)
-    for colour, line in ((plots.BLUE, found.mean), (plots.RUST, found.worst)):
-        x, y = drawing.points(line.tolist(), scale)[0]
-        assert panel.getpixel((int(x), int(y))) == colour
+    shown, picture = plotted(artifact)
+    (axes,) = shown.axes
+    assert axes.get_yscale() == "log"
+    for colour, values in ((BLUE, found.mean), (RUST, found.worst)):
+        assert line_of(axes, colour) == (list(range(STEPS)), values.tolist())
+        assert pixel(picture, axes, 0, float(values[0])) == colour
+    del modules["another"]
+    assert [line.get_color() for line in plotted(artifact)[0].axes[0].lines] == [BLUE]
 
 
-def test_ticks_are_round_and_inside() -> None:
-    for values in ([0.0, 1.0], [-3.3, 4.1], [1e-9, 2e-9], [5.0, 5.0], [0.0], [-1e30, 1e30]):
-        scale = drawing.Scale.over(values)
-        ticks = scale.ticks()
-        assert 1 <= len(ticks) <= 8 and all(scale.low <= t <= scale.high for t, _ in ticks)
-        assert all(drawing.TOP < scale.y(v) < drawing.TOP + drawing.HEIGHT for v in values)
-    powers = drawing.Scale.over([3e-9, 2e-4], log=True)
-    assert [text for _, text in powers.ticks()][:2] == ["1e-9", "1e-7"]
-    assert drawing.Scale.over([0.0, 0.0], log=True).ticks()
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0], [-3.3, 4.1], [1e-9, 2e-9], [5.0, 5.0], [0.0], [-1e30, 1e38]]
+)
+def test_all_values_are_inside(values: list[float]) -> None:
+    """In both panels of curves, whatever their size."""
+    times, flat = tuple(map(float, range(len(values)))), torch.tensor(values, dtype=torch.float64)
+    for height, fill in (
+        band_panel(Band("x", flat, flat, times, "y")),
+        gaps_panel(Gaps(flat.abs(), flat.abs(), times, "y")),
+    ):
+        shown = Figure()
+        axes = shown.add_axes((0, 0, 1, 1))
+        fill(axes)
+        FigureCanvasAgg(shown).draw()
+        bottom, top = axes.get_ylim()
+        assert height > 0 and bottom < top
+        for line in axes.lines:
+            assert all(bottom < value < top for value in np.asarray(line.get_ydata()))
 
 
 # --- what is not there ----------------------------------------------------------------------------
 
 
 def test_sections_that_are_not_there_are_left_out(made: tn.Artifact) -> None:
-    whole = drawn(made).height
-    panels = [drawn(less(made, name)).height for name in ("route", "ranges", "temporal")]
-    title = plots.title_panel("a", "b", 900).height
-    assert sum(whole - height for height in panels) == whole - title
-    with pytest.raises(TenutoError, match="nothing to draw in a"):
-        drawn(less(made, "route", "ranges", "temporal"))
+    starts = {"route": "Cache schedule", "ranges": "Activation range", "temporal": "Temporal"}
+    assert len(plotted(made)[0].axes) == 3
+    for section, start in starts.items():
+        shown = plotted(less(made, section))[0]
+        assert len(shown.axes) == 2
+        assert not [text for text in words_of(shown) if text.startswith(start)]
+    with pytest.raises(TenutoError, match="nothing to plot in a"):
+        plotted(less(made, *starts))
 
 
 def test_one_range_for_all_steps_is_none_a_step(made: tn.Artifact) -> None:
     found = copy.deepcopy(made)
     found.tensors |= {k: v[:1] for k, v in made.tensors.items() if k.startswith("ranges/")}
     assert band(found.header, found.tensors) is None
-    with pytest.raises(TenutoError, match="no activation range a step for the layer 'proj_out'"):
+    with pytest.raises(TenutoError, match="no activation range per step for the layer 'proj_out'"):
         band(found.header, found.tensors, "proj_out")
+
+
+PROBE = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["matplotlib"] = None  # as if it were not installed
+from tenuto import cli
+early = sys.modules.get("matplotlib")
+code = cli.main(["inspect", sys.argv[2], "--plot"])
+print(code, early, "matplotlib.pyplot" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("which", ["with", "without"])
+def test_matplotlib_is_loaded_when_it_is_needed(file: Path, which: str) -> None:
+    """Without it, one sentence says what to install, and nothing is written. pyplot never is."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, which, str(file)],
+        env=os.environ | {"PYTHONPATH": str(Path(tn.__file__).parents[1])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    said = "tenuto: A plot needs matplotlib: pip install 'tenuto[plot]'.\n"
+    assert run.stderr == ("" if which == "with" else said)
+    assert run.stdout.splitlines()[-1] == f"{0 if which == 'with' else 2} None False"
+    assert Path("a.w8a8.png").exists() == (which == "with")
+
+
+def test_no_setting_of_matplotlib_is_changed(made: tn.Artifact) -> None:
+    before = dict(matplotlib.rcParams)
+    plotted(made)
+    assert dict(matplotlib.rcParams) == before
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -220,7 +359,7 @@ def test_the_picture_lies_beside_the_file(
 ) -> None:
     assert cli.main(["inspect", str(file), "--plot"]) == 0
     out = capfd.readouterr().out
-    assert out.endswith("\nThe picture is in a.w8a8.png.\n") and "by hand" in out
+    assert out.endswith("\nThe plot is in a.w8a8.png.\n") and "by hand" in out
     with Image.open("a.w8a8.png") as picture:
         assert picture.tobytes() == plot(made.header, made.tensors, file.name).tobytes()
         assert json.loads(picture.info["tenuto"])["artifact"] == file.name
@@ -237,7 +376,7 @@ def test_another_place_and_layer(file: Path, capfd: pytest.CaptureFixture[str]) 
 
 
 def bad_files(made: tn.Artifact) -> None:
-    """What cannot be drawn, in the current folder."""
+    """What cannot be plotted, in the current folder."""
     bare = less(made, "route", "ranges", "temporal", "weights")
     bare.save("bare.safetensors")
     forged = copy.deepcopy(bare)
@@ -261,10 +400,10 @@ def bad_files(made: tn.Artifact) -> None:
 
 
 BAD = {
-    "nothing by step": (("bare.safetensors", "--plot"), "nothing to draw in bare.safetensors"),
+    "nothing by step": (("bare.safetensors", "--plot"), "nothing to plot in bare.safetensors"),
     "a table too narrow": (("narrow.safetensors", "--plot"), "narrow.safetensors is damaged"),
     "a table of one row": (("flat.safetensors", "--plot"), "flat.safetensors is damaged"),
-    "too many branches": (("wide.safetensors", "--plot"), "too large to draw"),
+    "too many branches": (("wide.safetensors", "--plot"), "too large to plot"),
     "a range that is none": (("nan.safetensors", "--plot"), "nan.safetensors is damaged"),
     "ranges of two lengths": (("odd.safetensors", "--plot"), "odd.safetensors is damaged"),
     "errors of other steps": (("short.safetensors", "--plot"), "short.safetensors is damaged"),
@@ -279,7 +418,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_drawn_gets_one_sentence_and_leaves_no_file(
+def test_what_cannot_be_plotted_gets_one_sentence_and_leaves_no_file(
     name: str, file: Path, made: tn.Artifact, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bad_files(made)
