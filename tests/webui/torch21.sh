@@ -22,7 +22,7 @@ pip() { "$PY" -m pip --disable-pip-version-check install --quiet --no-compile "$
 "$PY" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$DIR"
 # shellcheck disable=SC2086
 "$PY" -c 'import torch; assert torch.__version__.startswith("2.1.2")' 2>/dev/null || pip ${TORCH:-torch==2.1.2}
-pip torch==2.1.2 numpy==1.26.2 safetensors==0.4.2 pillow==9.5.0 'pytest>=9' tqdm diffusers==0.32.2 transformers==4.44.2 sentencepiece
+pip torch==2.1.2 numpy==1.26.2 safetensors==0.4.2 pillow==9.5.0 matplotlib==3.8.4 'pytest>=9' tqdm diffusers==0.32.2 transformers==4.44.2 sentencepiece
 
 cd "$ROOT"
 [ $# -ge 1 ] || set -- tests/core/model tests/core/numerics tests/core/sampling tests/core/caching tests/core/artifact tests/core/runtime tests/webui
