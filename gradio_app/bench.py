@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ class Bench:
 
         text_encoder, method and rounding are those of `tenuto quantize`.
         """
-        from tenuto.cli.commands import check_quantization
+        from tenuto.cli.checks import check_quantization
 
         name = checked_name(name)
         if scheme is None and reuse is None and text_encoder is None:
@@ -141,8 +140,8 @@ class Bench:
             "scheme": scheme, "preset": preset, "text_encoder": text_encoder, "method": method,
             "rounding": rounding,
         }  # fmt: skip
-        chosen = {key: None if value is None else str(value) for key, value in chosen.items()}
-        check_quantization(Namespace(**chosen, temporal="auto"))
+        chosen: dict[str, Any] = {k: None if v is None else str(v) for k, v in chosen.items()}
+        check_quantization(**chosen)
         request = {
             "model": self.places.model(model), "shown_model": model, **chosen,
             "reuse": given(reuse, real, "The share", 0, 1),

@@ -22,7 +22,7 @@ def compared(found: Mapping[str, Numbers]) -> str:
         mib(first["resident_weight_bytes"]["float"]), "float",
     ]  # fmt: skip
     names = [
-        "seconds a picture", "times as fast", "PSNR, dB", "SSIM", "LPIPS", "branch calls held",
+        "seconds a picture", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS", "branch calls held",
         "weights in int8", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]

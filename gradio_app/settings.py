@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,32 @@ class Settings:
     device: str | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Settings:
+    def of(
+        *,
+        out: Path,
+        roots: Iterable[Path] = (),
+        port: int | None = None,
+        browser: bool = True,
+        desktop: bool = False,
+        listen: bool = False,
+        auth: str | None = None,
+        device: str | None = None,
+    ) -> Settings:
         """TenutoError, in one sentence, if the options cannot be."""
-        if args.listen and args.auth is None:
+        if listen and auth is None:
             raise TenutoError("--listen lets other machines in: add --auth USER:PASSWORD.")
-        auth = None if args.auth is None else parted(args.auth)
-        roots = []
-        for root in args.roots:
+        login = None if auth is None else parted(auth)
+        folders = []
+        for root in roots:
             folder = root.expanduser()
             if not folder.is_dir():
                 raise TenutoError(f"--roots: there is no folder {root}.")
-            roots.append(folder.resolve())
-        if args.port is not None:
-            check_port(args.port, HOSTS[args.listen])
-        if args.device is not None:
-            device_of(args.device)
-        return Settings(
-            opened(args.out), tuple(roots), args.port, not args.no_browser, args.desktop,
-            args.listen, auth, args.device,
-        )  # fmt: skip
+            folders.append(folder.resolve())
+        if port is not None:
+            check_port(port, HOSTS[listen])
+        if device is not None:
+            device_of(device)
+        return Settings(opened(out), tuple(folders), port, browser, desktop, listen, login, device)
 
 
 def parted(auth: str) -> tuple[str, str]:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import traceback
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,16 +67,11 @@ class Reports(Bars):
     """Progress of the library's commands as events; raises Cancelled where it was asked to stop."""
 
     def __init__(self, send: Send, stop: threading.Event) -> None:
-        super().__init__(sys.stderr)
-        self.watched = False
+        super().__init__()
         self.send, self.stop = send, stop
         self.plan: list[str] = []  # the parts of the work in order; resumed work leaves some out
         self.part = 0
         self.work: Path | None = None  # in which a router that trains leaves its state
-
-    def settings(self, label: str) -> dict[str, Any]:
-        """Of a tqdm bar: none is drawn."""
-        return {"disable": True}
 
     def __call__(self, label: str) -> Progress:
         """The next part of the work."""
@@ -134,22 +128,20 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     scheme, encoder = chosen["scheme"] is not None, chosen["text_encoder"] is not None
     bars.plan = ["Recording", "Quantizing"] * scheme + ["Text encoders"] * encoder
     bars.plan += ["Recording", "Training the router"] * route
-    common = {key: request[key] for key in ("model", "preset", "steps", "guidance", "device")}
-    common |= {"seed": request["seed"], "prompts": _path(request["prompts"])}
+    model, names = request["model"], ("preset", "steps", "guidance", "seed", "device")
+    common: dict[str, Any] = {key: request[key] for key in names}
+    common["prompts"] = _path(request["prompts"])
     text = ""
     if (scheme or encoder) and not (route and first.exists()):
-        args = Namespace(
-            **common, **chosen, temporal="auto", compact=False, out=first if route else out
-        )
-        text = commands.quantize(args, bars).text
+        target = first if route else out
+        text = commands.quantize(model, out=target, **chosen, **common, bars=bars).text
     if route:
         bars.part = len(bars.plan) - 2
         bars.work = work_folder(out)
-        args = Namespace(
-            **common, artifact=first if scheme or encoder else None, reuse=request["reuse"],
-            speedup=None, iterations=request["iterations"], out=out,
-        )  # fmt: skip
-        text = commands.train_router(args, bars).text
+        text = commands.train_router(
+            model, out=out, artifact=first if scheme or encoder else None, reuse=request["reuse"],
+            iterations=request["iterations"], **common, bars=bars,
+        ).text  # fmt: skip
     artifact = load_artifact(out)
     found = step_map(artifact.header, artifact.tensors)
     result = {"text": text.partition("\n\n")[0].replace(str(out), out.name), "name": out.stem}
@@ -168,35 +160,35 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
 
     files = {name: Path(path) for name, path in request["artifacts"].items()}
     artifacts = {name: load_artifact(path) for name, path in files.items()}
-    first = next(iter(files))
-    args = Namespace(
-        model=request["model"], artifact=files[first], prompts=_path(request["prompts"]),
-        **{key: request[key] for key in ("steps", "guidance", "seed", "count", "device")},
+    first, model = next(iter(files)), request["model"]
+    count, seed = request["count"], request["seed"]
+    lines = comparison_prompts(model, _path(request["prompts"]), count)
+    sampling = sampling_of(
+        model, steps=request["steps"], guidance=request["guidance"], device=request["device"],
+        artifact=artifacts[first], file=files[first],
     )  # fmt: skip
-    lines = comparison_prompts(args)
-    sampling = sampling_of(args, artifacts[first])
-    pipe = pipeline(args, sampling, bars, artifacts[first])
+    pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
     bars.plan = ["Drawing"]
     found, drawn = compare_all(
-        pipe, artifacts, lines, count=args.count, steps=sampling.steps,
-        guidance=sampling.guidance, seed=args.seed, execution=request["execution"],
-        batch=min(request["batch"], -(-args.count // 2)), on_progress=bars("Drawing"),
+        pipe, artifacts, lines, count=count, steps=sampling.steps,
+        guidance=sampling.guidance, seed=seed, execution=request["execution"],
+        batch=min(request["batch"], -(-count // 2)), on_progress=bars("Drawing"),
     )  # fmt: skip
-    folder, shown = Path(request["folder"]), min(args.count, request["shown"])
+    folder, shown = Path(request["folder"]), min(count, request["shown"])
     pictures: dict[str, list[str]] = {}
     for number, (name, kept) in enumerate(drawn.items()):
         images = to_images(torch.cat(kept.batches)[:shown])
         pictures[name] = [f"{number}-{i}.png" for i in range(shown)]
         for i, image in enumerate(images):
-            prompt = lines[(args.seed + i) % len(lines)]
+            prompt = lines[(seed + i) % len(lines)]
             settings = {
-                "model": request["shown_model"], "prompt": prompt, "seed": args.seed + i,
+                "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
                 "steps": sampling.steps, "guidance": sampling.guidance,
                 "artifact": request["names"].get(name),
             }  # fmt: skip
             said = settings | {"drawn": name}
             save_png(image, folder / pictures[name][i], said, written(settings))
-    prompts = [lines[(args.seed + i) % len(lines)] for i in range(shown)]
+    prompts = [lines[(seed + i) % len(lines)] for i in range(shown)]
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
         "numbers": {name: comparison.to_json() for name, comparison in found.items()},

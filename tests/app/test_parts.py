@@ -326,7 +326,7 @@ for name in ("generate", "app"):
     cli.main([name, "--help"])
 cli.main(["inspect", "none"])
 cli.main(["app", "--listen"])
-from tenuto.launch import module
+from tenuto.cli.app import module
 module("worker"), module("bench")
 print([m for m in ("gradio", "fastapi", "webview", "diffusers") if m in sys.modules])
 """

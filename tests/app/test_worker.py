@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from gradio_app import worker
 from gradio_app.worker import Reports, calibrate
 from tenuto.artifact.artifact import Artifact
 from tenuto.cli import commands
+from tenuto.cli.console import Answer
 from tenuto.errors import Cancelled
 
 RECORDED = ["Recording", "Quantizing"]
 ROUTED = ["Recording", "Training the router"]
+COMMANDS = ("quantize", "train_router")
 NEW = ("text_encoder", "method", "rounding")  # what requests of the first version lack
 
 
@@ -51,16 +54,27 @@ def test_what_the_commands_are_told(
     """Parts in the order in which they are done; the route joins what was quantized before."""
     calls: list[Any] = []
 
-    def quantize(args: Any, bars: Any) -> Any:
-        assert args.method == asked.get("method") and args.rounding == asked.get("rounding")
-        last = "reuse" not in asked
-        assert args.out == tmp_path / ("x.safetensors" if last else "first.safetensors")
-        calls.append((args.scheme, args.text_encoder))
-        return SimpleNamespace(text="")
+    signatures = {name: inspect.signature(getattr(commands, name)) for name in COMMANDS}
 
-    def train(args: Any, bars: Any) -> Any:
-        calls.append("alone" if args.artifact is None else args.artifact.stem)
-        return SimpleNamespace(text="")
+    def given(command: str, *args: Any, **options: Any) -> dict[str, Any]:
+        bound = signatures[command].bind(*args, **options)  # TypeError if it cannot be called so
+        bound.apply_defaults()
+        assert bound.arguments["model"] == "demo:unet" and bound.arguments["steps"] == 3
+        return bound.arguments
+
+    def quantize(*args: Any, **options: Any) -> Answer:
+        found = given("quantize", *args, **options)
+        assert found["method"] == asked.get("method")
+        assert found["rounding"] == asked.get("rounding")
+        last = "reuse" not in asked
+        assert found["out"] == tmp_path / ("x.safetensors" if last else "first.safetensors")
+        calls.append((found["scheme"], found["text_encoder"]))
+        return Answer("")
+
+    def train(*args: Any, **options: Any) -> Answer:
+        found = given("train_router", *args, **options)
+        calls.append("alone" if found["artifact"] is None else found["artifact"].stem)
+        return Answer("")
 
     monkeypatch.setattr(commands, "quantize", quantize)
     monkeypatch.setattr(commands, "train_router", train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from .contents import schedule_of
 
 MAP_ROWS = 120  # branches that a step map shows
 LINE = 500  # characters of a line of the table
+WIDTH = 80  # columns of a table
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
     ]
     for name, held in facts["sections"].items():
-        rows.append((name, f"{mib(held['bytes'])} in {held['tensors']} tensors"))
+        rows.append((name, f"{mib(held['bytes'])} in {counted(held['tensors'], 'tensor')}"))
         rows += [(name, line) for line in _temporal_lines(header) if name == "temporal"]
     if "temporal" not in facts["sections"]:
         rows += [("temporal", line) for line in _temporal_lines(header)]
@@ -70,12 +72,17 @@ def about(path: str, artifact: Artifact, size: int) -> str:
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:
-    """Names in one column, values in the next; a repeated name is shown once."""
+    """Names in one column, values in the next, at most 80 wide; a repeated name is shown once."""
     width = max((len(name) for name, _ in rows), default=0) + 2
     last, lines = "", []
     for name, value in rows:
-        lines.append(f"{'' if name == last else name:<{width}}{value}".rstrip())
-        last = name
+        parts = textwrap.wrap(
+            value, max(WIDTH - width, 30), subsequent_indent="  ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        for part in parts or [""]:
+            lines.append(f"{'' if name == last else name:<{width}}{part}".rstrip())
+            last = name
     return lines
 
 
@@ -91,15 +98,15 @@ def _temporal_lines(header: dict[str, Any]) -> Iterator[str]:
         errors = [f for f in modules if f["kind"] == kind]
         mean = sum(f["mean"] for f in errors) / count
         worst = max(f["worst"] for f in errors)
-        noun = "module" if count == 1 else "modules"
-        yield f"{kind}: {count} {noun}, 1 - cosine {mean:.1e} mean, {worst:.1e} worst step"
+        error = f"1 - cosine {mean:.1e} mean, {worst:.1e} worst step"
+        yield f"{kind}: {counted(count, 'module')}, {error}"
 
 
 def _route_lines(header: dict[str, Any]) -> Iterator[str]:
     route = header.get("route")
     if not route:
         return
-    held = f"{route['reuse_ratio']:.1%} of the branch calls are held"
+    held = f"{route['reuse_ratio']:.1%} of the branch calls are reused"
     work = route.get("reuse_flops")
     yield f"{route['policy']}: {held}" + ("" if work is None else f", {work:.1%} of the work")
     if route.get("scores"):
@@ -122,7 +129,7 @@ def _made_lines(header: dict[str, Any]) -> Iterator[str]:
     if calibration:
         pictures = calibration.get("batch", 0) * calibration.get("runs", 0)
         yield (
-            f"calibrated on {pictures} pictures of {calibration.get('steps')} steps, "
+            f"calibrated on {counted(pictures, 'image')} of {calibration.get('steps')} steps, "
             f"seed {calibration.get('seed')}, prompts {calibration.get('prompts')}"
         )
 
@@ -134,9 +141,17 @@ def step_map(artifact: Artifact) -> list[str]:
         return []
     names = [_short(name) for name in schedule.branches]
     width = max(len(name) for name in names) + 2
-    lines = ["", "computed (#) and held (.) at each step, first to last:"]
-    for name, column in list(zip(names, schedule.table.t().tolist(), strict=True))[:MAP_ROWS]:
-        lines.append(f"{name:<{width}}{''.join('#' if cell else '.' for cell in column)}")
+    table = schedule.table
+    steps = max(WIDTH - width, 20)  # in one part of the map
+    lines = []
+    for first in range(0, len(table), steps):
+        part = table[first : first + steps]
+        which = (
+            "each step" if len(part) == len(table) else f"steps {first + 1} to {first + len(part)}"
+        )
+        lines += ["", f"computed (#) and reused (.) at {which}, first to last:"]
+        for name, column in list(zip(names, part.t().tolist(), strict=True))[:MAP_ROWS]:
+            lines.append(f"{name:<{width}}{''.join('#' if cell else '.' for cell in column)}")
     if len(names) > MAP_ROWS:
         lines.append(f"... and {len(names) - MAP_ROWS} more branches")
     return lines
@@ -152,6 +167,11 @@ def _route(artifact: Artifact) -> CacheSchedule | None:
 
 def _short(name: str) -> str:
     return printable(name.replace("transformer_blocks.", "").replace("blocks.", ""))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: 1 step, 2 steps."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def mib(size: float) -> str:

@@ -1,54 +1,43 @@
-"""`tenuto app`: its options, and where the app is. Gradio is loaded by the app alone."""
+"""`tenuto app`, and where the app is. Gradio is loaded by the app alone."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import TenutoError
-from .arguments import whole
+from .console import Answer, Bars
 
 PACKAGE = "tenuto.gradio_app"
 INSTALLED = Path(__file__).resolve().parents[1] / "gradio_app"
 CLONE = Path(__file__).resolve().parents[3] / "gradio_app"  # beside core/
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `tenuto app`."""
-    add = parser.add_argument
-    add("--port", type=whole(1), metavar="N", help="port (the first free one from 7860 on)")
-    add("--no-browser", action="store_true", help="open no browser, only say where the app is")
-    add("--desktop", action="store_true", help="a window of its own instead of the browser")
-    add(
-        "--roots",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="folders in which models in diffusers format are; none outside them is opened",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("tenuto-app"),
-        metavar="DIR",
-        help="folder for all that the app writes (%(default)s)",
-    )
-    add("--listen", action="store_true", help="let other machines in; takes --auth")
-    add("--auth", metavar="USER:PASSWORD", help="ask who comes for this name and password")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
-
-
-def launch(args: argparse.Namespace) -> None:
-    """Serve the app with these options until it is closed; TenutoError if it cannot be."""
-    settings = module("settings").Settings.of(args)
+def app(
+    *,
+    port: int | None = None,
+    no_browser: bool = False,
+    desktop: bool = False,
+    roots: Sequence[Path] = (),
+    out: Path = Path("tenuto-app"),
+    listen: bool = False,
+    auth: str | None = None,
+    device: str | None = None,
+    bars: Bars | None = None,
+) -> Answer:
+    """Serve the app in a browser or a window, until it is closed; TenutoError if it cannot be."""
+    settings = module("settings").Settings.of(
+        out=out, roots=roots, port=port, browser=not no_browser, desktop=desktop, listen=listen,
+        auth=auth, device=device,
+    )  # fmt: skip
     if importlib.util.find_spec("gradio") is None:
         raise TenutoError("The app needs Gradio: pip install 'tenuto[app]'.")
     module("app").serve(settings)
+    return Answer("The app is closed.", next=f"what it made is in {out}; tenuto app opens it again")
 
 
 def module(name: str) -> Any:

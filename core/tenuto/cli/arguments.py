@@ -1,33 +1,33 @@
-"""Types of the command's arguments; each complaint is one sentence, without the argument's name."""
+"""Types of the command's arguments, and spellings that typer does not know.
+
+Each complaint is one sentence, without the argument's name.
+"""
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
-def whole(least: int) -> Callable[[str], int]:
+def whole(least: int) -> Callable[[str | int], int]:
     """An argument type: whole numbers from `least` on."""
 
-    def parse(given: str) -> int:
+    def parse(given: str | int) -> int:
         try:
             value = int(given)
         except ValueError:
             value = least - 1
         if not least <= value < 2**62:
-            raise argparse.ArgumentTypeError(
-                f"takes a whole number of {least} or more, not {given}"
-            )
+            raise ValueError(f"takes a whole number of {least} or more, not {given}")
         return value
 
     return parse
 
 
-def real(low: float, high: float, open_low: bool = False) -> Callable[[str], float]:
+def real(low: float, high: float, open_low: bool = False) -> Callable[[str | float], float]:
     """An argument type: finite numbers from `low` (or above it) to below `high`."""
 
-    def parse(given: str) -> float:
+    def parse(given: str | float) -> float:
         try:
             value = float(given)
         except ValueError:
@@ -35,7 +35,7 @@ def real(low: float, high: float, open_low: bool = False) -> Callable[[str], flo
         if not (low < value < high if open_low else low <= value < high):
             above = "above" if open_low else "from"
             most = "" if high == math.inf else f" to below {high:g}"
-            raise argparse.ArgumentTypeError(f"takes a number {above} {low:g}{most}, not {given}")
+            raise ValueError(f"takes a number {above} {low:g}{most}, not {given}")
         return value
 
     return parse
@@ -44,5 +44,29 @@ def real(low: float, high: float, open_low: bool = False) -> Callable[[str], flo
 def text(value: str) -> str:
     """An argument type: text with something in it."""
     if not value.strip():
-        raise argparse.ArgumentTypeError("takes some text")
+        raise ValueError("takes some text")
     return value
+
+
+def spelled(
+    arguments: Sequence[str], optional: Sequence[str] = (), many: Sequence[str] = ()
+) -> list[str]:
+    """Arguments as typer reads them: every option with exactly one value.
+
+    The options `optional` may stand without one: it becomes empty (`--plot` is `--plot=`). Those
+    in `many` may have several (`--roots A B` is `--roots A --roots B`).
+    """
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*found, argument, *rest]
+        values = []
+        while rest and not rest[0].startswith("-") and argument in (*optional, *many):
+            values.append(rest.pop(0))
+            if argument in optional:
+                break
+        if argument in optional and not values:
+            argument += "="
+        found += [part for value in values for part in (argument, value)] or [argument]
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Literal
 import torch
 
 from ..artifact import Artifact
+from ..calibration import Preset, effort
 from ..errors import ArtifactError, TenutoError
+from ..numerics import Scheme, named
 from ..sampling.loading import PREFIX, prompts
 from ..text import printable
 from ..work import MANIFEST
@@ -75,20 +76,45 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def calibration_prompts(args: Namespace) -> list[str]:
-    """--prompts FILE, else the list that ships for such a model."""
-    if getattr(args, "prompts", None):
-        return read_prompts(args.prompts)
-    return prompts("default" if args.model.startswith(PREFIX) else "general")
+def calibration_prompts(model: str, file: Path | None = None) -> list[str]:
+    """The prompts in `file`, else the list that ships for such a model."""
+    if file is not None:
+        return read_prompts(file)
+    return prompts("default" if model.startswith(PREFIX) else "general")
 
 
-def comparison_prompts(args: Namespace) -> list[str]:
-    """--prompts FILE, else prompts that calibration does not see: the far end of the list."""
-    if args.prompts:
-        return read_prompts(args.prompts)
-    if args.model.startswith(PREFIX):
+def comparison_prompts(model: str, file: Path | None, count: int) -> list[str]:
+    """The prompts in `file`, else some that calibration does not see: the far end of the list."""
+    if file is not None:
+        return read_prompts(file)
+    if model.startswith(PREFIX):
         return prompts("evaluation")
-    return prompts("general")[::-1][: args.count]
+    return prompts("general")[::-1][:count]
+
+
+def check_quantization(
+    scheme: str | None = None,
+    preset: str = "quick",
+    *,
+    text_encoder: str | None = None,
+    method: str | None = None,
+    rounding: str | None = None,
+    temporal: str = "auto",
+) -> tuple[Scheme | None, Preset]:
+    """The scheme, if any, and the preset; TenutoError where what is chosen does not fit them."""
+    from ..calibration import encoder_scheme
+    from ..calibration.temporal.maintenance import check_choice
+
+    if method is not None and text_encoder is None:
+        raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
+    if text_encoder is not None:
+        encoder_scheme(text_encoder, method or "gptq")
+    found, effort_of = None if scheme is None else named(scheme), effort(preset)
+    effort_of.rounding(rounding)
+    if rounding is not None and (found is None or found.weight.bits == 8):
+        raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
+    check_choice(temporal)
+    return found, effort_of
 
 
 def load_artifact(path: Path) -> Artifact:
@@ -98,13 +124,13 @@ def load_artifact(path: Path) -> Artifact:
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def damage_told(path: Path | None) -> Iterator[None]:
     """Turn the errors that a forged or damaged artifact provokes into one sentence."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"{type(error).__name__}: {printable(error)}"
-        raise ArtifactError(f"{path} is damaged: {said}.") from error
+        raise ArtifactError(f"{path or 'The artifact'} is damaged: {said}.") from error
 
 
 def device_of(name: str | None) -> torch.device:

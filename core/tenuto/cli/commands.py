@@ -1,26 +1,31 @@
-"""What the commands of `tenuto` do. Everything that can be checked is, before a model is loaded."""
+"""What the commands of `tenuto` do, as functions: `quantize(model, out=..., scheme="w8a8")`.
+
+Each takes what the command line takes, under the same names and with the same defaults, and
+returns an `Answer`; TenutoError says what is wrong. Everything that can be checked is, before a
+model is loaded. `bars` shows progress, nothing where it is left out.
+"""
 
 from __future__ import annotations
 
+import shlex
 import time
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..artifact import Artifact
-from ..artifact.summary import about, facts_of, mib
-from ..calibration import Preset, effort
+from ..artifact.summary import about, counted, facts_of, mib
 from ..errors import TenutoError
-from ..measure import resident_weight_bytes
+from ..measure import FIRST_SEED, resident_weight_bytes
 from ..model import denoiser_of
-from ..numerics import Scheme, named
 from ..runtime import attach
 from ..sampling.loading import PREFIX, check_model
+from .app import app
 from .checks import (
     calibration_prompts,
     check_file,
     check_out,
     check_picture,
+    check_quantization,
     comparison_prompts,
     damage_told,
     load_artifact,
@@ -28,61 +33,66 @@ from .checks import (
 from .console import Answer, Bars
 from .session import attached_to, pipeline, recorded, sampling_of, silence, unfinished
 
+__all__ = ["app", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
+
 ENCODERS = "encoders"  # the folder of the text encoders inside the work folder
 
 
-def quantize(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto quantize`: record, quantize, save."""
-    from ..artifact import compact
+def quantize(
+    model: str,
+    *,
+    out: Path,
+    scheme: str | None = None,
+    text_encoder: str | None = None,
+    method: str | None = None,
+    temporal: str = "auto",
+    rounding: str | None = None,
+    preset: str = "quick",
+    prompts: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    compact: bool = False,
+    bars: Bars | None = None,
+) -> Answer:
+    """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
+    from ..artifact import compact as compacted
     from ..calibration import quantize, quantize_encoder
 
-    encoder, method = args.text_encoder, args.method or "gptq"
-    if args.scheme is None and encoder is None:
+    bars = bars or Bars()
+    if scheme is None and text_encoder is None:
         raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
-    scheme, preset = check_quantization(args)
-    check_model(args.model)
-    work, lines = check_out(args.out), calibration_prompts(args)
-    sampling = sampling_of(args)
-    pipe = pipeline(args, sampling, bars)
-    wanted, made = lines[: preset.prompts], []
+    wanted, effort = check_quantization(
+        scheme, preset, text_encoder=text_encoder, method=method, rounding=rounding,
+        temporal=temporal,
+    )  # fmt: skip
+    check_model(model)
+    work, lines = check_out(out), calibration_prompts(model, prompts)
+    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device)
+    pipe = pipeline(model, sampling, bars)
+    used, made = lines[: effort.prompts], []
     with unfinished(work):
-        if scheme is not None:
-            trajectory = recorded(pipe, wanted, sampling, args.seed, preset.batch, work, bars)
+        if wanted is not None:
+            trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
             artifact = quantize(
-                pipe, scheme, trajectory, preset=args.preset, device=sampling.device,
-                seed=args.seed, rounding=args.rounding, temporal=args.temporal, work=work,
-                on_progress=bars("Quantizing"),
+                pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
+                rounding=rounding, temporal=temporal, work=work, on_progress=bars("Quantizing"),
             )  # fmt: skip
-            made.append(compact(artifact, pipe) if args.compact else artifact)
-        if encoder is not None:
-            apart = work if scheme is None else work / ENCODERS
+            made.append(compacted(artifact, pipe) if compact else artifact)
+        if text_encoder is not None:
+            apart = work if wanted is None else work / ENCODERS
             made.append(quantize_encoder(
-                pipe, encoder, lines, method=method, seed=args.seed, steps=sampling.steps,
-                guidance=sampling.guidance, device=sampling.device, work=apart,
-                on_progress=bars("Text encoders"),
+                pipe, text_encoder, lines, method=method or "gptq", seed=seed,
+                steps=sampling.steps, guidance=sampling.guidance, device=sampling.device,
+                work=apart, on_progress=bars("Text encoders"),
             ))  # fmt: skip
         whole = made[0] if len(made) == 1 else made[0] | made[1]
-        whole.save(args.out)
+        whole.save(out)
     bars.close()
-    count = len(lines) if scheme is None else len(wanted)
-    return Answer("\n".join(quantized_lines(args.out, whole, pipe, count)))
-
-
-def check_quantization(args: Namespace) -> tuple[Scheme | None, Preset]:
-    """The scheme, if any, and the preset; TenutoError where what is chosen does not fit them."""
-    from ..calibration import encoder_scheme
-    from ..calibration.temporal.maintenance import check_choice
-
-    if args.method is not None and args.text_encoder is None:
-        raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
-    if args.text_encoder is not None:
-        encoder_scheme(args.text_encoder, args.method or "gptq")
-    scheme, preset = args.scheme and named(args.scheme), effort(args.preset)
-    preset.rounding(args.rounding)
-    if args.rounding is not None and (scheme is None or scheme.weight.bits == 8):
-        raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
-    check_choice(args.temporal)
-    return scheme, preset
+    count = len(lines) if wanted is None else len(used)
+    text = "\n".join(quantized_lines(out, whole, pipe, count))
+    return Answer(text, next=compare_line(model, out))
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
@@ -96,114 +106,180 @@ def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> lis
         how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
         found.append(f"Here they run as {how}.")
-    found += [f"{name}: {n} layers, weights alone." for name, n in encoders.items()]
-    return [*found, f"Calibrated on {count} prompts."]
+    found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
+    return [*found, f"Calibrated on {counted(count, 'prompt')}."]
 
 
-def train_router(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto train-router`: train a cache router, and put it beside what the artifact holds."""
+def compare_line(model: str, artifact: Path) -> str:
+    """The command that measures what was just made."""
+    return f"tenuto compare {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
+
+
+def train_router(
+    model: str,
+    *,
+    out: Path,
+    artifact: Path | None = None,
+    speedup: float | None = None,
+    reuse: float | None = None,
+    preset: str = "quick",
+    iterations: int | None = None,
+    prompts: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    bars: Bars | None = None,
+) -> Answer:
+    """Train a cache router and write it, beside what `artifact` contains, to `out`; it resumes."""
     from ..calibration import PRESETS, train_router
 
-    if args.preset not in PRESETS:
-        raise TenutoError(f"Unknown preset {args.preset!r}: choose one of {', '.join(PRESETS)}.")
-    check_model(args.model)
-    work, lines = check_out(args.out), calibration_prompts(args)
-    artifact = load_artifact(args.artifact) if args.artifact else None
-    sampling = sampling_of(args, artifact)
-    pipe = pipeline(args, sampling, bars, artifact)
-    batch = PRESETS[args.preset].batch
+    bars = bars or Bars()
+    if speedup is not None and reuse is not None:
+        raise TenutoError("Give --speedup or --reuse, not both: each follows from the other.")
+    if preset not in PRESETS:
+        raise TenutoError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+    check_model(model)
+    work, lines = check_out(out), calibration_prompts(model, prompts)
+    base = load_artifact(artifact) if artifact else None
+    sampling = sampling_of(
+        model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact
+    )
+    pipe = pipeline(model, sampling, bars, base, artifact)
     with unfinished(work):
-        trajectory = recorded(pipe, lines, sampling, args.seed, batch, work, bars, runs=1)
-        route = train_router(
-            pipe, trajectory, reuse=args.reuse, speedup=args.speedup, artifact=artifact,
-            preset=args.preset, iterations=args.iterations, seed=args.seed,
-            work=work, on_progress=bars("Training the router"),
+        batch = PRESETS[preset].batch
+        trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
+        router = train_router(
+            pipe, trajectory, reuse=reuse, speedup=speedup, artifact=base, preset=preset,
+            iterations=iterations, seed=seed, work=work, on_progress=bars("Training the router"),
         )  # fmt: skip
-        whole = route if artifact is None else artifact | route
-        whole.save(args.out)
+        whole = router if base is None else base | router
+        whole.save(out)
     bars.close()
-    return Answer(about(str(args.out), whole, args.out.stat().st_size))
+    return Answer(about(str(out), whole, out.stat().st_size), next=compare_line(model, out))
 
 
-def generate(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto generate`: draw pictures of one prompt."""
+def generate(
+    model: str,
+    *,
+    prompt: str,
+    negative: str | None = None,
+    artifact: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    execution: str = "auto",
+    batch: int = 1,
+    out: Path | None = None,
+    bars: Bars | None = None,
+) -> Answer:
+    """Generate `batch` images of one prompt, with an artifact or without, as one PNG."""
     from ..measure.sheet import grid
     from ..sampling.images import draw, picture_name, save_png
 
-    check_model(args.model)
-    out = args.out or picture_name(args.prompt, args.seed)
+    bars = bars or Bars()
+    check_model(model)
+    out = out or picture_name(prompt, seed)
     check_file(out)
-    artifact = load_artifact(args.artifact) if args.artifact else None
-    sampling = sampling_of(args, artifact)
-    pipe = pipeline(args, sampling, bars, artifact)
-    pipe.set_progress_bar_config(**bars.settings("Drawing"))
+    found = load_artifact(artifact) if artifact else None
+    sampling = sampling_of(
+        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact
+    )
+    pipe = pipeline(model, sampling, bars, found, artifact)
+    pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, artifact, args.execution):
-        pictures = draw(
-            pipe, args.prompt, negative=args.negative, steps=sampling.steps,
-            guidance=sampling.guidance, seed=args.seed, count=args.batch,
+    with attached_to(pipe, found, execution):
+        images = draw(
+            pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
+            seed=seed, count=batch,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     settings = {
-        "model": args.model, "prompt": args.prompt, "negative": args.negative,
-        "steps": sampling.steps, "guidance": sampling.guidance, "seed": args.seed,
-        "batch": args.batch, "artifact": args.artifact and args.artifact.name,
+        "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
+        "guidance": sampling.guidance, "seed": seed, "batch": batch,
+        "artifact": artifact and artifact.name,
     }  # fmt: skip
-    save_png(grid(pictures), out, settings)
-    count = "1 picture" if args.batch == 1 else f"{args.batch} pictures"
-    return Answer(f"{out}: {count} of {sampling.steps} steps in {seconds:.1f} s.")
+    save_png(grid(images), out, settings)
+    quoted = shlex.quote(model)
+    what = f"tenuto quantize {quoted} --scheme w8a8 --out quantized.safetensors"
+    size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
+    return Answer(
+        f"{out}: {size} in {seconds:.1f} s.",
+        next=what if artifact is None else compare_line(model, artifact),
+    )
 
 
-def compare(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto compare`: what an artifact costs and what it buys."""
+def compare(
+    model: str,
+    *,
+    artifact: Path,
+    prompts: Path | None = None,
+    count: int = 64,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = FIRST_SEED,
+    device: str | None = None,
+    execution: str = "int8",
+    bars: Bars | None = None,
+) -> Answer:
+    """Measure time, memory and the distance from full precision at equal seeds."""
     from ..measure import compare
 
-    check_model(args.model)
-    lines = comparison_prompts(args)
-    artifact = load_artifact(args.artifact)
-    sampling = sampling_of(args, artifact)
-    pipe = pipeline(args, sampling, bars, artifact)
-    found = compare(
-        pipe, artifact, lines, count=args.count, steps=sampling.steps,
-        guidance=sampling.guidance, seed=args.seed, execution=args.execution,
-        on_progress=bars("Comparing"),
+    bars = bars or Bars()
+    check_model(model)
+    lines = comparison_prompts(model, prompts, count)
+    found = load_artifact(artifact)
+    sampling = sampling_of(
+        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact
+    )
+    pipe = pipeline(model, sampling, bars, found, artifact)
+    measured = compare(
+        pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
+        seed=seed, execution=execution, on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
-    return Answer(str(found), found.to_json())
+    use = f"tenuto generate {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
+    return Answer(str(measured), measured.to_json(), next=f"{use} --prompt TEXT")
 
 
-def inspect(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto inspect`: what is in an artifact, with `--plot` as a plot too."""
-    from ..artifact.plots import plot
+def inspect(
+    file: Path,
+    *,
+    plot: Path | Literal[True] | None = None,
+    layer: str | None = None,
+    bars: Bars | None = None,
+) -> Answer:
+    """Show what is in an artifact; `plot` (True: beside it) is a PNG of what it says by step."""
+    from ..artifact.plots import plot as plotted
     from ..sampling.images import save_png
 
-    if args.layer is not None and args.plot is None:
+    if layer is not None and plot is None:
         raise TenutoError("--layer says whose ranges --plot shows: ask for --plot too.")
-    out = None if args.plot is None else check_picture(args.plot, args.file)
-    artifact = load_artifact(args.file)
-    size = args.file.stat().st_size
-    with damage_told(args.file):
-        text, data = about(str(args.file), artifact, size), facts_of(artifact, size)
+    out = None if plot is None else check_picture(plot, file)
+    artifact = load_artifact(file)
+    size = file.stat().st_size
+    with damage_told(file):
+        text, data = about(str(file), artifact, size), facts_of(artifact, size)
         if out is None:
-            return Answer(text, data)
-        picture = plot(artifact.header, artifact.tensors, args.file.name, args.layer)
-    save_png(picture, out, {"artifact": args.file.name, "layer": args.layer})
-    return Answer(f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)})
+            return Answer(text, data, next=f"tenuto inspect {shlex.quote(str(file))} --plot")
+        image = plotted(artifact.header, artifact.tensors, file.name, layer)
+    save_png(image, out, {"artifact": file.name, "layer": layer})
+    text, data = f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)}
+    return Answer(text, data, next=f"tenuto compare MODEL --artifact {shlex.quote(str(file))}")
 
 
-def demo(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto demo`: calibrate, draw with and without, measure, and show it on one sheet."""
-    check_model(PREFIX + args.model)
-    check_file(args.out / "demo.png")
+def demo(
+    *,
+    model: str = "transformer",
+    out: Path = Path("tenuto-demo"),
+    bars: Bars | None = None,
+) -> Answer:
+    """Calibrate a model that ships, generate with and without, measure, and show one sheet."""
+    bars = bars or Bars()
+    check_model(PREFIX + model)
+    check_file(out / "demo.png")
     from .demo import showcase
 
-    silence(not bars.watched)
-    return showcase(args.model, args.out, bars)
-
-
-def app(args: Namespace, bars: Bars) -> Answer:
-    """`tenuto app`: the app in a browser or a window, until it is closed."""
-    from .app import launch
-
-    launch(args)
-    return Answer("The app is closed.")
+    silence(bars.watched)
+    return showcase(model, out, bars)

@@ -1,35 +1,58 @@
-"""What the command shows: progress bars on stderr, and an artifact as a short table."""
+"""What the command shows: progress bars on stderr, and an answer in lines that fit a terminal."""
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ..progress import Progress
 
 DELAY = 2.0  # seconds: shorter work shows no bar where nobody watches
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+WIDTH = 80  # columns of a terminal unless it says otherwise
+BAR = "{desc}: {percentage:3.0f}%|{bar:16}| {elapsed}<{remaining}{postfix}"
+NOTE = 24  # columns that are left of WIDTH for a note beside the longest label
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: text for people, plain data for `--json`."""
+    """What a command found: text for people, plain data for `--json`, and what to do next."""
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
+    next: str = ""
+
+    def __str__(self) -> str:
+        """The text in lines of at most 80 columns (but for what cannot be broken), then `next`."""
+        lines = [part for line in self.text.splitlines() for part in _fitted(line)]
+        return "\n".join([*lines, *([f"Next: {self.next}"] if self.next else [])])
+
+
+def _fitted(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    found = textwrap.wrap(
+        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return found if len(line) > WIDTH else [line]
 
 
 class Bars:
-    """Progress bars on `stream`, one at a time: at once on a terminal, else after two seconds."""
+    """Progress bars on `stream`, one at a time: at once on a terminal, else after two seconds.
 
-    def __init__(self, stream: TextIO) -> None:
+    Without a stream there are none.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream
-        self.watched = stream.isatty()
+        self.watched = stream is not None and stream.isatty()
         self._bar: Any = None
 
     def settings(self, label: str) -> dict[str, Any]:
         """How a tqdm bar called `label` is drawn."""
-        pace: dict[str, Any] = {"mininterval": 5.0, "delay": DELAY, "ncols": 79}
+        if self.stream is None:
+            return {"disable": True}
+        pace: dict[str, Any] = {"mininterval": 5.0, "delay": DELAY, "ncols": WIDTH - 1}
         if self.watched:
             pace = {"mininterval": 0.2, "dynamic_ncols": True}
         return {"desc": label, "file": self.stream, "bar_format": BAR} | pace
@@ -44,10 +67,17 @@ class Bars:
 
                 self._bar = tqdm(total=total, initial=done, **self.settings(label))
             self._bar.total = total
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(self._short(note), refresh=False)
             self._bar.update(done - self._bar.n)
 
         return progress
+
+    def _short(self, note: str) -> str:
+        """A note that leaves the bar its place: its middle is left out where it is too long."""
+        columns = shutil.get_terminal_size((WIDTH, 24)).columns if self.watched else WIDTH
+        most = max(NOTE, NOTE + columns - WIDTH)
+        half = (most - 1) // 2
+        return note if len(note) <= most else f"{note[: most - 1 - half]}…{note[-half:]}"
 
     def close(self) -> None:
         """Finish the bar in progress."""

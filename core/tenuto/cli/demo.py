@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact
-from ..artifact.summary import mib, table
+from ..artifact.summary import counted, mib, table
 from ..calibration import effort, quantize
 from ..errors import TenutoError
 from ..measure import FIRST_SEED, FULL, Comparison, compare_all
@@ -52,7 +52,7 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
         artifacts[SHIPPED] = shipped
     found, drawn = compare_all(
         pipe, artifacts, CAPTIONS, count=len(CAPTIONS), steps=sampling.steps,
-        guidance=sampling.guidance, batch=BATCH, on_progress=bars("Drawing"),
+        guidance=sampling.guidance, batch=BATCH, on_progress=bars("Generating"),
     )  # fmt: skip
     variants = {FULL: unchanged(found[MADE])} | found
     rows = [
@@ -70,7 +70,8 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
     settings = {"model": PREFIX + model, "prompts": list(CAPTIONS), "seed": FIRST_SEED}
     save_png(sheet(title, rows, CAPTIONS), out / "demo.png", settings)
     write_text(out / "demo.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    return Answer(summary(variants, shipped is None, out), data)
+    own = "tenuto quantize MODEL --scheme w8a8 --out quantized.safetensors"
+    return Answer(summary(variants, shipped is None, out), data, next=own)
 
 
 def calibrated(pipe: Any, sampling: Defaults, bars: Bars) -> Artifact:
@@ -117,23 +118,23 @@ def unchanged(other: Comparison) -> Comparison:
 def conditions(found: Comparison) -> str:
     """Under what the pictures were drawn."""
     guidance = "" if found.guidance is None else f", guidance {found.guidance:g}"
-    place = f"{found.device}, {found.threads} thread{'s' * (found.threads > 1)}"
+    place = f"{found.device}, {counted(found.threads, 'thread')}"
     return f"{found.steps} steps{guidance}, equal seeds, {place}"
 
 
 def row_lines(name: str, found: Comparison) -> list[str]:
     """What stands beside a row of the sheet; nothing in it is estimated."""
     seconds, weights = found.seconds_per_picture["artifact"], found.resident_weight_bytes
-    lines = [f"{seconds:.2f} s a picture", f"{mib(weights['artifact'])} of weights in memory"]
+    lines = [f"{seconds:.2f} s an image", f"{mib(weights['artifact'])} of weights in memory"]
     floor = found.bf16_floor_psnr_db
     if name == FULL:
         return lines if floor is None else [*lines, f"PSNR of bf16: {floor['median']:.1f} dB"]
-    gain = "simulated, no gain" if found.speedup is None else f"{found.speedup:.2f}x as fast"
-    lines[0] += f", {gain}"
+    gain = f"{found.speedup or 0:.2f} times as fast as {found.dtype}"
+    lines.insert(1, "simulated, no gain" if found.speedup is None else gain)
     near = [f"PSNR {found.psnr_db['median']:.1f} dB"]
     near += [] if found.lpips is None else [f"LPIPS {found.lpips:.4f}"]
     held = found.reuse_ratio or 0
-    how = found.execution["mode"] + (f", {held:.0%} of calls held" if held else "")
+    how = found.execution["mode"] + (f", {held:.0%} of calls reused" if held else "")
     return [", ".join(near), *lines, how]
 
 

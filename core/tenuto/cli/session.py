@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -46,27 +45,39 @@ def unfinished(work: Path) -> Iterator[None]:
         Work(work, {}).discard()
 
 
-def sampling_of(args: Namespace, artifact: Artifact | None = None) -> Sampling:
-    """Steps and guidance: as asked, else the artifact's, else the model's own."""
-    steps, guidance = defaults(args.model)
+def sampling_of(
+    model: str,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: str | None = None,
+    artifact: Artifact | None = None,
+    file: Path | None = None,
+) -> Sampling:
+    """Steps and guidance: as asked, else those of `artifact` (in `file`), else the model's own."""
+    usual = defaults(model)
     if artifact is not None:
-        with damage_told(args.artifact):
-            steps, guidance = Defaults.read(artifact.header["schedule"])
+        with damage_told(file):
+            usual = Defaults.read(artifact.header["schedule"])
     return Sampling(
-        steps if args.steps is None else args.steps,
-        guidance if args.guidance is None else args.guidance,
-        device_of(args.device),
+        usual.steps if steps is None else steps,
+        usual.guidance if guidance is None else guidance,
+        device_of(device),
     )
 
 
 def pipeline(
-    args: Namespace, sampling: Sampling, bars: Bars, artifact: Artifact | None = None
+    model: str,
+    sampling: Sampling,
+    bars: Bars,
+    artifact: Artifact | None = None,
+    file: Path | None = None,
 ) -> Any:
-    """The model, loaded and checked."""
-    pipe = loaded(args.model, sampling.device, bars)
+    """The model, loaded and checked; `artifact` (in `file`) fits it."""
+    pipe = loaded(model, sampling.device, bars)
     check_steps(pipe, sampling.steps)
     if artifact is not None:
-        with damage_told(args.artifact), attach(pipe, artifact):
+        with damage_told(file), attach(pipe, artifact):
             pass  # it fits
     return pipe
 
@@ -74,7 +85,7 @@ def pipeline(
 def loaded(model: str, device: torch.device, bars: Bars) -> Any:
     """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
     wide = model.startswith(PREFIX) or device.type == "cpu"
-    silence(not bars.watched)
+    silence(bars.watched)
     return load(model, device, torch.float32 if wide else torch.bfloat16)
 
 
@@ -85,16 +96,17 @@ def check_steps(pipe: Any, steps: int) -> None:
         raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
 
 
-def silence(bars: bool) -> None:
-    """Keep other libraries' chatter away while a model is loaded, and their `bars` where asked."""
+def silence(watched: bool) -> None:
+    """Keep other libraries' chatter and loading bars away; where one watches, downloads show."""
     from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as of_transformers
 
-    of_diffusers.set_verbosity_error()
-    of_transformers.set_verbosity_error()
-    of_transformers.disable_progress_bar()
-    if bars:
-        of_diffusers.disable_progress_bar()
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    if not watched:
+        disable_progress_bars()
 
 
 def attached_to(pipe: Any, artifact: Artifact | None, execution: str) -> Any:

@@ -7,6 +7,8 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..artifact.summary import counted
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -76,52 +78,60 @@ class Comparison:
         )
 
     def speed_note(self) -> str:
-        """One sentence on the time: what was gained, or why there is no gain to speak of."""
-        simulated = self.execution["layers"].get("simulated", 0)
+        """One sentence on the time: against what it was gained, or why there is no gain."""
         if self.speedup is None:
+            simulated = counted(self.execution["layers"].get("simulated", 0), "layer")
             return (
-                f"{simulated} layers were simulated, not executed in low precision: "
+                f"Simulated, not executed in low precision: {simulated}; "
                 "this time is no gain, so no speed-up is given."
             )
-        if self.speedup < 1:
-            return f"Slower than {self.dtype} here: {1 / self.speedup:.2f} times the time."
-        bf16, own = self.seconds_per_picture["bf16"], self.seconds_per_picture["artifact"]
-        faster = f"{self.speedup:.2f} times as fast as {self.dtype}"
-        if bf16 is not None and own is not None and own > bf16:
-            return f"{faster}, but slower than plain bf16 here: {own / bf16:.2f} times the time."
-        return f"{faster}."
+        gains, bf16 = {self.dtype: self.speedup}, self.seconds_per_picture["bf16"]
+        own = self.seconds_per_picture["artifact"]
+        if bf16 is not None and own:
+            gains["plain bf16"] = bf16 / own
+        faster = [f"{x:.2f} times as fast as {name}" for name, x in gains.items() if x >= 1]
+        slower = [f"{name} here: {1 / x:.2f} times the time" for name, x in gains.items() if x < 1]
+        parts = [" and ".join(faster)] * bool(faster)
+        parts += [f"slower than {' and '.join(slower)}"] * bool(slower)
+        text = ", but ".join(parts)
+        return f"{text[0].upper()}{text[1:]}."
 
     def __str__(self) -> str:
         seconds, weights = self.seconds_per_picture, self.resident_weight_bytes
-        rows = [
-            ("", f"{self.dtype:>12}{'artifact':>12}"),
-            ("seconds a picture", f"{_number(seconds['float'])}{_number(seconds['artifact'])}"),
-            ("denoiser weights, MiB", f"{_mib(weights['float'])}{_mib(weights['artifact'])}"),
-            ("peak memory, MiB", f"{'':12}{_mib(self.peak_memory_bytes)}"),
-            ("PSNR, dB", _decibel(self.psnr_db)),
-            ("  of plain bf16", _decibel(self.bf16_floor_psnr_db)),
-            ("SSIM, LPIPS", f"{_number(self.ssim, 4)}{_number(self.lpips, 4)}"),
-            ("held: calls, work", f"{_share(self.reuse_ratio)}{_share(self.reuse_flops)}"),
-            ("weights in int8", _share(self.int8_weight_share)),
+        floor = self.bf16_floor_psnr_db
+        own, plain = self.psnr_db, {} if floor is None else floor
+        rows: list[tuple[str, list[str]]] = [
+            ("", [self.dtype, "bf16", "artifact"]),
+            ("seconds an image", [_number(seconds[k]) for k in ("float", "bf16", "artifact")]),
+            ("denoiser weights, MiB", [_mib(weights["float"]), "", _mib(weights["artifact"])]),
+            ("peak memory, MiB", ["", "", _mib(self.peak_memory_bytes)]),
+            ("PSNR, dB: median", ["", _number(plain.get("median"), 1), _number(own["median"], 1)]),
+            ("  5th percentile", ["", _number(plain.get("p5"), 1), _number(own["p5"], 1)]),
+            ("SSIM", ["", "", _number(self.ssim, 4)]),
+            ("LPIPS", ["", "", _number(self.lpips, 4)]),
+            ("branch calls reused", ["", "", _share(self.reuse_ratio)]),
+            ("work reused", ["", "", _share(self.reuse_flops)]),
+            ("weights in int8", ["", "", _share(self.int8_weight_share)]),
         ]
         for name, facts in self.encoders.items():
-            cosine, gap, floor = facts["cosine"]["mean"], facts["relative_l2"], facts["bf16"]
-            text = f"{cosine:>12.5f}   relative L2{gap:>8.4f}; of bf16 {floor['cosine']:.5f}"
-            rows.append(
-                (f"{name.replace('_', ' ')} cosine", f"{text},{floor['relative_l2']:>7.4f}")
-            )
+            half = facts["bf16"]
+            values = [(half["cosine"], facts["cosine"]["mean"], 5)]
+            values += [(half["relative_l2"], facts["relative_l2"], 4)]
+            first, second = (["", _number(x, n), _number(y, n)] for x, y, n in values)
+            rows.append((f"{name.replace('_', ' ')}: cosine", first))
+            rows.append(("  relative L2", second))
         layers = ", ".join(f"{n} {kind}" for kind, n in self.execution["layers"].items() if n)
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
-        return "\n".join(
-            [
-                *(f"{name:<24}{value}".rstrip() for name, value in rows),
-                self.speed_note(),
-                *textwrap.wrap(self.note() or "", 100),
-                f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'}).",
-                f"{self.count} pictures, {self.steps} steps{guidance}, {self.device}, "
-                f"{self.threads} threads, torch {self.versions['torch']}",
-            ]
-        )
+        said = [
+            self.speed_note(),
+            self.note() or "",
+            f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'}).",
+            f"{counted(self.count, 'image')}, {counted(self.steps, 'step')}{guidance}, "
+            f"{self.device}, {counted(self.threads, 'thread')}, torch {self.versions['torch']}",
+        ]
+        table = (f"{name:<28}" + "".join(f"{v:>12}" for v in values) for name, values in rows)
+        lines = [*(line.rstrip() for line in table), ""]
+        return "\n".join([*lines, *(part for line in said for part in textwrap.wrap(line, 80))])
 
 
 def _plain(value: Any) -> Any:
@@ -133,18 +143,12 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return f"{'-':>12}" if value is None else f"{value:>12.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _mib(value: int | None) -> str:
-    return f"{'-':>12}" if value is None else f"{value / 2**20:>12.1f}"
+    return "-" if value is None else f"{value / 2**20:.1f}"
 
 
 def _share(value: float | None) -> str:
-    return f"{'-':>12}" if value is None else f"{value:>12.1%}"
-
-
-def _decibel(value: dict[str, float] | None) -> str:
-    if value is None:
-        return f"{'-':>12}"
-    return f"{value['median']:>12.1f}   median,{value['p5']:>6.1f} at the 5th percentile"
+    return "-" if value is None else f"{value:.1%}"

@@ -111,8 +111,15 @@ def bad_files(folder: Path, good: Path) -> None:
 GENERATE = ("generate", "MODEL", "--prompt", "a")
 WITH = (*GENERATE, "--artifact")
 BAD = {
-    "no command": ((), "required: COMMAND"),
-    "unknown command": (("draw",), "invalid choice"),
+    "no command": ((), "Missing command"),
+    "unknown command": (("draw",), "No such command 'draw'"),
+    "unknown option": (("inspect", "x", "--colour"), "No such option: --colour"),
+    "unknown option of all": (("--colour",), "No such option: --colour"),
+    "no model": (("generate", "--prompt", "a"), "Missing argument 'MODEL'"),
+    "no out": (("quantize", "MODEL"), "Missing option '--out'"),
+    "no value": ((*GENERATE, "--steps"), "'--steps' requires an argument"),
+    "one too many": (("inspect", "x", "y"), "unexpected extra argument"),
+    "unknown execution": ((*GENERATE, "--execution", "fp8"), "--execution: 'fp8' is not one of"),
     "no artifact there": (("inspect", "none.safetensors"), "Cannot read none.safetensors"),
     "random bytes": (("inspect", "random.safetensors"), "random.safetensors is not an artifact"),
     "empty file": (("inspect", "empty.safetensors"), "empty.safetensors is not an artifact"),
@@ -167,7 +174,7 @@ BAD = {
     "slower": (("train-router", "MODEL", "--speedup", "1", "--out", "o"), "--speedup"),
     "two aims": (
         ("train-router", "MODEL", "--speedup", "2", "--reuse", "0.3", "--out", "o"),
-        "not allowed with",
+        "not both",
     ),
     "no training": (("train-router", "MODEL", "--iterations", "0", "--out", "o"), "--iterations"),
     "prompts not there": ((*QUANTIZE, "--prompts", "none.txt"), "Cannot read none.txt"),
@@ -342,7 +349,7 @@ def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         progress(2, 4, "second")
         bars._bar.refresh()
-    assert re.search(r"Recording:  50%.*00:00<00:0\d .*second", stream.getvalue())
+    assert re.search(r"Recording:  50%.*00:00<00:0\d, second", stream.getvalue())
 
 
 # --- the main job ---------------------------------------------------------------------------------

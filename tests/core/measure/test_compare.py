@@ -208,8 +208,49 @@ def test_the_table_says_plainly_when_it_is_slower(
     assert slower.speed_note() == "Slower than float32 here: 2.00 times the time."
     assert slower.speed_note() in str(slower)
     run["seconds_per_picture"] = {"float": 2.0, "artifact": 1.0, "bf16": 0.5}
-    assert "slower than plain bf16" in of(found, **run, speedup=2.0).speed_note()
-    assert all(len(line) <= 100 for line in str(found).splitlines())
+    assert of(found, **run, speedup=2.0).speed_note() == (
+        "2.00 times as fast as float32, but slower than plain bf16 here: 2.00 times the time."
+    )
+    run["seconds_per_picture"] = {"float": 2.0, "artifact": 1.0, "bf16": 1.5}
+    assert of(found, **run, speedup=2.0).speed_note() == (
+        "2.00 times as fast as float32 and 1.50 times as fast as plain bf16."
+    )
+
+
+def test_the_table_has_every_value_under_what_it_is_of(
+    denoiser: nn.Module, quantized: tn.Artifact
+) -> None:
+    """Of the artifact, of bf16 or of full precision; a line fits 80 columns, one thread is one."""
+    states = {
+        "cosine": {"mean": 0.99},
+        "relative_l2": 0.25,
+        "bf16": {"cosine": 0.999, "relative_l2": 0.125},
+    }
+    found = of(
+        compare(denoiser, quantized, count=2, sample=sample), threads=1, lpips=0.5, ssim=0.75,
+        psnr_db={"median": 41.5, "p5": 40.5}, bf16_floor_psnr_db={"median": 51.5, "p5": 50.5},
+        seconds_per_picture={"float": 2.0, "artifact": 1.0, "bf16": 0.5}, speedup=0.5,
+        reuse_ratio=0.3, reuse_flops=0.2, encoders={"text_encoder_2": states},
+    )  # fmt: skip
+    lines = str(found).splitlines()
+    head = lines[0]
+    assert head.split() == ["float32", "bf16", "artifact"]
+    ends = {name: head.index(name) + len(name) for name in head.split()}
+
+    def under(value: str) -> str:
+        (line,) = (line for line in lines if f" {value}" in f"{line} " and "." in line[28:])
+        end = line.index(f" {value}") + 1 + len(value)
+        return next(name for name, place in ends.items() if place == end)
+
+    for name, values in {
+        "float32": ("2.000",),
+        "bf16": ("0.500", "51.5", "50.5", "0.99900", "0.1250"),
+        "artifact": ("1.000", "41.5", "40.5", "0.7500", "0.5000", "30.0%", "20.0%", "0.99000",
+                     "0.2500"),
+    }.items():  # fmt: skip
+        assert {value: under(value) for value in values} == dict.fromkeys(values, name)
+    assert all(len(line) <= 80 for line in lines)
+    assert ", 1 thread, " in str(found)
 
 
 def test_a_note_says_when_int8_is_slower_and_what_happens_by_default(

@@ -1,0 +1,162 @@
+"""The program `tenuto`: its commands as typer declares them. What they do is in `commands.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..measure import FIRST_SEED
+from ..version import __version__
+from . import options as o
+from .arguments import spelled
+from .run import run
+
+program = typer.Typer(
+    name="tenuto",
+    help="Quantize a diffusion model, train a cache router for it, and measure both.",
+    epilog="example: tenuto demo --out tenuto-demo",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Loose(TyperCommand):
+    """A command with `--plot [PNG]` or `--roots DIR...`: see `spelled`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments as typer would have them."""
+        return super().parse_args(ctx, spelled(args, optional=("--plot",), many=("--roots",)))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tenuto {__version__}")
+        raise typer.Exit
+
+
+@program.callback()
+def tenuto(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The options of `tenuto` itself."""
+
+
+@program.command(epilog="example: tenuto demo --model transformer --out tenuto-demo")
+def demo(
+    model: o.Demo = "transformer", out: o.Sheet = Path("tenuto-demo"), as_json: o.Json = False
+) -> int:
+    """Calibrate a model that ships, and show what that does to eight images."""
+    return run("demo", locals())
+
+
+@program.command(
+    epilog="example: tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors"
+)
+def quantize(
+    model: o.Model,
+    out: o.NewArtifact,
+    scheme: o.Scheme = None,
+    text_encoder: o.TextEncoder = None,
+    method: o.Method = None,
+    temporal: o.Temporal = "auto",
+    rounding: o.Rounding = None,
+    preset: o.Preset = "quick",
+    prompts: o.Prompts = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    compact: o.Compact = False,
+) -> int:
+    """Quantize a model and write one artifact; the same command resumes."""
+    return run("quantize", locals())
+
+
+@program.command(
+    epilog="example: tenuto train-router demo:transformer --artifact a.safetensors --speedup 1.6 "
+    "--out b.safetensors"
+)
+def train_router(
+    model: o.Model,
+    out: o.NewArtifact,
+    artifact: o.Base = None,
+    speedup: o.Speedup = None,
+    reuse: o.Reuse = None,
+    preset: o.Preset = "quick",
+    iterations: o.Iterations = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+) -> int:
+    """Train a cache router and add it to an artifact; the same command resumes."""
+    return run("train_router", locals())
+
+
+@program.command(
+    epilog='example: tenuto generate demo:transformer --prompt "a golden retriever" '
+    "--artifact a.safetensors"
+)
+def generate(
+    model: o.Model,
+    prompt: o.Prompt,
+    negative: o.Negative = None,
+    artifact: o.WithArtifact = None,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    execution: o.Execution = "auto",
+    batch: o.Batch = 1,
+    out: o.Image = None,
+) -> int:
+    """Generate images of a prompt, with an artifact or without."""
+    return run("generate", locals())
+
+
+@program.command(
+    epilog="example: tenuto compare demo:transformer --artifact demo.safetensors --count 16 --json"
+)
+def compare(
+    model: o.Model,
+    artifact: o.Artifact,
+    prompts: o.OtherPrompts = None,
+    count: o.Count = 64,
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    seed: o.Seed = FIRST_SEED,
+    device: o.Device = None,
+    execution: o.Execution = "int8",
+    as_json: o.Json = False,
+) -> int:
+    """Measure what an artifact costs and what it gains."""
+    return run("compare", locals())
+
+
+@program.command(cls=Loose, epilog="example: tenuto inspect demo.safetensors --plot")
+def inspect(
+    file: o.File, plot: o.Plot = None, layer: o.Layer = None, as_json: o.Json = False
+) -> int:
+    """Show what is in an artifact."""
+    where = None if plot is None else Path(plot) if plot else True
+    return run("inspect", {"file": file, "plot": where, "layer": layer, "as_json": as_json})
+
+
+@program.command(cls=Loose, epilog="example: tenuto app --roots ~/models")
+def app(
+    port: o.Port = None,
+    no_browser: o.NoBrowser = False,
+    desktop: o.Desktop = False,
+    roots: o.Roots = [],  # noqa: B006
+    out: o.AppFolder = Path("tenuto-app"),
+    listen: o.Listen = False,
+    auth: o.Auth = None,
+    device: o.Device = None,
+) -> int:
+    """Open the app in a browser."""
+    return run("app", locals())

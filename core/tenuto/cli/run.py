@@ -1,0 +1,77 @@
+"""One command run: its answer on stdout, whatever is wrong as one sentence on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import SENTENCE, TenutoError
+from ..text import printable
+
+BAD, INTERRUPTED = 2, 130  # exit codes
+RESUMES = ("quantize", "train_router")
+
+
+def run(name: str, given: Mapping[str, Any]) -> int:
+    """Run a function of `commands.py`, print what it answers, and return the exit code.
+
+    given: its arguments, and `as_json` where the command has --json.
+    """
+    options = dict(given)
+    as_json = options.pop("as_json", False)
+    try:
+        answer = _answer(name, options)
+    except KeyboardInterrupt:
+        say(_stopped(options["out"] if name in RESUMES else None))
+        return INTERRUPTED
+    except TenutoError as error:
+        say(" ".join(str(error).split()))
+        return BAD
+    except OSError as error:
+        say(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return BAD
+    except SafetensorError as error:  # a full disk, in its words
+        say(f"{error}.")
+        return BAD
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(answer.data) if as_json else answer, flush=True)
+    return 0
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"tenuto: {printable(text, SENTENCE)}", file=sys.stderr)
+
+
+def _answer(name: str, options: dict[str, Any]) -> Any:
+    """What a command answers. All that is printed meanwhile goes to stderr."""
+    with _quiet():
+        from . import commands
+        from .console import Bars
+
+        with contextlib.redirect_stdout(sys.stderr), Bars(sys.stderr) as bars:
+            return getattr(commands, name)(**options, bars=bars)
+
+
+def _stopped(out: Path | None) -> str:
+    from .checks import work_folder
+
+    if out is None:
+        return "stopped; nothing was written."
+    return f"stopped; the same command resumes, from {work_folder(out)}."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Other libraries' warnings stay away; what Tenuto says is left."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
