@@ -22,8 +22,8 @@ def compared(found: Mapping[str, Numbers]) -> str:
         mib(first["resident_weight_bytes"]["float"]), "float",
     ]  # fmt: skip
     names = [
-        "seconds a picture", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS", "branch calls held",
-        "weights in int8", "denoiser weights", "executed",
+        "seconds a picture", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
+        "branch calls held", "weights in int8", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]
     rows = [(name, *values) for name, *values in zip(names, *columns, strict=True)]

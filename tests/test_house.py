@@ -37,7 +37,10 @@ RANK = {name: rank for rank, names in enumerate(ROOMS, 1) for name in names}
 
 ROOMS_311 = ("calibration", "measure", "cli")  # no host imports them
 
-HEAVY = ("triton", "diffusers", "transformers", "gradio", "torchvision", "matplotlib", "pandas")
+HEAVY = (
+    *("triton", "diffusers", "transformers", "gradio", "torchvision", "matplotlib", "pandas"),
+    *("typer", "rich", "pydantic"),
+)
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NEEDS_311 = {
     "typing": {"Self", "Never", "LiteralString", "Required", "NotRequired", "Unpack", "override",

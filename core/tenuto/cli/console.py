@@ -11,8 +11,8 @@ from ..progress import Progress
 
 DELAY = 2.0  # seconds: shorter work shows no bar where nobody watches
 WIDTH = 80  # columns of a terminal unless it says otherwise
-BAR = "{desc}: {percentage:3.0f}%|{bar:16}| {elapsed}<{remaining}{postfix}"
-NOTE = 24  # columns that are left of WIDTH for a note beside the longest label
+BAR = "{desc}: {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}"
+NOTE = 22  # columns of WIDTH that are left beside the longest label and hours of time
 
 
 @dataclass(frozen=True)

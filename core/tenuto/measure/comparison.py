@@ -82,7 +82,7 @@ class Comparison:
         if self.speedup is None:
             simulated = counted(self.execution["layers"].get("simulated", 0), "layer")
             return (
-                f"Simulated, not executed in low precision: {simulated}; "
+                f"{simulated} simulated, not executed in low precision: "
                 "this time is no gain, so no speed-up is given."
             )
         gains, bf16 = {self.dtype: self.speedup}, self.seconds_per_picture["bf16"]

@@ -70,6 +70,12 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.lstat().st_size for p in sorted(folder.rglob("*"))}
 
 
+def fits_and_leads_on(text: str, command: str) -> bool:
+    """Lines of at most 80 columns, and a last one that names the command to run next."""
+    *lines, last = text.splitlines()
+    return max(map(len, lines)) <= 80 and last.startswith(f"Next: tenuto {command} ")
+
+
 def one_sentence(err: str) -> str:
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1, err
@@ -302,6 +308,7 @@ def test_inspect_shows_header_and_facts(made: Path, capfd: pytest.CaptureFixture
     assert len(found["header"]["temporal"]["modules"]["adaln_single"]["cosine_error"]) == 4
     assert cli.main(["inspect", str(made)]) == 0
     text = capfd.readouterr().out
+    assert fits_and_leads_on(text.replace(str(made), "a.safetensors"), "inspect")
     assert "34 in w8a8" in text and "4 steps, guidance 2" in text
     assert "table: 1 module, 1 - cosine" in text
     assert "PixArtTransformer2DModel (pixart)" in text
@@ -356,11 +363,12 @@ def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_draws_a_grid_that_says_how_it_was_made(
-    here: Path, made: Path, tiny_pixart_folder: Path
+    here: Path, made: Path, tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, prompt = str(tiny_pixart_folder), "A red dog, on snow!"
     common = ["generate", model, "--prompt", prompt, "--negative", "a cat", "--seed", "3"]
     assert cli.main([*common, "--batch", "3"]) == 0
+    assert fits_and_leads_on(capfd.readouterr().out, "quantize")
     with Image.open(here / "a-red-dog-on-snow-3.png") as picture:
         assert picture.size == (66, 66)
         said = json.loads(picture.info["tenuto"])
@@ -421,7 +429,8 @@ def test_text_encoders_alone_and_beside_the_denoiser(
     """One section more in the file, no work left; `inspect` and `compare` tell of it."""
     start = ["quantize", str(tiny_pixart_folder), "--prompts", "p.txt", "--text-encoder", "w4"]
     assert cli.main([*start, "--method", "awq", "--out", "encoder.safetensors"]) == 0
-    assert "text_encoder:" in capfd.readouterr().out
+    text = capfd.readouterr().out
+    assert "text_encoder:" in text and fits_and_leads_on(text, "compare")
     assert cli.main([*start, "--scheme", "w8a8", "--out", "both.safetensors"]) == 0
     assert not list(here.glob("*.work"))
     alone, both = (Artifact.load(here / f"{name}.safetensors") for name in ("encoder", "both"))
@@ -434,6 +443,8 @@ def test_text_encoders_alone_and_beside_the_denoiser(
     measured = ["compare", str(tiny_pixart_folder), "--artifact", "both.safetensors"]
     assert cli.main([*measured, "--count", "1", "--steps", "1", "--json"]) == 0
     states = json.loads(capfd.readouterr().out)["encoders"]["text_encoder"]
+    assert cli.main([*measured, "--count", "1", "--steps", "1"]) == 0
+    assert fits_and_leads_on(capfd.readouterr().out, "generate")
     assert 0.9 < states["cosine"]["mean"] < 1 and states["bf16"]["relative_l2"] > 0
 
 
@@ -451,6 +462,7 @@ def test_a_router_joins_the_artifact(
     )  # fmt: skip
     text = capfd.readouterr().out
     assert code == 0 and tree(here).keys() == {"both.safetensors", "p.txt"}
+    assert fits_and_leads_on(text, "compare")
     both, first = Artifact.load(here / "both.safetensors"), Artifact.load(made)
     assert both.header["layers"] == first.header["layers"]
     assert both.tensors.keys() > first.tensors.keys()

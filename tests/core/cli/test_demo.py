@@ -249,6 +249,9 @@ def test_the_demo_makes_a_sheet_and_numbers(
     assert cli.main(["demo", "--out", str(out)]) == 0
     text = capfd.readouterr().out
     assert str(out / "demo.png") in text and "not here" in text
+    *lines, last = text.splitlines()
+    assert all(len(line) <= 80 for line in lines if str(out) not in line)
+    assert last.startswith("Next: tenuto quantize MODEL ")
     data = json.loads((out / "demo.json").read_text())
     assert data["absent"] == ["w4a8-router"] and set(data["variants"]) == {FULL, "w8a8"}
     with Image.open(out / "demo.png") as two:
