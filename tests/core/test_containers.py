@@ -202,7 +202,7 @@ def test_a_branch_returns_its_containers(wrap: Callable[..., Any], x: Tensor) ->
     model = nn.ModuleDict({"branch": Told()})
     schedule = CacheSchedule(torch.tensor([[True], [False]]), times, ("branch",))
     clock = Clock(times)
-    for patch in lay_(model, schedule, clock, copies=True):
+    for patch in lay_(model, schedule, clock):
         clock.tick(3.0, (0, 1, 2), "cpu")
         with torch.no_grad():
             model["branch"](x, 0.0, wrap(x))
