@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tenuto as tn
 from benchmarks.quantization import cpu_name
 from tenuto.artifact import Artifact
-from tenuto.calibration import METHODS, WIDTHS, encoder_job, fill
+from tenuto.calibration import WIDTHS, algorithms, encoder_job, fill
 from tenuto.measure import compare_all, states_distance
 from tenuto.runtime import encoder_layers
 from tenuto.sampling import calls_of
@@ -42,7 +42,7 @@ def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
     pipe, made, seconds = tn.demo(name), {}, {}
     guidance = defaults(f"demo:{name}").guidance
     for width in WIDTHS:
-        for method in METHODS:
+        for method in algorithms.names("encoder"):
             start = time.perf_counter()
             made[f"{width} {method}"] = tn.quantize_encoder(
                 pipe, width, tn.prompts("default"), method=method, guidance=guidance
@@ -74,7 +74,7 @@ def of_folder(folder: Path) -> Iterator[dict[str, Any]]:
 
     calibration, unseen = calls(lines[::2]), calls(lines[1::2])
     for width in WIDTHS:
-        for method in METHODS:
+        for method in algorithms.names("encoder"):
             start = time.perf_counter()
             job = encoder_job(encoder, calibration, width, method)
             seconds = time.perf_counter() - start

@@ -75,7 +75,9 @@ class Bench:
     def rows(self) -> Iterator[Row]:
         """Every row, the ones without calibration first."""
         schemes, nearest = tn.schemes, RoundToNearest()
-        gptq, learnt = effort(self.preset).gptq, effort("thorough").adaround
+        gptq, learnt = (
+            effort(p).rounding(n) for p, n in ((self.preset, "gptq"), ("thorough", "adaround"))
+        )
         yield from (Row(FULL), Row(BF16), Row(AUTOENCODER))
         for path in sorted(asset("artifacts").glob(f"demo-{self.short}.*.safetensors")):
             yield Row(f"shipped {path.name.split('.')[1]}", file=path)

@@ -42,7 +42,7 @@ FIRST_SEED = 10_000
 def recipes(model: nn.Module, preset: str) -> Iterator[tuple[str, tn.Recipe]]:
     """(name, recipe) of every row."""
     backbone, s = tn.describe(model), tn.schemes
-    nearest, compensated = RoundToNearest(), effort(preset).rounding
+    nearest, compensated = RoundToNearest(), effort(preset).rounding("gptq")
     learnt, both = AdaRound(300, 16), AdaRound(300, 16, start="gptq")
     yield "W8A8, per token", recipe_for(s.W8A8, backbone)
     yield "W8A8, per step", recipe_for(s.W8A8_STATIC, backbone)

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.calibration import METHODS, PRESETS, ROUNDINGS, WIDTHS
+from tenuto.calibration import PRESETS, WIDTHS, algorithms
 from tenuto.errors import TenutoError
 
 from .bench import Bench
@@ -144,12 +144,13 @@ def _options() -> list[Any]:
             elem_id="calibrate-prompts",
         )  # fmt: skip
         rounding = gr.Dropdown(
-            [("the preset's choice", ""), *ROUNDINGS], value="", label="How 4-bit weights round",
-            elem_id="calibrate-rounding", info="Of the denoiser, where the scheme has such weights",
+            [("the preset's choice", ""), *algorithms.names("denoiser")], value="",
+            label="How 4-bit weights round", elem_id="calibrate-rounding",
+            info="Of the denoiser, where the scheme has such weights",
         )  # fmt: skip
         method = gr.Dropdown(
-            list(METHODS), value="gptq", label="How text encoders round",
-            elem_id="calibrate-method", info="Where they are quantized; rtn is to nearest",
+            list(algorithms.names("encoder")), value="gptq", label="How text encoders round",
+            elem_id="calibrate-method", info="Where they are quantized",
         )  # fmt: skip
     return [steps, guidance, seed, iterations, prompts, method, rounding]
 

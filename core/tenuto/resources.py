@@ -1,8 +1,11 @@
-"""Where the files that ship with the library are: demo models, prompts, the network of LPIPS."""
+"""What is found by its file: demo models, prompts, the network of LPIPS; modules of a package."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
+from types import ModuleType
 
 from .errors import TenutoError
 
@@ -25,3 +28,29 @@ def prompts(name: str = "default") -> tuple[str, ...]:
     """The lines of the shipped prompt list `prompts/NAME.txt`."""
     text = asset(f"prompts/{name}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def found(package: str) -> dict[str, ModuleType]:
+    """Every module of a package, by the name of its file, in the order of these names.
+
+    package: its full name. Nothing is remembered between calls: a file that was written, or a
+    folder that was put on the package's `__path__`, a moment ago is found.
+    """
+    importlib.invalidate_caches()
+    names = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}
+
+
+def classes(package: str) -> dict[str, type]:
+    """The classes with a `name` of their own in the modules of a package, by that name.
+
+    A name that is only inherited does not count.
+    """
+    return {
+        str(vars(value)["name"]): value
+        for module in found(package).values()
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and value.__module__ == module.__name__
+        and isinstance(vars(value).get("name"), str)
+    }

@@ -141,7 +141,7 @@ def test_text_encoders_alone(app: Any, visit: Any) -> None:
     pick(tab, "#calibrate-scheme", "none")
     page.fill("#calibrate-reuse input[type=number]", "0")
     page.locator("#calibrate-encoder").get_by_text("4 bits").click()
-    pick(tab, "#calibrate-method", "rtn")
+    pick(tab, "#calibrate-method", "nearest")
     pick(tab, "#calibrate-rounding", "adaround")
     page.click("#calibrate-start")
     page.get_by_text("Only weights below 8 bits can round otherwise").wait_for(timeout=5000)

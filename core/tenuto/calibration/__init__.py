@@ -1,18 +1,18 @@
 """All that is learnt: quantization, text encoders, the cache router."""
 
-from .presets import ROUNDINGS, Preset, effort, recipe_for
+from . import algorithms
+from .presets import Preset, effort, recipe_for
 from .quantize import quantize
-from .quantize_encoder import METHODS, WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
+from .quantize_encoder import WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
 from .replay import outputs
 from .train_router import POWERS, PRESETS, train_router
 
 __all__ = [
-    "METHODS",
     "POWERS",
     "PRESETS",
-    "ROUNDINGS",
     "WIDTHS",
     "Preset",
+    "algorithms",
     "effort",
     "encoder_job",
     "encoder_scheme",

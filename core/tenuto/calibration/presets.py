@@ -8,41 +8,33 @@ from typing import Any
 from ..errors import SchemeError
 from ..model import Backbone
 from ..numerics import Recipe, Rule, Scheme, schemes
-from .algorithms.adaround import AdaRound
-from .algorithms.gptq import GPTQ
+from .algorithms import Effort, by_name
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
-
-ROUNDINGS = ("nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Effort. prompts and batch: of the recording; temporal: for the time-only modules.
+    """How much is done. prompts and batch: of the recording; temporal: for time-only modules.
 
-    gptq, adaround: how much of each for weights below 8 bits; usual: which of them, unless a user
-    says.
+    effort: of the algorithm that rounds weights below 8 bits; usual: its name, unless a user says.
     """
 
     prompts: int
     batch: int
     temporal: Tiar
-    gptq: GPTQ
-    adaround: AdaRound
+    effort: Effort
     usual: str = "gptq"
 
-    def rounding(self, name: str | None = None) -> RoundToNearest | GPTQ | AdaRound:
+    def rounding(self, name: str | None = None) -> Any:
         """The algorithm called `name` at this effort; None: the usual one. Else SchemeError."""
-        name = name or self.usual
-        if name not in ROUNDINGS:
-            raise SchemeError(f"Unknown rounding {name!r}: choose one of {', '.join(ROUNDINGS)}.")
-        return RoundToNearest() if name == "nearest" else getattr(self, name)
+        return by_name(name or self.usual, "denoiser", self.effort)
 
 
 PRESETS = {
-    "quick": Preset(16, 4, Tiar(100), GPTQ(256), AdaRound(300, 16)),
-    "standard": Preset(64, 8, Tiar(300), GPTQ(512), AdaRound(600, 32)),
-    "thorough": Preset(64, 8, Tiar(1000), GPTQ(2048), AdaRound(1000, 32), "adaround"),
+    "quick": Preset(16, 4, Tiar(100), Effort(256, 300, 16)),
+    "standard": Preset(64, 8, Tiar(300), Effort(512, 600, 32)),
+    "thorough": Preset(64, 8, Tiar(1000), Effort(2048, 1000, 32), "adaround"),
 }
 
 

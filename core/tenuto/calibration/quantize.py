@@ -49,9 +49,9 @@ def quantize(
 ) -> Artifact:
     """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
 
-    rounding: how weights below 8 bits round, where `scheme` is no recipe: "nearest", "gptq" or
-    "adaround"; None: as the preset does. temporal: what becomes of the modules that depend on the
-    timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
+    rounding: how weights below 8 bits round, where `scheme` is no recipe: an algorithm's name,
+    such as "gptq"; None: as the preset does. temporal: what becomes of the modules that depend on
+    the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
     "auto"; see `maintenance.py`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets

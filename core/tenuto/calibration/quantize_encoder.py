@@ -20,29 +20,32 @@ from ..numerics import Recipe, Scheme, schemes
 from ..progress import Progress, parts
 from ..sampling import BATCH, Call, Trajectory, encoder_calls
 from ..work import Work, digest
-from .algorithms.awq import AWQ
-from .algorithms.gptq import GPTQ
-from .algorithms.nearest import RoundToNearest
+from .algorithms import by_name, names
 from .algorithms.tiar import Tiar
 from .presets import recipe_for
 from .quantize import Job
 
-METHODS = {"rtn": RoundToNearest(), "awq": AWQ(), "gptq": GPTQ()}
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
 WHOLE = 100_000  # what one encoder is worth in the progress
 
 
 def encoder_scheme(width: str, method: str) -> Scheme:
     """The scheme of such a width and method; SchemeError names the choices."""
-    if width not in WIDTHS or method not in METHODS:
+    return _chosen(width, method)[0]
+
+
+def _chosen(width: str, method: str) -> tuple[Scheme, Any]:
+    """The scheme, and the algorithm that rounds to it."""
+    try:
+        scheme, algorithm = WIDTHS[width], by_name(method, "encoder")
+    except (KeyError, SchemeError):
         raise SchemeError(
-            f"A text encoder is quantized to {' or '.join(WIDTHS)} by {', '.join(METHODS)}, "
-            f"not to {width!r} by {method!r}."
-        )
-    scheme = WIDTHS[width]
-    if method != "awq":
-        return scheme
-    return Scheme(f"{scheme.name}-awq", replace(scheme.weight, smooth=True))
+            f"A text encoder is quantized to {' or '.join(WIDTHS)} by "
+            f"{', '.join(names('encoder'))}, not to {width!r} by {method!r}."
+        ) from None
+    if getattr(algorithm, "smooth", False):
+        scheme = Scheme(f"{scheme.name}-{algorithm.name}", replace(scheme.weight, smooth=True))
+    return scheme, algorithm
 
 
 def quantize_encoder(
@@ -60,8 +63,8 @@ def quantize_encoder(
 ) -> Artifact:
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
-    width: "w8" or "w4" (a range per 32 columns). method: "rtn", "awq" or "gptq". steps and
-    guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
+    width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq".
+    steps and guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
     """
     scheme = encoder_scheme(width, method)
     calls = encoder_calls(pipe, prompts)
@@ -92,7 +95,7 @@ def encoder_job(
     on_progress: Progress | None = None,
 ) -> Job:
     """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
-    scheme, algorithm = encoder_scheme(width, method), METHODS[method]
+    scheme, algorithm = _chosen(width, method)
     backbone = describe(encoder)
     rules = (
         replace(rule, algorithm=rule.scheme and algorithm)

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import tenuto as tn
+from tenuto.calibration import algorithms
 from tenuto.calibration.algorithms.awq import AWQ
+from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.calibration.bank import Bank
-from tenuto.calibration.quantize_encoder import METHODS, encoder_scheme
+from tenuto.calibration.quantize_encoder import encoder_scheme
 from tenuto.measure.encoder_states import hidden_distance
 from tenuto.model.families import describe
 from tenuto.numerics.qtensor import QTensor, layout
@@ -149,7 +151,7 @@ def test_resumes_and_ends_in_the_same_bytes(pipe: Any, gptq: tn.Artifact, tmp_pa
 
 @pytest.mark.parametrize(("width", "method"), [("w3", "gptq"), ("w4", "magic")])
 def test_unknown_widths_and_methods(width: str, method: str) -> None:
-    with pytest.raises(tn.SchemeError, match="rtn, awq, gptq"):
+    with pytest.raises(tn.SchemeError, match="awq, gptq, nearest"):
         encoder_scheme(width, method)
 
 
@@ -210,4 +212,12 @@ def test_a_scale_per_column_is_for_weights_alone() -> None:
         Scheme("no", smooth, schemes.W8A8.activation)
     assert Scheme.from_json(Scheme("yes", smooth).to_json()).weight.smooth
     assert "smooth" not in schemes.W8A8.to_json()["weight"]
-    assert set(METHODS) == {"rtn", "awq", "gptq"}
+
+
+def test_methods_by_name() -> None:
+    """Those of an encoder, with their own defaults; "rtn" is another name of "nearest"."""
+    found = [algorithms.by_name(name, "encoder") for name in algorithms.names("encoder")]
+    assert {AWQ(), GPTQ(), RoundToNearest()} <= set(found)
+    assert algorithms.by_name("rtn", "encoder") == RoundToNearest()
+    with pytest.raises(tn.SchemeError, match="awq"):
+        algorithms.by_name("adaround", "encoder")

@@ -5,26 +5,63 @@
 block: a module in float whose weights may be changed. layers: name inside the block -> Scheme.
 bank: recorded inputs of the block (`replay.Bank`), or None. target: its full-precision outputs,
 row by row as in the bank, or None. `needs_inputs` says whether bank and target are used.
+
+The file is all that there is to write: a class with a `name` can be chosen by it, everywhere. What
+else a class may say: `aliases`, further names; `parts`, of a pipeline that it is for (`PARTS`
+unless it says so); `smooth`, that it scales the columns of a weight, which the format then has to
+store; `at(effort)`, a class method, itself at an `Effort`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SchemeError
+from ...resources import classes, found
+
+PARTS = ("denoiser", "encoder")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a user wants to spend, for an algorithm to make of it what it can.
+
+    rows: recorded inputs of a block that are looked at. iterations, batch: steps of an optimizer
+    and rows in each.
+    """
+
+    rows: int = 256
+    iterations: int = 300
+    batch: int = 16
+
+
+def names(part: str) -> tuple[str, ...]:
+    """The algorithms for a part of a pipeline, "denoiser" or "encoder", by name."""
+    return tuple(n for n, cls in classes(__name__).items() if part in getattr(cls, "parts", PARTS))
+
+
+def by_name(name: str, part: str, effort: Effort | None = None) -> Any:
+    """The algorithm called `name` for such a part at this effort; None: with its own defaults.
+
+    SchemeError names the choices.
+    """
+    known = names(part)
+    for own, cls in classes(__name__).items():
+        if own in known and name in (own, *getattr(cls, "aliases", ())):
+            return cls.at(effort) if effort is not None and hasattr(cls, "at") else cls()
+    raise SchemeError(f"Unknown rounding {name!r}: choose one of {', '.join(known)}.")
 
 
 def algorithm(data: dict[str, Any]) -> Any:
-    """The algorithm that a recipe's JSON names: {"name", settings...}."""
+    """The algorithm that a recipe's JSON names: {"name": of the class, settings...}."""
     settings = dict(data)
     name = settings.pop("name", None)
-    for info in pkgutil.iter_modules(__path__):
-        found = getattr(importlib.import_module(f"{__name__}.{info.name}"), str(name), None)
-        if isinstance(found, type):
+    for module in found(__name__).values():
+        cls = vars(module).get(str(name))
+        if isinstance(cls, type) and cls.__module__ == module.__name__:
             try:
-                return found(**settings)
+                return cls(**settings)
             except TypeError as error:
                 raise SchemeError(f"{name} does not take {settings}.") from error
     raise SchemeError(f"Unknown algorithm {name!r}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ...model import override_
 from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
 from ..replay import first_tensor, outputs
+from . import Effort
 from .gptq import GPTQ
 from .nearest import weight_of
 
@@ -76,7 +77,14 @@ class AdaRound:
     start: str = "nearest"
     asymmetric: bool = True
 
+    name: ClassVar[str] = "adaround"
+    parts: ClassVar[tuple[str, ...]] = ("denoiser",)
     needs_inputs = True
+
+    @classmethod
+    def at(cls, effort: Effort) -> AdaRound:
+        """With the iterations and the batch of `effort`."""
+        return cls(effort.iterations, effort.batch)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
 from ..moments import inputs_seen, patches, shared_inputs
 from ..replay import first_tensor
+from . import Effort
 from .nearest import weight_of
 
 CHUNK = 32  # rows of the bank in one call of the block
@@ -39,7 +40,15 @@ class AWQ:
     rows: int = 256
     ratios: int = 20
 
+    name: ClassVar[str] = "awq"
+    parts: ClassVar[tuple[str, ...]] = ("encoder",)
+    smooth: ClassVar[bool] = True
     needs_inputs = True
+
+    @classmethod
+    def at(cls, effort: Effort) -> AWQ:
+        """On as many rows of the bank as `effort` has."""
+        return cls(rows=effort.rows)
 
     @torch.no_grad()
     def __call__(

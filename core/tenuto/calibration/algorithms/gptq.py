@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ...numerics import Format, Grid, QTensor, Scheme
 from ...runtime.kernels.column_rounding import compensate, descend
 from ..bank import Bank
 from ..moments import inputs_seen, patches, shared_inputs
+from . import Effort
 from .nearest import RoundToNearest, weight_of
 
 WIDTH = 128  # columns whose errors are handed on in one product
@@ -44,7 +45,13 @@ class GPTQ:
     sweeps: int = 2
     asymmetric: bool = True
 
+    name: ClassVar[str] = "gptq"
     needs_inputs = True
+
+    @classmethod
+    def at(cls, effort: Effort) -> GPTQ:
+        """On as many rows of the bank as `effort` has."""
+        return cls(rows=effort.rows)
 
     @torch.no_grad()
     def __call__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ def weight_of(block: nn.Module, name: str) -> Tensor:
 class RoundToNearest:
     """The nearest value of the grid: no data needed."""
 
+    name: ClassVar[str] = "nearest"
+    aliases: ClassVar[tuple[str, ...]] = ("rtn",)
     needs_inputs = False
 
     def __call__(
