@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tenuto as tn
 from benchmarks.quality_pictures import Real
 from tenuto.caching import (
+    POWERS,
     CacheSchedule,
     RandomTable,
     StepProgramme,
@@ -43,7 +44,7 @@ from tenuto.caching import (
     saved,
     whole_steps,
 )
-from tenuto.calibration import POWERS, PRESETS, train_router
+from tenuto.calibration import PRESETS, train_router
 from tenuto.calibration.router.rollout import evaluate, intercepted
 from tenuto.measure import lpips, psnr, ssim
 from tenuto.model import denoiser_of, multiply_adds, place

@@ -11,7 +11,7 @@ from typing import Any
 import folder_paths
 
 from tenuto.artifact import Artifact, schedule_of, tabled
-from tenuto.caching import CacheSchedule, Interval, LateInterval
+from tenuto.caching import CacheSchedule, LateInterval, made, rules
 from tenuto.errors import TenutoError
 from tenuto.numerics import named
 from tenuto.runtime import EXECUTIONS
@@ -24,7 +24,7 @@ from .weights import Weights
 
 SCHEMES = {"W8A8": "w8a8", "W8 (weights only)": "w8a16", "W4 (weights only)": "w4a16"}
 FROM_ARTIFACT = "from artifact"
-ROUTE, LATE, INTERVAL = "route of the artifact", "first steps, then one of", "one of"
+ROUTE, SETTINGS = "route of the artifact", ("first", "period")  # of a policy: what the node asks
 KIND = "models/tenuto"
 
 
@@ -201,8 +201,8 @@ class ApplyCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model; it stays as it is."),
                 io.Combo.Input(
                     "mode",
-                    options=[ROUTE, LATE, INTERVAL],
-                    default=LATE,
+                    options=[ROUTE, *rules(SETTINGS)],
+                    default=LateInterval.title,
                     tooltip="Where to reuse: as the artifact's route says; all of the first steps, "
                     "then one step of every `period`; or one of every `period` from the start on.",
                 ),
@@ -239,7 +239,7 @@ class ApplyCache(io.ComfyNode):
                 raise TenutoError("Connect an artifact with a route, or choose another mode.")
             policy = routed(here(model, artifact))
         else:
-            policy = LateInterval(first, period) if mode == LATE else Interval(period)
+            policy = made(rules(SETTINGS)[mode], {"first": first, "period": period})
         policy = bounded(policy, start_percent, end_percent, compute_last)
         return io.NodeOutput(Cache(model, policy).apply(model))
 

@@ -3,22 +3,29 @@
 from .budget import reuse_for, saved, whole_steps
 from .cells import Hold, Slot, lay_, shape_of
 from .interval import Interval, LateInterval, interval_for, late_interval_for
+from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
 from .schedule import CacheSchedule
-from .step_programme import StepProgramme
+from .step_programme import POWERS, StepProgramme
 
 __all__ = [
+    "POWERS",
     "CacheSchedule",
+    "Facts",
     "Hold",
     "Interval",
     "LateInterval",
     "RandomTable",
     "Slot",
     "StepProgramme",
+    "candidates",
     "interval_for",
     "late_interval_for",
     "lay_",
+    "made",
+    "policies",
     "reuse_for",
+    "rules",
     "saved",
     "shape_of",
     "whole_steps",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from ..errors import TenutoError
+from .budget import whole_steps
+from .policy import Facts
 from .schedule import CacheSchedule
 
 PERIODS = range(2, 9)  # what the searches try
@@ -27,6 +29,10 @@ class Interval:
     held: int | None = None
     phase: str = "first"
 
+    name: ClassVar[str] = "interval"
+    title: ClassVar[str] = "one of"
+    candidate: ClassVar[bool] = False  # a late interval that reuses as much is nearer
+
     def __post_init__(self) -> None:
         held = self.period - 1 if self.held is None else self.held
         if self.period < 1 or not 0 <= held < max(self.period, 1):
@@ -42,6 +48,11 @@ class Interval:
         computed = [place % self.period < self.period - held for place in places]
         return CacheSchedule.steps([True, *computed[1:]], timesteps, branches)
 
+    @classmethod
+    def for_share(cls, share: float, facts: Facts) -> list[Interval]:
+        """Every interval that is as near to `share`, in whole steps, as any."""
+        return interval_for(whole_steps(share, len(facts.timesteps)), *_grid(facts))
+
 
 @dataclass(frozen=True)
 class LateInterval:
@@ -54,6 +65,9 @@ class LateInterval:
     first: int
     period: int
 
+    name: ClassVar[str] = "late interval"
+    title: ClassVar[str] = "first steps, then one of"
+
     def __post_init__(self) -> None:
         if self.first < 0 or self.period < 1:
             raise TenutoError(f"No late interval has first {self.first} and period {self.period}.")
@@ -63,6 +77,20 @@ class LateInterval:
         rows = range(len(timesteps))
         computed = [i < self.first or (i - self.first) % self.period == 0 for i in rows]
         return CacheSchedule.steps([True, *computed[1:]], timesteps, branches)
+
+    @property
+    def label(self) -> str:
+        """As the candidates of a search list it."""
+        return f"{self.name} {self.first}/{self.period}"
+
+    @classmethod
+    def for_share(cls, share: float, facts: Facts) -> list[LateInterval]:
+        """Every late interval that is as near to `share`, in whole steps, as any."""
+        return late_interval_for(whole_steps(share, len(facts.timesteps)), *_grid(facts))
+
+
+def _grid(facts: Facts) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    return facts.timesteps, facts.branches
 
 
 def late_interval_for(

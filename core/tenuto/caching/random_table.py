@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..errors import TenutoError
+from .policy import Facts
 from .schedule import CacheSchedule
 
 
@@ -17,6 +19,9 @@ class RandomTable:
 
     reuse: float
     seed: int = 0
+
+    name: ClassVar[str] = "random"
+    candidate: ClassVar[bool] = False
 
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """The schedule for these steps and branches."""
@@ -29,3 +34,8 @@ class RandomTable:
         table = torch.ones(rows, columns, dtype=torch.bool)
         table[1:].view(-1)[order[:count]] = False
         return CacheSchedule(table, tuple(timesteps), tuple(branches))
+
+    @classmethod
+    def for_share(cls, share: float, facts: Facts) -> list[RandomTable]:
+        """One of them, by seed 0."""
+        return [cls(share)]

@@ -9,9 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import TenutoError
+from .budget import whole_steps
+from .policy import Facts
 from .schedule import CacheSchedule
+
+POWERS = (2.0, 3.0)  # of age: a search measures both
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class StepProgramme:
     costs: tuple[float, ...]
     power: float = 3.0
 
+    name: ClassVar[str] = "step programme"
+
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """The schedule for the steps that the costs were measured at."""
         if len(self.costs) != len(timesteps):
@@ -35,6 +42,19 @@ class StepProgramme:
         held = round(self.reuse * len(timesteps))
         computed = cheapest(self.costs, held, self.power)
         return CacheSchedule.steps(computed, timesteps, branches)
+
+    @property
+    def label(self) -> str:
+        """As the candidates of a search list it."""
+        return f"{self.name} age^{self.power:g}"
+
+    @classmethod
+    def for_share(cls, share: float, facts: Facts) -> list[StepProgramme]:
+        """One a power, for `share` in whole steps; none where no costs were measured."""
+        if facts.costs is None:
+            return []
+        whole = whole_steps(share, len(facts.timesteps))
+        return [cls(whole, facts.costs, power) for power in POWERS]
 
 
 def cheapest(costs: Sequence[float], held: int, power: float) -> list[bool]:

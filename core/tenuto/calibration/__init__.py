@@ -5,10 +5,9 @@ from .presets import Preset, effort, recipe_for
 from .quantize import quantize
 from .quantize_encoder import WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
 from .replay import outputs
-from .train_router import POWERS, PRESETS, train_router
+from .train_router import PRESETS, train_router
 
 __all__ = [
-    "POWERS",
     "PRESETS",
     "WIDTHS",
     "Preset",

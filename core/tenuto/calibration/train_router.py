@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..artifact import Artifact
-from ..caching import CacheSchedule, StepProgramme, late_interval_for, reuse_for, saved, whole_steps
+from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import denoiser_of, describe, multiply_adds, place
 from ..progress import Progress, parts
@@ -23,7 +22,6 @@ from .router.iepo import gain
 from .router.logits import Router
 from .router.rollout import errors, references, step_costs
 
-POWERS = (2.0, 3.0)  # of age, in the step programme: both are measured
 HELD_OUT = 5_000  # first seed of the pictures that candidates are measured on
 DEFAULT_REUSE = 0.3
 SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
@@ -71,9 +69,9 @@ def train_router(
     reuse: the share of (step, branch) cells to hold. speedup: how many times fewer multiply-adds
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
-    The router, the late intervals and the step programmes that reuse as much are all measured on
-    held-out seeds against the un-cached run. The best becomes the route, every score is told, and
-    the router's own table stays beside it.
+    The router and what the cache policies make of that share are all measured on held-out seeds
+    against the un-cached run. The best becomes the route, every score is told, and the router's
+    own table stays beside it.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
@@ -175,15 +173,8 @@ class RouteJob:
         }
 
     def candidates(self, costs: Tensor) -> dict[str, CacheSchedule]:
-        """What needs no training: late intervals and step programmes. costs: (T,), of a step."""
-        reuse = whole_steps(self.reuse, len(self.times))
-        found: dict[str, Callable[..., CacheSchedule]] = {
-            f"late interval {policy.first}/{policy.period}": policy
-            for policy in late_interval_for(reuse, self.times, self.branches)
-        }
-        prices = tuple(costs.tolist())
-        found |= {f"step programme age^{p:g}": StepProgramme(reuse, prices, p) for p in POWERS}
-        return {name: policy(self.times, self.branches) for name, policy in found.items()}
+        """What needs no training: every policy's at this share. costs: (T,), of a step."""
+        return candidates(self.reuse, Facts(self.times, self.branches, tuple(costs.tolist())))
 
     def sizes(self) -> dict[str, int]:
         """What each part takes, in tenths of a denoiser call of one batch."""

@@ -71,7 +71,7 @@ TextEncoder = Annotated[
 Method = Annotated[
     str | None,
     _choice(
-        "--method", QUANTIZATION, "How text encoders are rounded: rtn, awq or gptq (gptq).",
+        "--method", QUANTIZATION, "How text encoders are rounded, by the name of an algorithm: rtn, awq, gptq, ... (gptq).",
         ("rtn", "awq", "gptq"), "M",
     ),
 ]  # fmt: skip

@@ -2,28 +2,37 @@
 
 A family file has `CLASSES` (class names, never classes: nothing is imported) and
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
-`names(module) -> KeyMap` too. `generic.py` serves what no family covers.
+`names(module) -> KeyMap` too. `generic.py` serves what no family covers. Another distribution adds
+a family as an entry point of the group "tenuto.families" that names such a module; those here go
+first.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import importlib
-import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from types import ModuleType
 
 from torch import nn
 
 from ...errors import ModelError
+from ...resources import found
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap
 
 
 def families() -> dict[str, ModuleType]:
     """Every family file by name."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
-    found = {n: importlib.import_module(f"{__name__}.{n}") for n in names}
-    return {n: m for n, m in found.items() if hasattr(m, "CLASSES")}
+    return {n: m for n, m in found(__name__).items() if hasattr(m, "CLASSES")}
+
+
+def _covering(module: nn.Module, attribute: str) -> Iterator[ModuleType]:
+    """The families that list the class of `module`, or one that it derives from."""
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    yield from (f for f in families().values() if kinds & set(getattr(f, attribute, ())))
+    further = (e.load() for e in entry_points(group="tenuto.families"))
+    yield from (f for f in further if kinds & set(getattr(f, attribute, ())))
 
 
 def names(module: nn.Module) -> KeyMap | None:
@@ -31,21 +40,17 @@ def names(module: nn.Module) -> KeyMap | None:
 
     ModelError if the class is a host's, and something in it has no canonical name.
     """
-    kinds = {cls.__name__ for cls in type(module).__mro__}
-    found = (f for f in families().values() if kinds & set(getattr(f, "HOSTS", ())))
-    return next((family.names(module) for family in found), None)
+    return next((family.names(module) for family in _covering(module, "HOSTS")), None)
 
 
 def describe(module: nn.Module) -> Backbone:
     """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
-    kinds = {cls.__name__ for cls in type(module).__mro__}
-    for family in families().values():
-        if kinds & set(family.CLASSES):
-            return family.describe(module)
+    for family in _covering(module, "CLASSES"):
+        return family.describe(module)
     keys = names(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
-    backbone = importlib.import_module(f"{__name__}.generic").describe(module)
+    backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:
         raise ModelError(f"{type(module).__name__} has no list of blocks that Tenuto knows.")
     return backbone

@@ -1,0 +1,68 @@
+"""One cache policy a file: a frozen dataclass with a `name`, called on steps and branches.
+
+    policy(timesteps, branches) -> CacheSchedule
+
+The file is all that there is to write. What else a class may say:
+`for_share(share, facts)`, a class method: itself, any number of times, for a wanted share of reuse;
+`label`: what tells one of them from the others (else the name, or the settings where there are
+several); `candidate`: False keeps it, as a control, out of the search of `train_router`; `title`:
+how a host's menu lists it, in words that its settings complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..resources import classes
+from .schedule import CacheSchedule
+
+PACKAGE = __name__.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the runs that a schedule is for.
+
+    costs: T numbers, the squared error of the result where that step alone is reused
+    (`rollout.step_costs`); None where nothing was measured.
+    """
+
+    timesteps: tuple[float, ...]
+    branches: tuple[str, ...]
+    costs: tuple[float, ...] | None = None
+
+
+def policies() -> dict[str, type]:
+    """Every policy by name."""
+    return classes(PACKAGE)
+
+
+def candidates(share: float, facts: Facts) -> dict[str, CacheSchedule]:
+    """What every policy makes of a wanted share of reuse, by label; controls are left out."""
+    found: dict[str, CacheSchedule] = {}
+    for name, cls in policies().items():
+        if not getattr(cls, "candidate", True) or not hasattr(cls, "for_share"):
+            continue
+        made = list(getattr(cls, "for_share")(share, facts))  # noqa: B009
+        for policy in made:
+            label = getattr(policy, "label", name if len(made) == 1 else str(policy))
+            found[label] = policy(facts.timesteps, facts.branches)
+    return found
+
+
+def rules(settings: Collection[str]) -> dict[str, type]:
+    """The policies that need no settings but some of these, by title: for the menu of a host."""
+
+    def fits(cls: type) -> bool:
+        given = inspect.signature(cls).parameters.values()
+        return all(p.name in settings for p in given if p.default is p.empty)
+
+    return {getattr(cls, "title", name): cls for name, cls in policies().items() if fits(cls)}
+
+
+def made(cls: type, settings: Mapping[str, Any]) -> Callable[..., CacheSchedule]:
+    """A policy with those of `settings` that it takes."""
+    return cls(**{k: v for k, v in settings.items() if k in inspect.signature(cls).parameters})
