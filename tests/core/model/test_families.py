@@ -75,7 +75,7 @@ def test_every_family_has_a_model_here() -> None:
     found = {m.name for m in pkgutil.iter_modules(families.__path__)}
     assert found == set(MODEL_OF) | ENCODERS
     for name in found - {"generic"}:
-        module = importlib.import_module(f"tenuto.families.{name}")
+        module = importlib.import_module(f"{families.__name__}.{name}")
         assert all(isinstance(c, str) for c in module.CLASSES), "names, so that nothing is imported"
 
 
