@@ -10,8 +10,10 @@ first.
 from __future__ import annotations
 
 import fnmatch
+import functools
+import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
 from torch import nn
@@ -31,8 +33,14 @@ def _covering(module: nn.Module, attribute: str) -> Iterator[ModuleType]:
     """The families that list the class of `module`, or one that it derives from."""
     kinds = {cls.__name__ for cls in type(module).__mro__}
     yield from (f for f in families().values() if kinds & set(getattr(f, attribute, ())))
-    further = (e.load() for e in entry_points(group="tenuto.families"))
+    further = (entry.load() for entry in _installed(tuple(sys.path)))
     yield from (f for f in further if kinds & set(getattr(f, attribute, ())))
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The families that distributions on this `sys.path` bring: to look takes 30 ms."""
+    return tuple(entry_points(group="tenuto.families"))
 
 
 def names(module: nn.Module) -> KeyMap | None:
