@@ -18,7 +18,7 @@ from tenuto.artifact import Artifact, tabled
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import Override, layers, override_
 from tenuto.numerics import QTensor, Scheme
-from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow
+from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow_input
 from tenuto.runtime.kernels.quantize_input import Memo
 from tenuto.sampling import Clock
 
@@ -133,7 +133,7 @@ class Quantized:
         if layer is None:
             layer = self.owner.made(self.name, module, self.own, self.memo)
             self.owner.kept[self.name] = layer
-        follow(layer, effective(module, "bias"), x.device)
+        follow_input(layer, effective(module, "bias"), x.device)
         return layer(x)
 
 

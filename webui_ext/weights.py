@@ -14,7 +14,7 @@ from tenuto.artifact import Artifact, tabled
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import Override, override_
 from tenuto.numerics import QTensor, Scheme
-from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow
+from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow_input
 from tenuto.runtime.kernels.quantize_input import Memo
 from tenuto.sampling import Clock
 
@@ -75,7 +75,7 @@ class Weights:
             with torch.inference_mode(False), torch.no_grad():
                 layer = self._made(name, module, again).to(device)
             known = self.kept[name] = token, layer
-        follow(known[1], module.bias, device)
+        follow_input(known[1], module.bias, device)
         return known[1]
 
     def how(self) -> dict[str, int]:

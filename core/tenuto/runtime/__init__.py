@@ -2,8 +2,8 @@
 
 from .attachment import Tenuto, attach, encoder_layers, quantized
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
-from .host import Patches
-from .layers import QConv2d, QLayer, QLinear, follow
+from .host import Patches, follow_input
+from .layers import QConv2d, QLayer, QLinear
 from .temporal_table import TemporalTable
 from .timing import Latency, latency, percentile, timed
 
@@ -21,7 +21,7 @@ __all__ = [
     "attach",
     "check_execution",
     "encoder_layers",
-    "follow",
+    "follow_input",
     "latency",
     "percentile",
     "quantized",

@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..model import Attached, KeyMap, denoiser_of, families
 from ..sampling import Clock, follow
 from .attachment import attach
+from .layers import QLayer
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,16 @@ class InPlace:
     def follow(self, handle: Any, clock: Clock) -> AbstractContextManager[Clock]:
         """By a hook on the denoiser."""
         return follow(handle, clock)
+
+
+def follow_input(layer: QLayer, bias: Tensor | None, device: torch.device) -> None:
+    """Move `layer` to where its input is, and give it the host's bias there.
+
+    Hosts exchange a bias when a LoRA changes it, and keep what they offload on the CPU.
+    """
+    if layer.weight_scale.device != device:
+        layer.to(device)
+    if bias is not None and (bias.device != device or not isinstance(bias, nn.Parameter)):
+        bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    if layer.bias is not bias:
+        layer.bias = bias

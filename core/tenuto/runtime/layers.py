@@ -299,16 +299,3 @@ class QConv2d(QLayer):
 
     def _kind(self) -> tuple[Any, ...]:
         return *super()._kind(), str(self.geometry)
-
-
-def follow(layer: QLayer, bias: Tensor | None, device: torch.device) -> None:
-    """Move `layer` to where its input is, and give it the host's bias there.
-
-    Hosts exchange a bias when a LoRA changes it, and keep what they offload on the CPU.
-    """
-    if layer.weight_scale.device != device:
-        layer.to(device)
-    if bias is not None and (bias.device != device or not isinstance(bias, nn.Parameter)):
-        bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
-    if layer.bias is not bias:
-        layer.bias = bias
