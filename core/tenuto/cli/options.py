@@ -71,8 +71,8 @@ TextEncoder = Annotated[
 Method = Annotated[
     str | None,
     _choice(
-        "--method", QUANTIZATION, "How text encoders are rounded: the name of an algorithm, such as rtn, awq or gptq "
-        "(gptq).",
+        "--method", QUANTIZATION,
+        "How text encoders are rounded, by an algorithm's name: rtn, awq, gptq (gptq).",
         ("rtn", "awq", "gptq"), "M",
     ),
 ]  # fmt: skip

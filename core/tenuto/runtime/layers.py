@@ -1,8 +1,7 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
 A layer executes in 8 bits where a kernel of `kernels/` takes its case, else it simulates: the same
-codes, the arithmetic in float. "auto" and "float" may compute with the dequantized weight and the
-input as it is. Weight-only layers dequantize on use.
+codes, in float. "auto" and "float" may use the dequantized weight, and weight-only layers always do.
 """
 
 from __future__ import annotations
