@@ -1,7 +1,7 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
 A layer executes in 8 bits where a kernel of `kernels/` takes its case, else it simulates: the same
-codes, in float. "auto" and "float" may use the dequantized weight, and weight-only layers always do.
+codes, in float. "auto" and "float" may use the dequantized weight; weight-only layers always do.
 """
 
 from __future__ import annotations
