@@ -23,7 +23,7 @@ from tenuto.errors import TenutoError
 
 PATIENCE = 0.25  # seconds that a worker has to stop by itself
 RUNNING, STOPPING, STOPPED, FAILED, DONE = "running", "stopping", "stopped", "failed", "done"
-WORKER = "import sys; from tenuto.launch import module; sys.exit(module('worker').main())"
+WORKER = "import sys; from tenuto.cli.app import module; sys.exit(module('worker').main())"
 
 
 class Job:

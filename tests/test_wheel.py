@@ -142,7 +142,7 @@ def test_the_installed_wheel_finds_its_files(
 def test_the_app_and_its_worker_are_found(site: Path, tmp_path: Path) -> None:
     """Without Gradio: the one that is installed is loaded, not the clone's."""
     code = (
-        "from tenuto.launch import module\n"
+        "from tenuto.cli.app import module\n"
         "print(module('worker').__file__)\n"
         "print(module('settings').__package__)\n"
     )

@@ -154,7 +154,7 @@ def file(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_app(request: dict[str, Any]) -> None:
     """What the app's Calibrate starts: its worker, told what to do on standard input."""
-    code = "import sys; from tenuto.launch import module; sys.exit(module('worker').main())"
+    code = "import sys; from tenuto.cli.app import module; sys.exit(module('worker').main())"
     worker = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True,
