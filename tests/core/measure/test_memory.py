@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenuto.measure import memory
 from tenuto.measure.bf16 import NATIVE, WIDE, bf16_arithmetic, bf16_copy
 from tenuto.measure.memory import PeakMemory, resident_weight_bytes
 from tenuto.model.operations import multiply_adds
-from tenuto.runtime.timing import Latency, latency
+from tenuto.runtime.timing import Latency, latency, timed
 
 MIB = 2**20
 
@@ -56,7 +55,7 @@ def test_latency_has_median_and_quartiles() -> None:
 
 
 def test_a_result_comes_with_its_time() -> None:
-    result, seconds = memory.timed(lambda: "done")
+    result, seconds = timed(lambda: "done")
     assert result == "done" and 0 <= seconds < 5
 
 
