@@ -52,7 +52,7 @@ from tenuto.measure import (
 )
 from tenuto.measure.sheet import Row as SheetRow
 from tenuto.measure.sheet import sheet
-from tenuto.model import place
+from tenuto.model import device_and_dtype
 from tenuto.sampling import sampler
 from tenuto.sampling.images import save_png, to_images
 
@@ -152,7 +152,7 @@ class Quality:
     def twin(self) -> nn.Module:
         """The denoiser in bf16."""
         denoiser = self.bench.denoiser
-        return bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
+        return bf16_copy(denoiser, bf16_arithmetic(device_and_dtype(denoiser)[0]))
 
     @property
     def full(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class Quality:
 
 def chip(denoiser: nn.Module) -> str:
     """The card, or what kind of CPU."""
-    device = place(denoiser)[0]
+    device = device_and_dtype(denoiser)[0]
     cuda = device.type == "cuda"
     return torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
 

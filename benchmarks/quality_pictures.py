@@ -15,7 +15,7 @@ from assets.recipe_data import caption, class_names, read_split
 from assets.recipe_inception import load_inception
 from assets.recipe_measure import features, psnr, reconstruct
 from tenuto.measure import frechet_distance, kernel_distance
-from tenuto.model import place
+from tenuto.model import device_and_dtype
 from tenuto.sampling import sampler
 
 FIRST = 100_000  # seed of the first picture: far from all others, and of the first class
@@ -69,5 +69,5 @@ class Real:
     def rebuilt(self, vae: Any) -> dict[str, float]:
         """The real pictures through the autoencoder and back: what it costs by itself."""
         with tf32(self.fast):
-            found = reconstruct(vae, self.pictures, place(vae)[0])
+            found = reconstruct(vae, self.pictures, device_and_dtype(vae)[0])
         return self.distance(found) | {"psnr_mean_db": round(psnr(self.pictures, found), 2)}

@@ -31,7 +31,7 @@ from tenuto.calibration import effort, recipe_for
 from tenuto.calibration.algorithms.adaround import AdaRound
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.measure import bf16_arithmetic, bf16_copy, lpips, psnr, ssim
-from tenuto.model import denoiser_of, place
+from tenuto.model import denoiser_of, device_and_dtype
 from tenuto.runtime import percentile
 from tenuto.sampling import Trajectory, sampler
 from tenuto.sampling.loading import defaults, load, prompts
@@ -95,7 +95,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict]:
     reference, seconds = draw(sample, denoiser, args.count, args.batch)
     yield row("full precision", reference, reference, seconds)
     if wanted("bf16", args.rows):
-        twin = bf16_copy(denoiser, bf16_arithmetic(place(denoiser)[0]))
+        twin = bf16_copy(denoiser, bf16_arithmetic(device_and_dtype(denoiser)[0]))
         yield row("bf16", draw(sample, twin, args.count, args.batch)[0], reference, float("nan"))
     for name, artifact, spent in artifacts(args, pipe, trajectory):
         with tn.attach(pipe, artifact, execution="int8") as attached:

@@ -47,7 +47,7 @@ from tenuto.caching import (
 from tenuto.calibration import PRESETS, train_router
 from tenuto.calibration.router.rollout import evaluate, intercepted
 from tenuto.measure import lpips, psnr, ssim
-from tenuto.model import denoiser_of, multiply_adds, place
+from tenuto.model import denoiser_of, device_and_dtype, multiply_adds
 from tenuto.runtime import percentile
 from tenuto.sampling import sampler, to_device
 from tenuto.sampling.loading import defaults, load, prompts
@@ -97,7 +97,7 @@ class Benchmark:
         self.steps = args.steps or known.steps
         self.guidance = known.guidance if args.guidance is None else args.guidance
         self.denoiser = denoiser_of(self.pipe)
-        fast, self.real = place(self.denoiser)[0].type == "cuda", None
+        fast, self.real = device_and_dtype(self.denoiser)[0].type == "cuda", None
         if args.pictures:
             self.real = Real(args.data, args.features, args.device, args.pictures, fast)
         self.trajectory = tn.record(
@@ -231,12 +231,12 @@ class Benchmark:
 
     def work(self) -> dict[str, int]:
         """Multiply-adds of one call."""
-        call = to_device(self.trajectory.calls[0].inputs, place(self.denoiser)[0])
+        call = to_device(self.trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
         return multiply_adds(self.denoiser, (), call, self.branches)
 
     def machine(self) -> str:
         """What the pictures were drawn on."""
-        device = place(self.denoiser)[0]
+        device = device_and_dtype(self.denoiser)[0]
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
         return f"{platform.machine()}, {os.cpu_count()} CPUs"

@@ -30,7 +30,7 @@ import tenuto as tn
 from benchmarks.quantization import cpu_name, wanted
 from tenuto.calibration import effort
 from tenuto.measure import bf16_arithmetic, bf16_copy, first_call
-from tenuto.model import denoiser_of, place
+from tenuto.model import denoiser_of, device_and_dtype
 from tenuto.runtime import Latency, QLayer, latency, quantized
 from tenuto.sampling import sampler
 from tenuto.sampling.loading import defaults, load, prompts
@@ -42,7 +42,7 @@ BASE = "bf16 eager"
 
 def ways(denoiser: nn.Module, artifact: tn.Artifact, compiled: bool) -> dict[str, nn.Module]:
     """Denoisers by name; those in bf16 take and give what the fp32 one does."""
-    arithmetic = bf16_arithmetic(place(denoiser)[0])
+    arithmetic = bf16_arithmetic(device_and_dtype(denoiser)[0])
 
     def low(execution: str) -> nn.Module:
         return bf16_copy(quantized(denoiser, artifact, execution=execution).denoiser)

@@ -34,7 +34,7 @@ class ComfyUI:
 
     def names(self, handle: Any) -> KeyMap | None:
         """By the class of the denoiser."""
-        return families.names(self.denoiser(handle))
+        return families.key_map_of(self.denoiser(handle))
 
     def install(self, handle: Any, patches: Patches) -> Attached:
         """A clone with the artifact in it. `detach` takes the patches out of shared modules."""
@@ -113,7 +113,7 @@ def rounded(
     """
     check_execution(execution)
     denoiser = model.model.diffusion_model
-    keys, recipe = families.names(denoiser), recipe_for(scheme, describe(denoiser))
+    keys, recipe = families.key_map_of(denoiser), recipe_for(scheme, describe(denoiser))
     inside = keys.layers() if keys is not None else {}
     chosen = {}
     for name, layer in layers(denoiser):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tenuto.caching import CacheSchedule, Hold
 from tenuto.errors import ModelError
-from tenuto.model import Override, describe, names, override_
+from tenuto.model import Override, describe, key_map_of, override_
 from tenuto.sampling import Clock
 
 from .wrapping import Wrapped
@@ -50,7 +50,7 @@ class Cache(Wrapped):
     def __init__(self, model: Any, policy: Policy) -> None:
         super().__init__()
         denoiser = model.model.diffusion_model
-        keys = names(denoiser)
+        keys = key_map_of(denoiser)
         if keys is None:  # what its parts hand out is not known to be theirs alone
             raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
         self.branches = tuple(b.name for b in describe(denoiser).branches)

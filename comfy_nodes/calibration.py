@@ -24,7 +24,7 @@ from tenuto.artifact import Artifact, canonicalized
 from tenuto.calibration import PRESETS, quantize
 from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
-from tenuto.model import map_tensors, names
+from tenuto.model import key_map_of, map_tensors
 from tenuto.numerics import named
 from tenuto.sampling import Call, Trajectory, record
 from tenuto.work import Work
@@ -147,7 +147,7 @@ class Calibrate(io.ComfyNode):
 
 def check(model: Any) -> None:
     """TenutoError where the MODEL is not one that an artifact could be of."""
-    if names(model.model.diffusion_model) is None:
+    if key_map_of(model.model.diffusion_model) is None:
         kind = type(model.model.diffusion_model).__name__
         raise TenutoError(f"Tenuto has no names for the parts of a {kind} in other hosts yet.")
     if patched(model):

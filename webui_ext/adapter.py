@@ -36,7 +36,7 @@ class WebUI:
 
     def names(self, handle: Any) -> KeyMap | None:
         """By the class of the denoiser."""
-        return families.names(self.denoiser(handle))
+        return families.key_map_of(self.denoiser(handle))
 
     def install(self, handle: Any, patches: Patches) -> Installed:
         """The artifact as it is: what it says is done at every step that it knows."""
@@ -93,7 +93,7 @@ class Installed(Attached):
         """[computed, held] calls of every branch, by canonical name."""
         if self.cache is None:
             return {}
-        keys = families.names(hosts.denoiser_of(self.handle))
+        keys = families.key_map_of(hosts.denoiser_of(self.handle))
         names = map(keys.canonical, self.cache.branches) if keys else self.cache.branches
         return {n: list(c.counts) for n, c in zip(names, self.cache.calls, strict=True)}
 
@@ -104,7 +104,7 @@ _branches: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakK
 def branches_of(denoiser: nn.Module) -> tuple[str, ...]:
     """What can be held, by the denoiser's own names; ModelError if the class is not known."""
     if denoiser not in _branches:  # it takes a moment, and every picture asks
-        if families.names(denoiser) is None and not hasattr(denoiser, "config"):
+        if families.key_map_of(denoiser) is None and not hasattr(denoiser, "config"):
             raise ModelError(f"Tenuto does not know the parts of a {type(denoiser).__name__} yet.")
         _branches[denoiser] = tuple(b.name for b in describe(denoiser).branches)
     return _branches[denoiser]

@@ -100,7 +100,7 @@ def key(found: Found | None) -> Stamp | None:
 
 def _fits(header: dict[str, Any], denoiser: nn.Module) -> bool:
     try:
-        keys = families.names(denoiser)
+        keys = families.key_map_of(denoiser)
         wanted = keys.model_class if keys is not None else type(denoiser).__name__
     except TenutoError:
         return False

@@ -136,7 +136,7 @@ def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     from tenuto.model import families
     from tenuto.model.key_map import turned
 
-    keys = families.names(host)
+    keys = families.key_map_of(host)
     assert keys is not None
     values, theirs = dict(source.named_parameters()), dict(host.named_parameters())
     assert values.keys() == keys.places.keys(), "a canonical name has no place, or a wrong one"

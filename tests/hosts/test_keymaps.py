@@ -48,7 +48,7 @@ def test_flux_under_either_name_of_its_norms(in_comfy: Any) -> None:
             other = known[1 - known.index(end)]
             if other in module._parameters and type(module).__name__ == "RMSNorm":
                 module._parameters[end] = module._parameters.pop(other)
-        maps.append(families.names(denoiser))
+        maps.append(families.key_map_of(denoiser))
         assert any(p.name.endswith(f"query_norm.{end}") for p in maps[-1].places.values())
     assert maps[0].places.keys() == maps[1].places.keys()
     assert "transformer_blocks.0.attn.norm_q.weight" in maps[0].places
@@ -59,7 +59,7 @@ def test_flux_2_is_told_apart(in_comfy: Any) -> None:
     denoiser = in_comfy("flux").model.diffusion_model
     denoiser.double_stream_modulation_img = nn.Linear(2, 2)
     with pytest.raises(ModelError, match=r"FLUX\.2"):
-        families.names(denoiser)
+        families.key_map_of(denoiser)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_names_are_those_of_comfyui(in_comfy: Any) -> None:
     }  # fmt: skip
     for family, maker in makers.items():
         model = in_comfy(family).model
-        keys = families.names(model.diffusion_model)
+        keys = families.key_map_of(model.diffusion_model)
         theirs = maker(dict(model.model_config.unet_config))
         for name, place in keys.places.items():
             wanted = theirs[name]
@@ -151,7 +151,7 @@ def test_names_are_those_of_comfyui(in_comfy: Any) -> None:
 
 def test_fingerprint_and_description_are_the_same(case: Any, original: Any) -> None:
     family, host = case
-    model, keys = original(family), families.names(host)
+    model, keys = original(family), families.key_map_of(host)
     view = keys.view(host)
     assert fingerprint(view) == fingerprint(model)
     own, theirs, seen = describe(host), describe(model), describe(view)
@@ -168,7 +168,7 @@ def test_one_artifact_everywhere(
     case: Any, original: Any, run: Any, artifact: Any, scheme: str
 ) -> None:
     family, host = case
-    model, made, keys = original(family), artifact(family, scheme), families.names(host)
+    model, made, keys = original(family), artifact(family, scheme), families.key_map_of(host)
     plain, before = run(family, model), run(family, host)
     with attach(model, made) as one, attach(host, made) as other:
         expected, found = run(family, model), run(family, host)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..model import KeyMap, denoiser_of, describe, names, turned
+from ..model import KeyMap, denoiser_of, describe, key_map_of, turned
 from .artifact import Artifact, tabled
 from .compact import expanded
 from .fingerprint import fingerprint
@@ -32,7 +32,7 @@ def localized(
     """
     artifact.validate()
     denoiser = denoiser_of(model)
-    keys = names(denoiser)
+    keys = key_map_of(denoiser)
     view = denoiser if keys is None else keys.view(denoiser, tensor)
     artifact.check(view)
     full = expanded(artifact, view)
@@ -42,7 +42,7 @@ def localized(
 def canonicalized(artifact: Artifact, model: Any) -> Artifact:
     """An artifact that was made of a host's `model`, in canonical names."""
     denoiser = denoiser_of(model)
-    keys = names(denoiser)
+    keys = key_map_of(denoiser)
     if keys is None:
         return artifact
     view = keys.view(denoiser)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model import Leave, place, tensors_in, watched
+from ..model import Leave, device_and_dtype, tensors_in, watched
 from ..sampling import Call, to_device
 from .bank import Bank, banked, cut_out
 
@@ -21,7 +21,7 @@ log = logging.getLogger("tenuto")
 
 def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
     """What `call` passed, on `device`; half precision as the denoiser's own dtype."""
-    _, dtype = place(denoiser)
+    _, dtype = device_and_dtype(denoiser)
     return to_device(call.inputs, device, dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
-from ..model import denoiser_of, describe, multiply_adds, place
+from ..model import denoiser_of, describe, device_and_dtype, multiply_adds
 from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
@@ -105,7 +105,7 @@ class RouteJob:
             raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be held.")
         if len(self.times) < 2:
             raise TenutoError("With one step there is nothing to reuse.")
-        call = to_device(trajectory.calls[0].inputs, place(self.denoiser)[0])
+        call = to_device(trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
         self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
         self.costs: list[float] | None = None  # of the branches; None: all alike
 
@@ -251,7 +251,7 @@ class RouteJob:
             "preset": self.preset,
             "router": dataclasses.asdict(self.plan.router)
             | {"reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed},
-            "device": place(self.denoiser)[0].type,
+            "device": device_and_dtype(self.denoiser)[0].type,
             "calibration": self.trajectory.about(),
         }
 

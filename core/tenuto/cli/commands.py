@@ -31,7 +31,7 @@ from .checks import (
     load_artifact,
 )
 from .console import Answer, Bars
-from .session import attached_to, pipeline, recorded, sampling_of, silence, unfinished
+from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
 
 __all__ = ["app", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
 
@@ -72,7 +72,7 @@ def quantize(
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device)
     pipe = pipeline(model, sampling, bars)
     used, made = lines[: effort.prompts], []
-    with unfinished(work):
+    with work_kept_until_done(work):
         if wanted is not None:
             trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
             artifact = quantize(
@@ -146,7 +146,7 @@ def train_router(
         model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact
     )
     pipe = pipeline(model, sampling, bars, base, artifact)
-    with unfinished(work):
+    with work_kept_until_done(work):
         batch = PRESETS[preset].batch
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(

@@ -31,7 +31,7 @@ class Sampling:
 
 
 @contextmanager
-def unfinished(work: Path) -> Iterator[None]:
+def work_kept_until_done(work: Path) -> Iterator[None]:
     """Keep `work` while the job is not done, unless it was refused before it began."""
     with Lock(work):
         try:

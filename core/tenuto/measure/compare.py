@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, schedule_of
 from ..errors import TenutoError
-from ..model import denoiser_of, frozen, multiply_adds, place
+from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
@@ -180,14 +180,17 @@ def _facts_of(
     schedules = [schedule_of(artifact) for artifact in artifacts.values()]
     branches = {name for schedule in schedules if schedule for name in schedule.branches}
     work = multiply_adds(denoiser, *call, names=sorted(branches))
-    size, arithmetic = resident_weight_bytes(denoiser), bf16_arithmetic(place(denoiser)[0])
+    size, arithmetic = (
+        resident_weight_bytes(denoiser),
+        bf16_arithmetic(device_and_dtype(denoiser)[0]),
+    )
     return {name: _Facts(work, size, arithmetic) for name in artifacts}
 
 
 @contextmanager
 def _on(model: Any, device: torch.device | str | None) -> Iterator[None]:
     """`model` on `device` for the time of the context."""
-    before, _ = place(denoiser_of(model))
+    before, _ = device_and_dtype(denoiser_of(model))
     if device is None or torch.device(device) == before:
         yield
         return
@@ -208,7 +211,7 @@ def _ways(
 ) -> dict[str, Way]:
     """The ways to draw; each makes one call on entry that is not timed: it packs weights."""
     denoiser = denoiser_of(model)
-    device, dtype = place(denoiser)
+    device, dtype = device_and_dtype(denoiser)
 
     @contextmanager
     def attached(name: str) -> Iterator[nn.Module]:

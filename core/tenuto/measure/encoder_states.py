@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact
-from ..model import Swap, encoders_of, place
+from ..model import Swap, device_and_dtype, encoders_of
 from ..runtime import encoder_layers, percentile
 from ..sampling import Call, encoder_calls, to_device
 from .bf16 import bf16_arithmetic, bf16_copy
@@ -43,7 +43,7 @@ def states_distance(
     the pipeline asks for all states, else of the last one; of the tokens that a mask leaves.
     """
     full = [_states(encoder, call) for call in calls]
-    twin = bf16_copy(encoder, bf16_arithmetic(place(encoder)[0]))
+    twin = bf16_copy(encoder, bf16_arithmetic(device_and_dtype(encoder)[0]))
     floor = _distance(full, [_states(twin, call) for call in calls])
     del twin
     swaps = [Swap(encoder, *pair) for pair in layers.items()]
@@ -61,7 +61,7 @@ def states_distance(
 
 def _states(encoder: nn.Module, call: Call) -> Tensor:
     """What the pipeline reads, (B, L, D) in fp32 on the CPU; zero where the mask says nothing."""
-    device, dtype = place(encoder)
+    device, dtype = device_and_dtype(encoder)
     out = encoder(**to_device(call.inputs, device, dtype))
     several = getattr(out, "hidden_states", None)
     state = (several[-2] if several is not None else out[0]).float().cpu()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model import place
+from ..model import device_and_dtype
 from ..version import __version__
 
 
 def surroundings(denoiser: nn.Module) -> dict[str, Any]:
     """Device, dtype, threads and versions, as plain data."""
-    device, dtype = place(denoiser)
+    device, dtype = device_and_dtype(denoiser)
     cuda = device.type == "cuda"
     chip = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
     versions = {

@@ -1,10 +1,10 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
 from .backbone import Backbone, Branch, layers
-from .families import describe, names
+from .families import describe, key_map_of
 from .key_map import KeyMap, turned
 from .operations import multiply_adds
-from .parts import denoiser_of, encoders_of, frozen, place
+from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .patches import Attached, Override, PipelineRuns, Replacement, Swap, override_
 from .signature import Signature
 from .tree import map_leaves, map_tensors, tensors_in
@@ -23,15 +23,15 @@ __all__ = [
     "Swap",
     "denoiser_of",
     "describe",
+    "device_and_dtype",
     "encoders_of",
     "frozen",
+    "key_map_of",
     "layers",
     "map_leaves",
     "map_tensors",
     "multiply_adds",
-    "names",
     "override_",
-    "place",
     "tensors_in",
     "turned",
     "watched",

@@ -45,7 +45,7 @@ def frozen(denoiser: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(grad)
 
 
-def place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of a module's weights."""
     found = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
     return (

@@ -23,8 +23,8 @@ from ..model import (
     Swap,
     denoiser_of,
     encoders_of,
+    key_map_of,
     layers,
-    names,
 )
 from ..numerics import QTensor, Scheme
 from ..sampling import Clock, Follow
@@ -125,7 +125,7 @@ def attach(
     """
     check_execution(execution)
     denoiser = denoiser_of(model)
-    made, artifact, keys = artifact, localized(artifact, model), names(denoiser)
+    made, artifact, keys = artifact, localized(artifact, model), key_map_of(denoiser)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
     leaves = _leaves(

@@ -65,7 +65,7 @@ class InPlace:
 
     def names(self, handle: Any) -> KeyMap | None:
         """By the class of the denoiser."""
-        return families.names(denoiser_of(handle))
+        return families.key_map_of(denoiser_of(handle))
 
     def install(self, handle: Any, patches: Patches) -> Attached:
         """`attach`."""

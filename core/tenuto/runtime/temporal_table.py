@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Replacement, place, tensors_in
+from ..model import Replacement, device_and_dtype, tensors_in
 from ..sampling import Clock
 
 log = logging.getLogger("tenuto")
@@ -32,7 +32,7 @@ class TemporalTable(Replacement):
         self, module: nn.Module, rows: Sequence[Tensor], single: bool, clock: Clock
     ) -> None:
         super().__init__()
-        device, self.dtype = place(module)
+        device, self.dtype = device_and_dtype(module)
         self.clock, self.single, self.count = clock, single, len(rows)
         for number, values in enumerate(rows):
             self.register_buffer(f"rows_{number}", values.to(device))
@@ -63,7 +63,7 @@ class TemporalTable(Replacement):
     def _computed(self, *args: Any, **kwargs: Any) -> Any:
         (module,) = self._original
         here = self.rows()[0].device, self.dtype
-        if place(module) != here:
+        if device_and_dtype(module) != here:
             module.to(*here)
         return module(*args, **kwargs)
 

@@ -61,7 +61,7 @@ class Parts:
         """The same weights in diffusers' class, by the key map."""
         from diffusers import UNet2DConditionModel
 
-        keys, theirs = families.names(self.denoiser), dict(self.denoiser.named_parameters())
+        keys, theirs = families.key_map_of(self.denoiser), dict(self.denoiser.named_parameters())
         assert keys is not None
         places = keys.places.items()
         unet = UNet2DConditionModel(**self.facts)
@@ -253,7 +253,7 @@ class Seen:
 
 def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> Seen:
     """Diffusers and ldm: attach, run, detach."""
-    plain, keys = run(unet, parts), families.names(unet)
+    plain, keys = run(unet, parts), families.key_map_of(unet)
     with attach(unet, artifact, execution="int8") as attached:
         found, cells = run(unet, parts), attached.counts()
         inside = [n for n, m in unet.named_modules() if isinstance(m, QLayer)]
@@ -268,7 +268,7 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
 
     unet = parts.in_ldm()
     handle = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet))
-    plain, keys = by_ldm(unet, parts), families.names(unet)
+    plain, keys = by_ldm(unet, parts), families.key_map_of(unet)
     assert keys is not None
     attached = WebUI().install(handle, Patches(artifact, execution="int8"))
     found = by_ldm(unet, parts, lambda step: attached.run.evaluates(step, len(TIMES), unet))
@@ -285,7 +285,7 @@ def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     from comfy_nodes.adapter import ComfyUI
     from tenuto.runtime.host import Patches
 
-    plain, keys = by_comfy(parts.model, parts), families.names(parts.denoiser)
+    plain, keys = by_comfy(parts.model, parts), families.key_map_of(parts.denoiser)
     attached = ComfyUI().install(parts.model, Patches(artifact, execution="int8"))
     found = by_comfy(attached.handle, parts)
     weights, cache = attached.parts
@@ -306,7 +306,7 @@ def by_http(server: Any, make: Any, file: Path, parts: Parts) -> Seen:
         make.cache(mode="route of the artifact", artifact=["file", 0], compute_last=False),
     ) | {"file": make.node("Tenuto_LoadArtifact", name="one.safetensors")}
     answered, plain = server.run(ours), server.run(graph)
-    told, keys = answered["outputs"]["report"], families.names(parts.denoiser)
+    told, keys = answered["outputs"]["report"], families.key_map_of(parts.denoiser)
     assert keys is not None
     layers = {part for name in told["layers"] for part in keys.layers()[name]}
     cells = {name: counts for name, *counts in told["cells"]}

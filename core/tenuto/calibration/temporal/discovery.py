@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import Signature, frozen, map_leaves, place, tensors_in, watched
+from ...model import Signature, device_and_dtype, frozen, map_leaves, tensors_in, watched
 from ...sampling import Call
 from ..replay import arguments
 
@@ -25,7 +25,7 @@ def discover(denoiser: nn.Module, call: Call) -> tuple[str, ...]:
     `call` is one recorded call. Equal means equal bit by bit. A module is not listed if one that
     holds it is, if it has no weights, or if one call of the denoiser runs it with several results.
     """
-    device, _ = place(denoiser)
+    device, _ = device_and_dtype(denoiser)
     facts = Signature(denoiser)
     inputs = arguments(denoiser, call, device)
     timestep = facts.timestep(inputs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ModelError
-from ...model import Leave, Swap, map_tensors, place, tensors_in, watched
+from ...model import Leave, Swap, device_and_dtype, map_tensors, tensors_in, watched
 from ...numerics import Format, QTensor, Scheme, covering
 from ...runtime import QConv2d, QLinear, TemporalTable
 from ...sampling import Call, Clock, Trajectory
@@ -124,7 +124,7 @@ class TimePath(nn.Module):
             lows[row] = torch.minimum(lows[row], args[0].amin().cpu())
             highs[row] = torch.maximum(highs[row], args[0].amax().cpu())
 
-        device, _ = place(twin)
+        device, _ = device_and_dtype(twin)
         with watched(twin, layers, before=note):
             for row in range(len(self.bank)):
                 args, kwargs = self.bank.rows(torch.tensor([row]), device)
@@ -143,7 +143,7 @@ class TimePath(nn.Module):
         Measured on the very layers and tables that `attach` puts in.
         """
         twin, clock = copy.deepcopy(self), Clock(self.timesteps)
-        device, _ = place(twin)
+        device, _ = device_and_dtype(twin)
         for name, rows in tables.items():
             number = self.names.index(name)
             table = TemporalTable(twin.parts[number], rows, self.singles[name], clock)

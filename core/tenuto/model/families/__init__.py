@@ -2,9 +2,9 @@
 
 A family file has `CLASSES` (class names, never classes: nothing is imported) and
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
-`names(module) -> KeyMap` too. `generic.py` serves what no family covers. Another distribution adds
-a family as an entry point of the group "tenuto.families" that names such a module; those here go
-first.
+`key_map(module) -> KeyMap` too. `generic.py` serves what no family covers. Another distribution
+adds a family as an entry point of the group "tenuto.families" that names such a module; those here
+go first.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group="tenuto.families"))
 
 
-def names(module: nn.Module) -> KeyMap | None:
+def key_map_of(module: nn.Module) -> KeyMap | None:
     """The key map of a host's denoiser; None where its own names are the canonical ones.
 
     ModelError if the class is a host's, and something in it has no canonical name.
     """
-    return next((family.names(module) for family in _covering(module, "HOSTS")), None)
+    return next((family.key_map(module) for family in _covering(module, "HOSTS")), None)
 
 
 def describe(module: nn.Module) -> Backbone:
     """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
     for family in _covering(module, "CLASSES"):
         return family.describe(module)
-    keys = names(module)
+    keys = key_map_of(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
     backbone = found(__name__)["generic"].describe(module)

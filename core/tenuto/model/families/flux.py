@@ -61,7 +61,7 @@ def describe(module: Any) -> Backbone:
     )  # fmt: skip
 
 
-def names(module: Any) -> KeyMap:
+def key_map(module: Any) -> KeyMap:
     """Where the parts of a `Flux` are: fused attention inputs; the last modulation is turned."""
     if hasattr(module, "double_stream_modulation_img"):  # the same class name, another network
         raise ModelError("Tenuto does not know the parts of FLUX.2 in this host yet.")

@@ -53,7 +53,7 @@ def describe(module: Any) -> Backbone:
     )
 
 
-def names(module: Any) -> KeyMap:
+def key_map(module: Any) -> KeyMap:
     """Where the parts of a `PixArtMS` are; the modulation there is two modules, not one."""
     prefixes: dict[str, Any] = dict(OUTER)
     modules: dict[str, tuple[str, ...]] = {

@@ -49,7 +49,7 @@ def describe(module: Any) -> Backbone:
     )  # fmt: skip
 
 
-def names(module: Any) -> KeyMap:
+def key_map(module: Any) -> KeyMap:
     """Where the parts of an `MMDiT` are: fused attention inputs, two modulations turned.
 
     A block whose context ends there (the last one) has a plain continuous norm in diffusers.

@@ -88,7 +88,7 @@ def _subsets(blocks: list[str], module: Any) -> Iterator[Subset]:
             yield Subset(tuple(f"{name}.attn2.{p}" for p in ("to_k", "to_v")))
 
 
-def names(module: Any) -> KeyMap:
+def key_map(module: Any) -> KeyMap:
     """Where the parts of a `UNetModel` are; its blocks are lists of layers, counted through."""
     prefixes: dict[str, Any] = dict(OUTER)
     modules = {"time_embedding": ("time_embed",), "add_embedding": ("label_emb.0",)}
