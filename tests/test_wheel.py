@@ -155,7 +155,7 @@ def test_both_demo_models_draw_outside_the_clone(site: Path, tmp_path: Path) -> 
     """From another folder; their one autoencoder is found."""
     code = (
         "import json, tenuto as tn\n"
-        "from tenuto.demo import defaults\n"
+        "from tenuto.sampling.loading import defaults\n"
         "from tenuto.trajectory import sampler\n"
         "drawn = {}\n"
         "for name in ('transformer', 'unet'):\n"
