@@ -156,7 +156,7 @@ def test_both_demo_models_draw_outside_the_clone(site: Path, tmp_path: Path) -> 
     code = (
         "import json, tenuto as tn\n"
         "from tenuto.sampling.loading import defaults\n"
-        "from tenuto.trajectory import sampler\n"
+        "from tenuto.sampling import sampler\n"
         "drawn = {}\n"
         "for name in ('transformer', 'unet'):\n"
         "    pipe = tn.demo(name)\n"
