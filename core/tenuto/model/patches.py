@@ -136,20 +136,13 @@ class Replacement(nn.Module):
 class PipelineRuns:
     """Calls `begin` where a diffusers pipeline begins to sample, whatever its timesteps are.
 
-    A pipeline's call checks its inputs, sets the timesteps and opens its progress bar: each of the
-    three says so, on this pipeline (and the scheduler that it has now) alone.
+    A pipeline's call checks its inputs and opens its progress bar: both say so, on this pipeline
+    alone. Its scheduler is left as it is: users exchange and copy it.
     """
 
     def __init__(self, pipe: Any, begin: Callable[[], None]) -> None:
-        owners = (
-            (pipe, "check_inputs"), (pipe, "progress_bar"),
-            (getattr(pipe, "scheduler", None), "set_timesteps"),
-        )  # fmt: skip
-        self.notes = [
-            _Note(owner, name, begin)
-            for owner, name in owners
-            if callable(getattr(owner, name, None))
-        ]
+        names = ("check_inputs", "progress_bar")
+        self.notes = [_Note(pipe, n, begin) for n in names if callable(getattr(pipe, n, None))]
 
     def remove(self) -> None:
         """Take all of it out."""

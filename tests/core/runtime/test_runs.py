@@ -113,6 +113,19 @@ def test_a_pipeline_is_as_it_was(flux: Any) -> None:
     assert (set(vars(flux)), set(vars(flux.scheduler))) == before
 
 
+def test_a_scheduler_is_exchanged_and_copied(flux: Any) -> None:
+    """While an artifact is attached: the new one is followed, a copy is a scheduler of its own."""
+    with tn.attach(flux, schedule(flux)):
+        wanted = generate(flux, 2)
+        twin = copy.copy(flux.scheduler)
+        flux.scheduler.set_timesteps(4, mu=1.0)
+        twin.set_timesteps(7, mu=1.0)
+        assert (len(flux.scheduler.timesteps), len(twin.timesteps)) == (4, 7)
+        flux.scheduler = type(flux.scheduler).from_config(flux.scheduler.config)
+        generate(flux, 1, num_inference_steps=1)
+        assert torch.equal(generate(flux, 2), wanted)
+
+
 def test_what_was_reused_is_written_to(
     tiny: Callable[[str], nn.Module], kind: str, recorded: Any
 ) -> None:
