@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.ops
+import torch
 from torch import Tensor, nn
 
 from tenuto.artifact import Artifact, tabled
@@ -164,7 +165,8 @@ def effective(layer: Any, name: str = "weight") -> Any:
     ]
     if found is None or not changes:
         return found
-    changed = found.detach().clone()
+    wide = torch.float32 if found.element_size() < 2 else found.dtype  # nothing adds in fp8
+    changed = found.detach().to(wide, copy=True)
     for change in changes:
         changed = change(changed)
     return changed

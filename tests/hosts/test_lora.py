@@ -57,6 +57,21 @@ def test_a_partial_load_with_a_lora_leaves_the_weights_alone(in_comfy: Any) -> N
     assert torch.equal(model.model.diffusion_model.get_parameter(f"{NAME}.weight"), before)
 
 
+def test_a_weight_in_fp8_is_changed_as_core_does(in_comfy: Any) -> None:
+    """Core casts to the dtype that it computes in before its functions add to a weight."""
+    import comfy.ops
+
+    from comfy_nodes.weights import effective
+
+    model, change = with_lora(in_comfy("unet"))
+    layer = loaded(model).get_submodule(NAME)
+    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    wanted, _ = comfy.ops.cast_bias_weight(layer, torch.zeros(1))
+    found = effective(layer)
+    assert float((found.float() - wanted).norm() / change.norm()) < 1e-3
+    assert layer.weight.dtype is torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_what_dynamic_vram_leaves_unmerged_is_seen(in_comfy: Any, name: str) -> None:
     """One function of its own, before the list, of the weight and of the bias."""
