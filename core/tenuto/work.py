@@ -13,7 +13,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -113,7 +113,7 @@ class Lock:
         known = self.held[key]
         known[1] -= 1
         if not known[1]:
-            os.close(self.held.pop(key)[0])
+            _unlock(self.held.pop(key)[0])
 
     def __enter__(self) -> Lock:
         return self
@@ -124,25 +124,43 @@ class Lock:
 
 def _locked(folder: Path) -> int:
     """An open file whose lock this process has."""
-    if fcntl is None:  # Windows locks no folder: a file elsewhere stands for it
-        name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]
-        found = os.open(Path(tempfile.gettempdir()) / f"tenuto-{name}.lock", os.O_RDWR | os.O_CREAT)
-    else:
-        found = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl is None:
-            import msvcrt
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder
+        if fcntl is None:  # Windows locks no folder: a file elsewhere stands for it
+            name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]
+            place = Path(tempfile.gettempdir()) / f"tenuto-{name}.lock"
+        found = os.open(place, os.O_RDONLY if fcntl else os.O_RDWR | os.O_CREAT)
+        try:
+            _lock(found)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                os.close(found)
+                raise TenutoError(
+                    f"Another job works in {folder}: wait until it is done, or choose another "
+                    "output."
+                ) from error  # any other: a file system without locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(found), place.stat()):
+                return found
+        _unlock(found)  # the job before this one has removed the folder meanwhile
 
-            msvcrt.locking(found, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            os.close(found)
-            raise TenutoError(
-                f"Another job works in {folder}: wait until it is done, or choose another output."
-            ) from error  # any other: a file system without locks
-    return found
+
+def _lock(file: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+
+
+def _unlock(file: int) -> None:
+    """Let go of it, in a forked process too, and close it."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
 
 
 class Work:
@@ -184,7 +202,7 @@ class Work:
         if self.path is None:
             return self._memory.get(unit)
         try:
-            return self._read(self._file(unit)) if self._file(unit).exists() else None
+            return self._read(unit) if self._file(unit).exists() else None
         except (SafetensorError, OSError, ValueError):
             log.warning("%s is unreadable and is done again", self._file(unit))
             return None
@@ -194,16 +212,23 @@ class Work:
         if self.path is None:
             self._memory[unit] = {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
         else:
-            about = {"job": self.job, "content": _content(tensors)}
-            write_tensors(self._file(unit), tensors, about)
+            try:
+                write_tensors(self._file(unit), tensors, self._about(unit, tensors))
+            except (OSError, SafetensorError) as error:
+                said = getattr(error, "strerror", None) or error
+                raise TenutoError(f"Cannot write {self._file(unit)}: {said}.") from error
 
-    def _read(self, file: Path) -> dict[str, Tensor]:
-        """The tensors in `file`; ValueError if they are another job's, or not as written."""
-        with safe_open(file, "pt") as opened:
+    def _about(self, unit: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """What a unit's file says of itself: whose it is, which, and a hash of all in it."""
+        return {"job": self.job, "unit": unit, "content": _content(tensors)}
+
+    def _read(self, unit: str) -> dict[str, Tensor]:
+        """The tensors of a unit; ValueError if its file is another one's, or not as written."""
+        with safe_open(self._file(unit), "pt") as opened:
             about = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if about.get("job") != self.job or about.get("content") != _content(found):
-            raise ValueError(f"{file} is another unit")
+        if about != self._about(unit, found):
+            raise ValueError(f"{self._file(unit)} is another unit")
         return found
 
     def discard(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenuto import work as work_module
 from tenuto.errors import TenutoError
-from tenuto.work import Work, digest, whole_file, write_tensors, write_text
+from tenuto.work import Lock, Work, digest, whole_file, write_tensors, write_text
 
 JOB = {"job": "quantize", "seed": 0}
 CORE = Path(work_module.__file__).parent.parent
@@ -291,6 +291,44 @@ def test_a_unit_of_another_job_is_done_again(tmp_path: Path, caplog: Any) -> Non
     work = Work(tmp_path / "two", JOB | {"seed": 1})
     (tmp_path / "one" / "u.safetensors").replace(tmp_path / "two" / "u.safetensors")
     assert work.load("u") is None and "done again" in caplog.text
+
+
+def test_a_unit_under_another_name_is_done_again(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    work.save("u", unit())
+    (tmp_path / "w" / "u.safetensors").replace(tmp_path / "w" / "v.safetensors")
+    assert work.load("v") is None
+
+
+def test_a_unit_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    work = Work(tmp_path / "w", JOB)
+    (tmp_path / "w" / "u.safetensors").mkdir()
+    with pytest.raises(TenutoError, match=r"^Cannot write .*u\.safetensors: "):
+        work.save("u", unit())
+
+
+@pytest.mark.skipif(work_module.fcntl is None, reason="Windows locks a file, not the folder")
+def test_a_folder_that_was_made_anew_is_locked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job before ends, and its folder goes, between the opening of it and the lock."""
+    fcntl, calls = work_module.fcntl, []
+    original = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / "w").rmdir()
+            (tmp_path / "w").mkdir()
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Lock(tmp_path / "w"):
+        assert len(calls) == 3, "locked, let go, locked"
+        held = os.open(tmp_path / "w", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            original(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(held)
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from .families import describe, key_map_of
 from .key_map import KeyMap, turned
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
-from .patches import Attached, Override, PipelineRuns, Replacement, Swap, override_
+from .patches import Attached, Override, Replacement, Swap, override_
 from .signature import Signature
 from .tree import map_leaves, map_tensors, tensors_in
 from .watch import Leave, watched
@@ -17,7 +17,6 @@ __all__ = [
     "KeyMap",
     "Leave",
     "Override",
-    "PipelineRuns",
     "Replacement",
     "Signature",
     "Swap",

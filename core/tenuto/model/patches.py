@@ -6,7 +6,6 @@ old one comes back bit for bit.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -131,47 +130,6 @@ class Replacement(nn.Module):
                 "be saved with it: load the model again to save it; an artifact saves itself."
             )
         return swap.original()
-
-
-class PipelineRuns:
-    """Calls `begin` where a diffusers pipeline begins to sample, whatever its timesteps are.
-
-    A pipeline's call checks its inputs and opens its progress bar: both say so, on this pipeline
-    alone. Its scheduler is left as it is: users exchange and copy it.
-    """
-
-    def __init__(self, pipe: Any, begin: Callable[[], None]) -> None:
-        names = ("check_inputs", "progress_bar")
-        self.notes = [_Note(pipe, n, begin) for n in names if callable(getattr(pipe, n, None))]
-
-    def remove(self) -> None:
-        """Take all of it out."""
-        for note in reversed(self.notes):
-            note.remove()
-
-
-class _Note:
-    """A method of one object that says when it is called; a deep copy of the object keeps it."""
-
-    def __init__(self, owner: Any, name: str, begin: Callable[[], None]) -> None:
-        self.owner, self.name, self.begin = owner, name, begin
-        self.before = vars(owner).get(name)
-        self.__signature__ = inspect.signature(getattr(owner, name))  # pipelines look at it
-        vars(owner)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.begin()
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return getattr(type(self.owner), self.name).__get__(self.owner)(*args, **kwargs)
-
-    def remove(self) -> None:
-        if vars(self.owner).get(self.name) is self:
-            del vars(self.owner)[self.name]
-            if self.before is not None:
-                vars(self.owner)[self.name] = self.before
-        else:
-            self.begin = lambda: None
 
 
 def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

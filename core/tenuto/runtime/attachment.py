@@ -19,7 +19,6 @@ from ..model import (
     Attached,
     KeyMap,
     Override,
-    PipelineRuns,
     Swap,
     denoiser_of,
     encoders_of,
@@ -141,9 +140,7 @@ def attach(
         raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
     attached = Tenuto(model, made, clock, _total(denoiser, tables), keys)
     try:
-        attached.patches.append(Follow(denoiser, clock, streams=schedule is not None))
-        if model is not denoiser:
-            attached.patches.append(PipelineRuns(model, clock.begin))
+        attached.patches.append(Follow(model, clock, streams=schedule is not None))
         for name, new in (*tables.items(), *leaves.items()):
             attached.patches.append(Swap(denoiser, name, new))
         for encoder, replaced in encoders.values():

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-
-CONTINUES = 1.0  # of a sample's norm: how far it may move between the evaluations of one step
+from .samples import Samples, Seen, same_step, some_values, values_of
 
 active: ContextVar[Clock | None] = ContextVar("tenuto_clock", default=None)
 
@@ -30,24 +29,32 @@ class Clock:
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same picture's same half.
     run: a number that grows with every new sampling run; held features never cross runs.
+
+    A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
+    a sample arrives that cannot be of the run in progress (see `Samples`).
     """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         self.timesteps = tuple(float(t) for t in timesteps)
         self.index = torch.zeros(1, dtype=torch.int64)
         self.row = 0
-        self.exact: bool = False
+        self.exact = False
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
-        self._fresh()
+        self._falls = self.timesteps[:1] >= self.timesteps[-1:]  # with the noise
+        self._time: float | None = None
+        self._source: tuple[Any, ...] = ()
+        self._samples = Samples()
         self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
-        """A copied model has a clock of its own, which its copied hook keeps."""
-        clone = memo[id(self)] = Clock(self.timesteps)
+        """A clock of its own at the same step: what is copied with it shares the copy."""
+        clone = type(self)(self.timesteps)
+        memo[id(self)] = clone
         clone.index, clone.row, clone.exact = self.index.clone(), self.row, self.exact
+        clone.streams, clone.run = self.streams, self.run
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -58,30 +65,39 @@ class Clock:
     def begin(self) -> None:
         """Start a new run: whatever was held belongs to the last one."""
         self.run += 1
-        self.row = 0
-        self._fresh()
+        self.row, self._time = 0, None
+        self._samples.clear()
 
-    def _fresh(self) -> None:
-        self._step: float | None = None  # the last timestep seen, as it was given
-        self._steps = 0  # how many there were in this run
-        self._seen: dict[Hashable, int] = {}  # how often each stream came at that timestep
-        self._once = False  # whether a step between the first and that one was evaluated once
-        self._samples: list[Tensor] = []  # of the calls at that timestep
+    def starts(self, *source: Any) -> None:
+        """What the host made for its run: other objects than in the last call are a new run."""
+        known = len(source) == len(self._source)
+        if not known or any(a is not b for a, b in zip(source, self._source, strict=True)):
+            self._source = source  # kept, so that no other object gets its place in memory
+            self.begin()
 
     def nearest(self, timestep: float) -> int:
         """The calibrated step nearest to `timestep`."""
         return int((self._grid - timestep).abs().argmin())
 
     def tick(self, timestep: float, streams: Sequence[Hashable], device: Any = "cpu") -> None:
-        """Move to `timestep` (same unit as `timesteps`); going back in time starts a new run."""
-        row = self.nearest(timestep) if self.timesteps else 0
-        if row < self.row:
+        """Move to `timestep` (same unit as `timesteps`); more noise than before is a new run."""
+        row = self._row(timestep)
+        if self._rises(timestep):
             self.begin()
-        self.row, self.streams = row, tuple(streams)
+        self.row, self._time, self.streams = row, timestep, tuple(streams)
         self.exact = row < len(self.timesteps) and (
             abs(self.timesteps[row] - timestep) <= self._slack
         )
         self.index = torch.tensor([row], device=device)
+
+    def _row(self, timestep: float) -> int:
+        return self.nearest(timestep) if self.timesteps else 0
+
+    def _rises(self, timestep: float) -> bool:
+        """Whether there is more noise at `timestep` than at the last call of this run."""
+        if self._time is None or same_step(timestep, self._time):
+            return False
+        return (timestep > self._time) == self._falls
 
     def observe(
         self,
@@ -93,58 +109,44 @@ class Clock:
     ) -> None:
         """`tick` for a bare denoiser call; reads the device once.
 
-        A run begins where the noise level rises, and, if `sample` (batch, ...) is given, where a
-        stream comes again at the timestep at which it was with another image: see `_arrive`.
-
         timestep: a number, (), (1,) or (batch,); where its rows differ the first one counts and the
         step is not exact. conditions: tensors with `batch` rows or one for
         all (prompt embeddings, labels); rows with equal conditions are told apart by their order.
+        sample: the noisy sample, (batch, ...); it shows new runs that the timesteps don't.
         """
         value = _spread(torch.as_tensor(timestep).detach().reshape(-1))
-        value = torch.cat((value, self._jump(sample).to(value)))
         marks = [self._mark(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
-        if not marks:
-            self._arrive(value.cpu(), range(batch), device, sample)
-            return
-        hashes = _row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))
-        packed: list[int] = torch.cat((value.view(torch.int64).to(hashes.device), hashes)).tolist()  # pyright: ignore
-        step = torch.tensor(packed[:3], dtype=torch.int64).view(torch.float64)
-        self._arrive(step, _numbered(packed[3:]), device, sample)
-
-    def _arrive(
-        self, step: Tensor, streams: Sequence[Hashable], device: Any, sample: Tensor | None
-    ) -> None:
-        """A stream that comes again at one timestep is either the second evaluation of a step, or
-        a run that begins where the last one was left: after a run of this one timestep, or of
-        steps that were evaluated once, at the third time, or with quite another sample.
-        """
-        time, spread, jump = _numbers(step)
-        again = max((self._seen.get(s, 0) for s in streams), default=0)
-        if (
-            sample is not None
-            and time == self._step
-            and again
-            and (self._steps == 1 or self._once or again > 1 or jump > CONTINUES)
-        ):
+        parts = [_row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))] if marks else []
+        if sample is not None:
+            parts += [_row_hash(sample), some_values(sample).flatten()]
+        parts = [value.view(torch.int64), *parts]
+        where = parts[-1].device
+        packed: list[int] = torch.cat([part.to(where) for part in parts]).tolist()  # pyright: ignore
+        step = torch.tensor(packed[:2], dtype=torch.int64).view(torch.float64)
+        first, spread = float(step[0]), float(step[1])
+        rest = packed[2:]
+        streams: Sequence[Hashable] = range(batch)
+        if marks:
+            streams, rest = _numbered(rest[:batch]), rest[batch:]
+        if self._rises(first):
             self.begin()
-        self.tick(time, streams, device)
+        if sample is not None:
+            self._compare(first, streams, rest[:batch], rest[batch:])
+        self.tick(first, streams, device)
         self.exact = self.exact and spread <= self._slack
-        if sample is None:
-            return
-        if time != self._step:
-            self._once = self._once or (self._steps > 1 and max(self._seen.values()) == 1)
-            self._step, self._seen, self._steps = time, {}, self._steps + 1
-            self._samples = []
-        for stream in streams:
-            self._seen[stream] = self._seen.get(stream, 0) + 1
-        self._samples = [*self._samples[-3:], sample.detach().clone()]
 
-    def _jump(self, sample: Tensor | None) -> Tensor:
-        """How far `sample` is from the nearest of the last ones, relative to that: (1,)."""
-        if sample is None or not self._samples:
-            return torch.zeros(1)
-        apart = [_apart(sample.detach(), other) for other in self._samples]
-        return torch.stack(apart).amin().reshape(1)
+    def _compare(
+        self, step: float, streams: Sequence[Hashable], marks: list[int], values: list[int]
+    ) -> None:
+        """Begin a run where the samples of a call are not of the one in progress."""
+        row, count = self._row(step), len(values) // max(1, len(marks))
+        found = [
+            Seen(step, row, mark, values_of(values[i * count : (i + 1) * count]))
+            for i, mark in enumerate(marks)
+        ]
+        if not self._samples.go_on(streams, found):
+            self.begin()
+            self._samples.restart(streams, found)
 
     def _mark(self, condition: Tensor) -> Tensor:
         """The row hash of a condition; one that is the same object as before is not read again."""
@@ -191,16 +193,3 @@ def _numbered(marks: Sequence[int]) -> list[tuple[int, int]]:
         seen[mark] = seen.get(mark, -1) + 1
         streams.append((mark, seen[mark]))
     return streams
-
-
-def _numbers(x: Tensor) -> list[float]:
-    return x.tolist()  # pyright: ignore
-
-
-def _apart(x: Tensor, last: Tensor) -> Tensor:
-    """The distance of `x` (B, ...) from `last`, relative to it, over the rows that both have."""
-    if last.shape[1:] != x.shape[1:] or last.device != x.device:
-        return torch.full((), torch.inf, device=x.device)
-    rows = min(len(last), len(x))  # a batch may be split
-    apart, size = ((y.float().square().sum().sqrt()) for y in (x[:rows] - last[:rows], last[:rows]))
-    return apart / size.clamp(min=1e-12)

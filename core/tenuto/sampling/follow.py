@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,24 +15,42 @@ from .clock import Clock, active
 
 
 class Follow:
-    """A hook on the denoiser that keeps a clock at the step, streams and run of each call."""
+    """A hook on the denoiser that keeps a clock at the step, streams and run of each call.
 
-    def __init__(self, denoiser: nn.Module, clock: Clock, streams: bool = True) -> None:
+    handle: the denoiser, or the pipeline that has it. A pipeline's call sets the timesteps of its
+    scheduler anew, whichever that is by then: nothing is put into either to notice it.
+    """
+
+    def __init__(self, handle: Any, clock: Clock, streams: bool = True) -> None:
+        denoiser = denoiser_of(handle)
         self.clock, self.streams = clock, streams
+        self.pipeline = None if denoiser is handle else weakref.ref(handle)
         self.facts = Signature(denoiser)
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.facts.inputs(args, kwargs)
         sample = self.facts.sample(inputs)
-        conditions = self.facts.conditions(inputs) if self.streams else []
-        step = self.facts.timestep(inputs)
-        seen = sample if self.streams else None
-        self.clock.observe(step, sample.shape[0], conditions, sample.device, seen)
+        step, count, device = self.facts.timestep(inputs), sample.shape[0], sample.device
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is not None:
+            self.clock.starts(scheduler, getattr(scheduler, "timesteps", None))
+        if self.streams:
+            conditions = self.facts.conditions(inputs)
+            self.clock.observe(step, count, conditions, device, sample)
+        else:
+            self.clock.observe(step, count, (), device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Follow:
         clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__, clock=copy.deepcopy(self.clock, memo))
+        memo[id(self)] = clone
+        clone.__dict__.update(self.__dict__)
+        clone.clock = copy.deepcopy(self.clock, memo)
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        copied = memo.get(id(pipeline))  # where the whole pipeline is copied
+        if pipeline is not None and copied is not None:
+            clone.pipeline = weakref.ref(copied)
         return clone
 
     def remove(self) -> None:
@@ -42,7 +61,7 @@ class Follow:
 @contextmanager
 def follow(handle: Any, clock: Clock) -> Iterator[Clock]:
     """Keep `clock` at the step of every call of the denoiser of `handle` (`Host.follow`)."""
-    hook = Follow(denoiser_of(handle), clock)
+    hook = Follow(handle, clock)
     token = active.set(clock)
     try:
         yield clock

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tenuto as tn
-from tenuto.caching.cells import lay_
+from tenuto.caching.cells import Slot, lay_
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.calibration.router.rollout import intercepted
 from tenuto.sampling.clock import Clock
@@ -185,3 +185,14 @@ def test_a_branch_that_returns_a_tuple_is_held_whole():
         first = model(torch.ones(2, 3), 1.0)
         assert torch.equal(model(torch.zeros(2, 3), 0.0), first)
         assert torch.equal(model(torch.zeros(1, 3), 0.0), first[:1])
+
+
+def test_a_slot_shares_no_memory_with_what_computes_or_reuses() -> None:
+    """The soft routing of the router's training stores and finds in slots as well."""
+    clock, slot = Clock((9.0, 5.0)), Slot()
+    clock.tick(9.0, ("a", "b"))
+    out = (torch.ones(2, 3), None)
+    slot.store(clock, (3,), out)
+    out[0].zero_()
+    slot.find(clock, (3,))[0].zero_()
+    assert torch.equal(slot.find(clock, (3,))[0], torch.ones(2, 3))

@@ -269,6 +269,20 @@ def test_copies_hold_apart(tiny: Any, kind: str, route: Make, recorded: Any) -> 
             assert torch.equal(outputs(twin, louder[place : place + 1])[0], other[place])
 
 
+def test_a_copy_has_a_run_of_its_own(tiny: Any, kind: str, route: Make, recorded: Any) -> None:
+    """A whole run of a copy between two steps of the original: that goes on where it was."""
+    model, calls = tiny(kind), recorded(kind).calls[:4]
+    with attach(model, route(kind, share=0.0)) as attached:
+        twin = copy.deepcopy(model)
+        expected = outputs(twin, calls)
+        found = outputs(model, calls[:2])
+        outputs(twin, calls)
+        assert attached.clock.row == 1
+        found += outputs(model, calls[2:])
+        assert all(counts == [1, 3] for counts in attached.counts().values())
+    assert all(map(torch.equal, found, expected))
+
+
 def test_quantized_leaves_the_callers_model(
     tiny: Any, kind: str, artifact: Make, loop: Any, bits: Any
 ) -> None:
@@ -374,6 +388,35 @@ def test_held_features_are_those_of_the_step_before(
         row = call.row
         expected += outputs(model, [call])
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_host_that_writes_in_place_changes_no_later_step(
+    tiny: Any, kind: str, route: Make, recorded: Any
+) -> None:
+    """Writing into what a branch returned, computed or reused, gives the same as not doing so."""
+    model, calls, artifact = tiny(kind), recorded(kind).calls[:4], route(kind, share=0.0)
+    with attach(model, artifact):
+        found = _outputs_with_hooks(model, calls, artifact, lambda out: out * 2)
+    with attach(model, artifact):
+        written = _outputs_with_hooks(model, calls, artifact, lambda out: out.mul_(2))
+    assert all(map(torch.equal, written, found))
+
+
+def _outputs_with_hooks(
+    model: nn.Module, calls: list[Call], artifact: Artifact, change: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """The outputs of `calls` where a hook changes what each branch returns."""
+
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        return change(out) if isinstance(out, Tensor) else tuple(map(change, out))
+
+    names = artifact.header["route"]["branches"]
+    hooks = [model.get_submodule(name).register_forward_hook(hook) for name in names]
+    try:
+        return outputs(model, calls)
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def test_runs_are_isolated(tiny: Any, kind: str, route: Make, recorded: Any) -> None:

@@ -1,10 +1,11 @@
-"""Which run a call belongs to, in pipelines, after interrupts, in copies; nobody writes into it."""
+"""A pipeline's sampling runs, one after another: none reuses features of the image before."""
 
 from __future__ import annotations
 
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,172 +13,125 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
-from tenuto.artifact.artifact import Artifact
-from tenuto.model.patches import override_
+from tenuto import Artifact, attach, describe
 
-FLUX = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": 32, "width": 32,
-        "output_type": "latent"}  # fmt: skip
-
-
-class Interrupted(Exception):
-    pass
+STEPS = 4
 
 
 @pytest.fixture
-def flux() -> Any:
-    """FLUX's pipeline round a tiny denoiser; it divides its timesteps by 1000 for every call."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
+def pipe(tiny: Callable[[str], Any]) -> Any:
+    """FLUX, image to image: the denoiser gets the timestep divided by 1000, no view of anything."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+            mid_block_add_attention=False, shift_factor=0.0, scaling_factor=1.0,
+        )  # fmt: skip
+    made: Any = FluxImg2ImgPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=tiny("flux"),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-    )  # fmt: skip
-    pipe: Any = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer.eval()
-    )  # pyright: ignore
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generate(pipe: Any, seed: int, **options: Any) -> Tensor:
-    """The latent of one image; every seed has the same prompt."""
-    draw = torch.Generator().manual_seed(9)
-    return pipe(
-        prompt_embeds=torch.randn(1, 6, 32, generator=draw),
-        pooled_prompt_embeds=torch.randn(1, 32, generator=draw),
-        generator=torch.Generator().manual_seed(seed), **(FLUX | options),
-    ).images  # fmt: skip
-
-
-def schedule(pipe: Any) -> Artifact:
-    """Computes the first of four steps and reuses every block at the others."""
-    branches = [b.name for b in tn.describe(pipe.transformer).branches]
-    pipe.scheduler.set_timesteps(4, mu=1.0)
-    times = [float(t) for t in torch.linspace(1000, 250, 4)]
-    made = Artifact.new(pipe.transformer, {"timesteps": times, "steps": 4, "guidance": 3.5})
-    made.header["route"] = {"timesteps": times, "branches": branches}
-    made.tensors["route/table"] = (
-        torch.tensor([[True], [False], [False], [False]]).expand(4, len(branches)).contiguous()
-    )
+    made.set_progress_bar_config(disable=True)
     return made
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
-def test_an_interrupt_leaves_nothing_for_the_next_image(flux: Any, stop: int) -> None:
-    """Broken off after any step, then another seed: as if the first had never been begun."""
-
-    def leave(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if step == stop:
-            raise Interrupted
-        return values
-
-    with tn.attach(flux, schedule(flux)):
-        wanted = generate(flux, 2)
-        with pytest.raises(Interrupted):
-            generate(flux, 1, callback_on_step_end=leave)
-        assert torch.equal(generate(flux, 2), wanted)
-        for seed in (1, 2):  # one step: it begins where it ends
-            one = generate(flux, seed, num_inference_steps=1)
-            generate(flux, 3, num_inference_steps=1)
-            assert torch.equal(generate(flux, seed, num_inference_steps=1), one)
+@pytest.fixture
+def artifact(pipe: Any) -> Artifact:
+    """A route that reuses everything after the first of four steps."""
+    times = [1.0, 0.75, 0.5, 0.25]
+    branches = [b.name for b in describe(pipe.transformer).branches]
+    found = Artifact.new(pipe, {"timesteps": times, "steps": STEPS, "guidance": 1.0})
+    found.header["route"] = {"timesteps": times, "branches": branches}
+    found.tensors["route/table"] = torch.zeros(STEPS, len(branches), dtype=torch.bool)
+    found.tensors["route/table"][0] = True
+    return found
 
 
-def test_late_single_steps_compute(flux: Any) -> None:
-    """As image-to-image of little strength does: each image has one step, at which a branch reuses
-    whatever it has; it must have nothing."""
-    sigmas = [0.25]
-    plain = [generate(flux, seed, sigmas=sigmas, num_inference_steps=1) for seed in (1, 2, 1)]
-    with tn.attach(flux, schedule(flux)):
-        found = [generate(flux, seed, sigmas=sigmas, num_inference_steps=1) for seed in (1, 2, 1)]
-    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+def latent(pipe: Any, seed: int, strength: float = 1.0, **options: Any) -> Tensor:
+    """The latent of one image; the prompt is always the same."""
+    draw = torch.Generator().manual_seed(5)
+    text, pooled = (torch.randn(shape, generator=draw) for shape in ((1, 5, 24), (1, 24)))
+    noise = torch.Generator().manual_seed(seed)
+    return pipe(
+        image=torch.rand(1, 3, 16, 16, generator=noise), height=16, width=16, strength=strength,
+        num_inference_steps=STEPS, prompt_embeds=text, pooled_prompt_embeds=pooled,
+        generator=noise, output_type="latent", **options,
+    ).images  # fmt: skip
 
 
-def test_a_pipeline_is_as_it_was(flux: Any) -> None:
-    generate(flux, 1)  # a pipeline keeps some facts of its last run
-    before = set(vars(flux)), set(vars(flux.scheduler))
-    with tn.attach(flux, schedule(flux)):
-        assert set(vars(flux)) != before[0]
-        twin = copy.deepcopy(flux)
-        assert torch.equal(generate(twin, 1), generate(flux, 1))
-    assert (set(vars(flux)), set(vars(flux.scheduler))) == before
+def stop(pipe: Any, step: int, t: Any, given: Any) -> Any:
+    """Interrupts a pipeline after its first step."""
+    raise KeyboardInterrupt
 
 
-def test_a_scheduler_is_exchanged_and_copied(flux: Any) -> None:
-    """While an artifact is attached: the new one is followed, a copy is a scheduler of its own."""
-    with tn.attach(flux, schedule(flux)):
-        wanted = generate(flux, 2)
-        twin = copy.copy(flux.scheduler)
-        flux.scheduler.set_timesteps(4, mu=1.0)
-        twin.set_timesteps(7, mu=1.0)
-        assert (len(flux.scheduler.timesteps), len(twin.timesteps)) == (4, 7)
-        flux.scheduler = type(flux.scheduler).from_config(flux.scheduler.config)
-        generate(flux, 1, num_inference_steps=1)
-        assert torch.equal(generate(flux, 2), wanted)
-
-
-def test_what_was_reused_is_written_to(
-    tiny: Callable[[str], nn.Module], kind: str, recorded: Any
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("strength", [0.75, 0.5, 0.25])
+def test_a_run_after_an_interrupted_one(
+    pipe: Any, artifact: Artifact, strength: float, inference: bool
 ) -> None:
-    """Blocks and hosts add to a branch's output in place; that reaches no later step."""
-    model, calls = tiny(kind), recorded(kind).calls[:4]
-    branches = [b.name for b in tn.describe(model).branches]
-    times = [float(c.timestep) for c in calls]
-    made = Artifact.new(model, {"timesteps": times, "steps": 4, "guidance": 2.0})
-    made.header["route"] = {"timesteps": times, "branches": branches}
-    table = torch.zeros(4, len(branches), dtype=torch.bool)
-    table[0] = True
-    made.tensors["route/table"] = table
+    """It starts later than the interrupted one, as if it went on with it."""
+    with torch.inference_mode(inference):
+        with attach(pipe, artifact):
+            expected = latent(pipe, 1, strength)
+        with attach(pipe, artifact):
+            with suppress(KeyboardInterrupt):
+                latent(pipe, 2, callback_on_step_end=stop)
+            assert torch.equal(latent(pipe, 1, strength), expected)
 
-    def doubled(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        for t in (out,) if isinstance(out, Tensor) else out:
-            t.mul_(2)
-        return out
 
-    def run(patched: nn.Module) -> list[Tensor]:
-        with torch.no_grad():
-            outs = [patched(**call.inputs) for call in calls]
-        return [out if isinstance(out, Tensor) else out[0] for out in outs]
+@pytest.mark.parametrize("inference", [False, True])
+def test_runs_of_one_step(pipe: Any, artifact: Artifact, inference: bool) -> None:
+    """Each computes all: no bit differs from the plain model's."""
+    with torch.inference_mode(inference):
+        plain = [latent(pipe, seed, 0.25) for seed in (1, 2, 3)]
+        with attach(pipe, artifact) as attached:
+            found = [latent(pipe, seed, 0.25) for seed in (1, 2, 3)]
+            assert all(counts == [3, 0] for counts in attached.counts().values())
+    assert all(map(torch.equal, found, plain))
 
-    with tn.attach(model, made):
-        seen: list[list[Tensor]] = []
-        for name in branches:
-            override_(model.get_submodule(name), doubled)
-        seen = [run(model), run(model)]
-        for name in branches:
-            model.get_submodule(name).__dict__["forward"].remove()
-        # the same by hand: what every branch gave at the first step, doubled once
-        given: dict[str, Any] = {}
 
-        def fixed(name: str) -> Any:
-            def call(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                if name not in given:
-                    given[name] = doubled(original, module, *args, **kwargs)
-                first = given[name]
-                if isinstance(first, Tensor):
-                    return first.clone()
-                return tuple(t.clone() for t in first)
+def test_a_whole_run_reuses_its_own_features(pipe: Any, artifact: Artifact) -> None:
+    with attach(pipe, artifact) as attached:
+        latent(pipe, 1)
+        latent(pipe, 2)
+        assert all(counts == [2, 6] for counts in attached.counts().values())
 
-            return call
 
-        for name in branches:
-            override_(model.get_submodule(name), fixed(name))
-        wanted = run(model)
-        for name in branches:
-            model.get_submodule(name).__dict__["forward"].remove()
-    for found in seen:
-        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+def test_another_scheduler_meanwhile(pipe: Any, artifact: Artifact) -> None:
+    """The pipeline's own is looked at, whichever it is; neither is changed."""
+    first = pipe.scheduler
+    second = type(first).from_config(first.config)
+    with attach(pipe, artifact):
+        expected = latent(pipe, 1, 0.75)
+    kept = [set(vars(s)) for s in (first, second)]
+    with attach(pipe, artifact):
+        assert torch.equal(latent(pipe, 1, 0.75), expected)
+        for scheduler in (second, first):
+            with suppress(KeyboardInterrupt):
+                latent(pipe, 2, callback_on_step_end=stop)
+            pipe.scheduler = scheduler
+            assert torch.equal(latent(pipe, 1, 0.75), expected)
+        assert set(vars(first)) == kept[0]
+    assert set(vars(second)) >= kept[1] and second.set_timesteps.__self__ is second
+
+
+def test_a_copied_pipeline_follows_its_own_scheduler(pipe: Any, artifact: Artifact) -> None:
+    with attach(pipe, artifact):
+        expected = latent(pipe, 1, 0.75)
+        for one in (copy.deepcopy(pipe), pipe):
+            with suppress(KeyboardInterrupt):
+                latent(one, 2, callback_on_step_end=stop)
+            assert torch.equal(latent(one, 1, 0.75), expected)
+
+
+def test_nothing_is_put_into_a_pipeline(pipe: Any, artifact: Artifact) -> None:
+    latent(pipe, 1)  # it keeps some facts of its last run
+    before = dict(vars(pipe)), set(vars(pipe.scheduler))
+    with attach(pipe, artifact):
+        assert (dict(vars(pipe)), set(vars(pipe.scheduler))) == before
 
 
 def test_a_copy_in_another_thread(

@@ -81,36 +81,83 @@ def test_evaluating_a_step_twice_goes_on_with_the_run() -> None:
     assert len(runs) == 1
 
 
-def run_through(
-    clock: Clock, seed: int, start: int = 0, stop: int | None = None, twice: bool = False
-) -> set[int]:
-    """The runs that the clock counts while one image is denoised; every timestep is a new tensor.
-
-    twice: as Heun's method does, at the end of every step and at the beginning of the next.
-    """
-    draw, runs = torch.Generator().manual_seed(seed), set()
-    x = torch.randn(1, 4, 4, 4, generator=draw)
-    for place, t in enumerate(TIMES[start:stop]):
-        for _ in range(2 if twice and place else 1):
-            x = x + 0.1 * torch.randn(1, 4, 4, 4, generator=draw)
-            clock.observe(torch.tensor([t / 1000]) * 1000, 1, [], "cpu", x)
-            runs.add(clock.run)
-    return runs
+def noise(seed: int, batch: int = 2) -> Tensor:
+    """A sample of pure noise."""
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("twice", [False, True])
+def runs_of(clock: Clock, *calls: tuple[float, Tensor]) -> list[int]:
+    """The run of each call of one prompt: (timestep, sample)."""
+    found = []
+    for t, x in calls:
+        clock.observe(torch.tensor(t), len(x), [torch.ones(1, 3)], "cpu", x)
+        found.append(clock.run)
+    return found
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_run_after_one_that_was_broken_off(twice: bool, inference: bool) -> None:
-    """Image-to-image begins in mid-schedule, perhaps where the run before it was broken off."""
-    clock, found = Clock(TIMES), []
+def test_a_new_sample_at_the_first_step_starts_a_run(start: int, inference: bool) -> None:
+    """A run that was interrupted after its first call, or has one step, and the next one."""
     with torch.inference_mode(inference):
-        for seed, (start, stop) in enumerate([(0, 2), (1, 4), (3, 4), (3, 4), (0, 4), (3, 4)]):
-            found.append(run_through(clock, seed, start, stop, twice))
-        for seed in (7, 8):
-            found.append(run_through(clock, seed, 1, 3))
-            found.append(run_through(clock, seed + 10, 2, 4))
-    assert [len(runs) for runs in found] == [1] * len(found)
-    assert len(set.union(*found)) == len(found)
+        one, other = noise(1), noise(2)
+        found = runs_of(Clock(TIMES), *((float(TIMES[start]), x) for x in (one, other, one)))
+    assert found == [0, 1, 2]
+
+
+def test_noise_that_rises_within_a_calibrated_step_starts_a_run() -> None:
+    """Image-to-image at more steps than were calibrated."""
+    x = noise(1)
+    assert runs_of(Clock(TIMES), (300.0, x), (240.0, x), (290.0, x)) == [0, 0, 1]
+
+
+def test_steps_may_go_upwards() -> None:
+    """Families that count from noise to image."""
+    clock = Clock((0.0, 0.5, 0.9))
+    x = noise(1)
+    assert runs_of(clock, (0.0, x), (0.5, x), (0.9, x), (0.5, x)) == [0, 0, 0, 1]
+
+
+def test_another_pass_of_a_step_goes_on_with_the_run() -> None:
+    """Perturbed attention, guidance in two calls: the same sample, whatever the conditions."""
+    clock, runs = Clock(TIMES), set()
+    for t in TIMES:
+        x = noise(t)
+        for condition in (0, 1, 1):
+            clock.observe(t, 2, [torch.full((2, 3), float(condition))], "cpu", x)
+            runs.add(clock.run)
+    assert runs == {0}
+
+
+def test_second_order_steps_go_on_with_the_run() -> None:
+    """Heun's method: two samples that are alike at every timestep but the first."""
+    x, away = noise(1), 0.3 * noise(2)
+    calls = [(999.0, x), *((float(t), y) for t in TIMES[1:] for y in (x + away, x))]
+    assert set(runs_of(Clock(TIMES), *calls)) == {0}
+
+
+def test_a_new_sample_at_a_repeated_step_starts_a_run() -> None:
+    """After Euler's method, and after an interrupted run of Heun's."""
+    x, near, other = noise(1), noise(1) + 0.3 * noise(2), noise(3)
+    euler = [(999.0, x), (749.0, x), (499.0, x)]
+    assert runs_of(Clock(TIMES), *euler, (499.0, near)) == [0, 0, 0, 1]
+    assert runs_of(Clock(TIMES), (999.0, x), (749.0, x), (749.0, other)) == [0, 0, 1]
+    heun = [(999.0, x), (749.0, near), (749.0, x)]
+    assert runs_of(Clock(TIMES), *heun, (749.0, near)) == [0, 0, 0, 1]
+
+
+def test_a_new_sample_after_a_leap_starts_a_run() -> None:
+    """An interrupted run, and image-to-image that starts later; fewer steps are one run."""
+    x, near, other = noise(1), noise(1) + 0.3 * noise(2), noise(3)
+    assert runs_of(Clock(TIMES), (999.0, x), (249.0, other)) == [0, 1]
+    assert runs_of(Clock(TIMES), (999.0, x), (249.0, near)) == [0, 0]
+
+
+def test_two_images_of_one_prompt_that_take_turns_are_never_one_run() -> None:
+    """Call by call; nothing but the samples tells them apart."""
+    calls = [(float(t), noise(seed)) for t in TIMES for seed in (1, 2)]
+    found = runs_of(Clock(TIMES), *calls)
+    assert len(set(found)) == len(calls)
 
 
 def test_begin_forgets_the_step() -> None:
@@ -270,7 +317,8 @@ def test_one_read_from_the_device_a_call(conditions: int) -> None:
     t = torch.tensor([499, 499]).as_subclass(OnDevice)
     given = [torch.randn(2, 5).as_subclass(OnDevice) for _ in range(conditions)]
     clock = Clock(TIMES)
-    clock.observe(t, 2, given, "cpu")
+    sample = torch.randn(2, 4, 8, 8).as_subclass(OnDevice)
+    clock.observe(t, 2, given, "cpu", sample)
     assert len(OnDevice.reads) == 1
     assert clock.row == 2
     float(t[0])
@@ -280,17 +328,19 @@ def test_one_read_from_the_device_a_call(conditions: int) -> None:
 # --- copies, contexts, compile --------------------------------------------------------------------
 
 
-def test_a_copied_model_has_a_clock_of_its_own() -> None:
-    """One for all of its parts; what happens to either is nothing to the other."""
+def test_a_copied_model_has_one_clock_of_its_own() -> None:
+    """At the same step; all that is copied together shares it."""
     clock = Clock(TIMES)
-    clock.tick(499, [0])
+    clock.tick(499, ("a",))
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[0].clock = module[1].clock = clock  # type: ignore[assignment]
-    twin = copy.deepcopy(module)
-    assert twin[0].clock is twin[1].clock is not clock
-    assert (twin[0].clock.row, int(twin[0].clock.index)) == (2, 2)
-    twin[0].clock.tick(249, [0])
-    assert (clock.row, twin[1].clock.row) == (2, 3)
+    for part in module:
+        part.clock = clock  # type: ignore[assignment]
+    one, other = (part.clock for part in copy.deepcopy(module))
+    assert one is other and one is not clock
+    assert isinstance(one, Clock)
+    assert (one.row, one.exact, one.streams, one.index.tolist()) == (2, True, ("a",), [2])
+    one.tick(249, ("b",))
+    assert (clock.row, clock.streams, clock.index.tolist()) == (2, ("a",), [2])
 
 
 class Tiny(nn.Module):

@@ -78,13 +78,6 @@ class Bench:
         finally:
             attached.detach()
 
-    def begins(self, attached: Any) -> None:
-        """A run begins. Round a bare U-Net nobody can tell where it does so at the very step at
-        which the last one ended: there the host says so, in the WebUIs by a callback.
-        """
-        if self.kind == "ldm":
-            attached.clock.begin()
-
     def counts(self, attached: Any) -> dict[str, list[int]]:
         """[computed, held] of every branch, by canonical name: of the last run at least."""
         if self.kind != "comfy":
