@@ -35,18 +35,18 @@ class Changes:
         backup = self._backup(name, layer)
         return layer.weight if backup is None else backup
 
-    def effective(self, layer: Any) -> Tensor:
-        """The weight that the host would compute with."""
-        online = getattr(layer, "forge_online_loras", None)
-        changes = getattr(layer, "weight_function", None) or ()
-        if not online and not changes:
-            return layer.weight.detach()
-        own = layer.weight.detach().clone()  # hosts add to what they are given in place
-        if online:
-            return sys.modules["backend.operations"].get_weight_and_bias(_with(layer, own))[0]
+    def effective(self, layer: Any, name: str = "weight") -> Any:
+        """The weight (or the bias) that the host would compute with; None where it has none."""
+        found, online = getattr(layer, name), getattr(layer, "forge_online_loras", None) or {}
+        if online and (name == "weight" or name in online):
+            return _online(layer, online)[name == "bias"]
+        changes = getattr(layer, f"{name}_function", None) or ()
+        if found is None or not changes:
+            return found
+        changed = found.detach().clone()  # hosts add to what they are given in place
         for change in changes:
-            own = change(own)
-        return own
+            changed = change(changed)
+        return changed
 
     def difference(self, name: str, layer: Any) -> Tensor | None:
         """Effective less own weight, in the weight's dtype; None where they are equal."""
@@ -63,7 +63,8 @@ class Changes:
         known = self._known.get(name)
         if known is None or known[0] != token:
             weight = self.effective(layer).detach()
-            own = self.own(name, layer).detach().to(weight)
+            own = _online(layer, {})[0] if online else self.own(name, layer)
+            own = own.detach().to(weight)
             found = (weight.float() - own.float()).to(weight.dtype)
             known = self._known[name] = token, found if bool(found.any()) else None
         return known[1]
@@ -91,12 +92,12 @@ class Changes:
         return None
 
 
-def _with(layer: Any, weight: Tensor) -> Any:
-    """`layer` with another weight, and a bias of its own; what else it has is shared."""
+def _online(layer: Any, loras: Any) -> tuple[Tensor, Any]:
+    """Weight and bias of `layer` as Forge computes them with these LoRAs, of copies of both."""
     twin = copy.copy(layer)
     twin.__dict__["_parameters"] = {
         name: value if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
         for name, value in layer._parameters.items()
     }
-    twin.weight = nn.Parameter(weight, requires_grad=False)
-    return twin
+    twin.forge_online_loras = loras
+    return sys.modules["backend.operations"].get_weight_and_bias(twin)

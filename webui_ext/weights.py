@@ -75,7 +75,7 @@ class Weights:
             with torch.inference_mode(False), torch.no_grad():
                 layer = self._made(name, module, again).to(device)
             known = self.kept[name] = token, layer
-        follow_input(known[1], module.bias, device)
+        follow_input(known[1], self.changes.effective(module, "bias"), device)
         return known[1]
 
     def how(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class Weights:
 
     def _made(self, name: str, module: Any, again: bool) -> QLayer:
         scheme, pair = self.schemes[name], None
-        own = self.changes.effective(module) if again else self.changes.own(name, module)
+        own = self.changes.effective(module).detach() if again else self.changes.own(name, module)
         if self.artifact is not None and not again:
             weight = QTensor.from_tensors(self.codes, name, own.shape, scheme.weight)
         else:

@@ -130,15 +130,48 @@ def test_functions_of_a_weight_do_not_write_into_it(host: Any) -> None:
     operations: Any = types.ModuleType("backend.operations")
 
     def get_weight_and_bias(layer: Any) -> tuple[Tensor, Any]:
-        return layer.weight.detach().to(torch.float32).add_(change), layer.bias
+        """As Forge: what is online is added to what the layer has; some forks scale that too."""
+        loras, bias = layer.forge_online_loras, layer.bias
+        weight = layer.weight.detach().mul_(2)
+        if "weight" in loras:
+            weight.add_(loras["weight"])
+        if "bias" in loras:
+            bias = bias.detach().add_(loras["bias"])
+        return weight, bias
 
     operations.get_weight_and_bias = get_weight_and_bias
-    layer.forge_online_loras = {"one": change}
+    layer.forge_online_loras = {"weight": change}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "backend.operations", operations)
         found = changes.difference(NAMES[0], layer)
     assert found is not None and gap(found, change) < 1e-3
     assert torch.equal(layer.weight, own)
+
+
+@pytest.mark.parametrize("way", ["functions", "online"])
+def test_a_bias_that_is_not_merged_is_seen(
+    host: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a function of the bias alone, or Forge's LoRAs that are online."""
+    from tenuto import schemes
+    from webui_ext.weights import Weights
+
+    name = "time_embed.0"
+    layer = host.unet.get_submodule(name)
+    own = layer.bias.detach().clone()
+    weights = Weights({name: schemes.W8A8}, execution="float")
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+    plain = weights.layer(name, layer, x.device)(x)
+    if way == "functions":
+        layer.bias_function = [lambda bias: bias.add_(1)]
+    else:
+        operations: Any = types.ModuleType("backend.operations")
+        operations.get_weight_and_bias = lambda layer: (layer.weight, layer.bias.detach().add_(1))
+        monkeypatch.setitem(sys.modules, "backend.operations", operations)
+        layer.forge_online_loras = {"bias": 1}
+    found = weights.layer(name, layer, x.device)(x)
+    assert gap(found, plain + 1) < 1e-5
+    assert torch.equal(layer.bias, own)
 
 
 @pytest.fixture
@@ -237,7 +270,7 @@ def test_a_weight_that_is_changed_on_the_fly_counts(host: Any) -> None:
     if host.kind == "forge":
         operations: Any = types.ModuleType("backend.operations")
         operations.get_weight_and_bias = lambda layer: (
-            layer.weight + layer.forge_online_loras["weight"], layer.bias,
+            layer.weight + layer.forge_online_loras.get("weight", 0), layer.bias,
         )  # fmt: skip
         sys.modules["backend.operations"] = operations
     try:
