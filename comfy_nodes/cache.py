@@ -1,4 +1,4 @@
-"""A feature cache in a MODEL: branches held from step to step, and what the last run did."""
+"""A feature cache in a MODEL: branches reused from step to step, and what the last run did."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CacheSchedule, Hold
+from tenuto.caching import CachedBranch, CacheSchedule
 from tenuto.errors import ModelError
 from tenuto.model import Override, describe, key_map_of, override_
 from tenuto.sampling import Clock
@@ -22,13 +22,13 @@ Policy = Callable[[Sequence[float], Sequence[str]], CacheSchedule]
 
 @dataclass
 class Run:
-    """One sampling run. computed, held: how often each cell was, int (T, N)."""
+    """One sampling run. computed, reused: how often each cell was, int (T, N)."""
 
     clock: Clock
-    holds: list[Hold]
+    cells: list[CachedBranch]
     names: tuple[str, ...]
     computed: Tensor
-    held: Tensor
+    reused: Tensor
     seconds: list[float]
     calls: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -40,7 +40,7 @@ class Run:
 
 
 class Cache(Wrapped):
-    """Holds branches by a policy: policy(timesteps, branches) says what to compute in a run.
+    """Reuses branches by a policy: policy(timesteps, branches) says what to compute in a run.
 
     branches: the host's names. last: the last run that ended, for a report.
     """
@@ -67,17 +67,17 @@ class Cache(Wrapped):
         def close() -> None:
             self.last, self.run = self.run or self.last, before
             if self.last is not None:
-                self.last.holds = []  # what was held goes with the run
+                self.last.cells = []  # what was stored goes with the run
 
         return close
 
     def _run(self, times: Sequence[float]) -> Run:
         schedule = self.policy(times, self.branches)
         clock = Clock(schedule.timesteps)
-        holds = [Hold(clock, rows) for rows in schedule.table.t().tolist()]
+        cells = [CachedBranch(clock, rows) for rows in schedule.table.t().tolist()]
         count = torch.zeros(schedule.table.shape, dtype=torch.int64)
         seconds = [0.0] * len(schedule.timesteps)
-        return Run(clock, holds, self.canonical, count, count.clone(), seconds)
+        return Run(clock, cells, self.canonical, count, count.clone(), seconds)
 
     def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
         """One a branch."""
@@ -111,9 +111,9 @@ class BranchCall:
         run = self.owner.run
         if run is None or not self.owner.on:
             return original(*args, **kwargs)
-        hold = run.holds[self.number]
-        before = hold.counts[1]
-        out = hold(original, module, *args, **kwargs)
-        cells = run.held if hold.counts[1] > before else run.computed
-        cells[run.clock.row, self.number] += 1
+        cell = run.cells[self.number]
+        before = cell.counts[1]
+        out = cell(original, module, *args, **kwargs)
+        count = run.reused if cell.counts[1] > before else run.computed
+        count[run.clock.row, self.number] += 1
         return out

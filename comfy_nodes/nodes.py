@@ -1,4 +1,4 @@
-"""The nodes that use an artifact: load it, quantize a MODEL, lay a cache on it."""
+"""The nodes that use an artifact: load it, quantize a MODEL, apply a cache to it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def info(artifact: Artifact, name: str) -> str:
     if route is not None:
         lines.append(
             f"route: {route.reuse_ratio:.0%} of {len(route.timesteps)} steps x "
-            f"{len(route.branches)} branches held"
+            f"{len(route.branches)} branches reused"
         )
     return "\n".join(lines)
 
@@ -143,7 +143,7 @@ class QuantizeModel(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="auto: each layer times int8 and float when it is first used and "
-                    "leaves int8 where that is slower. int8: a seed gives the same picture in "
+                    "leaves int8 where that is slower. int8: a seed gives the same image in "
                     "every process. float: the codes' values, inputs as they are.",
                 ),
             ],
@@ -185,7 +185,7 @@ def about(part: Weights, model: Any) -> str:
 
 
 class ApplyCache(io.ComfyNode):
-    """Branches of a MODEL held from step to step."""
+    """Branches of a MODEL reused from step to step."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""What the last sampling run of a MODEL computed and what it reused, in words and as a picture."""
+"""What the last sampling run of a MODEL computed and what it reused, in words and as an image."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Report(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, samples: Any) -> io.NodeOutput:
-        """Words and picture; one pixel where nothing was held."""
+        """Words and image; one pixel where nothing was reused."""
         weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
         run = cache.last if cache is not None else None
         if weights is None and cache is None:
@@ -66,11 +66,11 @@ class Report(io.ComfyNode):
 def lists(weights: Weights | None, run: Run | None) -> dict[str, Any]:
     """The last run for programs that read the server's history.
 
-    layers: names of the quantized ones. cells: [branch, times computed, times held].
+    layers: names of the quantized ones. cells: [branch, times computed, times reused].
     """
     layers = [] if weights is None else weights.ran
     counts = (
-        [] if run is None else zip(run.names, run.computed.sum(0), run.held.sum(0), strict=True)
+        [] if run is None else zip(run.names, run.computed.sum(0), run.reused.sum(0), strict=True)
     )
     return {"layers": layers, "cells": [[name, int(c), int(h)] for name, c, h in counts]}
 
@@ -84,15 +84,15 @@ def weights_line(weights: Weights) -> str:
 
 
 def cache_lines(run: Run | None) -> list[str]:
-    """What was computed and what was held; the time of the calls, by step."""
+    """What was computed and what was reused; the time of the calls, by step."""
     if run is None:
         return ["Cache: no run yet"]
-    computed, held = int(run.computed.sum()), int(run.held.sum())
-    total = computed + held
-    share = held / total if total else 0.0
+    computed, reused = int(run.computed.sum()), int(run.reused.sum())
+    total = computed + reused
+    share = reused / total if total else 0.0
     steps = [f"{s:.3f}" for s in run.seconds]
     return [
-        f"Cache: {held} of {total} branch evaluations reused ({share:.0%})",
+        f"Cache: {reused} of {total} branch evaluations reused ({share:.0%})",
         f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
         f"Seconds by step: {' '.join(steps)}",
     ]
@@ -103,7 +103,7 @@ def heat_map(run: Run) -> Tensor:
 
     With names and axes where the host has matplotlib, else the cells alone.
     """
-    route = StepMap(run.held == 0, run.timesteps, run.names, "last run")
+    route = StepMap(run.reused == 0, run.timesteps, run.names, "last run")
     if not available():
         small = cells(route)
         size = max(1, SIDE // max(small.shape))

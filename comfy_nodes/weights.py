@@ -33,7 +33,7 @@ class Weights(Wrapped):
     """Layers that compute with codes, and tables of what depends on the timestep alone.
 
     schemes: by the host's names. artifact: one in the host's names, or None: round to nearest.
-    execution: as in `attach`; "int8" makes of a seed the same picture in every process.
+    execution: as in `attach`; "int8" makes of a seed the same image in every process.
     """
 
     key = "tenuto_weights"

@@ -102,13 +102,13 @@ class Wrapped:
             self.on = before
 
     def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
-        """Move the clock. A stream is a prompt's id and a picture's place in its share of rows."""
+        """Move the clock. A stream is a prompt's id and an image's place in its share of rows."""
         self.clock.observe(times, batch, (), device)
         ids = options.get("uuids") or ()
         if ids and batch % len(ids) == 0 and options.get("context_window") is None:
             self.clock.streams = tuple((i, row) for i in ids for row in range(batch // len(ids)))
         else:
-            self.clock.begin()  # windows show other frames to the same prompt: nothing is held
+            self.clock.begin()  # windows show other frames to the same prompt: nothing is reused
 
 
 def timesteps(sampling: Any, sigmas: Tensor) -> Tensor:

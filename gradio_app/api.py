@@ -30,7 +30,7 @@ def add(bench: Bench) -> None:
         model: str, prompt: str, seed: float, steps: float, guidance: float, artifact: str,
         beside: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        """Draw a picture; the answer has the paths of its files, to be fetched from the app."""
+        """Draw an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.draw(
             model, prompt, seed, steps, guidance, artifact, beside, lambda done, total: None
         )

@@ -126,7 +126,7 @@ def started(page: Any, settings: Settings, browser: bool) -> str:
 
 
 def _warm(bench: Bench) -> None:
-    """Load the first model while the page comes up, so that the first picture is soon there."""
+    """Load the first model while the page comes up, so that the first image is soon there."""
     try:
         models = bench.places.models()
         if models:

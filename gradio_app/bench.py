@@ -20,8 +20,8 @@ from .settings import Settings
 from .studio import OnCall, Picture, Studio, Wanted, settings_of
 
 NO_ARTIFACT = ""
-COUNT = {"least": 1, "most": 512}  # of pictures in a comparison
-SHOWN = 24  # pictures of a comparison that can be looked at
+COUNT = {"least": 1, "most": 512}  # of images in a comparison
+SHOWN = 24  # images of a comparison that can be looked at
 BATCH = 4  # of a comparison: large enough, and a Stop is never far
 
 
@@ -48,7 +48,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext."""
         if not str(prompt or "").strip():
-            raise TenutoError("Say what to draw: the prompt is empty.")
+            raise TenutoError("Say what to generate: the prompt is empty.")
         wanted = Wanted(
             self.places.model(model), model, str(prompt).strip()[:LONGEST],
             whole(seed, "The seed", 0, 2**53), whole(steps, "The number of steps", 1, 1000),
@@ -82,7 +82,7 @@ class Bench:
         said = texts(Path(path)).get("parameters", "")
         found = parsed(said)
         if not found:
-            raise TenutoError("This picture does not say how it was made.")
+            raise TenutoError("This image does not say how it was made.")
         if "model" in found and found["model"] not in self.places.models():
             del found["model"]  # another program's, or not here
         if "artifact" in found and found["artifact"] not in self.places.artifacts(
@@ -232,7 +232,7 @@ class Bench:
             "model": self.places.model(model), "shown_model": model,
             "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
             "names": {name.removeprefix(SHIPPED): name for name in files},
-            "count": whole(count, "The number of pictures", COUNT["least"], COUNT["most"]),
+            "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),
             "steps": given(steps, whole, "The number of steps", 1, 1000),
             "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": whole(seed, "The seed", 0, 2**53), "execution": execution, "shown": SHOWN,

@@ -119,7 +119,7 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
         elem_id="calibrate-preset",
     )  # fmt: skip
     reuse = gr.Slider(
-        0, 80, 30, step=5, label="Route: share of branch calls to hold, %",
+        0, 80, 30, step=5, label="Cache schedule: share of branch calls to reuse, %",
         info="0 trains no route", elem_id="calibrate-reuse",
     )  # fmt: skip
     encoder = gr.Radio(

@@ -48,7 +48,7 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 allow_custom_value=True, elem_id="compare-artifacts",
             )  # fmt: skip
             count = gr.Slider(
-                COUNT["least"], COUNT["most"], 8, step=1, label="Pictures", elem_id="compare-count",
+                COUNT["least"], COUNT["most"], 8, step=1, label="Images", elem_id="compare-count",
                 info="More of them make the numbers steadier; tables have 64",
             )  # fmt: skip
             with gr.Row():
@@ -60,9 +60,9 @@ def tab(bench: Bench, model_name: str) -> Compare:
             numbers = gr.HTML("", elem_id="compare-numbers")
             with gr.Row(visible=False) as chooser:
                 which = gr.Dropdown([], label="B is", elem_id="compare-which")
-                number = gr.Slider(1, 2, 1, step=1, label="Picture", elem_id="compare-picture")
+                number = gr.Slider(1, 2, 1, step=1, label="Image", elem_id="compare-picture")
             prompt = gr.Markdown("", elem_id="compare-prompt")
-            view = viewer("compare", "Pictures")
+            view = viewer("compare", "Images")
             with gr.Row():
                 file = gr.DownloadButton("Download the numbers", visible=False)
                 log = gr.DownloadButton("Download the log", visible=False)
@@ -138,7 +138,7 @@ def seen(job: Job | None) -> list[Any]:
 def _pictures(
     bench: Bench, key: Any, which: gr.Dropdown, number: gr.Slider, view: Viewer, looks: list[Any]
 ) -> None:
-    """Which two pictures are looked at."""
+    """Which two images are looked at."""
 
     def look(key: str, which: str | None, number: float, mode: str) -> list[Any]:
         job = bench.desk.job(key, "compare")
@@ -148,7 +148,7 @@ def _pictures(
         folder = Path(found["folder"])
         a, b = (str(folder / found["pictures"][name][i]) for name in (FULL, which))
         pair = {"a": a, "b": b, "names": [FULL, f"plain {BF16}" if which == BF16 else which]}
-        return [pair, f"Picture {i + 1}: *{plain(found['prompts'][i])}*", *show(pair, mode)]
+        return [pair, f"Image {i + 1}: *{plain(found['prompts'][i])}*", *show(pair, mode)]
 
     for event in (which.change, number.change):
         event(look, [key, which, number, view.mode], looks, **QUIET)

@@ -1,4 +1,4 @@
-"""The tab Generate: one picture, with an artifact or without, or both beside each other."""
+"""The tab Generate: one image, with an artifact or without, or both beside each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .studio import defaults_of
 from .view import card
 from .viewer import AUDIBLE, QUIET, optional, show, viewer
 
-IDLE = card("idle", "Nothing drawn yet.", "Write a prompt and press Generate.")
+IDLE = card("idle", "No image yet.", "Write a prompt and press Generate.")
 PROMPT = "a golden retriever"
 FULL = "full precision"
 
@@ -32,7 +32,7 @@ class Generate:
 
 
 def artifact_choices(bench: Bench, model: str) -> list[tuple[str, str]]:
-    """What can be drawn with, and full precision."""
+    """What can be generated with, and full precision."""
     return [("none: full precision", NO_ARTIFACT), *((n, n) for n in bench.places.artifacts(model))]
 
 
@@ -66,7 +66,7 @@ def tab(bench: Bench) -> Generate:
             guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
             _aside(bench, model, artifact, [prompt, seed, steps_of, guidance_of, model, artifact])
         with gr.Column(scale=3, min_width=320):
-            view = viewer("generate", "Picture")
+            view = viewer("generate", "Image")
             numbers = gr.HTML(IDLE, elem_id="numbers")
             infotext = gr.Textbox(
                 label="Settings, as in the PNG", lines=2, interactive=False, visible=False,
@@ -104,11 +104,11 @@ def _wire(
 
 
 def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
-    """What the picture side shows after a press of Generate: drawn, stopped or failed."""
+    """What the image side shows after a press of Generate: generated, stopped or failed."""
     model, prompt, seed, steps, guidance, artifact, on, beside, mode = values
 
     def on_call(done: int, total: int) -> None:
-        progress((done, total), desc="Drawing", unit="calls")
+        progress((done, total), desc="Generating", unit="calls")
 
     nothing: list[Any] = [gr.skip()] * 6
     try:
@@ -119,11 +119,11 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
     except TenutoError as error:
-        return [nothing[0], card("failed", "It cannot be drawn.", str(error)), *nothing[1:]]
+        return [nothing[0], card("failed", "It cannot be generated.", str(error)), *nothing[1:]]
     except Exception as error:  # of the model itself: no memory left, say
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}"[:300]
-        return [nothing[0], card("failed", "Drawing failed.", said), *nothing[1:]]
+        return [nothing[0], card("failed", "Generating failed.", said), *nothing[1:]]
     pictures, said = found["pictures"], found["numbers"]
     if len(pictures) == 2:
         names = [FULL, found["artifact"]]
@@ -138,7 +138,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
 
 
 def _aside(bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any]) -> None:
-    """What is used less often: settings out of a picture, an artifact from elsewhere."""
+    """What is used less often: settings out of an image, an artifact from elsewhere."""
     with gr.Accordion("Restore settings, add an artifact", open=False):
         dropped = gr.File(
             label="Drop a PNG: its settings come back", file_types=[".png"], height=110,

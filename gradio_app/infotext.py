@@ -1,4 +1,4 @@
-"""Settings as A1111 writes them under a picture, and read back: parsed, never evaluated.
+"""Settings as A1111 writes them under an image, and read back: parsed, never evaluated.
 
     a goldfish
     Steps: 20, Sampler: DDIM, CFG scale: 2, Seed: 7, Size: 64x64, Model: demo:transformer
@@ -26,7 +26,7 @@ FIELDS = {
 
 
 def written(settings: dict[str, Any]) -> str:
-    """The infotext of a picture. settings: prompt, steps, guidance, seed, model, sampler, size."""
+    """The infotext of an image. settings: prompt, steps, guidance, seed, model, sampler, size."""
     values = [
         ("Steps", settings["steps"]),
         ("Sampler", settings.get("sampler")),

@@ -126,7 +126,7 @@ class Job:
 
 
 class Desk:
-    """One thing at a time: a job, or a picture that is being drawn. It knows the last jobs."""
+    """One thing at a time: a job, or an image that is being generated. It knows the last jobs."""
 
     def __init__(self) -> None:
         self._free, self._jobs = threading.Lock(), {}
@@ -171,7 +171,7 @@ class Desk:
         return found if found is not None and found.kind == kind and not _newer(last) else last
 
     def close(self) -> None:
-        """Stop the jobs that run, and wait until all has stopped, a picture too."""
+        """Stop the jobs that run, and wait until all has stopped, an image too."""
         for job in list(self._jobs.values()):
             if job.alive:
                 job.stop()

@@ -22,8 +22,8 @@ def compared(found: Mapping[str, Numbers]) -> str:
         mib(first["resident_weight_bytes"]["float"]), "float",
     ]  # fmt: skip
     names = [
-        "seconds a picture", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
-        "branch calls held", "weights in int8", "denoiser weights", "executed",
+        "seconds an image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
+        "branch calls reused", "weights in int8", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]
     rows = [(name, *values) for name, *values in zip(names, *columns, strict=True)]
@@ -33,11 +33,11 @@ def compared(found: Mapping[str, Numbers]) -> str:
 
 
 def drawn(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
-    """One picture that was drawn alone: there is nothing to compare it with."""
-    rows = [("this picture", f"{lasting(seconds)}, {steps} steps, {device}")]
+    """One image that was generated alone: there is nothing to compare it with."""
+    rows = [("this image", f"{lasting(seconds)}, {steps} steps, {device}")]
     if numbers["execution"]["layers"]:
         rows.append(("layers", _layers(numbers)))
-        rows.append(("branch calls held", f"{numbers['reuse_ratio']:.1%}"))
+        rows.append(("branch calls reused", f"{numbers['reuse_ratio']:.1%}"))
     return table(rows) + (
         "<p>Turn on “beside full precision” to measure what the artifact changes.</p>"
         if numbers["execution"]["layers"]
@@ -66,7 +66,7 @@ def _seconds(numbers: Numbers, which: str) -> str:
 def _psnr(value: Mapping[str, float | None] | None) -> str:
     if value is None:
         return ABSENT
-    return "equal pictures" if value["median"] is None else f"{value['median']:.1f}"
+    return "equal images" if value["median"] is None else f"{value['median']:.1f}"
 
 
 def _shown(value: float | None, digits: int) -> str:
@@ -84,7 +84,7 @@ def _layers(numbers: Numbers) -> str:
 
 def _floor(numbers: Numbers) -> str:
     floor, own = numbers["bf16_floor_psnr_db"], numbers["seconds_per_picture"]["bf16"]
-    time = "" if own is None else f", {_shown(own, 2)} s a picture"
+    time = "" if own is None else f", {_shown(own, 2)} s an image"
     return "" if floor is None else f"Plain bf16, the noise floor: PSNR {_psnr(floor)} dB{time}."
 
 
@@ -97,7 +97,7 @@ def _place(numbers: Numbers) -> str:
     count, threads = numbers["count"], numbers["threads"]
     guidance = numbers["guidance"]
     said = (
-        f"Measured on {count} picture{'s' * (count > 1)}, {numbers['steps']} steps"
+        f"Measured on {count} image{'s' * (count > 1)}, {numbers['steps']} steps"
         + ("" if guidance is None else f", guidance {guidance:g}")
         + f", {numbers['device']}, {threads} thread{'s' * (threads > 1)}, "
         + f"torch {numbers['versions']['torch']}."

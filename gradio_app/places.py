@@ -40,7 +40,7 @@ def inside(path: Path, folder: Path) -> bool:
 class Places:
     """The output folder and the roots of models.
 
-    out/NAME.safetensors are artifacts, out/pictures what was drawn, out/comparisons what was
+    out/NAME.safetensors are artifacts, out/images what was generated, out/comparisons what was
     compared; out/unfinished has the request of every calibration that is not done.
     """
 
@@ -143,7 +143,7 @@ class Places:
                 Work(folder / f"{name}.work" / "recording", {}).discard()
                 Work(folder / f"{name}.work", {}).discard()
 
-    # --- pictures -------------------------------------------------------------------------------
+    # --- images -------------------------------------------------------------------------------
 
     def comparison(self) -> Path:
         """A new folder for a comparison."""
@@ -155,10 +155,10 @@ class Places:
         return found
 
     def picture(self, path: str) -> Path:
-        """A picture that the app has written; TenutoError for any other file."""
+        """An image that the app has written; TenutoError for any other file."""
         found = Path(str(path))
         if not inside(found, self.out) or found.suffix != ".png" or not found.is_file():
-            raise TenutoError("There is no such picture.")
+            raise TenutoError("There is no such image.")
         return found
 
 

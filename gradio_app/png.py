@@ -1,4 +1,4 @@
-"""The text in a PNG, read without decoding its pixels: no picture is too large to be refused."""
+"""The text in a PNG, read without decoding its pixels: no image is too large to be refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from tenuto.errors import TenutoError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PIXELS = 2**26  # of the largest picture; 8192 x 8192
+PIXELS = 2**26  # of the largest image; 8192 x 8192
 TEXT = 2**18  # bytes of a text field, unpacked
 CHUNKS = 100_000
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
@@ -23,7 +23,7 @@ def texts(path: Path) -> dict[str, str]:
                 raise TenutoError("This file is not a PNG.")
             return _texts(file, path.stat().st_size)
     except OSError as error:
-        raise TenutoError(f"Cannot read the picture: {error.strerror or error}.") from error
+        raise TenutoError(f"Cannot read the image: {error.strerror or error}.") from error
 
 
 def _texts(file, size: int) -> dict[str, str]:
@@ -55,7 +55,7 @@ def _check_size(kind: bytes, data: bytes) -> None:
         raise TenutoError("This file is not a PNG.")
     width, height = struct.unpack(">II", data[:8])
     if not 0 < width * height <= PIXELS:
-        raise TenutoError(f"A picture of {width} x {height} pixels is too large.")
+        raise TenutoError(f"An image of {width} x {height} pixels is too large.")
 
 
 def _text(kind: bytes, data: bytes) -> tuple[str, str]:

@@ -23,7 +23,7 @@ WARM = 2  # calls that `compare_all` makes for each way without counting them, a
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture. model: what `load` takes; name: as the user knows it. artifact: its file."""
+    """One image. model: what `load` takes; name: as the user knows it. artifact: its file."""
 
     model: str
     name: str
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass
 class Picture:
-    """What was drawn. pictures: "full" and "artifact", PIL. numbers: a comparison, or the time."""
+    """The images, "full" and "artifact" (PIL). numbers: a comparison, or the time."""
 
     pictures: dict[str, Any]
     seconds: float
@@ -46,7 +46,7 @@ class Picture:
     sampler: str = ""
 
     def infotext(self, wanted: Wanted, which: str) -> str:
-        """The settings of one of the pictures as A1111 writes them."""
+        """The settings of one of the images as A1111 writes them."""
         from tenuto.version import __version__
 
         size = "x".join(map(str, self.pictures[which].size))
@@ -65,7 +65,7 @@ def settings_of(wanted: Wanted, which: str) -> dict[str, Any]:
 
 
 class Studio:
-    """Keeps the model that was drawn with last, and stops drawing when it is asked to."""
+    """Keeps the model that was generated with last, and stops generating when it is asked to."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -74,7 +74,7 @@ class Studio:
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """Stop the picture that is being drawn, at its next denoiser call."""
+        """Stop the image that is being generated, at its next denoiser call."""
         self._stop.set()
 
     def pipe(self, model: str) -> Any:
@@ -92,7 +92,7 @@ class Studio:
             return self._pipe
 
     def draw(self, wanted: Wanted, on_call: OnCall) -> Picture:
-        """One picture, or two: beside it the one that full precision draws from the same noise."""
+        """One image, or two: beside it the one that full precision draws from the same noise."""
         from tenuto.cli.checks import load_artifact
         from tenuto.cli.session import check_steps
 
@@ -109,7 +109,7 @@ class Studio:
 
     @contextmanager
     def _watched(self, pipe: Any, total: int, on_call: OnCall) -> Iterator[None]:
-        """Count the denoiser's calls, and leave at the next one when drawing is to stop."""
+        """Count the denoiser's calls, and leave at the next one when generating is to stop."""
         from tenuto.model import denoiser_of, watched
 
         done = 0
@@ -138,8 +138,8 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
         seconds = time.perf_counter() - start
         execution = attached.execution() if attached else {"mode": "float", "layers": {}}
         counts = attached.counts() if attached else {}
-    held, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
-    numbers = {"execution": execution, "reuse_ratio": held / (held + made) if held else 0.0}
+    reused, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
+    numbers = {"execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0}
     return Picture({"artifact" if artifact else "full": images[0]}, seconds, numbers)
 
 

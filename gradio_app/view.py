@@ -75,7 +75,7 @@ def bar(job: Job) -> str:
 
 
 def step_map(found: dict[str, Any] | None, done: bool = False) -> str:
-    """Steps along x, branches along y: a full cell is computed, a thin line is held."""
+    """Steps along x, branches along y: a full cell is computed, a thin line is reused."""
     if not found and done:
         return card("idle", "No route.", "The artifact was made without one.")
     if not found:
@@ -83,7 +83,7 @@ def step_map(found: dict[str, Any] | None, done: bool = False) -> str:
     rows, branches, kinds = found["rows"], found["branches"], found["kinds"]
     steps = len(found["timesteps"])
     held = sum(row.count(".") for row in rows) / max(1, steps * len(rows))
-    said = f"{found['policy']}: {held:.0%} of {len(rows)} × {steps} branch calls held"
+    said = f"{found['policy']}: {held:.0%} of {len(rows)} × {steps} branch calls reused"
     wide, tops = steps * CELL, _tops(branches)
     cells = "".join(
         _line(row, top, branches[i], found["timesteps"], _hue(kinds, i), len(rows) * steps)
@@ -134,7 +134,9 @@ def _legend(kinds: Sequence[str]) -> str:
         f'<span><i class="hue{n % 4}"></i>{escape(kind)}</span>'
         for n, kind in enumerate(dict.fromkeys(kinds))
     ]
-    return f'<div class="tenuto-legend">{"".join(names)}<span><i class="held"></i>held</span></div>'
+    return (
+        f'<div class="tenuto-legend">{"".join(names)}<span><i class="held"></i>reused</span></div>'
+    )
 
 
 # --- losses and numbers ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Two pictures beside each other: under a slider, one by one, or as their difference."""
+"""Two images beside each other: under a slider, one by one, or as their difference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def optional(label: str, absent: str, name: str, value: Any = None) -> gr.Textbo
 
 
 def viewer(name: str, label: str) -> Viewer:
-    """The components, empty. The slider under the pictures is for those who use a keyboard."""
+    """The components, empty. The slider under the images is for those who use a keyboard."""
     pair = gr.State(None)
     mode = gr.Radio([SLIDER, A, B, DIFFERENCE], value=SLIDER, label="Show", visible=False)
     slider = gr.ImageSlider(

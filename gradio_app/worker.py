@@ -168,11 +168,11 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         artifact=artifacts[first], file=files[first],
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
-    bars.plan = ["Drawing"]
+    bars.plan = ["Generating"]
     found, drawn = compare_all(
         pipe, artifacts, lines, count=count, steps=sampling.steps,
         guidance=sampling.guidance, seed=seed, execution=request["execution"],
-        batch=min(request["batch"], -(-count // 2)), on_progress=bars("Drawing"),
+        batch=min(request["batch"], -(-count // 2)), on_progress=bars("Generating"),
     )  # fmt: skip
     folder, shown = Path(request["folder"]), min(count, request["shown"])
     pictures: dict[str, list[str]] = {}

@@ -47,7 +47,7 @@ def files_under() -> Callable[..., list[Path]]:
 
 @pytest.fixture(scope="session")
 def tiny_pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder for `PixArtAlphaPipeline`: 3 blocks of width 32, 32 x 32 pictures.
+    """A diffusers folder for `PixArtAlphaPipeline`: 3 blocks of width 32, 32 x 32 images.
 
     The weights are random, of seed 0. `tenuto.json` says 4 steps and guidance 2. Leave it as it is.
     """

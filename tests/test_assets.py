@@ -49,7 +49,7 @@ def heard() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stock_class_loads_and_draws(name: str, heard: list[str]) -> None:
-    """In a clone, without Tenuto and without a warning: the picture that Tenuto's sampler draws."""
+    """In a clone, without Tenuto and without a warning: the image that Tenuto's sampler draws."""
     import diffusers
 
     folder = ASSETS / f"demo-{name}"
@@ -71,7 +71,7 @@ def test_the_stock_class_loads_and_draws(name: str, heard: list[str]) -> None:
 
 
 def drawn(pipe: Any) -> torch.Tensor:
-    """One picture of two steps."""
+    """One image of two steps."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     return sampler(pipe, ("a lemon",), 2, defaults(pipe).guidance)(denoiser, 0, 1)
 

@@ -145,7 +145,7 @@ def enabled_from(params: dict[str, Any]) -> bool | None:
         return False
     if choices is not None:
         return True
-    return False if "Steps" in params else None  # of a picture that was made without
+    return False if "Steps" in params else None  # of an image that was made without
 
 
 def restored(params: dict[str, Any]) -> tuple[Choices | None, str]:
@@ -160,7 +160,7 @@ def restored(params: dict[str, Any]) -> tuple[Choices | None, str]:
     if params.get(HASH) not in (None, mark):
         return None, (
             f"Tenuto stays off. The artifact {choices.artifact!r} here is another file than the "
-            "one that made the picture."
+            "one that made the image."
         )
     return choices, ""
 

@@ -90,7 +90,7 @@ class Installed(Attached):
             getattr(patch, "retire", patch.remove)()
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, held] calls of every branch, by canonical name."""
+        """[computed, reused] calls of every branch, by canonical name."""
         if self.cache is None:
             return {}
         keys = families.key_map_of(hosts.denoiser_of(self.handle))
@@ -102,8 +102,8 @@ _branches: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakK
 
 
 def branches_of(denoiser: nn.Module) -> tuple[str, ...]:
-    """What can be held, by the denoiser's own names; ModelError if the class is not known."""
-    if denoiser not in _branches:  # it takes a moment, and every picture asks
+    """What can be reused, by the denoiser's own names; ModelError if the class is not known."""
+    if denoiser not in _branches:  # it takes a moment, and every image asks
         if families.key_map_of(denoiser) is None and not hasattr(denoiser, "config"):
             raise ModelError(f"Tenuto does not know the parts of a {type(denoiser).__name__} yet.")
         _branches[denoiser] = tuple(b.name for b in describe(denoiser).branches)

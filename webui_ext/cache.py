@@ -22,10 +22,10 @@ from .run import Run
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """When to hold. schedule: a table, read at the nearest timestep; None: one step of `interval`.
+    """When to reuse. schedule: a table, read at the nearest timestep; None: one step of `interval`.
 
-    start, stop: shares of the steps between which anything is held. last: compute the last step.
-    longest: how often in a row a branch is held; 0: no limit. half: keep fp16.
+    start, stop: shares of the steps between which anything is reused. last: compute the last step.
+    longest: how often in a row a branch is reused; 0: no limit. half: keep fp16.
     """
 
     schedule: CacheSchedule | None = None
@@ -36,8 +36,8 @@ class Plan:
     longest: int = 0
     half: bool = False
 
-    def holds(self, run: Run, row: int, branch: int) -> bool:
-        """Whether this branch may be held in the step at which `run` is."""
+    def reuses(self, run: Run, row: int, branch: int) -> bool:
+        """Whether this branch may be reused in the step at which `run` is."""
         first = math.ceil(self.start * run.steps - 1e-9)
         past = run.step >= math.ceil(self.stop * run.steps - 1e-9) and self.stop < 1
         if run.step < first or past or (self.last and run.last):
@@ -47,7 +47,7 @@ class Plan:
         return not bool(self.schedule.table[row, branch])
 
     def ever(self, branch: int) -> bool:
-        """Whether the branch is held at any time: others are left alone."""
+        """Whether the branch is reused at any time: others are left alone."""
         if self.schedule is None:
             return self.interval > 1
         return not bool(self.schedule.table[:, branch].all())
@@ -66,7 +66,7 @@ class Kept:
 
 
 class Cache:
-    """A plan laid on branches. computed, held: calls since it was laid, and `grid` by evaluation.
+    """A plan in use on branches. computed, reused: calls since then, and `grid` by evaluation.
 
     branches: the denoiser's own names.
     """
@@ -78,7 +78,7 @@ class Cache:
         run.clocks.append(self.clock)
 
     def overrides(self, denoiser: nn.Module) -> list[Override]:
-        """One a branch that is ever held."""
+        """One a branch that is ever reused."""
         return [
             override_(denoiser.get_submodule(name), call)
             for name, call in zip(self.branches, self.calls, strict=True)
@@ -86,18 +86,18 @@ class Cache:
         ]
 
     @property
-    def held(self) -> int:
+    def reused(self) -> int:
         """Branch calls that handed out what was there."""
         return sum(call.counts[1] for call in self.calls)
 
     @property
     def computed(self) -> int:
-        """Branch calls that computed, those of branches that are never held with them."""
+        """Branch calls that computed, those of branches that are never reused with them."""
         most = max((sum(call.counts) for call in self.calls), default=0)
         return sum(call.counts[0] if sum(call.counts) else most for call in self.calls)
 
     def bytes(self) -> int:
-        """What is held now."""
+        """What is stored now."""
         kept = (k.out for call in self.calls for k in call.kept.values())
         return sum(t.numel() * t.element_size() for out in kept for t in tensors_in(out))
 
@@ -113,7 +113,7 @@ class BranchCall:
     def __init__(self, owner: Cache, number: int) -> None:
         self.owner, self.number = owner, number
         self.kept: dict[tuple[int, int], Kept] = {}
-        self.counts = [0, 0]  # computed, held
+        self.counts = [0, 0]  # computed, reused
         self._stamp: tuple[int, int] = (-1, -1)
         self._nth = 0
 
@@ -146,5 +146,5 @@ class BranchCall:
             and found.epoch == run.epoch
             and found.seen == run.evaluation - 1
             and (plan.longest == 0 or found.age < plan.longest)
-            and plan.holds(run, self.owner.clock.row, self.number)
+            and plan.reuses(run, self.owner.clock.row, self.number)
         )

@@ -27,7 +27,7 @@ class Choices:
     """The fields of the accordion.
 
     speed: the interval of Uniform, the budget of Router (2: about half is computed). start, stop:
-    shares of the steps between which anything is held. longest: how often in a row; 0: no limit.
+    shares of the steps between which anything is reused. longest: how often in a row; 0: no limit.
     """
 
     enabled: bool = False
@@ -110,7 +110,7 @@ MAIN, ARTIFACT, HASH, VERSION = (
 
 
 def infotext(choices: Choices, scheme: str, mark: str | None, version: str) -> dict[str, Any]:
-    """What goes under a picture. scheme: what "From artifact" stands for; mark: 8 hex of a file."""
+    """What goes under an image. scheme: what "From artifact" stands for; mark: 8 hex of a file."""
     precision = scheme if choices.precision == FROM_ARTIFACT else choices.precision
     found: dict[str, Any] = {
         MAIN: f"{precision}+{SHORT[choices.cache]}", ARTIFACT: choices.artifact, HASH: mark,

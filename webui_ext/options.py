@@ -1,4 +1,4 @@
-"""The settings page "Tenuto". What changes pictures is written into their infotext by the host."""
+"""The settings page "Tenuto". What changes images is written into their infotext by the host."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def on_ui_settings() -> None:
         choices=list(EXECUTIONS), infotext="Tenuto arithmetic",
     )  # fmt: skip
     add("img2img", "Also for img2img", "off: Tenuto acts in txt2img alone", gr.Checkbox)
-    add("infotext", "Write settings into the infotext", "of every picture", gr.Checkbox)
+    add("infotext", "Write settings into the infotext", "of every image", gr.Checkbox)
     add(
         "log_level", "Log level", "of the logger tenuto", choices=list(LEVELS),
         onchange=apply_log_level,

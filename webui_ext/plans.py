@@ -22,7 +22,7 @@ NEAR = 0.03  # a budget this near to the route's own is the route's own
 def plan_of(
     choices: Choices, artifact: Artifact | None, branches: Sequence[str], half: bool = False
 ) -> Plan | None:
-    """The plan for a model's `branches`; None where nothing is ever held.
+    """The plan for a model's `branches`; None where nothing is ever reused.
 
     artifact: one in the model's own names; None is a built-in one, whose route is a rule.
     """
@@ -97,7 +97,7 @@ def share(plan: Plan | None, branches: int, steps: int = GRID) -> float:
         row = min(len(times) - 1, int(run.step * len(times) / steps)) if times else 0
         for branch in range(branches):
             free = plan.longest == 0 or ages[branch] < plan.longest
-            held = run.step > 0 and free and plan.holds(run, row, branch)
-            ages[branch] = ages[branch] + 1 if held else 0
-            computed += not held
+            reused = run.step > 0 and free and plan.reuses(run, row, branch)
+            ages[branch] = ages[branch] + 1 if reused else 0
+            computed += not reused
     return computed / max(1, branches * steps)

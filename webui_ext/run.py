@@ -20,7 +20,7 @@ class Run:
 
     on: whether the patches act: not in a nested run of somebody else, not after a failure.
     evaluation: counts the host's evaluations; call: which denoiser call in it, from 0.
-    epoch: grows where what was held is of no use: another sampler, or back to more noise.
+    epoch: grows where what was stored is of no use: another sampler, or back to more noise.
     step, steps: where the host's sampler is. tag: what the host says of the rows of a call.
     """
 
@@ -36,7 +36,7 @@ class Run:
         self._source: weakref.ref[Any] | None = None
 
     def begin(self) -> None:
-        """Whatever was held belongs to the last run."""
+        """Whatever was stored belongs to the last run."""
         self.epoch += 1
         self._time = math.inf
         for clock in self.clocks:
@@ -78,9 +78,9 @@ class Run:
         return self.step >= self.steps - 1
 
     def fail(self, sentence: str) -> None:
-        """Nothing acts from here on: the picture goes on in full precision."""
+        """Nothing acts from here on: the image goes on in full precision."""
         if self.failed is None:
-            log.warning("Tenuto: %s The picture goes on in full precision.", sentence)
+            log.warning("Tenuto: %s The image goes on in full precision.", sentence)
         self.on, self.failed = False, self.failed or sentence
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("tenuto")
 
 
 class TenutoScript(scripts.Script):
-    """Between the hooks nothing of Tenuto's is in the model. No hook stops a picture."""
+    """Between the hooks nothing of Tenuto's is in the model. No hook stops an image."""
 
     sorting_priority = 15
 
@@ -65,7 +65,7 @@ class TenutoScript(scripts.Script):
         soft(session.stop, p)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        """The line under the picture."""
+        """The line under the image."""
         soft(session.stop, p)
         report = session.report
         if report.attached or report.notes:
@@ -80,7 +80,7 @@ class TenutoScript(scripts.Script):
 
 
 def soft(call: Any, *args: Any) -> None:
-    """`call`, whose failure is a sentence in the log and not the end of a picture."""
+    """`call`, whose failure is a sentence in the log and not the end of an image."""
     try:
         call(*args)
     except Exception as error:
@@ -88,8 +88,8 @@ def soft(call: Any, *args: Any) -> None:
 
 
 def say(error: Exception) -> None:
-    """One sentence in the log and under the picture; the cause, where it is none of ours."""
+    """One sentence in the log and under the image; the cause, where it is none of ours."""
     text = f"{error}" if isinstance(error, TenutoError) else f"{type(error).__name__}: {error}"
-    log.warning("Tenuto: %s The picture is made in full precision.", text)
+    log.warning("Tenuto: %s The image is made in full precision.", text)
     log.debug("Tenuto: the cause", exc_info=error)
-    session.report.notes.append(f"{text.rstrip('.')}: the picture is made in full precision")
+    session.report.notes.append(f"{text.rstrip('.')}: the image is made in full precision")

@@ -25,10 +25,10 @@ log = logging.getLogger("tenuto")
 
 @dataclass
 class Report:
-    """What one call for pictures did, all its passes together."""
+    """What one call for images did, all its passes together."""
 
     computed: int = 0
-    held: int = 0
+    reused: int = 0
     bytes: int = 0
     lora: int = 0  # layers
     lora_mode: str = SIDE
@@ -40,7 +40,7 @@ class Report:
 
 
 class Session:
-    """One for the process: a host samples one picture (or batch) at a time."""
+    """One for the process: a host samples one image (or batch) at a time."""
 
     def __init__(self) -> None:
         self.installed: Installed | None = None
@@ -52,7 +52,7 @@ class Session:
     # --- the run of an owner ----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A call for pictures begins: what a failed one may have left is taken out."""
+        """A call for images begins: what a failed one may have left is taken out."""
         self.stop()
         self.report = Report()
 
@@ -89,7 +89,7 @@ class Session:
         if mine:
             self.installed.run.evaluates(*step_of(params), params.denoiser)
         else:
-            self.installed.run.on = False  # somebody else's pictures, inside of ours
+            self.installed.run.on = False  # somebody else's images, inside of ours
 
     def stop(self, p: Any = None) -> None:
         """Take everything out; with `p`, only if what is attached is for it."""
@@ -153,7 +153,7 @@ class Session:
         report = self.report
         if done.cache is not None:
             report.computed += done.cache.computed
-            report.held += done.cache.held
+            report.reused += done.cache.reused
             report.bytes = max(report.bytes, done.cache.bytes())
         if done.weights is not None:
             report.layers, report.how = done.weights.count(), done.weights.how()

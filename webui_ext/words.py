@@ -1,4 +1,4 @@
-"""What is said to a user: the status line, and the line under the picture."""
+"""What is said to a user: the status line, and the line under the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT = {"dequantized", "simulated", "weight-only"}
 def under_picture(report: Report) -> str:
     """One line: what was computed, how layers computed, and what was measured."""
     parts = []
-    total = report.computed + report.held
+    total = report.computed + report.reused
     if total:
         share = report.computed / total
         parts.append(f"{report.computed} of {total} blocks computed ({share:.0%})")
@@ -65,7 +65,7 @@ def forecast(choices: Choices) -> str:
 
 
 def _share(choices: Choices) -> float:
-    """Of a run of 20 steps, if its branches are held alike."""
+    """Of a run of 20 steps, if its branches are reused alike."""
     from .plans import at_budget, plan_of, share
 
     found = artifacts.find(choices.artifact)
@@ -83,7 +83,7 @@ def status_html(choices: Choices | None = None, warning: str = "") -> str:
     except TenutoError as error:
         text, warning = "", str(error)
     last = "; ".join(layers(session.report))
-    facts = f"Last picture, in {hosts.detect()}: {last}." if last else f"Host: {hosts.detect()}."
+    facts = f"Last image, in {hosts.detect()}: {last}." if last else f"Host: {hosts.detect()}."
     said = " ".join(filter(None, [escape(text), escape(facts)]))
     alarm = f"<strong>Warning: {escape(warning)}</strong> " if warning else ""
     return f'<div role="status" aria-live="polite">{alarm}{said}</div>'
@@ -96,7 +96,7 @@ def facts() -> dict[str, Any]:
         "host": hosts.detect(),
         "attached": session.installed is not None,
         "last": {
-            "computed": report.computed, "held": report.held, "cache_bytes": report.bytes,
+            "computed": report.computed, "held": report.reused, "cache_bytes": report.bytes,
             "layers": report.layers, "execution": report.how, "lora_layers": report.lora,
             "speedup": report.speedup, "notes": report.notes, "text": under_picture(report),
         },

@@ -1,4 +1,4 @@
-"""Tenuto: diffusion models made faster and smaller, with a picture one cannot tell apart."""
+"""Tenuto: diffusion models made faster and smaller, with an image one cannot tell apart."""
 
 from .artifact import Artifact
 from .caching import CacheSchedule

@@ -95,14 +95,14 @@ class Lock:
     may lock a folder several times: its parts work on one job.
     """
 
-    held: ClassVar[dict[str, list[Any]]] = {}  # folder -> [its open file, how many hold it]
+    locks: ClassVar[dict[str, list[Any]]] = {}  # folder -> [its open file, how many use it]
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.key: str | None = os.path.realpath(folder)
-        known = self.held.get(self.key)
+        known = self.locks.get(self.key)
         if known is None:
-            known = self.held[self.key] = [_locked(folder), 0]
+            known = self.locks[self.key] = [_locked(folder), 0]
         known[1] += 1
 
     def release(self) -> None:
@@ -110,10 +110,10 @@ class Lock:
         key, self.key = self.key, None
         if key is None:
             return
-        known = self.held[key]
+        known = self.locks[key]
         known[1] -= 1
         if not known[1]:
-            _unlock(self.held.pop(key)[0])
+            _unlock(self.locks.pop(key)[0])
 
     def __enter__(self) -> Lock:
         return self

@@ -1,4 +1,4 @@
-"""Renders the pictures of docs/app.md again: every tab, light and dark, at work.
+"""Renders the images of docs/app.md again: every tab, light and dark, at work.
 
     python tests/app/screenshots.py        takes about three minutes
 
@@ -73,7 +73,7 @@ def show(page: Any, name: str) -> None:
 
 
 def generate(pages: dict[str, Any]) -> None:
-    """The first picture, as it comes."""
+    """The first image, as it comes."""
     for look, page in pages.items():
         page.fill("#prompt textarea", "a monarch butterfly" if look == "dark" else "a goldfish")
         page.click("#generate")

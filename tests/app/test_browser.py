@@ -1,4 +1,4 @@
-"""In Chromium: the first picture, a calibration from start to use, what one can see and reach."""
+"""In Chromium: the first image, a calibration from start to use, what one can see and reach."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# --- settings in a picture ------------------------------------------------------------------------
+# --- settings in an image ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_the_map_has_a_cell_for_every_call() -> None:
     })  # fmt: skip
     assert html.count("<rect") == html.count("<title>") == 12
     assert html.count(": held</title>") == 3
-    assert 'aria-label="router so far: 25% of 4 × 3 branch calls held"' in html
+    assert 'aria-label="router so far: 25% of 4 × 3 branch calls reused"' in html
 
 
 def test_the_router_so_far(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_model_that_fails_while_it_draws_is_told(
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "draw", out_of_memory)
     card = drawn_now(bench, lambda *args, **options: None, *["x"] * 9)[1]
-    assert "no memory left" in card and "Drawing failed" in card and escaped(card)
+    assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 
 

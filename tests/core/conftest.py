@@ -70,7 +70,7 @@ class HomeMade(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         angles = t.reshape(1, 1).float() / 1000 * 2.0 ** torch.arange(8)
-        shift = self.step(angles.sin())[:, None]  # (1, 1, D): no row of its own for a picture
+        shift = self.step(angles.sin())[:, None]  # (1, 1, D): no row of its own for an image
         tokens = self.stem(x).flatten(2).transpose(1, 2) + self.label(labels)[:, None]
         for layer in self.layers:
             tokens = layer(tokens, shift=shift)
@@ -160,7 +160,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def rows(kind: str, seeds: list[int]) -> dict[str, Tensor]:
-    """The conditions of pictures `seeds`; seed -1 is the empty one of guidance."""
+    """The conditions of images `seeds`; seed -1 is the empty one of guidance."""
     if kind in ("dit", "home"):
         return {"labels": torch.tensor([10 if s < 0 else s % 10 for s in seeds])}
     draws = [torch.Generator().manual_seed(7000 + s) for s in seeds]
@@ -222,7 +222,7 @@ class Loop:
         return torch.linspace(999, 0, self.steps + 1)[:-1].round().long()
 
     def noise(self, seed: int, batch: int) -> Tensor:
-        """(batch, C, size, size); picture i depends on seed + i alone."""
+        """(batch, C, size, size); image i depends on seed + i alone."""
         channels = 4 if self.kind in LATENT else 3
         draws = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
         shape = (channels, self.size, self.size)
@@ -283,7 +283,7 @@ def conditions() -> Callable[[str, list[int]], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def recorded(tiny: Callable[[str], nn.Module]) -> Callable[..., Any]:
-    """recorded(kind, **settings of the loop): the trajectory of 2 runs of 2 pictures; made once."""
+    """recorded(kind, **settings of the loop): the trajectory of 2 runs of 2 images; made once."""
     from tenuto.sampling.record import record
 
     made: dict[Any, Any] = {}

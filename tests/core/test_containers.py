@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from tenuto.caching import CacheSchedule, Slot, lay_
+from tenuto.caching import CacheSchedule, Slot, apply_schedule_
 from tenuto.calibration.bank import banked, cut_out
 from tenuto.calibration.router.student import usable
 from tenuto.calibration.temporal.discovery import changed
@@ -202,7 +202,7 @@ def test_a_branch_returns_its_containers(wrap: Callable[..., Any], x: Tensor) ->
     model = nn.ModuleDict({"branch": Told()})
     schedule = CacheSchedule(torch.tensor([[True], [False]]), times, ("branch",))
     clock = Clock(times)
-    for patch in lay_(model, schedule, clock):
+    for patch in apply_schedule_(model, schedule, clock):
         clock.tick(3.0, (0, 1, 2), "cpu")
         with torch.no_grad():
             model["branch"](x, 0.0, wrap(x))

@@ -81,7 +81,7 @@ def test_the_map_of_the_last_run_shows_what_was_reused() -> None:
 
     held = torch.tensor([[0, 0], [2, 0], [0, 2]])
     run: Any = SimpleNamespace(
-        computed=2 - held, held=held, timesteps=(9.0, 5.0, 1.0), names=("b.0.attn1", "b.0.ff"),
+        computed=2 - held, reused=held, timesteps=(9.0, 5.0, 1.0), names=("b.0.attn1", "b.0.ff"),
         seconds=[0.1] * 3, calls=6,
     )  # fmt: skip
     size = SIDE // 3

@@ -62,7 +62,7 @@ def get(path: str, data: Any = None) -> Any:
 
 
 def draw(args: list[Any] | None = None, route: str = "txt2img", **more: Any) -> Any:
-    """(pixels of every picture, infotext, what is said under it)."""
+    """(pixels of every image, infotext, what is said under it)."""
     asked: dict[str, Any] = {
         "prompt": "a cat", "steps": 6, "width": 128, "height": 128, "seed": 1, "cfg_scale": 5,
         "sampler_name": "Euler a", "save_images": False,

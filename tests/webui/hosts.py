@@ -37,7 +37,7 @@ class Interrupted(BaseException):
 
 
 class Host(Modules):
-    """One stub host with one tiny model. `pictures(p)` makes what p asks for."""
+    """One stub host with one tiny model. `images(p)` makes what p asks for."""
 
     def __init__(self, kind: str, denoiser: nn.Module, folder: Path) -> None:
         self.kind, self.unet, self.models = kind, denoiser, folder
@@ -89,7 +89,7 @@ class Host(Modules):
             callback(*args)
 
     def p(self, *args: Any, **facts: Any) -> Any:
-        """A request for pictures; args: the script's, and what is missing takes defaults."""
+        """A request for images; args: the script's, and what is missing takes defaults."""
         given = [*args, *(c.value for c in self.inputs[len(args) :])]
         usual = {
             "sd_model": self.sd_model, "steps": 6, "batch_size": 1, "seed": 1, "size": 8,
@@ -148,7 +148,7 @@ class Host(Modules):
 
 
 class _P:
-    """A request; hosts' own can be held weakly, as this can."""
+    """A request; hosts' own can be referred to weakly, as this can."""
 
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)

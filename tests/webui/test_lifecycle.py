@@ -1,4 +1,4 @@
-"""The extension in the order of a host's calls: what it does to pictures, and that it is gone."""
+"""The extension in the order of a host's calls: what it does to images, and that it is gone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bits(module: nn.Module) -> dict[str, Any]:
 
 
 def counted(p: Any) -> tuple[int, int]:
-    """(computed, all) of "66 of 150 blocks computed" under the picture."""
+    """(computed, all) of "66 of 150 blocks computed" under the image."""
     words = p.processed.comments.split("Tenuto: ")[1].split()
     return int(words[0]), int(words[2])
 

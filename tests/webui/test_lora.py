@@ -35,7 +35,7 @@ def updates(denoiser: nn.Module, size: float) -> dict[str, Tensor]:
 
 
 class LoRA:
-    """The host's way: `put(changes)` before a call for pictures, {} takes it out again."""
+    """The host's way: `put(changes)` before a call for images, {} takes it out again."""
 
     def __init__(self, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host, self.wanted = host, {}

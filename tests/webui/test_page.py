@@ -140,7 +140,7 @@ def test_buttons_fill_fields_and_the_status_line_follows(host: Any) -> None:
     assert f">{line} Host: {kind}.<" in said
     host.pictures(host.p(True))
     again = fn(True, *(c.value for c in host.inputs[1:]))
-    assert f">{line} Last picture, in {kind}: " in again and again.endswith(".</div>")
+    assert f">{line} Last image, in {kind}: " in again and again.endswith(".</div>")
     assert "about 50%" in fn(True, BALANCED, "Off", "Uniform", 2.0, 0.0, 1.0, False, 0, "Both")
     for preset in webui("choices").PRESETS.values():
         assert 0 < webui("words")._share(preset) < 1

@@ -1,4 +1,4 @@
-"""What the extension does to pictures: what is held, what is quantized, what is refused."""
+"""What the extension does to images: what is stored, what is quantized, what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 
 def counted(p: Any) -> tuple[int, int]:
-    """(computed, all) of "66 of 150 blocks computed" under the picture."""
+    """(computed, all) of "66 of 150 blocks computed" under the image."""
     words = p.processed.comments.split("Tenuto: ")[1].split()
     return int(words[0]), int(words[2])
 

@@ -35,7 +35,7 @@ def test_the_route_itself_where_it_is_as_fast() -> None:
 
 @pytest.mark.parametrize("speed", [1.25, 2.0, 4.0, 8.0])
 def test_the_costs_of_the_steps(speed: float) -> None:
-    """The cheapest steps are held, as many as the budget wants."""
+    """The cheapest steps are reused, as many as the budget wants."""
     costs = torch.linspace(10, 1, 20)
     found = at_budget(artifact(costs=costs), Choices(speed=speed))
     assert found.reuse_ratio == pytest.approx(1 - 1 / speed, abs=0.03)
@@ -87,11 +87,11 @@ def test_limits_of_a_plan() -> None:
     run = Run()
     run.steps, found = 10, []
     for run.step in range(10):
-        found.append(plan.holds(run, 0, 0))
+        found.append(plan.reuses(run, 0, 0))
     assert found == [False, False, False, True, False, True, False, True, False, False]
     run.step = 9
     for last in (False, True):
-        assert replace(plan, stop=1.0, last=last).holds(run, 0, 0) is not last
+        assert replace(plan, stop=1.0, last=last).reuses(run, 0, 0) is not last
 
 
 def test_the_forecast_counts_what_is_limited() -> None:

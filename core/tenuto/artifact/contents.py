@@ -38,8 +38,8 @@ class StepMap:
     policy: str
 
     @property
-    def held(self) -> float:
-        """The share of the cells that are held."""
+    def reused(self) -> float:
+        """The share of the cells that are reused."""
         return 1 - float(self.table.float().mean())
 
     def blocks(self) -> list[str]:

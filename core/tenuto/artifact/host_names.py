@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..model import KeyMap, denoiser_of, describe, key_map_of, turned
+from ..model import KeyMap, denoiser_of, describe, key_map_of, swapped
 from .artifact import Artifact, tabled
 from .compact import expanded
 from .fingerprint import fingerprint
@@ -106,7 +106,7 @@ def _fused(
     for end in ("qdata", *PER_ROW):
         found = [known.get(f"weights/{part}.{end}") for part in parts]
         kept = [
-            turned(t) if keys.places[f"{part}.weight"].turned else t
+            swapped(t) if keys.places[f"{part}.weight"].swapped else t
             for part, t in zip(parts, found, strict=True)
             if t is not None
         ]
@@ -179,7 +179,7 @@ class _Split:
             rows = self.made.tensors.get(f"weights/{host}.{end}")
             if rows is not None:
                 some = rows[slice(*place.rows)]
-                self.tensors[f"weights/{part}.{end}"] = turned(some) if place.turned else some
+                self.tensors[f"weights/{part}.{end}"] = swapped(some) if place.swapped else some
             whole = self.made.tensors.get(f"ranges/{host}.{end}")
             if whole is not None:
                 self.tensors[f"ranges/{part}.{end}"] = whole

@@ -60,7 +60,7 @@ def map_panel(route: StepMap) -> Panel:
             axes.vlines([n - 0.5 for n in range(1, steps)], -0.5, count - 0.5, lw=0.6, **line)
         axes.set_ylim(count - 0.5, -0.5)
         _names(axes, route, starts, row)
-        said = f"{route.held:.1%} of the branch calls reuse"
+        said = f"{route.reused:.1%} of the branch calls reuse"
         _heading(axes, f"Cache schedule, {fit(route.policy, 40)}: {said}", "compute")
         _kinds(axes, route)
         _steps(axes, route.timesteps)

@@ -1,4 +1,4 @@
-"""An artifact as one picture: cache schedule, activation ranges of a layer, temporal errors.
+"""An artifact as one image: cache schedule, activation ranges of a layer, temporal errors.
 
 It is matplotlib's object API alone: no pyplot, so that nothing global is read or changed.
 """

@@ -15,7 +15,7 @@ from .schedule import CacheSchedule
 
 
 def reuse_for(speedup: float, counts: Mapping[str, int], steps: int) -> float:
-    """The share of branch work to hold so that a run has `speedup` times fewer multiply-adds.
+    """The share of branch work to reuse so that a run has `speedup` times fewer multiply-adds.
 
     What lies outside the branches is always computed, and so is the first step. Multiply-adds are
     not time: what a run gains on a machine is for `compare` to measure.
@@ -33,8 +33,8 @@ def reuse_for(speedup: float, counts: Mapping[str, int], steps: int) -> float:
 def saved(schedule: CacheSchedule, counts: Mapping[str, int]) -> float:
     """The share of a run's multiply-adds that `schedule` holds."""
     price = torch.tensor([counts[name] for name in schedule.branches], dtype=torch.float64)
-    held = float((~schedule.table).double().sum(0) @ price)
-    return held / (counts[""] * len(schedule.timesteps))
+    reused = float((~schedule.table).double().sum(0) @ price)
+    return reused / (counts[""] * len(schedule.timesteps))
 
 
 def whole_steps(reuse: float, steps: int) -> float:

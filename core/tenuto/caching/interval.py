@@ -19,14 +19,14 @@ Policy = TypeVar("Policy", "Interval", "LateInterval")
 class Interval:
     """Interval reuse from the first step (FORA, arXiv 2407.01425).
 
-    Of every `period` steps the first are computed and the last `held` reused; held None is
+    Of every `period` steps the first are computed and the last `reused` reused; None is
     period - 1, as in the paper. phase "first" counts from the first executed step: period 2 reuses
     half of all steps. phase "last" is the rule of the released code: the first step is computed,
     and every one whose index from the end is divisible by the period.
     """
 
     period: int = 2
-    held: int | None = None
+    reused: int | None = None
     phase: str = "first"
 
     name: ClassVar[str] = "interval"
@@ -34,18 +34,18 @@ class Interval:
     candidate: ClassVar[bool] = False  # a late interval that reuses as much is nearer
 
     def __post_init__(self) -> None:
-        held = self.period - 1 if self.held is None else self.held
-        if self.period < 1 or not 0 <= held < max(self.period, 1):
-            raise TenutoError(f"An interval of {self.period} steps cannot hold {held} of them.")
+        reused = self.period - 1 if self.reused is None else self.reused
+        if self.period < 1 or not 0 <= reused < max(self.period, 1):
+            raise TenutoError(f"An interval of {self.period} steps cannot reuse {reused} of them.")
         if self.phase not in ("first", "last"):
             raise TenutoError(f"Unknown phase {self.phase!r}: 'first' or 'last'.")
 
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """The schedule for these steps and branches."""
-        held = self.period - 1 if self.held is None else self.held
+        reused = self.period - 1 if self.reused is None else self.reused
         count = len(timesteps)
         places = range(count) if self.phase == "first" else range(count - 1, -1, -1)
-        computed = [place % self.period < self.period - held for place in places]
+        computed = [place % self.period < self.period - reused for place in places]
         return CacheSchedule.steps([True, *computed[1:]], timesteps, branches)
 
     @classmethod
@@ -107,9 +107,9 @@ def interval_for(
 ) -> list[Interval]:
     """Every interval from the first step on whose reuse ratio is as near to `reuse` as any."""
     found = (
-        Interval(period, held, phase)
+        Interval(period, reused, phase)
         for period in PERIODS
-        for held in range(1, period)
+        for reused in range(1, period)
         for phase in ("first", "last")
     )
     return nearest(reuse, found, timesteps, branches)

@@ -15,7 +15,7 @@ from .schedule import CacheSchedule
 
 @dataclass(frozen=True)
 class RandomTable:
-    """`reuse` of all cells are held, drawn evenly from every row but the first, by `seed`."""
+    """A share `reuse` of all cells, chosen by `seed` evenly from every row but the first."""
 
     reuse: float
     seed: int = 0

@@ -1,4 +1,4 @@
-"""`CacheSchedule`: the boolean table [steps x branches], and what lays it on a model."""
+"""`CacheSchedule`: the boolean table [steps x branches], and what applies it to a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import TenutoError
 
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:
-    """What to compute (True) and what to hold from before (False).
+    """What to compute (True) and what to reuse from before (False).
 
     table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that
     another step count maps by the nearest one. branches: N names. Row 0 always computes.
@@ -36,7 +36,7 @@ class CacheSchedule:
 
     @property
     def reuse_ratio(self) -> float:
-        """Share of cells that are held, over all steps (CUR of HarmoniCa, arXiv 2410.01723)."""
+        """Share of cells that are reused, over all steps (CUR of HarmoniCa, arXiv 2410.01723)."""
         return 1 - float(self.table.float().mean())
 
     def at(self, timesteps: Sequence[float]) -> CacheSchedule:
@@ -60,6 +60,6 @@ class CacheSchedule:
     def steps(
         computed: Sequence[bool], timesteps: Sequence[float], branches: Sequence[str]
     ) -> CacheSchedule:
-        """Whole steps: every branch is computed where `computed[row]`, and held elsewhere."""
+        """Whole steps: every branch is computed where `computed[row]`, and reused elsewhere."""
         table = torch.tensor(computed, dtype=torch.bool)[:, None].repeat(1, len(branches))
         return CacheSchedule(table, tuple(timesteps), tuple(branches))

@@ -39,8 +39,8 @@ class StepProgramme:
             raise TenutoError(
                 f"The costs were measured at {len(self.costs)} steps, not at {len(timesteps)}."
             )
-        held = round(self.reuse * len(timesteps))
-        computed = cheapest(self.costs, held, self.power)
+        reused = round(self.reuse * len(timesteps))
+        computed = cheapest(self.costs, reused, self.power)
         return CacheSchedule.steps(computed, timesteps, branches)
 
     @property
@@ -57,19 +57,19 @@ class StepProgramme:
         return [cls(whole, facts.costs, power) for power in POWERS]
 
 
-def cheapest(costs: Sequence[float], held: int, power: float) -> list[bool]:
-    """Which of the steps to compute (True) so that `held` are reused at the least total cost.
+def cheapest(costs: Sequence[float], reused: int, power: float) -> list[bool]:
+    """Which of the steps to compute (True) so that `reused` are reused at the least total cost.
 
     A run from one computed step s to the next one e costs sum over s < i < e of
     (i - s)^power * costs[i]; the programme chooses the computed steps, the first among them.
     """
     steps = len(costs)
-    if not 0 <= held < max(steps, 1):
-        raise TenutoError(f"{steps} steps cannot reuse {held} of them.")
+    if not 0 <= reused < max(steps, 1):
+        raise TenutoError(f"{steps} steps cannot reuse {reused} of them.")
     best = [[math.inf] * (steps + 1) for _ in range(steps + 1)]  # [computed so far][next computed]
     back = [[0] * (steps + 1) for _ in range(steps + 1)]
     best[0][0] = 0.0
-    for chosen in range(1, steps - held + 1):
+    for chosen in range(1, steps - reused + 1):
         for start in range(steps):
             total = best[chosen - 1][start]
             for end in range(start + 1, steps + 1) if total < math.inf else ():
@@ -78,7 +78,7 @@ def cheapest(costs: Sequence[float], held: int, power: float) -> list[bool]:
                 if end < steps:
                     total += (end - start) ** power * costs[end]
     computed, end = [False] * steps, steps
-    for chosen in range(steps - held, 0, -1):
+    for chosen in range(steps - reused, 0, -1):
         end = back[chosen][end]
         computed[end] = True
     return computed

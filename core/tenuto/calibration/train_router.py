@@ -22,7 +22,7 @@ from .router.iepo import gain
 from .router.logits import Router
 from .router.rollout import errors, references, step_costs
 
-HELD_OUT = 5_000  # first seed of the pictures that candidates are measured on
+HELD_OUT = 5_000  # first seed of the images that candidates are measured on
 DEFAULT_REUSE = 0.3
 SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
 PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
@@ -39,7 +39,7 @@ class RoutePreset:
 
     @property
     def batch(self) -> int:
-        """Pictures a batch, everywhere."""
+        """Images a batch, everywhere."""
         return self.router.batch
 
 
@@ -66,7 +66,7 @@ def train_router(
 ) -> Artifact:
     """Train a router for the denoiser of `model` and return an artifact with the section "route".
 
-    reuse: the share of (step, branch) cells to hold. speedup: how many times fewer multiply-adds
+    reuse: the share of (step, branch) cells to reuse. speedup: how many times fewer multiply-adds
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are all measured on held-out seeds
@@ -102,7 +102,7 @@ class RouteJob:
         self.denoiser = denoiser_of(model)
         self.branches = tuple(b.name for b in describe(self.denoiser).branches)
         if not self.branches:
-            raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be held.")
+            raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be reused.")
         if len(self.times) < 2:
             raise TenutoError("With one step there is nothing to reuse.")
         call = to_device(trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
@@ -118,7 +118,7 @@ class RouteJob:
             self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
 
     def budget(self, reuse: float | None, speedup: float | None) -> None:
-        """The share to hold: of cells, or of multiply-adds where a speedup is asked."""
+        """The share to reuse: of cells, or of multiply-adds where a speedup is asked."""
         if reuse is not None and speedup is not None:
             raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
         steps = len(self.times)
@@ -216,10 +216,10 @@ class RouteJob:
     def measure(
         self, tables: dict[str, CacheSchedule], work: Work, notes: Notes
     ) -> dict[str, float]:
-        """Each candidate's squared error of the final latent: the geometric mean over pictures."""
+        """Each candidate's squared error of the final latent: the geometric mean over images."""
         batch, note = self.plan.batch, notes["reference"]
         seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.batches)]
-        note(0, 1, "un-cached pictures")
+        note(0, 1, "un-cached images")
         kept = work.load("reference")
         if kept is None:
             kept = {"reference": references(self.denoiser, self.trajectory, seeds, batch)}

@@ -34,7 +34,7 @@ def check_file(path: Path) -> None:
 
 
 def check_picture(path: Path | Literal[True], artifact: Path) -> Path:
-    """Where a picture of `artifact` goes: `path`, or beside it if that is True. A PNG only."""
+    """Where an image of `artifact` goes: `path`, or beside it if that is True. A PNG only."""
     out = artifact.with_suffix(".png") if path is True else path
     if out.suffix.lower() != ".png" or out.absolute() == artifact.absolute():
         raise TenutoError(f"Cannot write a plot to {out}: name another file that ends in .png.")

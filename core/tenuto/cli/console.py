@@ -49,7 +49,7 @@ class Bars:
         self._bar: Any = None
 
     def settings(self, label: str) -> dict[str, Any]:
-        """How a tqdm bar called `label` is drawn."""
+        """How a tqdm bar called `label` is shown."""
         if self.stream is None:
             return {"disable": True}
         pace: dict[str, Any] = {"mininterval": 5.0, "delay": DELAY, "ncols": WIDTH - 1}

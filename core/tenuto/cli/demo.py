@@ -1,4 +1,4 @@
-"""`tenuto demo`: what artifacts do to eight pictures, measured and on one sheet."""
+"""`tenuto demo`: what artifacts do to eight images, measured and on one sheet."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def unchanged(other: Comparison) -> Comparison:
 
 
 def conditions(found: Comparison) -> str:
-    """Under what the pictures were drawn."""
+    """Under what the images were generated."""
     guidance = "" if found.guidance is None else f", guidance {found.guidance:g}"
     place = f"{found.device}, {counted(found.threads, 'thread')}"
     return f"{found.steps} steps{guidance}, equal seeds, {place}"
@@ -133,8 +133,8 @@ def row_lines(name: str, found: Comparison) -> list[str]:
     lines.insert(1, "simulated, no gain" if found.speedup is None else gain)
     near = [f"PSNR {found.psnr_db['median']:.1f} dB"]
     near += [] if found.lpips is None else [f"LPIPS {found.lpips:.4f}"]
-    held = found.reuse_ratio or 0
-    how = found.execution["mode"] + (f", {held:.0%} of calls reused" if held else "")
+    reused = found.reuse_ratio or 0
+    how = found.execution["mode"] + (f", {reused:.0%} of calls reused" if reused else "")
     return [", ".join(near), *lines, how]
 
 
@@ -143,5 +143,5 @@ def summary(variants: dict[str, Comparison], absent: bool, out: Path) -> str:
     rows = [(NAMES[name], "; ".join(row_lines(name, found))) for name, found in variants.items()]
     if absent:
         rows.append((NAMES[SHIPPED], "not here: no such artifact came with this installation"))
-    rows += [("Pictures", str(out / "demo.png")), ("Numbers", str(out / "demo.json"))]
+    rows += [("Images", str(out / "demo.png")), ("Numbers", str(out / "demo.json"))]
     return "\n".join(table(rows))

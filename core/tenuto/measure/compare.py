@@ -56,20 +56,20 @@ FULL, ARTIFACT, BF16 = "full precision", "artifact", "bf16"
 
 @dataclass
 class _Facts:
-    """What is known beside pictures and times. work: multiply-adds by branch, "" the whole."""
+    """What is known beside images and times. work: multiply-adds by branch, "" the whole."""
 
     work: dict[str, int]
     float_bytes: int
     arithmetic: str  # of bf16
     artifact_bytes: int = 0
-    calls: dict[str, list[int]] = field(default_factory=dict)  # branch: [computed, held]
+    calls: dict[str, list[int]] = field(default_factory=dict)  # branch: [computed, reused]
     execution: dict[str, Any] = field(default_factory=dict)
     int8_share: float | None = None
     peak: int | None = None
     peak_source: str = ""
 
     def note(self, attached: Tenuto, before: dict[str, list[int]], peak: PeakMemory) -> None:
-        """What an attached artifact says of itself after it has drawn."""
+        """What an attached artifact says of itself after it has generated."""
         self.execution, self.int8_share = attached.execution(), attached.int8_weight_share()
         self.artifact_bytes = resident_weight_bytes(attached.denoiser)
         for name, counts in attached.counts().items():
@@ -79,10 +79,10 @@ class _Facts:
             self.peak, self.peak_source = max(self.peak or 0, peak.bytes), peak.source
 
     def reuse(self) -> tuple[float, float]:
-        """Shares that were held: of the branch calls, and of the whole's multiply-adds."""
-        held = {name: h / max(1, c + h) for name, (c, h) in self.calls.items()}
-        work = sum(share * self.work[name] for name, share in held.items())
-        return sum(held.values()) / max(1, len(held)), work / max(1, self.work[""])
+        """Shares that were reused: of the branch calls, and of the whole's multiply-adds."""
+        reused = {name: h / max(1, c + h) for name, (c, h) in self.calls.items()}
+        work = sum(share * self.work[name] for name, share in reused.items())
+        return sum(reused.values()) / max(1, len(reused)), work / max(1, self.work[""])
 
 
 def compare(
@@ -100,7 +100,7 @@ def compare(
     execution: str = "int8",
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Draw `count` pictures with `model`, with `artifact` attached and in bf16, at equal seeds.
+    """Draw `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
 
     A pipeline draws `prompts` (else the shipped "evaluation" list) at the artifact's own steps and
     guidance unless told otherwise. A bare denoiser takes `sample(denoiser, seed, batch)`, which
@@ -133,13 +133,13 @@ def compare_all(
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
-    """`compare` for several artifacts of one model; full precision and bf16 are drawn once.
+    """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
     Steps and guidance are the first artifact's unless given; without `floor`, bf16 is left out.
-    Returns the comparisons by name, and what was drawn: under the same names, `FULL` and `BF16`.
+    Returns the comparisons by name, and the images: under the same names, `FULL` and `BF16`.
     """
     if count < 1 or batch < 1:
-        raise TenutoError(f"There is nothing to compare in {count} pictures, {batch} at a time.")
+        raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
     for artifact in artifacts.values():
         artifact.check(model)
@@ -176,7 +176,7 @@ def compare_all(
 def _facts_of(
     denoiser: nn.Module, artifacts: Mapping[str, Artifact], call: FirstCall
 ) -> dict[str, _Facts]:
-    """What is known of each artifact before anything is drawn."""
+    """What is known of each artifact before anything is generated."""
     schedules = [schedule_of(artifact) for artifact in artifacts.values()]
     branches = {name for schedule in schedules if schedule for name in schedule.branches}
     work = multiply_adds(denoiser, *call, names=sorted(branches))
@@ -238,7 +238,7 @@ def _ways(
 
 
 def _distances(drawn: dict[str, Drawn], name: str) -> dict[str, Any]:
-    """How far the artifact's pictures, and those in bf16, are from the full-precision ones."""
+    """How far the artifact's images, and those in bf16, are from the full-precision ones."""
     full, mine, floor = drawn[FULL], drawn[name], drawn.get(BF16)
     equal = distances(lambda a, b: (a == b).flatten(1).all(1), full, mine)
     return {
@@ -255,7 +255,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _mean(distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn) -> float | None:
-    """The mean of `distance`, or None where it is not defined: pictures too small, no network."""
+    """The mean of `distance`, or None where it is not defined: images too small, no network."""
     try:
         return mean(distances(distance, one, other))
     except TenutoError:

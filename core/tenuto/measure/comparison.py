@@ -14,11 +14,11 @@ from ..artifact.summary import counted
 class Comparison:
     """An artifact beside the full-precision model, at equal seeds. What was not measured is None.
 
-    psnr_db {median, p5}, ssim (mean), lpips (mean): distance of the artifact's pictures from the
-    full-precision ones; infinite PSNR means equal pictures, `identical_pictures` counts them.
-    bf16_floor_psnr_db: the same for pictures drawn in bf16, None if the model is in bf16 itself.
+    psnr_db {median, p5}, ssim (mean), lpips (mean): distance of the artifact's images from the
+    full-precision ones; infinite PSNR means equal images, `identical_pictures` counts them.
+    bf16_floor_psnr_db: the same for images generated in bf16, None if the model is in bf16 itself.
     reuse_ratio, reuse_flops: share of the branch calls, and of the denoiser's multiply-adds, that
-    was held and not computed. int8_weight_share: of the bytes of Linear and Conv2d weights.
+    was reused and not computed. int8_weight_share: of the bytes of Linear and Conv2d weights.
     seconds_per_picture {float, artifact, bf16}: medians over batches; bf16 is None where it is
     computed in another way than a user would (`bf16_arithmetic`). speedup: median of float over
     artifact, batch by batch; None if any layer was simulated. resident_weight_bytes {float,

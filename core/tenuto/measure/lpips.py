@@ -1,4 +1,4 @@
-"""LPIPS v0.1 with the AlexNet backbone: a learned distance between pictures.
+"""LPIPS v0.1 with the AlexNet backbone: a learned distance between images.
 
 Zhang, Isola, Efros, Shechtman, Wang: The Unreasonable Effectiveness of Deep Features as a
 Perceptual Metric, CVPR 2018, equation 1. The weights ship in half precision (benchmarks/
@@ -71,13 +71,13 @@ def network(device: str = "cpu") -> Lpips:
 def lpips(a: Tensor, b: Tensor, batch: int = 32) -> Tensor:
     """LPIPS v0.1 (AlexNet) of two batches (N, C, H, W) in [-1, 1], C 1 or 3: fp32 (N,), 0 if equal.
 
-    Its weights were fitted on 64 x 64 patches. Pictures under 31 x 31 raise TenutoError.
+    Its weights were fitted on 64 x 64 patches. Images under 31 x 31 raise TenutoError.
     """
     same_shape(a, b)
     if a.shape[1] not in (1, 3) or min(a.shape[-2:]) < SMALLEST:
         shape = " x ".join(str(n) for n in a.shape[1:])
         raise TenutoError(
-            f"LPIPS takes grey or RGB pictures, {SMALLEST} x {SMALLEST} or more, not {shape}."
+            f"LPIPS takes grey or RGB images, {SMALLEST} x {SMALLEST} or more, not {shape}."
         )
     net = network(str(a.device))
     a, b = (x.float().expand(-1, 3, -1, -1) for x in (a, b))

@@ -74,13 +74,13 @@ def resident_weight_bytes(module: nn.Module) -> int:
     """Bytes of every tensor that the modules hold, each storage once.
 
     Parameters, buffers, tensors in plain attributes, and what a quantized layer packed for its
-    kernel. Not features held between steps, nor modules that `attach` took out and keeps for later.
+    kernel. Not features stored between steps, nor modules that `attach` took out for later.
     """
-    found = {_place(tensor): _size(tensor) for tensor in _held(module.modules())}
+    found = {_place(tensor): _size(tensor) for tensor in _tensors_of(module.modules())}
     return sum(found.values())
 
 
-def _held(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+def _tensors_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     for module in modules:
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)

@@ -1,7 +1,7 @@
-"""Distances by arithmetic alone: PSNR and SSIM of pictures, FID and KID of sets of features.
+"""Distances by arithmetic alone: PSNR and SSIM of images, FID and KID of sets of features.
 
-PSNR and SSIM take two tensors (N, C, H, W) of one shape and give one number per picture.
-`data_range` is the width of the values: 2 for [-1, 1], the library's pictures; 1 for [0, 1].
+PSNR and SSIM take two tensors (N, C, H, W) of one shape and give one number per image.
+`data_range` is the width of the values: 2 for [-1, 1], the library's images; 1 for [0, 1].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
     """Peak signal-to-noise ratio in dB, fp64 (N,): 10 log10(data_range² / mean squared difference).
 
-    Infinite for equal pictures.
+    Infinite for equal images.
     """
     same_shape(a, b)
     error = (a.double() - b.double()).square().flatten(1).mean(1)
@@ -26,15 +26,15 @@ def psnr(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 2.0) -> Tensor:
-    """Structural similarity, fp64 (N,), at most 1; pictures of 11 x 11 or more.
+    """Structural similarity, fp64 (N,), at most 1; images of 11 x 11 or more.
 
     Wang, Bovik, Sheikh, Simoncelli: Image quality assessment, IEEE TIP 13 (2004), equation 13, as
     their code computes it: 11 x 11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, only windows
-    that lie inside the picture, no downsampling. The mean over channels of the per-channel SSIM.
+    that lie inside the image, no downsampling. The mean over channels of the per-channel SSIM.
     """
     same_shape(a, b)
     if min(a.shape[-2:]) < WINDOW:
-        raise TenutoError(f"SSIM needs pictures of {WINDOW} x {WINDOW} or more, not {_size(a)}.")
+        raise TenutoError(f"SSIM needs images of {WINDOW} x {WINDOW} or more, not {_size(a)}.")
     x, y = a.double(), b.double()
     mean_x, mean_y, xx, yy, xy = (_blur(v) for v in (x, y, x * x, y * y, x * y))
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2

@@ -1,4 +1,4 @@
-"""Several ways to draw the same pictures that take turns, so that their times can be compared."""
+"""Several ways to draw the same images that take turns, so that their times can be compared."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Drawn:
-    """What one way drew, by batch: pictures (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds."""
+    """What one way drew, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds."""
 
     batches: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     @property
     def per_picture(self) -> float:
-        """Seconds a picture, the median over batches."""
+        """Seconds an image, the median over batches."""
         pairs = zip(self.seconds, self.batches, strict=True)
         return percentile([seconds / len(pictures) for seconds, pictures in pairs], 50)
 
@@ -44,13 +44,13 @@ class Drawn:
 def distances(
     distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
 ) -> list[float]:
-    """`distance` of each picture of `one` from its counterpart, batch by batch: large ones fit."""
+    """`distance` of each image of `one` from its counterpart, batch by batch: large ones fit."""
     pairs = zip(one.batches, other.batches, strict=True)
     return [value for a, b in pairs for value in distance(a, b).tolist()]
 
 
 def split(seed: int, count: int, batch: int) -> list[tuple[int, int]]:
-    """(first seed, size) of the batches that draw `count` pictures from `seed` on."""
+    """(first seed, size) of the batches that draw `count` images from `seed` on."""
     return [(s, min(batch, seed + count - s)) for s in range(seed, seed + count, batch)]
 
 
@@ -63,7 +63,7 @@ def draw_in_turns(
     """Every way draws every batch: some batches by each way, the next ones in the opposite order.
 
     ways: what to enter to draw one way; it gives the denoiser that `sample` is called with.
-    batches: (seed, size). Only the sampling is timed. TenutoError if `sample` returns no pictures.
+    batches: (seed, size). Only the sampling is timed. TenutoError if `sample` returns no images.
     """
     found = {name: Drawn() for name in ways}
     total = len(ways) * sum(size for _, size in batches)
@@ -80,14 +80,14 @@ def draw_in_turns(
                     found[name].seconds.append(seconds)
                     done += size
     if on_progress:
-        on_progress(done, total, "drawn")
+        on_progress(done, total, "generated")
     return found
 
 
 def _checked(pictures: Any, size: int) -> Tensor:
     if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != size:
         got = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
-        raise TenutoError(f"`sample` should return pictures ({size}, C, H, W), not {got}.")
+        raise TenutoError(f"`sample` should return images ({size}, C, H, W), not {got}.")
     return pictures.detach().float().clamp(-1, 1).cpu()
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import TenutoError
 
 PAPER, INK, FAINT = (251, 251, 249), (24, 26, 30), (110, 114, 122)
-EDGE, GAP, LABEL = 28, 8, 268  # pixels: round the sheet, between pictures, of the label column
+EDGE, GAP, LABEL = 28, 8, 268  # pixels: round the sheet, between images, of the label column
 
 
 def grid(pictures: Sequence[Any], gap: int = 2) -> Any:
-    """Pictures of one size side by side, as near to a square as they fit; one stays as it is."""
+    """Images of one size side by side, as near to a square as they fit; one stays as it is."""
     from PIL import Image
 
     if len(pictures) == 1:
@@ -31,18 +31,18 @@ def grid(pictures: Sequence[Any], gap: int = 2) -> Any:
 
 
 def difference(one: Any, other: Any, gain: int = 8) -> Any:
-    """How far two PIL pictures of one size are apart in each channel, `gain` times enlarged."""
+    """How far two PIL images of one size are apart in each channel, `gain` times enlarged."""
     from PIL import Image, ImageChops
 
     if one.size != other.size:
-        raise TenutoError(f"Pictures of {one.size} and {other.size} cannot be compared.")
+        raise TenutoError(f"Images of {one.size} and {other.size} cannot be compared.")
     gaps = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
     return Image.eval(gaps, lambda value: min(255, gain * value))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: its name, a few lines about it, and a picture for each column."""
+    """One row of a sheet: its name, a few lines about it, and an image for each column."""
 
     name: str
     lines: Sequence[str]

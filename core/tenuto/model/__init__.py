@@ -2,7 +2,7 @@
 
 from .backbone import Backbone, Branch, layers
 from .families import describe, key_map_of
-from .key_map import KeyMap, turned
+from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .patches import Attached, Override, Replacement, Swap, override_
@@ -31,7 +31,7 @@ __all__ = [
     "map_tensors",
     "multiply_adds",
     "override_",
+    "swapped",
     "tensors_in",
-    "turned",
     "watched",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Branch:
-    """A unit of caching: a module whose output can be held from an earlier step.
+    """A unit of caching: a module whose output can be reused from an earlier step.
 
     kind: "attention", "cross-attention", "feed-forward", "resnet" or "block". block: its block.
     """

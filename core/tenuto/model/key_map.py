@@ -27,7 +27,7 @@ class Place:
 
     name: str
     rows: tuple[int, int]
-    turned: bool = False
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class KeyMap:
         for name, place in self.places.items():
             own = denoiser.get_parameter(place.name) if tensor is None else tensor(place.name)
             value = own.detach()[slice(*place.rows)]
-            value = turned(value) if place.turned else value
+            value = swapped(value) if place.swapped else value
             leaf, _, end = name.rpartition(".")
             kind = denoiser.get_submodule(place.name.rpartition(".")[0])
             parent = _inside(root, leaf, kind)
@@ -106,7 +106,7 @@ def _empty(kind: nn.Module) -> nn.Module:
     return _View()
 
 
-def turned(x: Tensor) -> Tensor:
+def swapped(x: Tensor) -> Tensor:
     """`x` (N, ...) with its two halves in each other's place."""
     return torch.cat(x.chunk(2)[::-1])
 

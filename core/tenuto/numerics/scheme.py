@@ -18,7 +18,7 @@ class Format:
     """One number format.
 
     granularity: "channel" is one range per output channel (weights), "tensor" one for all values,
-    "token" one per row, found on the fly (per picture in a convolution, whose pixels mix).
+    "token" one per row, found on the fly (per image in a convolution, whose pixels mix).
     per_step: with "tensor", one range for every calibrated step (FSC of TFMQ-DM, arXiv 2311.16503).
     ranges: how a stored range is found: "minmax", "mse" or "percentile".
     group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.

@@ -1,6 +1,7 @@
 """`attach`: an artifact's patches put into a model.
 
-In this order: the temporal table takes out its modules, leaves are replaced, the route is laid on.
+In this order: the temporal table takes out its modules, leaves are replaced, the cache
+schedule is applied.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..artifact import Artifact, fingerprint, localized, same, schedule_of, tabled
-from ..caching import Hold, lay_
+from ..caching import CachedBranch, apply_schedule_
 from ..errors import ArtifactError
 from ..model import (
     Attached,
@@ -92,12 +93,12 @@ class Tenuto(Attached):
         return sum(low) / max(1, self._total)
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, held] calls of every branch, by canonical name, since it was attached."""
+        """[computed, reused] calls of every branch, by canonical name, since it was attached."""
         keys = self.keys
         named = {m: keys.canonical(n) if keys else n for n, m in self.denoiser.named_modules()}
         patches = [p for p in self.patches if isinstance(p, Override)]
         calls = [(named[p.module], p.call) for p in patches]
-        return {name: list(call.counts) for name, call in calls if isinstance(call, Hold)}
+        return {name: list(call.counts) for name, call in calls if isinstance(call, CachedBranch)}
 
 
 def attach(
@@ -117,9 +118,9 @@ def attach(
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
     for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
     calls of very different sizes may then differ by an input's rounding. simulate: compute
-    quantized layers in float, with the same codes. route: lay the cache schedule too. chooser: what
-    decides under "auto" in place of the process's own. The text encoders of a pipeline get what the
-    artifact has of them; a bare denoiser has none.
+    quantized layers in float, with the same codes. route: apply the cache schedule too. chooser:
+    what decides under "auto" in place of the process's own. The text encoders of a pipeline get
+    what the artifact has of them; a bare denoiser has none.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     check_execution(execution)
@@ -146,7 +147,7 @@ def attach(
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         if schedule is not None:
-            attached.patches += lay_(denoiser, schedule, clock)
+            attached.patches += apply_schedule_(denoiser, schedule, clock)
     except BaseException:
         attached.detach()
         raise

@@ -27,8 +27,8 @@ class Clock:
     index: the nearest calibrated step, int64 (1,), on the device; read it with `index_select`.
     row: the same as a host integer.
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
-    streams: one id per row of the batch; equal ids in two calls are the same picture's same half.
-    run: a number that grows with every new sampling run; held features never cross runs.
+    streams: one id per row of the batch; equal ids in two calls are the same image's same half.
+    run: a number that grows with every new sampling run; stored features never cross runs.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`).
@@ -63,7 +63,7 @@ class Clock:
         )
 
     def begin(self) -> None:
-        """Start a new run: whatever was held belongs to the last one."""
+        """Start a new run: whatever was stored belongs to the last one."""
         self.run += 1
         self.row, self._time = 0, None
         self._samples.clear()

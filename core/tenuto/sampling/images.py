@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import TenutoError
 from ..work import whole_file
 
-TOGETHER = 8  # pictures drawn at once
+TOGETHER = 8  # images generated at once
 
 
 def draw(
@@ -27,7 +27,7 @@ def draw(
     seed: int,
     count: int,
 ) -> list[Any]:
-    """`count` pictures (PIL) of one prompt; picture i has the noise of CPU seed `seed + i`."""
+    """`count` images (PIL) of one prompt; image i has the noise of CPU seed `seed + i`."""
     known = inspect.signature(type(pipe).__call__).parameters
     options: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     options = {name: value for name, value in options.items() if name in known}
@@ -50,7 +50,7 @@ def draw(
 
 
 def to_images(pictures: Tensor) -> list[Any]:
-    """Tensors (N, 3, H, W) in [-1, 1] as PIL pictures."""
+    """Tensors (N, 3, H, W) in [-1, 1] as PIL images."""
     from PIL import Image
 
     values = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

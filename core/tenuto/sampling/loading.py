@@ -42,7 +42,7 @@ def demo(model: str = "transformer", *, device: Any = None, dtype: Any = None) -
 
     model: "transformer" or "unet". It comes from the installed files alone: no network. Call the
     transformer with `use_resolution_binning=False, clean_caption=False`: PixArt's pipeline does
-    not know so small a picture. Raises ModelError if no such model ships.
+    not know so small an image. Raises ModelError if no such model ships.
     """
     return _read(demo_folder(model), device, dtype, local=True)
 
@@ -155,7 +155,7 @@ def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
 def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """The parts that a demo model has from another one and its folder lacks.
 
-    In a clone, `demo-unet/vae` is a link. A wheel leaves it out, so as to hold the autoencoder
+    In a clone, `demo-unet/vae` is a link. A wheel leaves it out, so as to reuse the autoencoder
     once, and a checkout without links (Windows) has a text file in its place.
     """
     folder = Path(source)

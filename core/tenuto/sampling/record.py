@@ -21,8 +21,8 @@ def sampler(
 ) -> Sample:
     """`sample(denoiser, seed, batch)` for a diffusers pipeline.
 
-    Picture i has prompt `prompts[(seed + i) % len(prompts)]` and noise of CPU seed `seed + i`.
-    output "pt" returns pictures in [-1, 1], "latent" the final latents.
+    Image i has prompt `prompts[(seed + i) % len(prompts)]` and noise of CPU seed `seed + i`.
+    output "pt" returns images in [-1, 1], "latent" the final latents.
     """
     if not prompts:
         raise TenutoError("A pipeline needs at least one prompt.")
@@ -108,8 +108,8 @@ def record(
 ) -> Trajectory:
     """Run the model as its user does and keep every denoiser call.
 
-    A pipeline takes `prompts` (each is drawn once unless `runs` says otherwise). A bare denoiser
-    takes `sample(denoiser, seed, batch)`, which runs one trajectory and returns its pictures,
+    A pipeline takes `prompts` (each once unless `runs` says otherwise). A bare denoiser takes
+    `sample(denoiser, seed, batch)`, which runs one trajectory and returns its images,
     float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
     """
     denoiser = denoiser_of(model)

@@ -33,7 +33,7 @@ class Trajectory:
     """Calls of one or more sampling runs and what is needed to repeat them.
 
     timesteps: in executed order. sample: `sample(denoiser, seed, batch)` runs one trajectory and
-    returns the pictures, float (batch, C, H, W) in [-1, 1]; latent: the same, but final latents.
+    returns the images, float (batch, C, H, W) in [-1, 1]; latent: the same, but final latents.
     """
 
     timesteps: tuple[float, ...]

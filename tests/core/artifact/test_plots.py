@@ -82,7 +82,7 @@ def plotted(artifact: tn.Artifact, **options: Any) -> Any:
 
 
 def pixel(picture: Any, axes: Any, x: float, y: float) -> str:
-    """The colour of the picture at a place in the coordinates of `axes`."""
+    """The colour of the image at a place in the coordinates of `axes`."""
     across, up = axes.transData.transform((x, y))
     return "#{:02x}{:02x}{:02x}".format(*picture.getpixel((int(across), int(picture.height - up))))
 
@@ -171,7 +171,7 @@ def test_names_of_a_unet_are_put_plainly() -> None:
 
 @pytest.mark.parametrize("steps, branches", [(1, 1), (50, 110), (1200, 40), (3, 2000)])
 def test_many_cells_and_few(steps: int, branches: int) -> None:
-    """Each has pixels of its own, and every word is inside the picture."""
+    """Each has pixels of its own, and every word is inside the image."""
     names = tuple(f"blocks.{i // 2}.{('attn', 'mlp')[i % 2]}" for i in range(branches))
     table = torch.ones(steps, branches, dtype=torch.bool)
     table[-1, -1] = steps == 1

@@ -16,7 +16,7 @@ FALLING = tuple(10.0**-i for i in range(20))
 POLICIES = [
     Interval(2),
     Interval(3, phase="last"),
-    Interval(3, held=1),
+    Interval(3, reused=1),
     LateInterval(4, 3),
     StepProgramme(0.5, FALLING),
     RandomTable(0.3, seed=1),
@@ -120,7 +120,7 @@ def test_random_tables_differ_by_seed_and_hold_what_was_asked():
     "wrong",
     [
         lambda: Interval(0),
-        lambda: Interval(3, held=3),
+        lambda: Interval(3, reused=3),
         lambda: Interval(2, phase="middle"),
         lambda: LateInterval(-1, 2),
     ],

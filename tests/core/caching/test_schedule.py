@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tenuto as tn
-from tenuto.caching.cells import Slot, lay_
+from tenuto.caching.cells import Slot, apply_schedule_
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.calibration.router.rollout import intercepted
 from tenuto.sampling.clock import Clock
@@ -70,7 +70,7 @@ def test_an_exception_leaves_no_trace(transformer, trajectory, alternate, loop):
 
 def test_held_steps_are_held_and_change_the_picture(transformer, trajectory, alternate, loop):
     clock = Clock(trajectory.timesteps)
-    patches = [Follow(transformer, clock), *lay_(transformer, alternate, clock)]
+    patches = [Follow(transformer, clock), *apply_schedule_(transformer, alternate, clock)]
     out = loop()(transformer, 3, 2)
     assert [p.call.counts for p in patches[1:]] == [[3, 3]] * 9
     for patch in reversed(patches):
@@ -114,7 +114,7 @@ def test_streams_keep_apart_in_any_order(transformer, trajectory, alternate):
     def calls(groups):
         clock = Clock(trajectory.timesteps)
         follow = Follow(transformer, clock)
-        patches = lay_(transformer, alternate, clock)
+        patches = apply_schedule_(transformer, alternate, clock)
         out = torch.zeros(2, 4, 4, 8, 8)
         for step, rows in enumerate(groups):
             for group in rows:
@@ -138,7 +138,7 @@ def test_streams_keep_apart_in_any_order(transformer, trajectory, alternate):
 
 def test_shapes_that_change_in_mid_run_recompute(transformer, trajectory, alternate):
     clock = Clock(trajectory.timesteps)
-    patches = [Follow(transformer, clock), *lay_(transformer, alternate, clock)]
+    patches = [Follow(transformer, clock), *apply_schedule_(transformer, alternate, clock)]
     inputs = [trajectory.calls[i].inputs for i in (0, 1)]
     small = {"hidden_states": inputs[1]["hidden_states"][..., :4, :4].contiguous()}
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_shapes_that_change_in_mid_run_recompute(transformer, trajectory, altern
 
 def test_a_copy_of_a_laid_model_has_its_own_slots(transformer, trajectory, alternate, loop):
     clock = Clock(trajectory.timesteps)
-    patches = [Follow(transformer, clock), *lay_(transformer, alternate, clock)]
+    patches = [Follow(transformer, clock), *apply_schedule_(transformer, alternate, clock)]
     alone = loop()(transformer, 3, 2)
     twin = copy.deepcopy(transformer)
     assert torch.equal(loop()(twin, 3, 2), alone)

@@ -1,4 +1,4 @@
-"""Every algorithm is held to the same: better than rounding to nearest, the same each time."""
+"""Every algorithm passes the same tests: better than rounding to nearest, the same each time."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_gradients_reach_every_rounding_and_nothing_else(case: Case) -> None:
 
 
 def test_it_learns_under_no_grad(case: Case) -> None:
-    """A caller who draws pictures is in `no_grad`; that must not stop it, nor change it."""
+    """A caller who draws images is in `no_grad`; that must not stop it, nor change it."""
     plain = case.run(quick(AdaRound), W2, seed=1)
     with torch.no_grad():
         again = case.run(quick(AdaRound), W2, seed=1)

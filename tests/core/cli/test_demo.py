@@ -89,7 +89,7 @@ def shipped(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def seen(shipped: Any) -> Trajectory:
-    """Two steps of two pictures of each demo model."""
+    """Two steps of two images of each demo model."""
     return record(shipped, SHOWN, steps=2, guidance=defaults(shipped).guidance, batch=2)
 
 

@@ -25,7 +25,7 @@ from tenuto.runtime.timing import percentile
 
 
 def pictures(count: int, height: int, width: int, seed: int = 0, channels: int = 3) -> Tensor:
-    """Smooth pictures with some noise, in [-1, 1]."""
+    """Smooth images with some noise, in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     phase = torch.rand(count, channels, 1, 1, generator=generator) * 6
@@ -120,7 +120,7 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise() -> None:
 
 
 def lpips_in_numpy(a: np.ndarray, b: np.ndarray) -> float:
-    """LPIPS v0.1, AlexNet, of two pictures (3, H, W), from the shipped file, in float64."""
+    """LPIPS v0.1, AlexNet, of two images (3, H, W), from the shipped file, in float64."""
     weights = {
         k: v.astype(np.float64) for k, v in load_file(asset("lpips-alex.safetensors")).items()
     }

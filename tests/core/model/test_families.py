@@ -89,7 +89,7 @@ def test_blocks_and_branches_come_in_execution_order(tiny: Any, kind: str, loop:
 
 
 def test_branches_lie_in_their_blocks_and_cover_them(tiny: Any, kind: str) -> None:
-    """Whatever is heavy in a block is in a branch: a block that is held costs next to nothing."""
+    """Whatever is heavy in a block is in a branch: a block that is reused costs next to nothing."""
     denoiser = tiny(kind)
     backbone = describe(denoiser)
     assert {b.block for b in backbone.branches} == set(backbone.blocks)

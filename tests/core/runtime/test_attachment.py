@@ -153,7 +153,7 @@ def test_a_failure_while_attaching_changes_nothing(
     def late(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attachment, "lay_", late)
+    monkeypatch.setattr(attachment, "apply_schedule_", late)
     with pytest.raises(KeyboardInterrupt):
         attach(model, weights(kind) | route(kind))
     assert bits(model) == before
@@ -238,7 +238,7 @@ def test_moved_and_cast_while_attached(tiny: Any, weights: Make, bits: Any, loop
 def test_a_copy_of_an_attached_model(
     tiny: Any, kind: str, artifact: Make, loop: Any, bits: Any
 ) -> None:
-    """It computes the same, has held features of its own, and outlives the original's patches."""
+    """It computes the same, has stored features of its own, and outlives the original's patches."""
     model, sample = tiny(kind), loop(kind)
     before = bits(model)
     with torch.no_grad():
@@ -345,7 +345,7 @@ def test_without_its_route(tiny: Any, weights: Make, route: Make, recorded: Any)
         assert attached.counts() == {}
 
 
-# --- what is held ---------------------------------------------------------------------------------
+# --- what is stored ------------------------------------------------------------------------------
 
 
 def test_counts_are_those_of_the_table(tiny: Any, kind: str, route: Make, loop: Any) -> None:
@@ -473,7 +473,7 @@ def test_second_order_samplers(tiny: Any, kind: str, artifact: Make, loop: Any) 
 def test_shapes_that_change_in_mid_run_compute(
     tiny: Any, route: Make, call_as: Any, conditions: Any
 ) -> None:
-    """Another size, another batch: what is held does not fit, so nothing of it is used."""
+    """Another size, another batch: what is stored does not fit, so nothing of it is used."""
     for kind in ("pixart", "unet"):
         model = tiny(kind)
         given = conditions(kind, [1, 2])
@@ -611,7 +611,7 @@ def test_streams_are_gathered_from_wherever_they_are(
 
 
 def test_guidance_in_one_call_or_two(tiny: Any, kind: str, route: Make, loop: Any) -> None:
-    """The whole picture; the noise of the sums grows over the steps, and no more than that."""
+    """The whole image; the noise of the sums grows over the steps, and no more than that."""
     model = tiny(kind)
     with attach(model, route(kind)), torch.no_grad():
         together, apart = loop(kind)(model, 1, 2), loop(kind, split=True)(model, 1, 2)
@@ -782,7 +782,7 @@ def route_of() -> Iterator[Callable[[Any], Artifact]]:
 
 
 def test_the_clock_follows_a_pipeline(pipe: Any, route_of: Callable[[Any], Artifact]) -> None:
-    """One run a picture, rows in order; and the clock sees each half of guidance as a stream."""
+    """One run an image, rows in order; and the clock sees each half of guidance as a stream."""
     rows: list[tuple[int, int]] = []
     with attach(pipe, route_of(pipe)) as attached:
         hook = pipe.transformer.register_forward_hook(

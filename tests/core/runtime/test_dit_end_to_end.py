@@ -20,7 +20,7 @@ STEPS, NULL, GUIDANCE = 6, 10, 2.0
 
 
 def ddim(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
-    """One trajectory: picture i has class (seed + i) % 10 and noise of seed + i."""
+    """One trajectory: image i has class (seed + i) % 10 and noise of seed + i."""
     alphas = torch.linspace(0.9999, 0.02, 1000, dtype=torch.float64)
     x = torch.stack(
         [

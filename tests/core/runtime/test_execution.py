@@ -264,7 +264,7 @@ def test_batched_equals_split(tiny: Any, kind: str, artifact: Any, loop: Any, wa
 def test_float_is_nearer_than_int8_and_is_told(
     tiny: Any, kind: str, artifact: Any, loop: Any
 ) -> None:
-    """Its pictures are those of a model with dequantized weights; no layer counts as int8."""
+    """Its images are those of a model with dequantized weights; no layer counts as int8."""
     model, sample = tiny(kind), loop(kind)
     twin = tiny(kind)
     with torch.no_grad():

@@ -474,7 +474,7 @@ def test_the_kept_buffer_serves_every_mode() -> None:
 
 @pytest.mark.parametrize("dims", [(-1,), (1, 2, 3)])
 def test_a_range_never_spans_the_batch(dims: tuple[int, ...]) -> None:
-    """A picture does not depend on its neighbours."""
+    """An image does not depend on its neighbours."""
     x = torch.randn(4, 3, 5, 8, generator=torch.Generator().manual_seed(0))
     x[2] *= 100
     codes, scale = quantize_input.per_row(x, dims)

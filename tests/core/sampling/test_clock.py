@@ -273,7 +273,7 @@ def test_every_condition_counts(prompts: Tensor) -> None:
 
 
 def test_one_row_for_all_counts_too(prompts: Tensor) -> None:
-    """An embedding given once and broadcast tells two calls apart as one per picture does."""
+    """An embedding given once and broadcast tells two calls apart as one per image does."""
     empty, prompt = torch.zeros(1, 4, 6), prompts[:1]
     clock = Clock(TIMES)
     assert seen(clock, 1, empty, batch=3) != seen(clock, 1, prompt, batch=3)

@@ -160,7 +160,7 @@ def test_tensors_move_wherever_they_are() -> None:
 
 
 def test_a_picture_is_a_function_of_seed_plus_place(pipe: Any) -> None:
-    """Picture i of a call is picture i - 1 of the call with the next seed, in any batch."""
+    """Image i of a call is image i - 1 of the call with the next seed, in any batch."""
     sample = sampler(pipe, PROMPTS[:3], 2, 2.0)
     with torch.no_grad():
         whole = sample(pipe.transformer, 4, 4)
@@ -220,7 +220,7 @@ def test_latents_instead_of_pictures(pipe: Any) -> None:
 
 
 def test_every_prompt_is_drawn(pipe: Any) -> None:
-    """Five prompts in batches of two: none is left out, and none is drawn twice."""
+    """Five prompts in batches of two: none is left out, and none is generated twice."""
     trajectory = record(pipe, PROMPTS, steps=1, guidance=1.0, batch=2)
     rows = torch.cat([c.inputs["encoder_hidden_states"].flatten(1) for c in trajectory.calls])
     assert len(rows) == len(PROMPTS)

@@ -79,11 +79,11 @@ class Bench:
             attached.detach()
 
     def counts(self, attached: Any) -> dict[str, list[int]]:
-        """[computed, held] of every branch, by canonical name: of the last run at least."""
+        """[computed, reused] of every branch, by canonical name: of the last run at least."""
         if self.kind != "comfy":
             return attached.counts()
         run = next(part.last for part in attached.parts if part.key == "tenuto_cache")
-        found = zip(run.computed.sum(0).tolist(), run.held.sum(0).tolist(), strict=True)
+        found = zip(run.computed.sum(0).tolist(), run.reused.sum(0).tolist(), strict=True)
         return dict(zip(run.names, map(list, found), strict=True))
 
     def run(self, handle: Any, settings: Settings) -> Tensor:
@@ -93,7 +93,7 @@ class Bench:
             return runs[self.kind](self, handle, settings)
 
     def noise(self, settings: Settings) -> Tensor:
-        """(B, C, H, W); picture i has the noise of seed + i."""
+        """(B, C, H, W); image i has the noise of seed + i."""
         side = settings.size or self.size
         channels = 16 if self.family in ("sd3", "flux") else 4
         draws = [torch.Generator().manual_seed(settings.seed + i) for i in range(settings.batch)]

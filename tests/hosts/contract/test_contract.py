@@ -39,7 +39,7 @@ def stop_at(number: int, error: Any = Stop) -> Any:
 
 
 def test_off_is_off(bench: Any, made: Any, settings: Any, bits: Any) -> None:
-    """A run, a second one, off: the picture and every bit of the model are what they were."""
+    """A run, a second one, off: the image and every bit of the model are what they were."""
     handle = bench.fresh()
     plain, before = bench.run(handle, settings()), bits(bench.host.denoiser(handle))
     with bench.on(handle, made) as attached:
@@ -130,7 +130,7 @@ def test_batched_equals_split(bench: Any, made: Any, settings: Any) -> None:
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
 def test_second_order_samplers(bench: Any, artifact: Any, settings: Any, sampler: str) -> None:
-    """Several evaluations a step: something is held, a second run is the same, and it is finite."""
+    """Several evaluations a step: some are reused, a second run is the same, and it is finite."""
     handle, how = bench.fresh(), settings(sampler=sampler)
     plain = bench.run(handle, how)
     with bench.on(handle, artifact(bench.family)) as attached:

@@ -1,8 +1,8 @@
-"""ComfyUI's own page in Chromium: loads a workflow, looks at its nodes, takes its picture.
+"""ComfyUI's own page in Chromium: loads a workflow, looks at its nodes, takes its image.
 
-    python page.py URL      renders the picture of every file in example_workflows/
+    python page.py URL      renders the image of every file in example_workflows/
 
-A picture has the hash of its workflow in its comment: a test compares the two.
+An image has the hash of its workflow in its comment: a test compares the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 WORKFLOWS = Path(__file__).resolve().parents[3] / "example_workflows"
-WIDTH, MENU = 1600, (80, 140)  # of a picture; what the page's menus take at its left and top
+WIDTH, MENU = 1600, (80, 140)  # of an image; what the page's menus take at its left and top
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False,
     "Comfy.Workflow.ShowMissingModelsWarning": False, "Comfy.Graph.CanvasInfo": False,
@@ -102,7 +102,7 @@ def digest(path: Path) -> str:
 
 
 def main(url: str) -> None:
-    """Render every picture anew."""
+    """Render every image anew."""
     from PIL import Image
 
     for path in sorted(WORKFLOWS.glob("*.json")):

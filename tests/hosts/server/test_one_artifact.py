@@ -243,7 +243,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 @dataclass
 class Seen:
-    """What a host made of it: latents with and without, layers, [computed, held] cells."""
+    """What a host made of it: latents with and without, layers, [computed, reused] cells."""
 
     plain: Tensor
     found: Tensor
@@ -290,7 +290,9 @@ def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     found = by_comfy(attached.handle, parts)
     weights, cache = attached.parts
     layers = {part for name in weights.kept for part in keys.layers()[name]}
-    counts = zip(cache.last.computed.sum(0).tolist(), cache.last.held.sum(0).tolist(), strict=True)
+    counts = zip(
+        cache.last.computed.sum(0).tolist(), cache.last.reused.sum(0).tolist(), strict=True
+    )
     attached.detach()
     assert torch.equal(by_comfy(parts.model, parts), plain)
     return Seen(plain, found, layers, dict(zip(cache.last.names, map(list, counts), strict=True)))

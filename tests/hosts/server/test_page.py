@@ -1,4 +1,4 @@
-"""The workflows that ship, in ComfyUI's own page in Chromium; their pictures are of these files."""
+"""The workflows that ship, in ComfyUI's own page in Chromium; their images are of these files."""
 
 from __future__ import annotations
 

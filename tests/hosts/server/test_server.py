@@ -50,7 +50,7 @@ def test_every_node_has_a_help_page(server: Any) -> None:
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "pixart", "flux"])
 def test_on_and_off_again(server: Any, make: Any, family: str) -> None:
-    """Plain, with Tenuto, plain: the first and the last picture are equal to the bit."""
+    """Plain, with Tenuto, plain: the first and the last image are equal to the bit."""
     graph = make.plain(family)
     first = server.run(graph)
     patched = make.chained(graph, make.quantize(), make.cache())
@@ -73,7 +73,7 @@ def test_on_and_off_again(server: Any, make: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_a_held_step_takes_less_time(server: Any, make: Any, family: str) -> None:
-    """The report's own clock: after two computed steps every other one is held."""
+    """The report's own clock: after two computed steps every other one is reused."""
     graph = make.chained(make.plain(family, steps=6), make.cache(first=2, compute_last=False))
     times = seconds(text_of(server.run(graph)))
     computed, held = (times[1], times[2], times[4]), (times[3], times[5])

@@ -66,7 +66,7 @@ def mmdit(make: dict[str, Any]) -> nn.Module:
 
 
 def pixart(make: dict[str, Any]) -> nn.Module:
-    """Two blocks; needs pictures of 272 pixels or more."""
+    """Two blocks; needs images of 272 pixels or more."""
     kind = importlib.import_module("comfy.ldm.pixart.pixartms").PixArtMS
     return kind(depth=2, micro_condition=False, model_max_length=300, **make)
 

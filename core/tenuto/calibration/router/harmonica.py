@@ -37,9 +37,9 @@ STORES, WEIGHTINGS = ("mixture", "fresh"), ("gain", "none", *RULES)
 class HarmoniCa:
     """Settings of the training.
 
-    reuse: the share of cells to hold; beta is then found on the way, and at the end the cells are
+    reuse: the share of cells to reuse; beta is then found on the way, and at the end the cells are
     ranked by r and cut at that share. With `beta` given (and reuse None) the table is r > tau.
-    iterations: whole trajectories of `batch` pictures; each updates every row once.
+    iterations: whole trajectories of `batch` images; each updates every row once.
     weighting: the rule of lambda: "gain" (`iepo.gain`, measured once), "paper", "code" or "none".
     refresh: denoising steps after which "paper" and "code" measure lambda anew (their C).
     store: "mixture" as released, or "fresh". pace: how far log beta follows a miss of
@@ -47,7 +47,7 @@ class HarmoniCa:
 
     Two things that the paper has not, 0 turns them off:
     joint: the rate of a second AdamW step on the mean of each row. Branches of one step are better
-    held together than one by one, which no single cell's gradient shows.
+    reused together than one by one, which no single cell's gradient shows.
     credit: steps over which the loss reaches back through what the slots hold (elementwise, not
     through the denoiser), so that a row is told what its refreshing is worth to the rows after it.
     It keeps that many outputs of every branch in memory.
@@ -78,7 +78,7 @@ class HarmoniCa:
         if self.store not in STORES:
             raise TenutoError(f"Unknown store {self.store!r}: one of {STORES}.")
         if self.iterations < 1 or self.batch < 1:
-            raise TenutoError("A router needs one trajectory of one picture or more.")
+            raise TenutoError("A router needs one trajectory of one image or more.")
 
     def __call__(
         self,
@@ -123,7 +123,7 @@ class Training:
         self.times, self.branches = trajectory.timesteps, tuple(branches)
         shape = (len(self.times), len(self.branches))
         if shape[0] < 2 or not self.branches:
-            raise TenutoError("A router needs two steps or more and a branch that can be held.")
+            raise TenutoError("A router needs two steps or more and a branch that can be reused.")
         price = torch.tensor(list(costs or [1.0] * shape[1]), dtype=torch.float64)
         self.costs = (price / price.mean()).float()
         generator = torch.Generator().manual_seed(settings.seed)
@@ -134,7 +134,7 @@ class Training:
         self.updates, self.benefit = torch.zeros(shape[0]), torch.zeros(shape)
         self.weights = torch.zeros(0)
         self.log_beta = math.nan if settings.beta is None else math.log(settings.beta)
-        self.history: list[list[float]] = []  # loss, share held, beta
+        self.history: list[list[float]] = []  # loss, share reused, beta
 
     def begin_at(self, schedule: CacheSchedule) -> None:
         """Logits near those of `schedule` instead of random ones."""
@@ -153,14 +153,14 @@ class Training:
                     self._prepare(i)
                     self._trajectory(i)
                 self._save(work, i + 1)
-        rows = ({"loss": loss, "reuse": held, "beta": b} for loss, held, b in self.history)
+        rows = ({"loss": loss, "reuse": reused, "beta": b} for loss, reused, b in self.history)
         beta = math.exp(self.log_beta)
         return Router(self.logits, self.times, self.branches, self.costs, beta, tuple(rows))
 
     def share(self) -> float:
         """The share of cells, by cost, that the router holds rather than computes."""
-        held = (self.logits < 0).float() * self.costs
-        return float(held.sum() / (len(self.times) * self.costs.sum()))
+        reused = (self.logits < 0).float() * self.costs
+        return float(reused.sum() / (len(self.times) * self.costs.sum()))
 
     def row(self, row: int) -> Tensor:
         """r (N,) of a step."""
@@ -242,7 +242,7 @@ class Training:
         self.logits[row].clamp_(-LIMIT, LIMIT)
 
     def _steer(self) -> None:
-        """Move beta so that the share of held cells goes to the budget.
+        """Move beta so that the share of reused cells goes to the budget.
 
         The first trajectory only looks: beta begins where that share of cells would gain less.
         """

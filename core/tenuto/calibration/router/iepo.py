@@ -1,6 +1,6 @@
 """What an error at each step does to the result: the step weights lambda of HarmoniCa's IEPO.
 
-All rules are calls `rule(run, r)`: run(weights) samples the same pictures with the soft decisions
+All rules are calls `rule(run, r)`: run(weights) samples the same images with the soft decisions
 `weights` (T, N) and returns the final latent (B, ...); r (T, N) are the router's present ones. The
 result is fp64 (T,), the first step has 0. arXiv 2410.01723; T runs of T steps each.
 """

@@ -37,7 +37,7 @@ class Router:
         order = torch.lerp(mean, self.logits[1:], spread).reshape(-1).argsort(stable=True)
         spent = self.costs.repeat(rows - 1)[order].double().cumsum(0)
         budget = reuse * rows * float(self.costs.double().sum())
-        held = int((spent < budget - 1e-4).sum()) + (budget > 1e-4)
+        reused = int((spent < budget - 1e-4).sum()) + (budget > 1e-4)
         table = torch.ones(rows, columns, dtype=torch.bool)
-        table[1:].view(-1)[order[:held]] = False
+        table[1:].view(-1)[order[:reused]] = False
         return CacheSchedule(table, self.timesteps, self.branches)

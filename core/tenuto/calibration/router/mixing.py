@@ -1,4 +1,4 @@
-"""Soft routing: every branch mixes its fresh and its held output, with a gradient to the weights.
+"""Soft routing: every branch mixes its fresh and its stored output, with a gradient to the weights.
 
 HarmoniCa, arXiv 2410.01723, and its released code: out = r f + (1 - r) c; the slot keeps the
 detached mixture where r > tau. The denoiser is frozen, the gradient goes to the weights alone.
@@ -25,7 +25,7 @@ class Mixer:
     """The soft decisions at the current step, shared by all branches.
 
     weights: r (N,), may require a gradient. apart: while True, branches compute as ever and
-    neither read nor write what is held: the teacher. tau: a slot is written where r > tau.
+    neither read nor write what is stored: the teacher. tau: a slot is written where r > tau.
     store: "mixture" keeps r f + (1 - r) c, as the released code; "fresh" keeps f.
     credit: a mixture keeps its graph to the weights of the steps that made it (not to the
     denoiser's), so that a later step's loss reaches them; `forget` cuts it off.
@@ -61,8 +61,8 @@ class Soft:
         out = original(*args, **kwargs)
         if mixer.apart:
             return out
-        held, fresh = self.slot.find(mixer.clock, shape), map_tensors(Tensor.detach, out)
-        if held is None:
+        stored, fresh = self.slot.find(mixer.clock, shape), map_tensors(Tensor.detach, out)
+        if stored is None:
             self.slot.store(mixer.clock, shape, fresh)
             return out
         r = mixer.weights[self.column]
@@ -70,12 +70,12 @@ class Soft:
         def blend(f: Tensor, c: Tensor) -> Tensor:
             return (r * f + (1 - r) * c).to(f.dtype)
 
-        mixture = map_tensors(blend, out, held)
+        mixture = map_tensors(blend, out, stored)
         if mixer.writes[self.column]:
             kept = fresh
             if mixer.store == "mixture":
                 kept = (
-                    map_tensors(blend, fresh, held)
+                    map_tensors(blend, fresh, stored)
                     if mixer.credit
                     else map_tensors(Tensor.detach, mixture)
                 )
@@ -87,7 +87,7 @@ class Soft:
 def mixed(
     denoiser: nn.Module, branches: Sequence[str], clock: Clock, tau: float, store: str
 ) -> Iterator[Mixer]:
-    """Soft routing laid on `denoiser`; quantized layers let gradients through. Taken out after."""
+    """Soft routing in `denoiser`; quantized layers let gradients through. Taken out after."""
     mixer = Mixer(clock, tau, store)
     patches: list[Override] = []
     try:

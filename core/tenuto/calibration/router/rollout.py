@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...caching import CacheSchedule, lay_
+from ...caching import CacheSchedule, apply_schedule_
 from ...model import Override, Signature, denoiser_of, frozen, override_, tensors_in
 from ...progress import Progress
 from ...sampling import Clock, Follow, Trajectory
@@ -33,7 +33,7 @@ def intercepted(
     patches: list[Follow | Override] = [Follow(denoiser, clock)]
     try:
         if schedule is not None:
-            patches += lay_(denoiser, schedule, clock)
+            patches += apply_schedule_(denoiser, schedule, clock)
         if call is not None:
             patches.append(override_(denoiser, call(clock)))
         yield clock
@@ -45,7 +45,7 @@ def intercepted(
 def references(
     denoiser: nn.Module, trajectory: Trajectory, seeds: Sequence[int], batch: int
 ) -> Tensor:
-    """What the plain denoiser makes of `seeds`, `batch` pictures each: fp32 (n, ...) on the CPU."""
+    """What the plain denoiser makes of `seeds`, `batch` images each: fp32 (n, ...) on the CPU."""
     sample = trajectory.rollout()
     with frozen(denoiser), torch.no_grad():
         return torch.cat([sample(denoiser, seed, batch).float().cpu() for seed in seeds])
@@ -59,7 +59,7 @@ def errors(
     batch: int,
     reference: Tensor,
 ) -> Tensor:
-    """Mean squared error (n,) of each picture, or of its latent where there is one."""
+    """Mean squared error (n,) of each image, or of its latent where there is one."""
     with intercepted(denoiser, trajectory.timesteps, schedule):
         found = references(denoiser, trajectory, seeds, batch)
     return (found - reference).square().flatten(1).mean(1)
@@ -73,7 +73,7 @@ def evaluate(
     batch: int,
     on_progress: Progress | None = None,
 ) -> dict[str, float]:
-    """The mean over pictures of each schedule's squared error to the un-cached run of `model`."""
+    """The mean over images of each schedule's squared error to the un-cached run of `model`."""
     denoiser = denoiser_of(model)
     reference = references(denoiser, trajectory, seeds, batch)
     found = {}

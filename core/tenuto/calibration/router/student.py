@@ -21,7 +21,7 @@ class Student:
     gradients (N,) of its mean squared error to r, by row: its own and, with `credit`, those of
     earlier steps whose outputs it reuses. The graph through the slots is cut at every step whose
     number + `offset` `credit` divides. The first step computes everything and learns nothing.
-    The teacher gets the same inputs as the student, and neither reads nor writes what is held.
+    The teacher gets the same inputs as the student, and neither reads nor writes what is stored.
     """
 
     mixer: Mixer
@@ -62,7 +62,7 @@ class Student:
             mixer.set(self._leaf(row, target.device))
             out = original(*args, **kwargs)
             loss = (self.guide(out, args, kwargs).float() - target).square().mean()
-        if loss.requires_grad:  # not so where nothing was held yet
+        if loss.requires_grad:  # not so where nothing was reused yet
             keep = bool(self.credit)
             slopes = torch.autograd.grad(
                 loss, list(self.leaves.values()), allow_unused=True, retain_graph=keep

@@ -2,7 +2,7 @@
 
 Two runs at one timestep with every other input changed, one at another timestep: time-only is
 what is equal in the first two and differs in the third. (Two runs alone would also claim what
-depends on nothing but the guidance or the picture's size.)
+depends on nothing but the guidance or the image's size.)
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def discover(denoiser: nn.Module, call: Call) -> tuple[str, ...]:
 def changed(value: Any, draw: torch.Generator, name: str = "") -> Any:
     """`value` with every tensor and float in it changed to another one that is valid.
 
-    Floats are drawn anew at their own spread, integers move by one within what was seen, masks of
-    0 and 1 lose or gain their last place, other masks stay.
+    Floats are sampled anew at their own spread, integers move by one within what was seen, masks
+    of 0 and 1 lose or gain their last place, other masks stay.
     """
 
     def other(leaf: Any, name: str) -> Any:
@@ -77,7 +77,7 @@ def _changed(x: Tensor, draw: torch.Generator, mask: bool) -> Tensor:
 
 
 def _moved(timestep: Any) -> Any:
-    """Another timestep of the same kind, nearer to the picture."""
+    """Another timestep of the same kind, nearer to the image."""
     if isinstance(timestep, Tensor):
         low = timestep / 2 if timestep.is_floating_point() else timestep // 2
         return torch.where(timestep == 0, timestep + 1, low.to(timestep.dtype))

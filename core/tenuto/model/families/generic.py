@@ -19,7 +19,7 @@ def describe(module: nn.Module) -> Backbone:
     """Blocks: every outermost ModuleList of two or more modules that hold a Linear or Conv2d.
 
     Branches: their children called like attention or feed-forward, else the block itself is not
-    held. Ends: the layers outside the blocks.
+    reused. Ends: the layers outside the blocks.
     """
     blocks: list[str] = []
     for name, child in module.named_modules():

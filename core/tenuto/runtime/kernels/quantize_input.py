@@ -64,8 +64,8 @@ def per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     """Codes (uint8) and fp32 scales of a symmetric range found over `dims` of `x`.
 
-    dims (-1,) is one range per token (..., 1); (1, 2, 3) one per picture (B, 1, 1, 1). Never over
-    the batch: a picture must not depend on its neighbours.
+    dims (-1,) is one range per token (..., 1); (1, 2, 3) one per image (B, 1, 1, 1). Never over
+    the batch: an image must not depend on its neighbours.
     """
     if not _lean(x):
         return reference_per_row(x, dims)

@@ -45,7 +45,7 @@ def test_random_logits_with_a_constant_first_row(training):
 
 @pytest.mark.parametrize("credit", [0, 20])
 def test_the_gradient_is_that_of_the_mixture(credit, transformer, trajectory, branches):
-    """Against finite differences of the loss in float64, at steps where everything is held.
+    """Against finite differences of the loss in float64, at steps where everything is reused.
 
     The inputs are recorded ones, so that a step's weights reach a later loss by the slots alone.
     """
@@ -166,7 +166,7 @@ def test_training_leaves_the_denoiser_and_row_0_alone(transformer, trajectory, b
 
 
 def test_the_student_goes_on_with_its_own_output(transformer, trajectory, branches, loop):
-    """With every r at 1 the student is the plain model, so the pictures are the same."""
+    """With every r at 1 the student is the plain model, so the images are the same."""
     training = Training(QUICK, transformer, trajectory, branches)
     training.weights = torch.ones(6)
     student = Student(lambda row: torch.ones(9), lambda *a: None, Guide(transformer, 2.0, 2))

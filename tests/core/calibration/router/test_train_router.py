@@ -42,7 +42,7 @@ def test_the_route_survives_a_file_and_runs(tmp_path, route, transformer, loop):
         counts = attached.counts()
     held, computed = (sum(c[i] for c in counts.values()) for i in (1, 0))
     share = loaded.header["route"]["reuse_ratio"]
-    always = sum(0 if sum(c) else 6 for c in counts.values())  # branches that are never held
+    always = sum(0 if sum(c) else 6 for c in counts.values())  # branches that are never reused
     assert held / (held + computed + always) == pytest.approx(share)
     assert torch.equal(loop()(transformer, 3, 2), before)
 
