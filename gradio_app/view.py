@@ -82,8 +82,8 @@ def step_map(found: dict[str, Any] | None, done: bool = False) -> str:
         return card("idle", "No route yet.", "Its map appears here while the router trains.")
     rows, branches, kinds = found["rows"], found["branches"], found["kinds"]
     steps = len(found["timesteps"])
-    held = sum(row.count(".") for row in rows) / max(1, steps * len(rows))
-    said = f"{found['policy']}: {held:.0%} of {len(rows)} × {steps} branch calls reused"
+    reused = sum(row.count(".") for row in rows) / max(1, steps * len(rows))
+    said = f"{found['policy']}: {reused:.0%} of {len(rows)} × {steps} branch calls reused"
     wide, tops = steps * CELL, _tops(branches)
     cells = "".join(
         _line(row, top, branches[i], found["timesteps"], _hue(kinds, i), len(rows) * steps)
@@ -121,9 +121,9 @@ def _line(
     for step, cell in enumerate(row):
         done, x = cell == "#", step * CELL
         y, high = (top, ROW - 1) if done else (top + ROW // 2, 1)
-        said = f"{branch}, step {step + 1} (t {times[step]:g}): {'computed' if done else 'held'}"
+        said = f"{branch}, step {step + 1} (t {times[step]:g}): {'computed' if done else 'reused'}"
         title = f"<title>{escape(said)}</title>" if cells <= TITLES else ""
-        look = f"hue{hue}" if done else "held"
+        look = f"hue{hue}" if done else "reused"
         box = f'x="{x}" y="{y}" width="{CELL - 1}" height="{high}"'
         found.append(f'<rect class="{look}" {box}>{title}</rect>')
     return "".join(found)
@@ -134,9 +134,8 @@ def _legend(kinds: Sequence[str]) -> str:
         f'<span><i class="hue{n % 4}"></i>{escape(kind)}</span>'
         for n, kind in enumerate(dict.fromkeys(kinds))
     ]
-    return (
-        f'<div class="tenuto-legend">{"".join(names)}<span><i class="held"></i>reused</span></div>'
-    )
+    names.append('<span><i class="reused"></i>reused</span>')
+    return f'<div class="tenuto-legend">{"".join(names)}</div>'
 
 
 # --- losses and numbers ---------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(app: Any, visit: Any
     wait(tab, "running", 5)
     page.wait_for_selector("#calibrate-map svg[data-cells='162']", timeout=60_000)  # 27 x 6
     assert page.locator("#calibrate-map rect").count() == 162
-    assert "held" in (page.get_attribute("#calibrate-map svg", "aria-label") or "")
+    assert "reused" in (page.get_attribute("#calibrate-map svg", "aria-label") or "")
 
     page.reload()
     page.wait_for_selector("#generate")

@@ -288,7 +288,7 @@ def test_the_map_has_a_cell_for_every_call() -> None:
         "timesteps": [900.0, 500.0, 100.0], "rows": ["###", "#.#", "#..", "###"],
     })  # fmt: skip
     assert html.count("<rect") == html.count("<title>") == 12
-    assert html.count(": held</title>") == 3
+    assert html.count(": reused</title>") == 3
     assert 'aria-label="router so far: 25% of 4 × 3 branch calls reused"' in html
 
 

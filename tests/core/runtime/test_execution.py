@@ -128,7 +128,8 @@ def test_in_float_it_is_the_layer_with_that_weight(kind: str, scheme: Scheme) ->
         assert [t.dtype for t in q.packed_tensors()] == [torch.float32]
         low = x.bfloat16()
         q.to(torch.bfloat16)
-        assert torch.equal(q(low), dense(q)(low)) and q(low).dtype is torch.bfloat16
+        assert q(low).dtype is torch.bfloat16  # packed: its sums may round to the neighbour
+        torch.testing.assert_close(q(low), dense(q)(low), rtol=2**-7, atol=2**-7)
         assert resident_weight_bytes(q) < before + copied
 
 
