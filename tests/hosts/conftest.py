@@ -134,7 +134,7 @@ def randomized(module: nn.Module) -> nn.Module:
 def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     """Put the weights of a diffusers model into a host's, by the key map of its family."""
     from tenuto.model import families
-    from tenuto.model.key_map import turned
+    from tenuto.model.key_map import swapped
 
     keys = families.key_map_of(host)
     assert keys is not None
@@ -143,7 +143,7 @@ def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     filled = dict.fromkeys(theirs, 0)
     with torch.no_grad():
         for name, place in keys.places.items():
-            value = turned(values[name]) if place.turned else values[name]
+            value = swapped(values[name]) if place.turned else values[name]
             theirs[place.name][slice(*place.rows)].copy_(value)
             filled[place.name] += value.numel()
         if hasattr(source, "pos_embed") and getattr(host, "pos_embed", None) is not None:
