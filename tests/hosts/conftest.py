@@ -143,7 +143,7 @@ def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     filled = dict.fromkeys(theirs, 0)
     with torch.no_grad():
         for name, place in keys.places.items():
-            value = swapped(values[name]) if place.turned else values[name]
+            value = swapped(values[name]) if place.swapped else values[name]
             theirs[place.name][slice(*place.rows)].copy_(value)
             filled[place.name] += value.numel()
         if hasattr(source, "pos_embed") and getattr(host, "pos_embed", None) is not None:

@@ -142,9 +142,9 @@ def test_names_are_those_of_comfyui(in_comfy: Any) -> None:
         for name, place in keys.places.items():
             wanted = theirs[name]
             if isinstance(wanted, str):
-                assert (place.name, place.turned) == (wanted, False), name
+                assert (place.name, place.swapped) == (wanted, False), name
             else:
-                assert place.name == wanted[0] and place.turned == (len(wanted) > 2), name
+                assert place.name == wanted[0] and place.swapped == (len(wanted) > 2), name
                 if wanted[1] is not None:
                     assert place.rows == (wanted[1][1], sum(wanted[1][1:])), name
 

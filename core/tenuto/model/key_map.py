@@ -22,7 +22,7 @@ Target = str | tuple[tuple[str, int], ...]
 class Place:
     """Where a canonical parameter is: `name` in the host, the rows [start, stop) of it.
 
-    turned: its two halves have changed places.
+    swapped: its two halves have changed places.
     """
 
     name: str
