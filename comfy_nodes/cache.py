@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CachedBranch, CacheSchedule
+from tenuto.caching import CachedBranch
 from tenuto.errors import ModelError
 from tenuto.model import Override, describe, key_map_of, override_
+from tenuto.runtime import Policy
 from tenuto.sampling import Clock
 
 from .wrapping import Wrapped
-
-Policy = Callable[[Sequence[float], Sequence[str]], CacheSchedule]
 
 
 @dataclass

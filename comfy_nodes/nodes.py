@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ import folder_paths
 from tenuto.artifact import Artifact, schedule_of, tabled
 from tenuto.caching import CacheSchedule, LateInterval, made, rules
 from tenuto.errors import TenutoError
+from tenuto.model import layers as layers_of
 from tenuto.numerics import named
-from tenuto.runtime import EXECUTIONS
+from tenuto.runtime import EXECUTIONS, Patches, Replacements
 from tenuto.text import printable
 
-from .adapter import here, quantized, rounded, routed
+from .adapter import ComfyUI
 from .api import ArtifactType, io
-from .cache import Cache, Policy
-from .weights import Weights
 
-SCHEMES = {"W8A8": "w8a8", "W8 (weights only)": "w8a16", "W4 (weights only)": "w4a16"}
+SCHEMES = {
+    "W8A8": "w8a8",
+    "W6A8": "w6a8",
+    "W8 (weights only)": "w8a16",
+    "W4 (weights only)": "w4a16",
+}
 FROM_ARTIFACT = "from artifact"
 ROUTE, SETTINGS = "route of the artifact", ("first", "period")  # of a policy: what the node asks
 KIND = "models/tenuto"
@@ -164,22 +168,24 @@ class QuantizeModel(io.ComfyNode):
         if scheme == FROM_ARTIFACT:
             if artifact is None:
                 raise TenutoError("Connect an artifact, or choose a scheme to round on the fly.")
-            made = here(model, artifact)
-            if not made.header.get("layers"):
+            if not artifact.header.get("layers"):
                 raise TenutoError("The artifact has no quantized weights.")
-            part = quantized(model, made, execution)
+            patches = Patches(artifact, route=False, execution=execution)
         else:
             patterns = tuple(p.strip() for p in skip.split(",") if p.strip())
-            part = rounded(model, named(SCHEMES[scheme]), patterns, convolutions, execution)
-        return io.NodeOutput(part.apply(model), about(part, model))
+            patches = Patches(
+                scheme=named(SCHEMES[scheme]), skip=patterns, convolutions=convolutions,
+                execution=execution,
+            )  # fmt: skip
+        made = ComfyUI().install(model, patches)
+        return io.NodeOutput(made.handle, about(made.parts[0].plan, model))
 
 
-def about(part: Weights, model: Any) -> str:
+def about(plan: Replacements, model: Any) -> str:
     """How many layers are quantized and how much of the model that is."""
-    count = Counter(s.name for s in part.schemes.values())
-    share = part.share(model.model.diffusion_model)
-    layers = ", ".join(f"{n} layers {name}" for name, n in sorted(count.items()))
-    tables = len(part.tables())
+    share = plan.share(layers_of(model.model.diffusion_model))
+    layers = ", ".join(f"{n} layers {name}" for name, n in plan.count().items())
+    tables = len(plan.tables)
     more = f", {tables} temporal tables" if tables else ""
     return f"{layers}: {share:.0%} of the weights of its layers{more}"
 
@@ -234,21 +240,26 @@ class ApplyCache(io.ComfyNode):
         end_percent: float, compute_last: bool, artifact: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         """Raises TenutoError in one sentence if the artifact is for another model."""
-        if mode == ROUTE:
-            if artifact is None:
-                raise TenutoError("Connect an artifact with a route, or choose another mode.")
-            policy = routed(here(model, artifact))
-        else:
+        limit = bounded(start_percent, end_percent, compute_last)
+        if mode != ROUTE:
             policy = made(rules(SETTINGS)[mode], {"first": first, "period": period})
-        policy = bounded(policy, start_percent, end_percent, compute_last)
-        return io.NodeOutput(Cache(model, policy).apply(model))
+            return cached(model, Patches(policy=policy, limit=limit))
+        if artifact is None:
+            raise TenutoError("Connect an artifact with a route, or choose another mode.")
+        if schedule_of(artifact) is None:
+            raise TenutoError("The artifact has no route: make one with `tenuto train-router`.")
+        return cached(model, Patches(artifact, weights=False, limit=limit))
 
 
-def bounded(policy: Policy, start: float, end: float, last: bool) -> Policy:
-    """`policy` between two shares of the run alone; last: the last step computes too."""
+def cached(model: Any, patches: Patches) -> io.NodeOutput:
+    """The model with the cache."""
+    return io.NodeOutput(ComfyUI().install(model, patches).handle)
 
-    def inside(times: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
-        found = policy(times, branches)
+
+def bounded(start: float, end: float, last: bool) -> Callable[[CacheSchedule], CacheSchedule]:
+    """A schedule between two shares of the run alone; last: the last step computes too."""
+
+    def inside(found: CacheSchedule) -> CacheSchedule:
         table, steps = found.table.clone(), len(found.timesteps)
         table[: math.floor(start * steps + 1e-9)] = True
         table[math.ceil(end * steps - 1e-9) :] = True

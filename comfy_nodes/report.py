@@ -78,8 +78,8 @@ def lists(weights: Weights | None, run: Run | None) -> dict[str, Any]:
 def weights_line(weights: Weights) -> str:
     """How the quantized layers computed in the last run."""
     done = ", ".join(f"{name} {count}" for name, count in sorted(weights.how.items()))
-    line = f"Quantized layers: {len(weights.schemes)} ({done or 'none has run'})"
-    timed = weights.options["wanted"] == "auto" and weights.how.get(DENSE)
+    line = f"Quantized layers: {len(weights.plan.schemes)} ({done or 'none has run'})"
+    timed = weights.plan.options["wanted"] == "auto" and weights.how.get(DENSE)
     return f"{line}: int8 is slower here for {timed} of them" if timed else line
 
 

@@ -9,24 +9,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from tenuto.caching import rules
 from tenuto.errors import TenutoError
 
 FROM_ARTIFACT = "From artifact"
-OFF, UNIFORM, ROUTER = "Off", "Uniform", "Router (from artifact)"
+OFF, ROUTER = "Off", "Router (from artifact)"
+RULES = {  # policies that need nothing but a period, found by their files
+    (*getattr(cls, "aliases", ()), getattr(cls, "name", title))[0].capitalize(): cls
+    for title, cls in rules(("period",)).items()
+}
 BOTH, FIRST, HIRES = "Both", "First pass only", "Hires only"
 PRECISIONS = (OFF, "W8A8", "W6A8", "W4A8", FROM_ARTIFACT)
-CACHES = (OFF, UNIFORM, ROUTER)
+CACHES = (OFF, *RULES, ROUTER)
 PASSES = (BOTH, FIRST, HIRES)
 BUILT_IN = "Built-in: "
 BALANCED = f"{BUILT_IN}Balanced"
-SHORT = {OFF: "off", UNIFORM: "uniform", ROUTER: "router"}  # of caches, in an infotext
+SHORT = {ROUTER: "router"} | {c: c.lower() for c in (OFF, *RULES)}  # of caches, in an infotext
 
 
 @dataclass(frozen=True)
 class Choices:
     """The fields of the accordion.
 
-    speed: the interval of Uniform, the budget of Router (2: about half is computed). start, stop:
+    speed: the period of a rule, the budget of Router (2: about half is computed). start, stop:
     shares of the steps between which anything is reused. longest: how often in a row; 0: no limit.
     """
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenuto.runtime import with_changes
+
 from . import hosts
 
 
@@ -41,12 +43,7 @@ class Changes:
         if online and (name == "weight" or name in online):
             return _online(layer, online)[name == "bias"]
         changes = getattr(layer, f"{name}_function", None) or ()
-        if found is None or not changes:
-            return found
-        changed = found.detach().clone()  # hosts add to what they are given in place
-        for change in changes:
-            changed = change(changed)
-        return changed
+        return with_changes(found, changes) if found is not None and changes else found
 
     def difference(self, name: str, layer: Any) -> Tensor | None:
         """Effective less own weight, in the weight's dtype; None where they are equal."""

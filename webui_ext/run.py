@@ -68,8 +68,10 @@ class Run:
         if first > self._time * (1 + 1e-6):
             self.begin()
         self._time = first
+        device, batch = _place(args, kwargs)
+        streams = [(self.tag, self.call, batch, row) for row in range(batch)]
         for clock in self.clocks:
-            clock.tick(first, (), _device(args, kwargs))
+            clock.tick(first, streams, device)
             clock.exact = clock.exact and not spread
 
     @property
@@ -84,9 +86,10 @@ class Run:
         self.on, self.failed = False, self.failed or sentence
 
 
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    found = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-    return next(found).device
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device, int]:
+    """Device and batch of a call."""
+    first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return first.device, len(first)
 
 
 class Calls:

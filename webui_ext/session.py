@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
-from tenuto.artifact import Artifact
 from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
-from .adapter import Installed, artifact_weights, branches_of, here, rounded
-from .choices import FROM_ARTIFACT, OFF, Choices
+from .adapter import Installed, WebUI
+from .choices import Choices
 from .options import HALF, option
-from .plans import plan_of
+from .plans import chosen_of
 from .timing import Timing
-from .weights import SIDE, Weights
+from .weights import SIDE
 
 log = logging.getLogger("tenuto")
 
@@ -46,8 +43,7 @@ class Session:
         self.installed: Installed | None = None
         self.owner: weakref.ref[Any] | None = None
         self.report, self.timing = Report(), Timing()
-        self._weights: tuple[Any, Weights | None] = (None, None)
-        self._here: tuple[Any, Artifact | None] = (None, None)
+        self.host = WebUI()
 
     # --- the run of an owner ----------------------------------------------------------------------
 
@@ -66,17 +62,21 @@ class Session:
             raise TenutoError("An SD-Unet stands in for the model: there is nothing to attach to.")
         if hosts.detect() == "sdnext":
             raise TenutoError("SD.Next is not supported: it has no callback for an evaluation.")
-        sd_model = p.sd_model
-        denoiser = hosts.denoiser_of(sd_model)
         found = artifacts.find(choices.artifact)
-        made = None if found is None else self._localized(sd_model, denoiser, found)
-        weights = self._quantized(denoiser, choices, found, made)
-        half = option("cache_dtype") == HALF
-        branches = branches_of(denoiser) if choices.cache != OFF else ()
-        plan = plan_of(choices, made, branches, half)
-        if weights is not None or plan is not None:
-            self.installed = Installed(sd_model, weights, plan)
-            self.report.attached = True
+        chosen = chosen_of(
+            choices, None if found is None else artifacts.load(found),
+            artifacts.scheme_of(choices.artifact), option("cache_dtype") == HALF,
+            execution=str(option("execution")), lora=str(option("lora")),
+        )  # fmt: skip
+        refused = hosts.objection(self.host.denoiser(p.sd_model)) if chosen.weights else None
+        if refused is not None:
+            self.report.notes.append(refused)
+            chosen = replace(chosen, weights=False)
+        made = self.host.install(p.sd_model, chosen)
+        if made.weights.plan or made.cache is not None:
+            self.installed, self.report.attached = made, True
+        else:
+            made.detach()
 
     def evaluates(self, params: Any) -> None:
         """The host's callback before each evaluation, of whatever sampling run."""
@@ -106,47 +106,7 @@ class Session:
     def forget(self) -> None:
         """Another checkpoint: nothing that was made of the last one is kept."""
         self.stop()
-        self._weights, self._here = (None, None), (None, None)
-
-    # --- what is made -----------------------------------------------------------------------------
-
-    def _localized(self, sd_model: Any, denoiser: nn.Module, found: artifacts.Found) -> Artifact:
-        token = (weakref.ref(denoiser), artifacts.key(found))
-        if self._here[0] != token:
-            self._here = token, here(sd_model, artifacts.load(found))
-        made = self._here[1]
-        assert made is not None
-        return made
-
-    def _quantized(
-        self,
-        denoiser: nn.Module,
-        choices: Choices,
-        found: artifacts.Found | None,
-        made: Artifact | None,
-    ) -> Weights | None:
-        """Layers for the chosen precision, of this checkpoint: kept from run to run."""
-        own = artifacts.scheme_of(choices.artifact)
-        precision = own if choices.precision == FROM_ARTIFACT else choices.precision
-        if precision == OFF:
-            return None
-        refused = hosts.objection(denoiser)
-        if refused is not None:
-            self.report.notes.append(refused)
-            return None
-        execution, lora = str(option("execution")), str(option("lora"))
-        from_file = made is not None and precision == own
-        token = (
-            weakref.ref(denoiser), artifacts.key(found) if from_file else None, precision,
-            execution, lora,
-        )  # fmt: skip
-        if self._weights[0] != token:
-            if made is not None and from_file:
-                weights = artifact_weights(made, execution, lora=lora)
-            else:
-                weights = rounded(denoiser, precision, execution, lora)
-            self._weights = token, weights
-        return self._weights[1]
+        self.host.forget()
 
     def _collect(self, done: Installed) -> None:
         """Adds what a pass did to the report."""
@@ -155,8 +115,8 @@ class Session:
             report.computed += done.cache.computed
             report.reused += done.cache.reused
             report.bytes = max(report.bytes, done.cache.bytes())
-        if done.weights is not None:
-            report.layers, report.how = done.weights.count(), done.weights.how()
+        if done.weights.plan:
+            report.layers, report.how = done.weights.plan.count(), done.weights.how()
             report.lora = max(report.lora, done.changes.count())
             report.lora_mode = done.weights.lora
         if done.run.failed is not None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenuto.artifact import Artifact, tabled
-from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import Override, override_
-from tenuto.numerics import QTensor, Scheme
-from tenuto.runtime import QConv2d, QLayer, QLinear, TemporalTable, follow_input
-from tenuto.runtime.kernels.quantize_input import Memo
-from tenuto.sampling import Clock
+from tenuto.runtime import QLayer, Replacements, TemporalTable, follow_input
 
 from . import hosts
 from .lora import Changes
@@ -28,41 +22,26 @@ SIDE, AGAIN, WHOLE = "side branch", "requantise", "off"  # what becomes of a LoR
 class Weights:
     """Layers that compute with codes. They outlive a run: a checkpoint is quantized once.
 
-    schemes: by the denoiser's own names. artifact: one in those names, or None: round to nearest.
-    lora: WHOLE leaves a layer that a LoRA changes in full precision.
+    chosen: what they were made by, kept as long as they are. Its `lora`, WHOLE, leaves a layer that
+    a LoRA changes in full precision.
     """
 
-    def __init__(
-        self,
-        schemes: Mapping[str, Scheme],
-        artifact: Artifact | None = None,
-        execution: str = "auto",
-        simulate: bool = False,
-        lora: str = SIDE,
-    ) -> None:
-        self.schemes, self.artifact, self.lora = dict(schemes), artifact, lora
-        self.options = {"wanted": execution, "simulate": simulate}
+    def __init__(self, plan: Replacements, chosen: Any) -> None:
+        self.plan, self.chosen, self.lora = plan, chosen, chosen.lora
         self.kept: dict[str, tuple[Any, QLayer]] = {}
-        self.memo = Memo()
-        self.clock = Clock(artifact.header["schedule"]["timesteps"] if artifact else ())
         self.run, self.changes = Run(), Changes(None)
-        self.codes = artifact.section("weights") if artifact else {}
-        self.ranges = artifact.section("ranges") if artifact else {}
 
     def overrides(self, denoiser: nn.Module, run: Run, changes: Changes) -> list[Override]:
         """Put the patches in for one run: tables, then layers."""
         self.run, self.changes = run, changes
-        run.clocks.append(self.clock)
+        run.clocks.append(self.plan.clock)
         found = []
-        for name, facts in (tabled(self.artifact.header) if self.artifact else {}).items():
+        for name in self.plan.tables:
             module = denoiser.get_submodule(name)
-            assert self.artifact is not None
-            values = self.artifact.section("temporal")
-            rows = [values[f"{name}.{n}"] for n in range(len(facts["outputs"]))]
-            table = TemporalTable(module, rows, bool(facts["single"]), self.clock)
-            found.append(override_(module, Table(self, name, module, table)))
+            table = Table(self, name, module, self.plan.table(name, module))
+            found.append(override_(module, table))
         for name, layer in hosts.layers(denoiser):
-            if name in self.schemes:
+            if name in self.plan.schemes:
                 found.append(override_(layer, Quantized(self, name)))
         return found
 
@@ -73,30 +52,20 @@ class Weights:
         known = self.kept.get(name)
         if known is None or known[0] != token:
             with torch.inference_mode(False), torch.no_grad():
-                layer = self._made(name, module, again).to(device)
-            known = self.kept[name] = token, layer
+                layer = self.plan.layer(name, module, self._rounded(name, module, again))
+            known = self.kept[name] = token, layer.to(device)
         follow_input(known[1], self.changes.effective(module, "bias"), device)
         return known[1]
+
+    def _rounded(self, name: str, module: Any, again: bool) -> Tensor | None:
+        """The weight that is to be rounded; None where the artifact has its codes."""
+        if again:
+            return self.changes.effective(module).detach()
+        return None if self.plan.codes else self.changes.own(name, module).detach().clone()
 
     def how(self) -> dict[str, int]:
         """How the layers that were called compute: {"int8": count, ...}."""
         return dict(Counter(layer.execution for _, layer in self.kept.values()))
-
-    def count(self) -> dict[str, int]:
-        """Layers by scheme."""
-        return dict(Counter(s.name for s in self.schemes.values()))
-
-    def _made(self, name: str, module: Any, again: bool) -> QLayer:
-        scheme, pair = self.schemes[name], None
-        own = self.changes.effective(module).detach() if again else self.changes.own(name, module)
-        if self.artifact is not None and not again:
-            weight = QTensor.from_tensors(self.codes, name, own.shape, scheme.weight)
-        else:
-            weight = RoundToNearest().weight(own.detach().clone(), scheme.weight)
-        if scheme.activation is not None and f"{name}.scale" in self.ranges:
-            pair = self.ranges[f"{name}.scale"], self.ranges[f"{name}.zero_point"]
-        kind: Any = QConv2d if isinstance(module, nn.Conv2d) else QLinear
-        return kind(module, weight, scheme, self.clock, pair, memo=self.memo, **self.options)
 
 
 class Quantized:
@@ -134,7 +103,7 @@ class Table:
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
-        if not owner.run.on or not owner.clock.exact or self._changed():
+        if not owner.run.on or not owner.plan.clock.exact or self._changed():
             return original(*args, **kwargs)
         first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         self.table.to(first.device).dtype = hosts.autocast(first).dtype

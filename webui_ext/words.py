@@ -8,7 +8,7 @@ from typing import Any
 from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
-from .choices import CACHES, FROM_ARTIFACT, OFF, SHORT, UNIFORM, Choices
+from .choices import CACHES, FROM_ARTIFACT, OFF, RULES, SHORT, Choices
 from .session import Report, session
 from .weights import SIDE, WHOLE
 
@@ -59,21 +59,17 @@ def forecast(choices: Choices) -> str:
     if choices.cache == OFF:
         return f"{quantized}, without a cache."
     share = f"about {_share(choices):.0%} of the blocks"
-    if choices.cache == UNIFORM:
+    if choices.cache in RULES:
         return f"{quantized}, and one step in {choices.speed:g} is computed whole: {share}."
     return f"{quantized}, and the route at speed {choices.speed:g} computes {share}."
 
 
 def _share(choices: Choices) -> float:
     """Of a run of 20 steps, if its branches are reused alike."""
-    from .plans import at_budget, plan_of, share
+    from .plans import share
 
     found = artifacts.find(choices.artifact)
-    if found is None or choices.cache == UNIFORM:
-        return share(plan_of(choices, None, ("block",)), 1)
-    artifact = artifacts.load(found)
-    names = at_budget(artifact, choices).branches
-    return share(plan_of(choices, artifact, names), len(names))
+    return share(choices, None if found is None else artifacts.load(found))
 
 
 def status_html(choices: Choices | None = None, warning: str = "") -> str:

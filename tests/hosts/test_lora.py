@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tenuto import schemes
+from tenuto.runtime import Patches
 
 NAME = "middle_block.1.transformer_blocks.0.attn1.to_q"
 KEY = f"diffusion_model.{NAME}.weight"
@@ -31,9 +32,10 @@ def loaded(model: Any) -> Any:
 
 
 def quantized(model: Any, **options: Any) -> Any:
-    from comfy_nodes.adapter import rounded
+    """The part of a patched clone that has its layers."""
+    from comfy_nodes.adapter import ComfyUI
 
-    return rounded(model, schemes.W8A8, **options)
+    return ComfyUI().install(model, Patches(scheme=schemes.W8A8, **options)).parts[0]
 
 
 def test_a_partial_load_with_a_lora_leaves_the_weights_alone(in_comfy: Any) -> None:
@@ -50,7 +52,7 @@ def test_a_partial_load_with_a_lora_leaves_the_weights_alone(in_comfy: Any) -> N
     assert float((found - before - change).norm() / change.norm()) < 1e-3
     weights = quantized(model)
     weights.token = model.patches_uuid, model.current_hooks
-    made = weights.made(NAME, layer, False, None)
+    made = weights.layer(NAME, layer, False)
     assert torch.equal(layer.weight, before)
     assert float((made.weight - found).norm() / found.norm()) < 0.01
     model.detach()
@@ -89,14 +91,13 @@ def test_a_bias_goes_where_its_input_is(in_comfy: Any) -> None:
     """Core keeps on the CPU what it offloads, and hands over inputs of another device."""
     model = in_comfy("unet")
     weights = quantized(model, execution="float")
-    name = "time_embed.0"
+    name = next(n for n in weights.plan.schemes if n.endswith("emb_layers.1"))
     module = model.model.diffusion_model.get_submodule(name)
     assert isinstance(module, nn.Linear) and module.bias is not None
     from comfy_nodes.weights import Quantized
-    from tenuto.runtime.kernels.quantize_input import Memo
 
     weights.on = True
-    call = Quantized(weights, name, False, Memo())
+    call = Quantized(weights, name, False)
     x = torch.zeros(2, module.in_features)
     assert call(module.forward, module, x).device.type == "cpu"
     assert call(module.forward, module, x.to("meta")).device.type == "meta"

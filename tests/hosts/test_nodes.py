@@ -10,45 +10,53 @@ import torch
 from torch import nn
 
 from tenuto import Artifact, schemes
+from tenuto.caching import CacheSchedule
 from tenuto.caching.interval import LateInterval
-from tenuto.errors import ArtifactError, ModelError
-from tenuto.runtime.host import Host, InPlace
+from tenuto.errors import ModelError, TenutoError
+from tenuto.runtime import Host, InPlace, Patches
 
 TIMES, BRANCHES = tuple(range(1000, 0, -100)), ("a", "b")
 
 
-def computed(policy: Any) -> list[bool]:
-    return policy(TIMES, BRANCHES).table[:, 0].tolist()
+def computed(schedule: CacheSchedule) -> list[bool]:
+    return schedule.table[:, 0].tolist()
+
+
+def rounded(model: Any, scheme: Any, *skip: str, **options: Any) -> Any:
+    """A model with every layer rounded to nearest, as the node makes it."""
+    from comfy_nodes.adapter import ComfyUI
+
+    return ComfyUI().install(model, Patches(scheme=scheme, skip=skip, **options))
 
 
 def test_a_rule_within_its_bounds() -> None:
     from comfy_nodes.nodes import bounded
 
-    rule = LateInterval(1, 100)
-    assert computed(bounded(rule, 0.0, 1.0, False)) == [True, True] + [False] * 8
-    assert computed(bounded(rule, 0.4, 1.0, False)) == [True] * 4 + [False] * 6
-    assert computed(bounded(rule, 0.0, 0.75, False)) == [True, True] + [False] * 6 + [True] * 2
-    assert computed(bounded(rule, 0.0, 1.0, True)) == [True, True] + [False] * 7 + [True]
-    assert all(computed(bounded(rule, 0.9, 0.1, True)))
+    rule = LateInterval(1, 100)(TIMES, BRANCHES)
+    assert computed(bounded(0.0, 1.0, False)(rule)) == [True, True] + [False] * 8
+    assert computed(bounded(0.4, 1.0, False)(rule)) == [True] * 4 + [False] * 6
+    assert computed(bounded(0.0, 0.75, False)(rule)) == [True, True] + [False] * 6 + [True] * 2
+    assert computed(bounded(0.0, 1.0, True)(rule)) == [True, True] + [False] * 7 + [True]
+    assert all(computed(bounded(0.9, 0.1, True)(rule)))
 
 
 def test_skipping_by_either_name(in_comfy: Any) -> None:
-    from comfy_nodes.adapter import rounded
-
     model = in_comfy("sd3")
-    every = set(rounded(model, schemes.W8A8).schemes)
-    ours = set(rounded(model, schemes.W8A8, ("*.attn.to_q",)).schemes)
-    theirs = set(rounded(model, schemes.W8A8, ("*.x_block.attn.qkv",)).schemes)
+
+    def chosen(*skip: str, **options: Any) -> set[str]:
+        return set(rounded(model, schemes.W8A8, *skip, **options).parts[0].plan.schemes)
+
+    every = chosen()
+    ours = chosen("*.attn.to_q")
+    theirs = chosen("*.x_block.attn.qkv")
     assert ours == theirs == {n for n in every if not n.endswith("x_block.attn.qkv")} != every
-    linear = set(rounded(model, schemes.W8A8, conv=False).schemes)
-    assert every - linear == {"x_embedder.proj"}
+    linear = chosen(convolutions=False)
+    assert every == linear, "its one convolution is the first layer, which stays as it is"
     with pytest.raises(ModelError, match="No layer"):
-        rounded(model, schemes.W8A8, ("*",))
+        rounded(model, schemes.W8A8, "*")
 
 
 def test_what_is_quantized_already_is_refused(in_comfy: Any) -> None:
-    from comfy_nodes.adapter import rounded
-
     model = in_comfy("sd3")
     model.model.diffusion_model.to(torch.float8_e4m3fn)
     with pytest.raises(ModelError, match="already"):
@@ -64,13 +72,12 @@ def test_a_cache_wants_a_model_that_it_knows() -> None:
 
 
 def test_a_route_is_wanted(in_comfy: Any, original: Any) -> None:
-    from comfy_nodes.adapter import here, routed
-    from comfy_nodes.nodes import info
+    from comfy_nodes.nodes import ROUTE, ApplyCache, info
 
     schedule = {"timesteps": [999.0, 500.0], "steps": 2, "guidance": 1.0}
     made = Artifact.new(original("sd3"), schedule)
-    with pytest.raises(ArtifactError, match="no route"):
-        routed(here(in_comfy("sd3"), made))
+    with pytest.raises(TenutoError, match="no route"):
+        ApplyCache.execute(in_comfy("sd3"), ROUTE, 1, 2, 0.0, 1.0, True, made)
     assert info(made, "x") == "x: sd3 (SD3Transformer2DModel)"
 
 
@@ -96,11 +103,9 @@ def test_the_map_of_the_last_run_shows_what_was_reused() -> None:
 
 
 def test_a_second_node_of_a_kind_takes_the_first_ones_place(in_comfy: Any) -> None:
-    from comfy_nodes.adapter import rounded
-
-    first = rounded(in_comfy("sd3"), schemes.W8A8)
-    once = first.apply(in_comfy("sd3"))
-    twice = rounded(once, schemes.W8A16).apply(once)
+    made = rounded(in_comfy("sd3"), schemes.W8A8)
+    first, once = made.parts[0], made.handle
+    twice = rounded(once, schemes.W8A16).handle
     assert len(twice.get_injections(first.key)) == 1
     assert twice.get_attachment(first.key) is not first is once.get_attachment(first.key)
 
@@ -135,7 +140,6 @@ def test_what_is_calibrated_here_is_used_in_diffusers(
     from comfy_nodes.adapter import ComfyUI
     from comfy_nodes.calibration import Sampling, calibrated, recorded
     from tenuto import attach
-    from tenuto.runtime.host import Patches
 
     model, unet = in_comfy(family), original(family)
     text = prompts([1])
@@ -161,5 +165,5 @@ def test_what_is_calibrated_here_is_used_in_diffusers(
     assert float((here - found).norm() / found.norm()) < 2e-2
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.3
     attached = ComfyUI().install(model, Patches(made))
-    assert attached.parts[0].schemes
+    assert attached.parts[0].plan.schemes
     attached.detach()

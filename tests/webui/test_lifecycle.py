@@ -183,9 +183,9 @@ def test_weights_are_kept_from_run_to_run_and_dropped_with_the_model(host: Any) 
 
     session = sys.modules["tenuto_webui.session"].session
     host.pictures(host.p(*W8A8))
-    first = session._weights[1]
+    first = session.host._known[1]
     layer = next(iter(first.kept.values()))[1]
     host.pictures(host.p(*W8A8))
-    assert session._weights[1] is first and next(iter(first.kept.values()))[1] is layer
+    assert session.host._known[1] is first and next(iter(first.kept.values()))[1] is layer
     host.fire("on_model_loaded", host.sd_model)
-    assert session._weights == (None, None)
+    assert session.host._known is None

@@ -154,12 +154,14 @@ def test_a_bias_that_is_not_merged_is_seen(
 ) -> None:
     """By a function of the bias alone, or Forge's LoRAs that are online."""
     from tenuto import schemes
+    from tenuto.runtime import Replacements
+    from webui_ext.adapter import Chosen
     from webui_ext.weights import Weights
 
     name = "time_embed.0"
     layer = host.unet.get_submodule(name)
     own = layer.bias.detach().clone()
-    weights = Weights({name: schemes.W8A8}, execution="float")
+    weights = Weights(Replacements({name: schemes.W8A8}, options={"wanted": "float"}), Chosen())
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
     plain = weights.layer(name, layer, x.device)(x)
     if way == "functions":
@@ -196,7 +198,7 @@ def test_a_side_branch_is_exact(host: Any, lora: LoRA, size: float) -> None:
     for hook in hooks:
         hook.remove()
     session = sys.modules["tenuto_webui.session"].session
-    kept = session._weights[1].kept
+    kept = session.host._known[1].kept
     for name in NAMES:
         for x, out in seen[name]:
             x, out = x.clone(), out.clone()
@@ -245,15 +247,21 @@ def test_an_artifact_fits_while_a_lora_is_merged(
     host: Any, lora: LoRA, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its fingerprint is of the checkpoint's weights, which the host keeps a copy of."""
-    from tenuto.artifact.artifact import Artifact
-    from tenuto.artifact.host_names import canonicalized
+    from tenuto.artifact import Artifact, canonicalized
+    from tenuto.errors import ArtifactError
 
     made = Artifact.new(host.unet, {"timesteps": [999.0, 1.0], "steps": 2, "guidance": 1.0})
     canonical = canonicalized(made, host.unet)
     lora.put({n: 0.5 + c for n, c in updates(host.unet, 0.3).items()})
     host.pictures(host.p(False))
     adapter = sys.modules["tenuto_webui.adapter"]
-    assert adapter.here(host.sd_model, canonical).header["family"] == "unet"
+    adapter.WebUI().install(host.sd_model, adapter.Patches(canonical)).detach()
+    wrong = host.unet.get_submodule(next(iter(updates(host.unet, 0.3))))
+    with torch.no_grad():
+        wrong.network_weights_backup = wrong.weight + 1
+        wrong.network_current_names = ("other",)
+    with pytest.raises(ArtifactError, match="another model"):
+        adapter.WebUI().install(host.sd_model, adapter.Patches(canonical))
 
 
 def test_a_weight_that_is_changed_on_the_fly_counts(host: Any) -> None:

@@ -104,12 +104,11 @@ def test_heun_counts_steps_and_not_evaluations(host: Any) -> None:
 
 
 def test_every_layer_is_found(host: Any) -> None:
-    """Forge's Linear is no nn.Linear; first, last and time layers stay in full precision."""
+    """Forge's Linear is no nn.Linear; first and last layers stay in full precision."""
     p = host.p(*W8A8)
     host.pictures(p)
     kinds = [n for n, m in host.unet.named_modules() if hasattr(m, "weight") and m.weight.ndim > 1]
     ends = [n for n in kinds if n.startswith(("time_embed", "input_blocks.0", "out.", "label"))]
-    ends += [n for n in kinds if "emb_layers" in n]
     assert f"{len(kinds) - len(ends)} layers W8A8" in p.processed.comments
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tenuto.artifact.artifact import Artifact
+from tenuto.artifact import Artifact, schedule_of
+from tenuto.caching import CacheSchedule, unmeasured
 from tenuto.errors import ArtifactError
-from webui_ext.choices import CACHES, OFF, ROUTER, UNIFORM, Choices, infotext, pasted
-from webui_ext.plans import at_budget, plan_of, rule, share, spread
+from tenuto.runtime import Replacements
+from webui_ext import adapter
+from webui_ext.cache import Limits, Plan
+from webui_ext.choices import CACHES, OFF, ROUTER, RULES, Choices, infotext, pasted
+from webui_ext.plans import at_budget, cache_of, chosen_of, share
 from webui_ext.run import Run
 
+UNIFORM = "Uniform"
 BRANCHES = ("a", "b", "c")
 TIMES = [999.0 - 50 * i for i in range(20)]
 
@@ -27,9 +31,23 @@ def artifact(policy: str = "late interval 5/2", **tensors: Any) -> Artifact:
     return Artifact(header, {"route/table": table, **found})
 
 
+def at_speed(made: Artifact, speed: float) -> CacheSchedule:
+    """The artifact's route at a speed."""
+    route = schedule_of(made)
+    assert route is not None
+    return at_budget(made, 1 - 1 / speed)(route)
+
+
+def plan_of(choices: Choices, monkeypatch: Any) -> Plan | None:
+    """The plan for a model of `BRANCHES` without an artifact."""
+    monkeypatch.setattr(adapter, "branches_of", lambda _: BRANCHES)
+    module = torch.nn.Identity()
+    return adapter.plan_of(module, chosen_of(choices, None, OFF), Replacements({}))
+
+
 def test_the_route_itself_where_it_is_as_fast() -> None:
     made = artifact(costs=torch.ones(20))
-    found = at_budget(made, Choices(speed=1 / (1 - 7 / 20)))
+    found = at_speed(made, 1 / (1 - 7 / 20))
     assert torch.equal(found.table, made.tensors["route/table"])
 
 
@@ -37,7 +55,7 @@ def test_the_route_itself_where_it_is_as_fast() -> None:
 def test_the_costs_of_the_steps(speed: float) -> None:
     """The cheapest steps are reused, as many as the budget wants."""
     costs = torch.linspace(10, 1, 20)
-    found = at_budget(artifact(costs=costs), Choices(speed=speed))
+    found = at_speed(artifact(costs=costs), speed)
     assert found.reuse_ratio == pytest.approx(1 - 1 / speed, abs=0.03)
     assert bool(found.table[0].all())
     held = (~found.table[:, 0]).nonzero().flatten()
@@ -47,7 +65,7 @@ def test_the_costs_of_the_steps(speed: float) -> None:
 def test_the_scores_where_the_router_was_the_best() -> None:
     logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     made = artifact("router spread 1", logits=logits, costs=torch.ones(20))
-    found = at_budget(made, Choices(speed=2.0))
+    found = at_speed(made, 2.0)
     assert found.reuse_ratio == pytest.approx(0.5, abs=0.02)
     assert float(logits[~found.table].max()) < float(logits[1:][found.table[1:]].min()) + 1e-6
     assert len({tuple(row) for row in found.table.tolist()}) > 2, "cells, not whole steps"
@@ -55,49 +73,57 @@ def test_the_scores_where_the_router_was_the_best() -> None:
 
 def test_a_route_that_nothing_is_known_of_stays_and_none_is_refused() -> None:
     made = artifact()
-    assert torch.equal(at_budget(made, Choices(speed=4.0)).table, made.tensors["route/table"])
+    assert torch.equal(at_speed(made, 4.0).table, made.tensors["route/table"])
     with pytest.raises(ArtifactError, match="no route"):
-        at_budget(Artifact({}, {}), Choices())
+        cache_of(Choices(), Artifact({}, {}))
 
 
 @pytest.mark.parametrize("speed", [1.5, 2.0, 3.0, 8.0])
 def test_the_rule_of_the_built_in_ones(speed: float) -> None:
     """First steps, then one of every few; about 1 / speed computes."""
-    found = rule(Choices(speed=speed, start=0.15), BRANCHES)
+    found = unmeasured(1 - 1 / speed, 3, adapter.GRID, BRANCHES)
     assert found.reuse_ratio == pytest.approx(1 - 1 / speed, abs=0.06)
     if speed <= 3:
         assert bool(found.table[:3].all())
 
 
 def test_a_column_for_every_branch() -> None:
-    made = spread(at_budget(artifact(), Choices()), ("c", "x", "b", "a"))
+    made = at_speed(artifact(), 2.0).over(("c", "x", "b", "a"))
     assert bool(made.table[:, 1].all()) and not bool(made.table[:, [0, 2, 3]].all())
 
 
-def test_nothing_is_laid_where_nothing_is_held() -> None:
+def test_no_plan_where_nothing_is_reused(monkeypatch: Any) -> None:
     for choices in (Choices(cache=OFF), Choices(speed=1.0), Choices(cache=UNIFORM, speed=1.0)):
-        assert plan_of(choices, None, BRANCHES) is None
-    assert plan_of(Choices(), None, ()) is None
-    assert share(None, 3) == 1.0
+        assert plan_of(choices, monkeypatch) is None
+        assert share(choices, None) == 1.0
+    assert plan_of(Choices(), monkeypatch) is not None
 
 
 def test_limits_of_a_plan() -> None:
-    plan = plan_of(Choices(cache=UNIFORM, start=0.2, stop=0.8, longest=0), None, BRANCHES)
-    assert plan is not None
+    policy = RULES[UNIFORM](2)
+    plan = Plan(BRANCHES, policy=policy, limits=Limits(0.2, 0.8))
     run = Run()
     run.steps, found = 10, []
-    for run.step in range(10):
+    for step in range(10):
+        run.step = step
         found.append(plan.reuses(run, 0, 0))
     assert found == [False, False, False, True, False, True, False, True, False, False]
     run.step = 9
     for last in (False, True):
-        assert replace(plan, stop=1.0, last=last).reuses(run, 0, 0) is not last
+        plan = Plan(BRANCHES, policy=policy, limits=Limits(0.2, 1.0, last))
+        assert plan.reuses(run, 0, 0) is not last
 
 
 def test_the_forecast_counts_what_is_limited() -> None:
-    one = plan_of(Choices(cache=UNIFORM, start=0, last=False, longest=0), None, BRANCHES)
-    many = plan_of(Choices(cache=UNIFORM, speed=8, start=0, last=False, longest=1), None, BRANCHES)
-    assert share(one, 3) == 0.5 and share(many, 3) == pytest.approx(0.5, abs=0.1)
+    assert share(Choices(cache=UNIFORM, start=0, last=False, longest=0), None) == 0.5
+    many = Choices(cache=UNIFORM, speed=8, start=0, last=False, longest=1)
+    assert share(many, None) == pytest.approx(0.5, abs=0.1)
+    assert share(Choices(), artifact()) == pytest.approx(0.65, abs=0.01)
+
+
+def test_a_rule_is_found_by_its_file() -> None:
+    """The menu has what needs nothing but a period, under the name that old infotexts have."""
+    assert (OFF, UNIFORM, ROUTER) == CACHES
 
 
 @pytest.mark.parametrize("cache", CACHES)

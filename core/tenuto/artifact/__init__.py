@@ -2,7 +2,7 @@
 
 from .artifact import SECTIONS, Artifact, tabled
 from .compact import compact
-from .contents import StepMap, schedule_of, step_map
+from .contents import StepMap, measured, policy_of, schedule_of, step_map
 from .fingerprint import fingerprint, same, versions
 from .header import read_header
 from .host_names import canonicalized, localized
@@ -15,6 +15,8 @@ __all__ = [
     "compact",
     "fingerprint",
     "localized",
+    "measured",
+    "policy_of",
     "read_header",
     "same",
     "schedule_of",

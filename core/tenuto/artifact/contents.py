@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caching import CacheSchedule
+from ..caching import CacheSchedule, Facts, RouterScores
 from ..errors import ArtifactError, TenutoError
 from ..numerics import Format, Scheme, ends
 from .artifact import Artifact
@@ -163,3 +163,25 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError("The artifact is damaged: its route has no steps.") from error
     return CacheSchedule(table.bool(), times, branches)
+
+
+def measured(artifact: Artifact) -> Facts | None:
+    """What calibration measured for the route of an artifact; None where it has no route.
+
+    The scores of the router are told where that was the best.
+    """
+    schedule = schedule_of(artifact)
+    if schedule is None:
+        return None
+    costs, logits = (artifact.tensors.get(f"route/{name}") for name in ("costs", "logits"))
+    return Facts(
+        schedule.timesteps,
+        schedule.branches,
+        None if costs is None else tuple(costs.tolist()),
+        logits if policy_of(artifact).startswith(RouterScores.name) else None,
+    )
+
+
+def policy_of(artifact: Artifact) -> str:
+    """The label of the policy that made the route; "" where nothing is told."""
+    return str((artifact.header.get("route") or {}).get("policy", ""))

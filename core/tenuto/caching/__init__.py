@@ -1,10 +1,12 @@
 """What to compute and what to reuse at which step: `CacheSchedule` and what makes one."""
 
+from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, Slot, apply_schedule_, shape_of
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
+from .router_scores import RouterScores
 from .schedule import CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
@@ -16,9 +18,11 @@ __all__ = [
     "Interval",
     "LateInterval",
     "RandomTable",
+    "RouterScores",
     "Slot",
     "StepProgramme",
     "apply_schedule_",
+    "at_share",
     "candidates",
     "interval_for",
     "late_interval_for",
@@ -28,5 +32,6 @@ __all__ = [
     "rules",
     "saved",
     "shape_of",
+    "unmeasured",
     "whole_steps",
 ]

@@ -16,20 +16,24 @@ from .schedule import CacheSchedule
 class Slot:
     """Stored outputs of one branch, by stream. Another run, shape or an unknown stream computes."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype  # of what is kept, where it is not the output's
+        self.handed: torch.dtype | None = None  # what is handed out then
         self.run: int | None = None
         self.stored: dict[Hashable, tuple[Any, int, Any]] = {}
         self.last: tuple[tuple[Hashable, ...], Any, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return Slot()
+        return Slot(self.dtype)
 
     def store(self, clock: Clock, shape: Any, out: Any) -> None:
         """Keep `out`, (B, ...) or such tensors in a container, for the streams of the call."""
         if self.run != clock.run:
             self.stored.clear()
             self.run = clock.run
-        out = map_tensors(torch.clone, out)
+        if self.dtype is not None:
+            self.handed = next(tensors_in(out)).dtype
+        out = map_tensors(lambda t: t.to(self.dtype or t.dtype, copy=True), out)
         self.last = (clock.streams, shape, out)
         for row, stream in enumerate(clock.streams):
             self.stored[stream] = (out, row, shape)
@@ -47,31 +51,42 @@ class Slot:
             return None
         streams, old, out = self.last
         if streams == clock.streams and old == shape:
-            return map_tensors(torch.clone, out)
+            return map_tensors(lambda t: t.to(self.handed or t.dtype, copy=True), out)
         found = [self.stored.get(stream) for stream in clock.streams]
         rows = [(f[0], f[1]) for f in found if f is not None and f[2] == shape]
         if not rows or len(rows) < len(found):
             return None
 
         def gathered(*parts: Tensor) -> Tensor:
-            return torch.stack([part[row] for part, (_, row) in zip(parts, rows, strict=True)])
+            whole = torch.stack([part[row] for part, (_, row) in zip(parts, rows, strict=True)])
+            return whole.to(self.handed or whole.dtype)
 
         return map_tensors(gathered, *(outputs for outputs, _ in rows))
 
+    def bytes(self) -> int:
+        """What is stored now."""
+        kept = {id(out): out for out, _, _ in self.stored.values()}
+        return sum(t.numel() * t.element_size() for out in kept.values() for t in tensors_in(out))
+
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The shape of a branch's input without its batch: its first tensor, by place or by name."""
-    return tuple(next(tensors_in((args, kwargs))).shape[1:])
+    """What a branch's input must share with an earlier one: shape without batch, dtype, device.
+
+    Of its first tensor, by place or by name.
+    """
+    first = next(tensors_in((args, kwargs)))
+    return tuple(first.shape[1:]), first.dtype, first.device
 
 
 class CachedBranch:
     """The forward of a branch under a schedule: compute and store, or reuse what is stored.
 
+    rows: whether a step computes. dtype: what is kept in, if not as it is.
     What is stored and what is returned are copies: models and hosts add to an output in place.
     """
 
-    def __init__(self, clock: Clock, rows: list[bool]) -> None:
-        self.clock, self.rows, self.slot = clock, rows, Slot()
+    def __init__(self, clock: Clock, rows: list[bool], dtype: torch.dtype | None = None) -> None:
+        self.clock, self.rows, self.slot = clock, rows, Slot(dtype)
         self.keeps = not all(rows)
         self.counts = [0, 0]  # computed, reused
 
@@ -79,7 +94,7 @@ class CachedBranch:
         if not self.keeps:
             return original(*args, **kwargs)
         shape = shape_of(args, kwargs)
-        if not self.rows[self.clock.row]:
+        if self.may_reuse():
             found = self.slot.find(self.clock, shape)
             if found is not None:
                 self.counts[1] += 1
@@ -88,6 +103,10 @@ class CachedBranch:
         self.counts[0] += 1
         self.slot.store(self.clock, shape, map_tensors(Tensor.detach, out))
         return out
+
+    def may_reuse(self) -> bool:
+        """Whether the schedule reuses here."""
+        return not self.rows[self.clock.row]
 
 
 def apply_schedule_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:

@@ -30,6 +30,7 @@ class Interval:
     phase: str = "first"
 
     name: ClassVar[str] = "interval"
+    aliases: ClassVar[tuple[str, ...]] = ("uniform",)
     title: ClassVar[str] = "one of"
     candidate: ClassVar[bool] = False  # a late interval that reuses as much is nearer
 

@@ -5,8 +5,10 @@
 The file is all that there is to write. What else a class may say:
 `for_share(share, facts)`, a class method: itself, any number of times, for a wanted share of reuse;
 `label`: what tells one of them from the others (else the name, or the settings where there are
-several); `candidate`: False keeps it, as a control, out of the search of `train_router`; `title`:
-how a host's menu lists it, in words that its settings complete.
+several);
+`candidate`: False keeps it, as a control, out of the search of `train_router`;
+`measured`: True where it goes by what calibration measured: it serves other shares (`at_share`);
+`title`: how a host's menu lists it, in words that its settings complete; `aliases`: other names.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from ..resources import classes
 from .schedule import CacheSchedule
@@ -27,12 +31,14 @@ class Facts:
     """What is known of the runs that a schedule is for.
 
     costs: T numbers, the squared error of the result where that step alone is reused
-    (`rollout.step_costs`); None where nothing was measured.
+    (`rollout.step_costs`); None where nothing was measured. logits: (T, N), of a trained router
+    that was the best; else None.
     """
 
     timesteps: tuple[float, ...]
     branches: tuple[str, ...]
     costs: tuple[float, ...] | None = None
+    logits: Tensor | None = None
 
 
 def policies() -> dict[str, type]:

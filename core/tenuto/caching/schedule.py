@@ -50,6 +50,19 @@ class CacheSchedule:
         table[:1] = True
         return CacheSchedule(table, times, self.branches)
 
+    def over(self, branches: Sequence[str]) -> CacheSchedule:
+        """The same with a column for each of `branches`: those that it does not name compute."""
+        if tuple(branches) == self.branches:
+            return self
+        table = torch.ones(len(self.timesteps), len(branches), dtype=torch.bool)
+        for column, name in enumerate(self.branches):
+            table[:, branches.index(name)] = self.table[:, column]
+        return CacheSchedule(table, self.timesteps, tuple(branches))
+
+    def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
+        """As a policy: the nearest row for each of these timesteps, over these branches."""
+        return self.over(branches).at(timesteps)
+
     @staticmethod
     def full(timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """The schedule that computes everything."""

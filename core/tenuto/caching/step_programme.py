@@ -32,6 +32,7 @@ class StepProgramme:
     power: float = 3.0
 
     name: ClassVar[str] = "step programme"
+    measured: ClassVar[bool] = True
 
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """The schedule for the steps that the costs were measured at."""

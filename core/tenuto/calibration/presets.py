@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import SchemeError
 from ..model import Backbone
-from ..numerics import Recipe, Rule, Scheme, schemes
+from ..numerics import Recipe, Scheme
+from ..runtime import default_recipe
 from .algorithms import Effort, by_name
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
@@ -51,14 +52,4 @@ def recipe_for(scheme: Scheme, backbone: Backbone, rounding: Any = None) -> Reci
     Weights below 8 bits are rounded by `rounding` (an algorithm), 8-bit ones to nearest; so are
     time-only layers, for which `quantize` has better than to round them apart.
     """
-    nearest = RoundToNearest()
-    wide = schemes.W8A16 if scheme.activation is None else Scheme(
-        f"w8{scheme.name[2:]}", schemes.W8A8.weight, scheme.activation
-    )  # fmt: skip
-    rules = [Rule(pattern, None) for pattern in backbone.keep]
-    if scheme.weight.bits < 8:
-        time = [pattern for name in backbone.temporal for pattern in (name, f"{name}.*")]
-        rules += [Rule(pattern, scheme, nearest) for pattern in time]
-        rules += [Rule(pattern, wide, nearest) for pattern in backbone.ends]
-    rules.append(Rule("*", scheme, (rounding or nearest) if scheme.weight.bits < 8 else nearest))
-    return Recipe(tuple(rules))
+    return default_recipe(scheme, backbone, RoundToNearest(), rounding)

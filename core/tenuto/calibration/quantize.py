@@ -17,6 +17,7 @@ from ..errors import SchemeError, TenutoError
 from ..model import Backbone, denoiser_of, describe, frozen, layers
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
+from ..runtime import quantizable
 from ..sampling import Trajectory
 from ..work import Work
 from .activation_ranges import activation_ranges
@@ -103,7 +104,7 @@ class Job:
         )
         self.model = copy.deepcopy(denoiser).float().to(self.device)
         found = (
-            (name, recipe.rule(name)) for name, layer in layers(self.model) if _possible(layer)
+            (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
         )
         self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
         self.weights: dict[str, QTensor] = {}
@@ -248,13 +249,6 @@ class Job:
 
 def _needs(rule: Rule) -> bool:
     return bool(getattr(rule.algorithm, "needs_inputs", False))
-
-
-def _possible(layer: nn.Module) -> bool:
-    """Zero padding only: the kernels know no other."""
-    return not isinstance(layer, nn.Conv2d) or (
-        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
 
 
 def _seed(seed: int, unit: str) -> int:

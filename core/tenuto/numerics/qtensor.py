@@ -54,6 +54,12 @@ class QTensor:
         scale = grid.scale.float()
         return QTensor(qdata, scale, zero, shape, form.bits, step, form.group, channel)
 
+    @staticmethod
+    def nearest(weight: Tensor, form: Format) -> QTensor:
+        """A weight (N, ...) at the nearest codes: no data needed."""
+        grid = Grid.of(weight, form)
+        return QTensor.of(grid.nearest(weight), grid)
+
     def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
         if self.dtype == "e4m3":

@@ -167,6 +167,7 @@ class schemes:
     """The named schemes. `*_STATIC`: one activation range per step instead of one per token."""
 
     W8A8 = Scheme("w8a8", _W8, _TOKEN)
+    W6A8 = Scheme("w6a8", Format(6, symmetric=True, ranges="mse"), _TOKEN)
     W4A8 = Scheme("w4a8", _W4, _TOKEN)
     W8A16 = Scheme("w8a16", _W8)
     W4A16 = Scheme("w4a16", _W4)

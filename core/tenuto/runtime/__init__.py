@@ -2,8 +2,10 @@
 
 from .attachment import Tenuto, attach, encoder_layers, quantized
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
-from .host import Patches, follow_input
+from .host import Host, InPlace, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
+from .recipe import default_recipe, quantizable
+from .replacements import Patches, Policy, Replacements, replacements_for
 from .temporal_table import TemporalTable
 from .timing import Latency, latency, percentile, timed
 
@@ -11,19 +13,27 @@ __all__ = [
     "DENSE",
     "EXECUTIONS",
     "Chooser",
+    "Host",
+    "InPlace",
     "Latency",
     "Patches",
+    "Policy",
     "QConv2d",
     "QLayer",
     "QLinear",
+    "Replacements",
     "TemporalTable",
     "Tenuto",
     "attach",
     "check_execution",
+    "default_recipe",
     "encoder_layers",
     "follow_input",
     "latency",
     "percentile",
+    "quantizable",
     "quantized",
+    "replacements_for",
     "timed",
+    "with_changes",
 ]

@@ -1,7 +1,7 @@
 """`attach`: an artifact's patches put into a model.
 
-In this order: the temporal table takes out its modules, leaves are replaced, the cache
-schedule is applied.
+In this order: the temporal table takes out its modules, layers are replaced, the cache schedule is
+applied.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..artifact import Artifact, fingerprint, localized, same, schedule_of, tabled
-from ..caching import CachedBranch, apply_schedule_
+from ..artifact import Artifact, fingerprint, same
+from ..caching import CachedBranch, CacheSchedule, apply_schedule_
 from ..errors import ArtifactError
 from ..model import (
     Attached,
@@ -22,23 +23,28 @@ from ..model import (
     Override,
     Swap,
     denoiser_of,
+    describe,
     encoders_of,
     key_map_of,
     layers,
 )
-from ..numerics import QTensor, Scheme
+from ..numerics import Scheme
 from ..sampling import Clock, Follow
-from .execution import DENSE, Chooser, check_execution, word
-from .kernels.quantize_input import Memo
-from .layers import QConv2d, QLayer, QLinear
-from .temporal_table import TemporalTable
+from .execution import DENSE, Chooser, word
+from .layers import QLayer
+from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
 
 class Tenuto(Attached):
-    """An attached artifact, and what it does while it is on."""
+    """An attached artifact (None: a scheme), and what it does while it is on."""
 
     def __init__(
-        self, handle: Any, artifact: Artifact, clock: Clock, total: int, keys: KeyMap | None
+        self,
+        handle: Any,
+        artifact: Artifact | None,
+        clock: Clock,
+        total: int,
+        keys: KeyMap | None,
     ) -> None:
         super().__init__(handle, [])
         self.artifact, self.clock, self._total, self.keys = artifact, clock, total, keys
@@ -103,7 +109,7 @@ class Tenuto(Attached):
 
 def attach(
     model: Any,
-    artifact: Artifact,
+    artifact: Artifact | Scheme,
     *,
     execution: str = "auto",
     simulate: bool = False,
@@ -112,7 +118,8 @@ def attach(
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
-    A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family.
+    A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family. A scheme
+    instead of an artifact rounds every layer to nearest where it is, without calibration.
     execution: "int8" executes in low precision what the kernels support and simulates the rest: the
     artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
@@ -123,31 +130,37 @@ def attach(
     what the artifact has of them; a bare denoiser has none.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
-    check_execution(execution)
-    denoiser = denoiser_of(model)
-    made, artifact, keys = artifact, localized(artifact, model), key_map_of(denoiser)
-    clock = Clock(artifact.header["schedule"]["timesteps"])
-    tables = _tables(denoiser, artifact, clock)
-    leaves = _leaves(
-        denoiser, artifact, clock, simulate=simulate, wanted=execution, chooser=chooser
-    )
+    given: Any = {"scheme": artifact} if isinstance(artifact, Scheme) else {"artifact": artifact}
+    patches = Patches(**given, route=route, execution=execution, simulate=simulate)
+    return install(model, patches, chooser)
+
+
+def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
+    """`attach`, by what is to be put in."""
+    denoiser, made = denoiser_of(model), patches.artifact
+    plan = replacements_for(denoiser, patches, chooser=chooser)
+    modules = dict(denoiser.named_modules())
+    new: dict[str, nn.Module] = {name: plan.table(name, modules[name]) for name in plan.tables}
+    new |= {name: plan.layer(name, modules[name]) for name in plan.schemes}
     encoders = {
-        name: (encoder, encoder_layers(encoder, artifact, name))
+        name: (encoder, encoder_layers(encoder, made, name))
         for name, encoder in encoders_of(model).items()
+        if made is not None
     }
-    schedule = schedule_of(artifact) if route else None
-    missing = set(schedule.branches if schedule else ()) - {n for n, _ in denoiser.named_modules()}
-    if missing:
-        raise ArtifactError(f"The model has no branch {min(missing)}, which the route names.")
-    attached = Tenuto(model, made, clock, _total(denoiser, tables), keys)
+    attached = Tenuto(model, made, plan.clock, _total(denoiser, plan.tables), key_map_of(denoiser))
+    times = plan.clock.timesteps
+    if plan.policy is not None and not times:
+        raise ArtifactError("A cache policy needs the timesteps of an artifact.")
     try:
-        attached.patches.append(Follow(model, clock, streams=schedule is not None))
-        for name, new in (*tables.items(), *leaves.items()):
-            attached.patches.append(Swap(denoiser, name, new))
+        if times:
+            streams = plan.policy is not None
+            attached.patches.append(Follow(model, plan.clock, streams=streams))
+        attached.patches += [Swap(denoiser, *pair) for pair in new.items()]
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
-        if schedule is not None:
-            attached.patches += apply_schedule_(denoiser, schedule, clock)
+        if plan.policy is not None:
+            schedule = plan.policy(times, _branches(denoiser, plan.policy))
+            attached.patches += apply_schedule_(denoiser, schedule, plan.clock)
     except BaseException:
         attached.detach()
         raise
@@ -159,30 +172,17 @@ def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     return attach(copy.deepcopy(denoiser_of(model)), artifact, **options)
 
 
-def _total(denoiser: nn.Module, tables: dict[str, TemporalTable]) -> int:
+def _branches(denoiser: nn.Module, policy: Policy) -> tuple[str, ...]:
+    """What a policy is asked about: a schedule knows its own, others all."""
+    if isinstance(policy, CacheSchedule):
+        return policy.branches
+    return tuple(branch.name for branch in describe(denoiser).branches)
+
+
+def _total(denoiser: nn.Module, tables: Iterable[str]) -> int:
     """Linear and Conv2d weights; what lies in a module that a table replaces is not counted."""
     out = tuple(f"{name}." for name in tables)
     return sum(m.weight.numel() for n, m in layers(denoiser) if not f"{n}.".startswith(out))
-
-
-def _tables(denoiser: nn.Module, artifact: Artifact, clock: Clock) -> dict[str, TemporalTable]:
-    """A table for every module that the artifact has the features of; nothing is changed yet."""
-    values, by_name = artifact.section("temporal"), dict(denoiser.named_modules())
-    found: dict[str, TemporalTable] = {}
-    for name, facts in tabled(artifact.header).items():
-        if name not in by_name:
-            raise ArtifactError(f"The model has no module {name}, which the temporal table names.")
-        rows = [values[f"{name}.{number}"] for number in range(len(facts["outputs"]))]
-        found[name] = TemporalTable(by_name[name], rows, bool(facts["single"]), clock)
-    return found
-
-
-def _leaves(
-    denoiser: nn.Module, artifact: Artifact, clock: Clock, **options: Any
-) -> dict[str, QLayer]:
-    """A quantized layer for every one that the artifact names; nothing is changed yet."""
-    weights, ranges = artifact.section("weights"), artifact.section("ranges")
-    return _replaced(denoiser, artifact.header, weights, ranges, clock, options)
 
 
 def encoder_layers(encoder: nn.Module, artifact: Artifact, name: str) -> dict[str, QLayer]:
@@ -195,32 +195,8 @@ def encoder_layers(encoder: nn.Module, artifact: Artifact, name: str) -> dict[st
         return {}
     if not same(facts["fingerprint"], fingerprint(encoder)):
         raise ArtifactError(f"The artifact was made for another {name}: the weights differ.")
-    start = f"{name}."
+    start, modules = f"{name}.", dict(layers(encoder))
     section = artifact.section("encoder").items()
-    weights = {key.removeprefix(start): t for key, t in section if key.startswith(start)}
-    return _replaced(encoder, facts, weights, {}, Clock((0.0,)), {})
-
-
-def _replaced(
-    model: nn.Module,
-    header: dict[str, Any],
-    weights: dict[str, Tensor],
-    ranges: dict[str, Tensor],
-    clock: Clock,
-    options: dict[str, Any],
-) -> dict[str, QLayer]:
-    by_name = dict(layers(model))
-    schemes = {k: Scheme.from_json(v) for k, v in header.get("schemes", {}).items()}
-    found: dict[str, QLayer] = {}
-    memo = Memo()
-    for name, facts in header.get("layers", {}).items():
-        layer = by_name.get(name)
-        if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
-            raise ArtifactError(f"The model has no layer {name} of shape {facts['shape']}.")
-        scheme = schemes[facts["scheme"]]
-        weight = QTensor.from_tensors(weights, name, facts["shape"], scheme.weight)
-        static = scheme.activation is not None and not scheme.activation.dynamic
-        pair = (ranges[f"{name}.scale"], ranges[f"{name}.zero_point"]) if static else None
-        kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
-        found[name] = kind(layer, weight, scheme, clock, pair, memo=memo, **options)
-    return found
+    codes = {key.removeprefix(start): t for key, t in section if key.startswith(start)}
+    plan = Replacements(schemes_in(facts, modules), codes, clock=Clock((0.0,)))
+    return {layer: plan.layer(layer, modules[layer]) for layer in plan.schemes}

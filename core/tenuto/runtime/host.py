@@ -5,31 +5,16 @@ The cases of the contract are in tests/hosts; docs/hosts.md has the table of wha
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Artifact
-from ..model import Attached, KeyMap, denoiser_of, families
-from ..sampling import Clock, follow
-from .attachment import attach
+from ..model import Attached, KeyMap, denoiser_of, key_map_of
+from .attachment import install
 from .layers import QLayer
-
-
-@dataclass(frozen=True)
-class Patches:
-    """What is to be put into a model: an artifact, with or without its route.
-
-    execution and simulate: as in `attach`.
-    """
-
-    artifact: Artifact
-    route: bool = True
-    execution: str = "auto"
-    simulate: bool = False
+from .replacements import Patches
 
 
 class Host(Protocol):
@@ -41,7 +26,7 @@ class Host(Protocol):
 
     def names(self, handle: Any) -> KeyMap | None:
         """Where canonical names are in this host; None where they are the host's own."""
-        ...
+        return key_map_of(self.denoiser(handle))
 
     def install(self, handle: Any, patches: Patches) -> Attached:
         """Put `patches` in. `.handle` is what is used from then on, `.detach()` restores.
@@ -51,35 +36,17 @@ class Host(Protocol):
         """
         ...
 
-    def follow(self, handle: Any, clock: Clock) -> AbstractContextManager[Clock]:
-        """Keep `clock` at the step of every call of the denoiser."""
-        ...
 
-
-class InPlace:
+class InPlace(Host):
     """Diffusers pipelines and bare denoisers of any code (ldm's U-Net too): changed in place."""
 
     def denoiser(self, handle: Any) -> nn.Module:
         """The denoiser of a pipeline, or the module itself."""
         return denoiser_of(handle)
 
-    def names(self, handle: Any) -> KeyMap | None:
-        """By the class of the denoiser."""
-        return families.key_map_of(denoiser_of(handle))
-
     def install(self, handle: Any, patches: Patches) -> Attached:
         """`attach`."""
-        return attach(
-            handle,
-            patches.artifact,
-            execution=patches.execution,
-            simulate=patches.simulate,
-            route=patches.route,
-        )
-
-    def follow(self, handle: Any, clock: Clock) -> AbstractContextManager[Clock]:
-        """By a hook on the denoiser."""
-        return follow(handle, clock)
+        return install(handle, patches)
 
 
 def follow_input(layer: QLayer, bias: Tensor | None, device: torch.device) -> None:
@@ -93,3 +60,15 @@ def follow_input(layer: QLayer, bias: Tensor | None, device: torch.device) -> No
         bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
     if layer.bias is not bias:
         layer.bias = bias
+
+
+def with_changes(found: Tensor, changes: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+    """A host's weight (or bias) with its functions applied, in the dtype that it computes in.
+
+    They may write in place, so that they get a copy; nothing can be added in fp8.
+    """
+    wide = torch.float32 if found.element_size() < 2 else found.dtype
+    changed = found.detach().to(wide, copy=True)
+    for change in changes:
+        changed = change(changed)
+    return changed

@@ -1,8 +1,8 @@
 """One sampling run: load a pipeline, call it, record its calls, follow its clock."""
 
-from .clock import Clock, active
+from .clock import Clock
 from .encoder_calls import BATCH, calls_of, encoder_calls
-from .follow import Follow, follow
+from .follow import Follow
 from .record import record, sampler, to_device
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
@@ -14,10 +14,8 @@ __all__ = [
     "Follow",
     "Sample",
     "Trajectory",
-    "active",
     "calls_of",
     "encoder_calls",
-    "follow",
     "keep",
     "kept",
     "record",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .samples import Samples, Seen, same_step, some_values, values_of
-
-active: ContextVar[Clock | None] = ContextVar("tenuto_clock", default=None)
 
 
 class Clock:

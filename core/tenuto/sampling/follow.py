@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..model import Signature, denoiser_of
-from .clock import Clock, active
+from .clock import Clock
 
 
 class Follow:
@@ -56,15 +54,3 @@ class Follow:
     def remove(self) -> None:
         """Take the hook out."""
         self.hook.remove()
-
-
-@contextmanager
-def follow(handle: Any, clock: Clock) -> Iterator[Clock]:
-    """Keep `clock` at the step of every call of the denoiser of `handle` (`Host.follow`)."""
-    hook = Follow(handle, clock)
-    token = active.set(clock)
-    try:
-        yield clock
-    finally:
-        active.reset(token)
-        hook.remove()

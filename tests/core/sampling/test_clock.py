@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto.sampling.clock import Clock, active
-from tenuto.sampling.follow import follow
+from tenuto.sampling.clock import Clock
+from tenuto.sampling.follow import Follow
 
 TIMES = (999, 749, 499, 249)
 
@@ -348,15 +348,12 @@ class Tiny(nn.Module):
         return sample
 
 
-def test_follow_is_a_context() -> None:
+def test_a_hook_follows_until_it_is_removed() -> None:
     clock, denoiser = Clock(TIMES), Tiny()
-    assert active.get() is None
-    with pytest.raises(KeyboardInterrupt), follow(denoiser, clock) as found:
-        assert found is clock and active.get() is clock
-        denoiser(torch.zeros(2, 3), torch.tensor(499), labels=torch.tensor([1, 2]))
-        assert clock.row == 2 and len(clock.streams) == 2
-        raise KeyboardInterrupt
-    assert active.get() is None
+    hook = Follow(denoiser, clock)
+    denoiser(torch.zeros(2, 3), torch.tensor(499), labels=torch.tensor([1, 2]))
+    assert clock.row == 2 and len(clock.streams) == 2
+    hook.remove()
     assert not denoiser._forward_pre_hooks
     denoiser(torch.zeros(2, 3), torch.tensor(999), torch.tensor([1, 2]))
     assert clock.row == 2, "it is not followed any more"

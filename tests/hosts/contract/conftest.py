@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tenuto import Artifact, describe, quantize, record, schemes
 from tenuto.model import families
-from tenuto.runtime.host import InPlace, Patches
+from tenuto.runtime import InPlace, Patches
 
 TIMES = (999, 750, 500, 250)  # of diffusion models on 0..1000; flows take the same on 0..1
 BENCHES = (
@@ -85,6 +85,12 @@ class Bench:
         run = next(part.last for part in attached.parts if part.key == "tenuto_cache")
         found = zip(run.computed.sum(0).tolist(), run.reused.sum(0).tolist(), strict=True)
         return dict(zip(run.names, map(list, found), strict=True))
+
+    def clock(self, attached: Any) -> Any:
+        """What the quantized layers go by."""
+        if self.kind == "comfy":
+            return attached.parts[0].clock
+        return attached.weights.plan.clock if self.kind == "webui" else attached.clock
 
     def run(self, handle: Any, settings: Settings) -> Tensor:
         """One sampling run by the host's own sampler."""

@@ -218,24 +218,21 @@ def test_another_models_artifact_is_refused(
     assert bits(bench.host.denoiser(handle)) == before
 
 
-def test_the_clock_follows(bench: Any, settings: Any) -> None:
-    """`Host.follow`: the steps in order, each half of guidance a stream of its own."""
-    from tenuto.model.patches import override_
-    from tenuto.sampling.clock import Clock
+def test_the_clock_follows(bench: Any, artifact: Any, settings: Any) -> None:
+    """The steps in order, each half of guidance a stream of its own."""
+    from tenuto.model import override_
 
-    handle = bench.fresh()
-    scale = 1 / 1000 if bench.family == "flux" else 1
-    clock, rows = Clock([t * scale for t in (999, 750, 500, 250)]), []
-    denoiser = bench.host.denoiser(handle)
+    handle, rows = bench.fresh(), []
+    with bench.on(handle, artifact(bench.family)) as attached:
+        clock = bench.clock(attached)
 
-    def note(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        rows.append((clock.row, len(set(clock.streams)), clock.exact))
-        return original(*args, **kwargs)
+        def note(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+            rows.append((clock.row, len(set(clock.streams)), clock.exact))
+            return original(*args, **kwargs)
 
-    patch = override_(denoiser, note)
-    with bench.host.follow(handle, clock):
-        bench.run(handle, settings())
-    patch.remove()
+        patch = override_(bench.host.denoiser(handle), note)
+        bench.run(attached.handle, settings())
+        patch.remove()
     assert rows == [(row, 2, True) for row in range(4)]
 
 

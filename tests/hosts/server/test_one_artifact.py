@@ -263,7 +263,7 @@ def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> See
 
 def in_webui(artifact: Artifact, parts: Parts) -> Seen:
     """The adapter of A1111, Forge and reForge, on the U-Net that they have."""
-    from tenuto.runtime.host import Patches
+    from tenuto.runtime import Patches
     from webui_ext.adapter import WebUI
 
     unet = parts.in_ldm()
@@ -283,7 +283,7 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
 def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
     """ComfyUI's own modules and samplers."""
     from comfy_nodes.adapter import ComfyUI
-    from tenuto.runtime.host import Patches
+    from tenuto.runtime import Patches
 
     plain, keys = by_comfy(parts.model, parts), families.key_map_of(parts.denoiser)
     attached = ComfyUI().install(parts.model, Patches(artifact, execution="int8"))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...numerics import Format, Grid, QTensor, Scheme
+from ...numerics import Format, QTensor, Scheme
 
 
 def weight_of(block: nn.Module, name: str) -> Tensor:
@@ -40,5 +40,4 @@ class RoundToNearest:
 
     def weight(self, weight: Tensor, form: Format) -> QTensor:
         """One weight (N, ...) at the nearest codes."""
-        grid = Grid.of(weight, form)
-        return QTensor.of(grid.nearest(weight), grid)
+        return QTensor.nearest(weight, form)
