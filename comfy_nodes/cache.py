@@ -97,7 +97,7 @@ class Cache(Wrapped):
         finally:
             if run is not None:
                 run.calls += 1
-                run.seconds[run.clock.row] += time.perf_counter() - start
+                run.seconds[run.clock.step] += time.perf_counter() - start
 
 
 class BranchCall:
@@ -114,5 +114,5 @@ class BranchCall:
         before = cell.counts[1]
         out = cell(original, module, *args, **kwargs)
         count = run.reused if cell.counts[1] > before else run.computed
-        count[run.clock.row, self.number] += 1
+        count[run.clock.step, self.number] += 1
         return out

@@ -144,4 +144,4 @@ class BranchCall(CachedBranch):
         last, age = self.used.get(self.clock.streams, (-1, 0))
         again = last == run.evaluation - 1
         free = plan.limits.longest == 0 or age < plan.limits.longest
-        return again and free and plan.reuses(run, self.clock.row, self.number)
+        return again and free and plan.reuses(run, self.clock.step, self.number)

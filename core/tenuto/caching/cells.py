@@ -106,7 +106,7 @@ class CachedBranch:
 
     def may_reuse(self) -> bool:
         """Whether the schedule reuses here."""
-        return not self.rows[self.clock.row]
+        return not self.rows[self.clock.step]
 
 
 def apply_schedule_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:

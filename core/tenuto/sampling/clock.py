@@ -22,7 +22,7 @@ class Clock:
 
     timesteps: the calibrated timesteps in executed order (noisiest first).
     index: the nearest calibrated step, int64 (1,), on the device; read it with `index_select`.
-    row: the same as a host integer.
+    step: the same as a host integer.
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
     run: a number that grows with every new sampling run; stored features never cross runs.
@@ -34,7 +34,7 @@ class Clock:
     def __init__(self, timesteps: Sequence[float]) -> None:
         self.timesteps = tuple(float(t) for t in timesteps)
         self.index = torch.zeros(1, dtype=torch.int64)
-        self.row = 0
+        self.step = 0
         self.exact = False
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
@@ -50,7 +50,7 @@ class Clock:
         """A clock of its own at the same step: what is copied with it shares the copy."""
         clone = type(self)(self.timesteps)
         memo[id(self)] = clone
-        clone.index, clone.row, clone.exact = self.index.clone(), self.row, self.exact
+        clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
         clone.streams, clone.run = self.streams, self.run
         return clone
 
@@ -62,7 +62,7 @@ class Clock:
     def begin(self) -> None:
         """Start a new run: whatever was stored belongs to the last one."""
         self.run += 1
-        self.row, self._time = 0, None
+        self.step, self._time = 0, None
         self._samples.clear()
 
     def starts(self, *source: Any) -> None:
@@ -78,16 +78,16 @@ class Clock:
 
     def tick(self, timestep: float, streams: Sequence[Hashable], device: Any = "cpu") -> None:
         """Move to `timestep` (same unit as `timesteps`); more noise than before is a new run."""
-        row = self._row(timestep)
+        step = self._step(timestep)
         if self._rises(timestep):
             self.begin()
-        self.row, self._time, self.streams = row, timestep, tuple(streams)
-        self.exact = row < len(self.timesteps) and (
-            abs(self.timesteps[row] - timestep) <= self._slack
+        self.step, self._time, self.streams = step, timestep, tuple(streams)
+        self.exact = step < len(self.timesteps) and (
+            abs(self.timesteps[step] - timestep) <= self._slack
         )
-        self.index = torch.tensor([row], device=device)
+        self.index = torch.tensor([step], device=device)
 
-    def _row(self, timestep: float) -> int:
+    def _step(self, timestep: float) -> int:
         return self.nearest(timestep) if self.timesteps else 0
 
     def _rises(self, timestep: float) -> bool:
@@ -136,7 +136,7 @@ class Clock:
         self, step: float, streams: Sequence[Hashable], marks: list[int], values: list[int]
     ) -> None:
         """Begin a run where the samples of a call are not of the one in progress."""
-        row, count = self._row(step), len(values) // max(1, len(marks))
+        row, count = self._step(step), len(values) // max(1, len(marks))
         found = [
             Seen(step, row, mark, values_of(values[i * count : (i + 1) * count]))
             for i, mark in enumerate(marks)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tenuto.caching
 from tenuto import Artifact, cli
@@ -36,6 +38,7 @@ class Middle:
         return [cls()]
 '''
 FACTS = Facts(tuple(map(float, range(10, 0, -1))), ("a", "b"), (1.0,) * 10)
+LOGITS = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -70,12 +73,16 @@ def test_a_host_lists_it(middle: None) -> None:
 
 
 def test_the_policies_of_the_library() -> None:
-    """Controls are no candidates, and without measured costs no programme is."""
-    assert policies().keys() == {"interval", "late interval", "random", "step programme"}
+    """Controls are no candidates, nor what was not measured: costs of steps, scores of cells."""
+    assert policies().keys() == {
+        "interval", "late interval", "random", "router", "step programme",
+    }  # fmt: skip
     kinds = {"late", "step"}
     assert {label.split()[0] for label in candidates(0.3, FACTS)} == kinds
     plain = Facts(FACTS.timesteps, FACTS.branches)
     assert {label.split()[0] for label in candidates(0.3, plain)} == {"late"}
+    scored = replace(FACTS, logits=LOGITS)
+    assert {label.split()[0] for label in candidates(0.3, scored)} == kinds | {"router"}
     assert set(rules(("first", "period"))) == {"one of", "first steps, then one of"}
 
 
@@ -83,7 +90,7 @@ def test_the_policies_of_the_library() -> None:
 def test_each_makes_itself_for_a_share(name: str) -> None:
     """As near as whole steps are; valid, and the same twice."""
     cls: type = policies()[name]
-    found = getattr(cls, "for_share")(0.25, FACTS)  # noqa: B009
+    found = getattr(cls, "for_share")(0.25, replace(FACTS, logits=LOGITS))  # noqa: B009
     tables = [policy(FACTS.timesteps, FACTS.branches) for policy in found]
     again = [policy(FACTS.timesteps, FACTS.branches) for policy in found]
     assert tables and all(abs(table.reuse_ratio - 0.25) <= 0.051 for table in tables)

@@ -598,7 +598,7 @@ def test_the_clock_knows_calibrated_timesteps() -> None:
     prompt = torch.ones(2, 3)
     for conditions in ([], [prompt]):
         clock.observe(torch.tensor([500, 999]), 2, conditions, "cpu")
-        assert not clock.exact and clock.row == 1
+        assert not clock.exact and clock.step == 1
         clock.observe(torch.tensor([500, 500]), 2, conditions, "cpu")
         assert clock.exact
         clock.observe(torch.tensor(500).expand(2), 2, conditions, "cpu")

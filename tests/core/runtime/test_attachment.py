@@ -21,7 +21,6 @@ from tenuto.model.patches import override_
 from tenuto.numerics.scheme import Recipe, Rule
 from tenuto.runtime.attachment import quantized
 from tenuto.runtime.layers import QLayer
-from tenuto.sampling.clock import active
 from tenuto.sampling.trajectory import Call
 
 TIMES = (999.0, 749.0, 500.0, 250.0)
@@ -110,7 +109,6 @@ def test_off_is_off(tiny: Any, kind: str, artifact: Make, loop: Any, bits: Any) 
         assert bits(model) == before
         assert torch.equal(sample(model, 5, 2), plain)
         assert not torch.equal(changed, plain), "it was not even on"
-    assert active.get() is None
 
 
 class Interrupted(BaseException):
@@ -277,7 +275,7 @@ def test_a_copy_has_a_run_of_its_own(tiny: Any, kind: str, route: Make, recorded
         expected = outputs(twin, calls)
         found = outputs(model, calls[:2])
         outputs(twin, calls)
-        assert attached.clock.row == 1
+        assert attached.clock.step == 1
         found += outputs(model, calls[2:])
         assert all(counts == [1, 3] for counts in attached.counts().values())
     assert all(map(torch.equal, found, expected))
@@ -786,7 +784,7 @@ def test_the_clock_follows_a_pipeline(pipe: Any, route_of: Callable[[Any], Artif
     rows: list[tuple[int, int]] = []
     with attach(pipe, route_of(pipe)) as attached:
         hook = pipe.transformer.register_forward_hook(
-            lambda *_: rows.append((attached.clock.run, attached.clock.row))
+            lambda *_: rows.append((attached.clock.run, attached.clock.step))
         )
         draw(pipe)
         draw(pipe)

@@ -33,7 +33,7 @@ def test_the_nearest_calibrated_step(timestep: float, row: int) -> None:
     clock = Clock(TIMES)
     assert clock.nearest(timestep) == row
     clock.tick(timestep, [0])
-    assert clock.row == row
+    assert clock.step == row
     assert clock.index.tolist() == [row]
     assert clock.index.dtype is torch.int64 and clock.index.shape == (1,)
 
@@ -46,15 +46,15 @@ def test_the_nearest_calibrated_step(timestep: float, row: int) -> None:
 def test_a_timestep_in_any_form(given: Any) -> None:
     clock = Clock(TIMES)
     clock.observe(given, 2, [torch.randn(2, 3)], "cpu")
-    assert clock.row == 2
+    assert clock.step == 2
     clock.observe(given, 2, [], "cpu")
-    assert clock.row == 2
+    assert clock.step == 2
 
 
 def test_no_calibrated_steps_at_all() -> None:
     clock = Clock(())
     clock.observe(torch.tensor(10), 2, [torch.randn(2, 3)], "cpu")
-    assert clock.row == 0 and clock.index.tolist() == [0]
+    assert clock.step == 0 and clock.index.tolist() == [0]
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_one_read_from_the_device_a_call(conditions: int) -> None:
     sample = torch.randn(2, 4, 8, 8).as_subclass(OnDevice)
     clock.observe(t, 2, given, "cpu", sample)
     assert len(OnDevice.reads) == 1
-    assert clock.row == 2
+    assert clock.step == 2
     float(t[0])
     assert len(OnDevice.reads) == 2, "this test counts nothing"
 
@@ -338,9 +338,9 @@ def test_a_copied_model_has_one_clock_of_its_own() -> None:
     one, other = (part.clock for part in copy.deepcopy(module))
     assert one is other and one is not clock
     assert isinstance(one, Clock)
-    assert (one.row, one.exact, one.streams, one.index.tolist()) == (2, True, ("a",), [2])
+    assert (one.step, one.exact, one.streams, one.index.tolist()) == (2, True, ("a",), [2])
     one.tick(249, ("b",))
-    assert (clock.row, clock.streams, clock.index.tolist()) == (2, ("a",), [2])
+    assert (clock.step, clock.streams, clock.index.tolist()) == (2, ("a",), [2])
 
 
 class Tiny(nn.Module):
@@ -352,11 +352,11 @@ def test_a_hook_follows_until_it_is_removed() -> None:
     clock, denoiser = Clock(TIMES), Tiny()
     hook = Follow(denoiser, clock)
     denoiser(torch.zeros(2, 3), torch.tensor(499), labels=torch.tensor([1, 2]))
-    assert clock.row == 2 and len(clock.streams) == 2
+    assert clock.step == 2 and len(clock.streams) == 2
     hook.remove()
     assert not denoiser._forward_pre_hooks
     denoiser(torch.zeros(2, 3), torch.tensor(999), torch.tensor([1, 2]))
-    assert clock.row == 2, "it is not followed any more"
+    assert clock.step == 2, "it is not followed any more"
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def test_the_clock_follows(bench: Any, artifact: Any, settings: Any) -> None:
         clock = bench.clock(attached)
 
         def note(original: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-            rows.append((clock.row, len(set(clock.streams)), clock.exact))
+            rows.append((clock.step, len(set(clock.streams)), clock.exact))
             return original(*args, **kwargs)
 
         patch = override_(bench.host.denoiser(handle), note)

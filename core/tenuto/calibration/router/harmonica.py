@@ -189,7 +189,7 @@ class Training:
 
         def attend(clock: Clock) -> Callable[..., Any]:
             def forward(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                mixer.set(weights[clock.row])
+                mixer.set(weights[clock.step])
                 return original(*args, **kwargs)
 
             return forward

@@ -144,10 +144,10 @@ class Tape:
 
         def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             place, self.place = self.place, self.place + 1
-            if clock.row < self.row - 1:
+            if clock.step < self.row - 1:
                 return copy.deepcopy(self.outputs[place])
             out = original(*args, **kwargs)
-            if clock.row == self.row:
+            if clock.step == self.row:
                 gap = self.guide(self.outputs[place], args, kwargs) - self.guide(out, args, kwargs)
                 self._found.append(gap.double().square().mean())
             return out

@@ -44,8 +44,8 @@ class Student:
         def forward(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             with torch.inference_mode(False):
                 args, kwargs = usable(args), usable(kwargs)
-                if clock.row > 0:
-                    return self._step(clock.row, original, args, kwargs)
+                if clock.step > 0:
+                    return self._step(clock.step, original, args, kwargs)
                 with torch.no_grad():
                     self.mixer.set(torch.ones_like(self.rows(0)))
                     return original(*args, **kwargs)
