@@ -1,6 +1,6 @@
 """Calibration in the graph: MODEL, conditioning and sampler settings in, an artifact out.
 
-The library's own loops do it, on what the denoiser is told during real sampling runs. ComfyUI's
+The library's own loops do it, on the inputs of the denoiser in real sampling runs. ComfyUI's
 Cancel stops it like Ctrl-C stops the command: what is finished stays, the same graph goes on there.
 """
 
@@ -157,7 +157,7 @@ def check(model: Any) -> None:
 
 
 def recorded(model: Any, how: Sampling, runs: int) -> Trajectory:
-    """What the denoiser was told in `runs` sampling runs, and how to repeat them."""
+    """The inputs of the denoiser in `runs` sampling runs, and how to repeat them."""
     denoiser: nn.Module = model.model.diffusion_model
 
     def sample(given: nn.Module, seed: int, batch: int) -> Tensor:

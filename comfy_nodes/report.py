@@ -46,7 +46,7 @@ class Report(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: Any = None, samples: Any = None) -> float:
-        """It tells of the last run, so that it is read anew each time: NaN never repeats."""
+        """The report is of the last run, so that it is read anew each time: NaN never repeats."""
         return float("nan")
 
     @classmethod
@@ -59,8 +59,8 @@ class Report(io.ComfyNode):
         lines = [] if weights is None else [weights_line(weights)]
         lines += [] if cache is None else cache_lines(run)
         text = "\n".join(lines)
-        picture = torch.zeros(1, 64, 64, 3) if run is None else heat_map(run)
-        return io.NodeOutput(text, picture, ui=ui.PreviewText(text).as_dict() | lists(weights, run))
+        shown = torch.zeros(1, 64, 64, 3) if run is None else heat_map(run)
+        return io.NodeOutput(text, shown, ui=ui.PreviewText(text).as_dict() | lists(weights, run))
 
 
 def lists(weights: Weights | None, run: Run | None) -> dict[str, Any]:
@@ -109,6 +109,6 @@ def heat_map(run: Run) -> Tensor:
         size = max(1, SIDE // max(small.shape))
         pixels = small.repeat_interleave(size, 0).repeat_interleave(size, 1)
     else:
-        picture = image(map_figure(route, "Tenuto: the last run", cache_lines(run)[0]))
-        pixels = torch.from_numpy(np.array(picture))
+        plot = image(map_figure(route, "Tenuto: the last run", cache_lines(run)[0]))
+        pixels = torch.from_numpy(np.array(plot))
     return pixels.float()[None] / 255

@@ -112,5 +112,5 @@ class Wrapped:
 
 
 def timesteps(sampling: Any, sigmas: Tensor) -> Tensor:
-    """What the denoiser is told at `sigmas`: float (n,), no view of anything."""
+    """The timesteps that the denoiser gets at `sigmas`: float (n,), no view of anything."""
     return torch.as_tensor(sampling.timestep(sigmas)).float().reshape(-1).clone()

@@ -85,7 +85,7 @@ def build(script: Any) -> list[Any]:
 def _wire(gr: Any, parts: list[Any], buttons: Any, refresh: Any, status: Any) -> None:
     """Buttons fill fields, and the status line follows them."""
 
-    def told(*values: Any) -> str:
+    def said(*values: Any) -> str:
         with suppress(TenutoError):
             choices = Choices.of(values)
             if choices.enabled:
@@ -100,7 +100,7 @@ def _wire(gr: Any, parts: list[Any], buttons: Any, refresh: Any, status: Any) ->
         lambda: gr.update(choices=artifacts.names(loaded())), [], [parts[1]], show_progress=False
     )
     for component in parts:
-        component.change(told, parts, [status], show_progress=False)
+        component.change(said, parts, [status], show_progress=False)
 
 
 def loaded() -> Any:

@@ -39,7 +39,7 @@ def on_ui_settings() -> None:
 
     add("folder", "Folder of artifacts", "empty: models/tenuto", gr.Textbox)
     add(
-        "cache_dtype", "Held features are kept", "fp16 halves their memory at fp32",
+        "cache_dtype", "Stored features are kept", "fp16 halves their memory at fp32",
         choices=[COMPUTED, HALF], infotext="Tenuto cache dtype",
     )  # fmt: skip
     add(

@@ -1,4 +1,4 @@
-"""`Run`: where a sampling run stands, told by the host's callback and by the denoiser's calls."""
+"""`Run`: where a sampling run is, from the host's callback and the denoiser's calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script that A1111, Forge and reForge run: attach, detach, tell."""
+"""The script that A1111, Forge and reForge run: attach, detach, report."""
 
 from __future__ import annotations
 

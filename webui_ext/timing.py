@@ -1,4 +1,4 @@
-"""How long an evaluation takes with Tenuto and without: measured in this session, or not told."""
+"""How long an evaluation takes with Tenuto and without: measured in this session, or left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artifact tells step by step: its route, the activation ranges, the temporal errors.
+"""What an artifact has step by step: its route, the activation ranges, the temporal errors.
 
 From header and tensors as they are in the file. A forged one gives a ValueError, a LookupError or
 a TypeError, which the command turns into one sentence.
@@ -118,7 +118,7 @@ def band(
 
 
 def gaps(header: Mapping[str, Any]) -> Gaps | None:
-    """The temporal errors that an artifact tells, or None where it tells none."""
+    """The temporal errors in an artifact's header, or None where it has none."""
     modules = (header.get("temporal") or {}).get("modules") or {}
     if not modules:
         return None
@@ -168,7 +168,7 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
 def measured(artifact: Artifact) -> Facts | None:
     """What calibration measured for the route of an artifact; None where it has no route.
 
-    The scores of the router are told where that was the best.
+    The scores of the router are there only where that was the best.
     """
     schedule = schedule_of(artifact)
     if schedule is None:
@@ -183,5 +183,5 @@ def measured(artifact: Artifact) -> Facts | None:
 
 
 def policy_of(artifact: Artifact) -> str:
-    """The label of the policy that made the route; "" where nothing is told."""
+    """The label of the policy that made the route; "" where it has none."""
     return str((artifact.header.get("route") or {}).get("policy", ""))

@@ -31,7 +31,7 @@ def reuse_for(speedup: float, counts: Mapping[str, int], steps: int) -> float:
 
 
 def saved(schedule: CacheSchedule, counts: Mapping[str, int]) -> float:
-    """The share of a run's multiply-adds that `schedule` holds."""
+    """The share of a run's multiply-adds that `schedule` reuses."""
     price = torch.tensor([counts[name] for name in schedule.branches], dtype=torch.float64)
     reused = float((~schedule.table).double().sum(0) @ price)
     return reused / (counts[""] * len(schedule.timesteps))

@@ -70,7 +70,7 @@ def train_router(
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are all measured on held-out seeds
-    against the un-cached run. The best becomes the route, every score is told, and the router's
+    against the un-cached run. The best becomes the route, every score is kept, and the router's
     own table stays beside it.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.

@@ -104,7 +104,7 @@ def test_all_compute_is_exact(bench: Any, artifact: Any, settings: Any, sampler:
         assert sum(held for _, held in bench.counts(attached).values()) == 0
 
 
-def test_the_table_is_what_is_held(bench: Any, artifact: Any, settings: Any) -> None:
+def test_the_table_is_what_is_reused(bench: Any, artifact: Any, settings: Any) -> None:
     """Cell by cell: as many computed and held as the route says, and the same ones."""
     handle, made = bench.fresh(), artifact(bench.family)
     with bench.on(handle, made) as attached:

@@ -49,7 +49,7 @@ class HarmoniCa:
     joint: the rate of a second AdamW step on the mean of each row. Branches of one step are better
     reused together than one by one, which no single cell's gradient shows.
     credit: steps over which the loss reaches back through what the slots hold (elementwise, not
-    through the denoiser), so that a row is told what its refreshing is worth to the rows after it.
+    through the denoiser), so that a row learns what computing it is worth to the rows after it.
     It keeps that many outputs of every branch in memory.
 
     The released settings are lr 0.01, tau 0.1, beta 7e-8, weighting "code", joint 0, credit 0,
@@ -158,7 +158,7 @@ class Training:
         return Router(self.logits, self.times, self.branches, self.costs, beta, tuple(rows))
 
     def share(self) -> float:
-        """The share of cells, by cost, that the router holds rather than computes."""
+        """The share of cells, by cost, that the router reuses rather than computes."""
         reused = (self.logits < 0).float() * self.costs
         return float(reused.sum() / (len(self.times) * self.costs.sum()))
 
