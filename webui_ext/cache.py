@@ -51,8 +51,9 @@ class Limits:
 class Plan:
     """When to reuse which of `branches`.
 
-    schedule: a table, read at the nearest timestep. policy: without one, a rule that is asked for
-    the steps from the first that may be reused on.
+    schedule: a table, read at the nearest timestep where a run has as many steps, else one made of
+    it for the run. policy: without one, a rule that is asked for the steps from the first that may
+    be reused on.
     """
 
     branches: tuple[str, ...]
@@ -65,7 +66,9 @@ class Plan:
         if not self.limits.allow(run):
             return False
         if self.schedule is not None:
-            return not bool(self.schedule.table[row, branch])
+            if run.steps != len(self.schedule.timesteps):
+                row = run.step
+            return not _rows(self.schedule, run.steps)[row][branch]
         first = self.limits.first(run.steps)
         table = _table(self.policy, run.steps - first, self.branches)
         return not table[run.step - first][branch]
@@ -73,6 +76,12 @@ class Plan:
     def ever(self, branch: int) -> bool:
         """Whether the branch is reused at any time: others are left alone."""
         return self.schedule is None or not bool(self.schedule.table[:, branch].all())
+
+
+@lru_cache(maxsize=8)
+def _rows(schedule: CacheSchedule, steps: int) -> list[list[bool]]:
+    own = steps == len(schedule.timesteps)
+    return (schedule if own else schedule.in_steps(steps)).table.tolist()
 
 
 @lru_cache(maxsize=8)

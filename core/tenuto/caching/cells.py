@@ -109,10 +109,41 @@ class CachedBranch:
         return not self.rows[self.clock.step]
 
 
+class RunTable:
+    """A schedule at the timesteps of the run in progress: those of the host where it says them."""
+
+    def __init__(self, schedule: CacheSchedule, clock: Clock) -> None:
+        self.schedule, self.clock = schedule, clock
+        self._known: dict[tuple[float, ...], list[list[bool]]] = {}
+
+    def computes(self, branch: int) -> bool:
+        """Whether the branch of this number computes in the step at which the clock is."""
+        clock = self.clock
+        times, step = (clock.grid, clock.place) if clock.grid else (clock.timesteps, clock.step)
+        rows = self._known.get(times)
+        if rows is None:
+            if len(self._known) > 8:
+                self._known.clear()
+            rows = self._known[times] = self.schedule.at(times).table.tolist()
+        return rows[step][branch]
+
+
+class ScheduledBranch(CachedBranch):
+    """A branch under a schedule, at whatever steps a run has."""
+
+    def __init__(self, table: RunTable, number: int) -> None:
+        super().__init__(table.clock, table.schedule.table[:, number].tolist())
+        self.table, self.number = table, number
+
+    def may_reuse(self) -> bool:
+        """As the schedule of the run says."""
+        return not self.table.computes(self.number)
+
+
 def apply_schedule_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
     """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
-    columns = schedule.at(clock.timesteps).table.t().tolist()
+    table = RunTable(schedule, clock)
     return [
-        override_(denoiser.get_submodule(name), CachedBranch(clock, rows))
-        for name, rows in zip(schedule.branches, columns, strict=True)
+        override_(denoiser.get_submodule(name), ScheduledBranch(table, number))
+        for number, name in enumerate(schedule.branches)
     ]

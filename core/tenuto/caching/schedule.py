@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from .resample import places_of, resampled
+
+SHORTEST = 9  # steps of a run below which nothing is reused, unless it was calibrated so
 
 
 @dataclass(frozen=True, eq=False)
 class CacheSchedule:
     """What to compute (True) and what to reuse from before (False).
 
-    table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that
-    another step count maps by the nearest one. branches: N names. Row 0 always computes.
+    table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that a
+    run of other steps gets a table of its own (`at`). branches: N names. Row 0 always computes.
     """
 
     table: Tensor
@@ -40,15 +43,34 @@ class CacheSchedule:
         return 1 - float(self.table.float().mean())
 
     def at(self, timesteps: Sequence[float]) -> CacheSchedule:
-        """The same schedule for other timesteps: each takes the row of the nearest one."""
+        """The same schedule for a run at other timesteps.
+
+        Where they are its own, one by one, it stays. Else each branch reuses the same share of the
+        steps, in the same part of the run and no more steps in a row; of fewer than `SHORTEST`
+        steps none: too little is left of such a run for errors to fade.
+        """
         times = tuple(float(t) for t in timesteps)
         if times == self.timesteps:
             return self
         own = torch.tensor(self.timesteps, dtype=torch.float64)
         gaps = (torch.tensor(times, dtype=torch.float64)[:, None] - own).abs()
-        table = self.table[gaps.argmin(1)]
-        table[:1] = True
+        if gaps.argmin(1).tolist() == list(range(len(own))):
+            return CacheSchedule(self.table, times, self.branches)
+        if len(times) < SHORTEST or bool(self.table.all()):
+            return CacheSchedule.full(times, self.branches)
+        table = resampled(self.table, places_of(times, self.timesteps))
         return CacheSchedule(table, times, self.branches)
+
+    def in_steps(self, steps: int) -> CacheSchedule:
+        """For a run whose timesteps are not known: its steps lie evenly among the schedule's."""
+        places = torch.linspace(0, len(self.timesteps) - 1, steps, dtype=torch.float64).tolist()
+        whole = [int(place) for place in places]
+        times = (*self.timesteps, self.timesteps[-1])
+        even = [
+            times[i] + (times[i + 1] - times[i]) * (place - i)
+            for place, i in zip(places, whole, strict=True)
+        ]
+        return self.at(even)
 
     def over(self, branches: Sequence[str]) -> CacheSchedule:
         """The same with a column for each of `branches`: those that it does not name compute."""

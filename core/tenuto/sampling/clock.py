@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .grid import grid_from
 from .samples import Samples, Seen, same_step, some_values, values_of
 
 
@@ -26,6 +27,8 @@ class Clock:
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
     run: a number that grows with every new sampling run; stored features never cross runs.
+    grid: the timesteps of the run from its first one on, () where the host does not say them;
+    place: the nearest of them.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`).
@@ -38,6 +41,9 @@ class Clock:
         self.exact = False
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
+        self.grid: tuple[float, ...] = ()
+        self.place = 0
+        self._offered: Any = None
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
         self._falls = self.timesteps[:1] >= self.timesteps[-1:]  # with the noise
@@ -52,6 +58,7 @@ class Clock:
         memo[id(self)] = clone
         clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
         clone.streams, clone.run = self.streams, self.run
+        clone.grid, clone.place = self.grid, self.place
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -63,13 +70,18 @@ class Clock:
         """Start a new run: whatever was stored belongs to the last one."""
         self.run += 1
         self.step, self._time = 0, None
+        self.grid, self.place = (), 0
         self._samples.clear()
 
-    def starts(self, *source: Any) -> None:
-        """What the host made for its run: other objects than in the last call are a new run."""
+    def starts(self, *source: Any, times: Any = None) -> None:
+        """What the host made for its run: other objects than in the last call are a new run.
+
+        times: its timesteps, in whatever unit it counts them.
+        """
         known = len(source) == len(self._source)
         if not known or any(a is not b for a, b in zip(source, self._source, strict=True)):
             self._source = source  # kept, so that no other object gets its place in memory
+            self._offered = times
             self.begin()
 
     def nearest(self, timestep: float) -> int:
@@ -86,6 +98,10 @@ class Clock:
             abs(self.timesteps[step] - timestep) <= self._slack
         )
         self.index = torch.tensor([step], device=device)
+        if not self.grid and self._offered is not None:
+            self.grid = grid_from(self._offered, timestep)
+        if self.grid:
+            self.place = min(range(len(self.grid)), key=lambda i: abs(self.grid[i] - timestep))
 
     def _step(self, timestep: float) -> int:
         return self.nearest(timestep) if self.timesteps else 0

@@ -33,7 +33,8 @@ class Follow:
         pipeline = self.pipeline() if self.pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is not None:
-            self.clock.starts(scheduler, getattr(scheduler, "timesteps", None))
+            times = getattr(scheduler, "timesteps", None)
+            self.clock.starts(scheduler, times, times=times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             self.clock.observe(step, count, conditions, device, sample)

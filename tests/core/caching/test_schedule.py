@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tenuto as tn
+from tenuto.caching import Interval, LateInterval, RandomTable
 from tenuto.caching.cells import Slot, apply_schedule_
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.calibration.router.rollout import intercepted
@@ -33,12 +34,54 @@ def test_the_reuse_ratio_counts_cells_of_all_steps(alternate):
     assert alternate.reuse_ratio == pytest.approx(0.5)
 
 
-def test_another_step_count_takes_the_nearest_row():
-    table = torch.tensor([[True], [False], [True], [False]])
-    schedule = CacheSchedule(table, (900.0, 600.0, 300.0, 0.0), ("a",))
-    assert schedule.at((950.0, 590.0, 10.0)).table[:, 0].tolist() == [True, False, False]
-    assert schedule.at((610.0, 320.0)).table[:, 0].tolist() == [True, True]
-    assert schedule.at(schedule.timesteps) is schedule
+TIMES = tuple(999.0 - 50 * step for step in range(20))
+TABLES = {
+    "late interval": LateInterval(7, 2), "interval": Interval(3), "long": LateInterval(5, 4),
+    "cells": RandomTable(0.4), "half": RandomTable(0.5, 1), "most": RandomTable(0.8, 2),
+}  # fmt: skip
+
+
+def longest(table: torch.Tensor) -> int:
+    """The most reuses in a row that any branch has."""
+    rows = ["".join("01"[c] for c in column) for column in table.t().int().tolist()]
+    return max(len(run) for row in rows for run in row.split("1"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("steps", [9, 10, 12, 15, 19, 21, 25, 30, 50])
+def test_another_step_count_gets_a_table_of_its_own(name: str, steps: int) -> None:
+    """The nearest row of 20 would reuse 60 % of 10 steps by a table of 30 %, 20 % of 30 steps."""
+    schedule = TABLES[name](TIMES, tuple("abcdefgh"))
+    times = [999 * (1 - step / steps) for step in range(steps)]
+    found = schedule.at(times)
+    assert found.reuse_ratio == pytest.approx(schedule.reuse_ratio, abs=0.0501)
+    assert longest(found.table) <= longest(schedule.table)
+    assert found.timesteps == tuple(times) and bool(found.table[0].all())
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_a_short_run_reuses_nothing(steps: int) -> None:
+    schedule = Interval(2)(TIMES, ("a", "b"))
+    times = [999 * (1 - step / steps) for step in range(steps)]
+    assert schedule.at(times).reuse_ratio == 0
+    assert Interval(2)(times, ("a",)).at(times).reuse_ratio == pytest.approx((steps // 2) / steps)
+
+
+def test_its_own_steps_stay() -> None:
+    """One by one the nearest: hosts round timesteps; and rising ones, as Z-Image has them."""
+    for times in (TIMES, tuple(1 - t / 1000 for t in TIMES)):
+        schedule = RandomTable(0.5)(times, ("a", "b", "c"))
+        near = schedule.at([t * 1.0001 for t in times])
+        assert near.table.equal(schedule.table)
+        assert schedule.at(times) is schedule
+        other = schedule.at([times[0] + (times[-1] - times[0]) * i / 11 for i in range(12)])
+        assert other.reuse_ratio == pytest.approx(0.5, abs=0.03)
+
+
+def test_late_steps_stay_late() -> None:
+    """Where nothing was reused nothing is."""
+    table = LateInterval(10, 2)(TIMES, ("a",)).at([999 * (1 - i / 40) for i in range(40)]).table
+    assert bool(table[:19].all()) and int((~table).sum()) == 10
 
 
 def test_all_compute_is_exact_and_leaves_no_trace(transformer, trajectory, branches, loop):

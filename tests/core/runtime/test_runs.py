@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import tenuto as tn
 from tenuto import Artifact, attach, describe
+from tenuto.caching import LateInterval
 
-STEPS = 4
+STEPS = 12
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def pipe(tiny: Callable[[str], Any]) -> Any:
 
 @pytest.fixture
 def artifact(pipe: Any) -> Artifact:
-    """A route that reuses everything after the first of four steps."""
-    times = [1.0, 0.75, 0.5, 0.25]
+    """A route that reuses everything after the first of twelve steps."""
+    times = [1 - step / STEPS for step in range(STEPS)]
     branches = [b.name for b in describe(pipe.transformer).branches]
     found = Artifact.new(pipe, {"timesteps": times, "steps": STEPS, "guidance": 1.0})
     found.header["route"] = {"timesteps": times, "branches": branches}
@@ -57,8 +58,8 @@ def latent(pipe: Any, seed: int, strength: float = 1.0, **options: Any) -> Tenso
     noise = torch.Generator().manual_seed(seed)
     return pipe(
         image=torch.rand(1, 3, 16, 16, generator=noise), height=16, width=16, strength=strength,
-        num_inference_steps=STEPS, prompt_embeds=text, pooled_prompt_embeds=pooled,
-        generator=noise, output_type="latent", **options,
+        prompt_embeds=text, pooled_prompt_embeds=pooled, generator=noise, output_type="latent",
+        **{"num_inference_steps": STEPS} | options,
     ).images  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def stop(pipe: Any, step: int, t: Any, given: Any) -> Any:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("strength", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize("strength", [0.95, 0.85, 0.75])
 def test_a_run_after_an_interrupted_one(
     pipe: Any, artifact: Artifact, strength: float, inference: bool
 ) -> None:
@@ -86,9 +87,9 @@ def test_a_run_after_an_interrupted_one(
 def test_runs_of_one_step(pipe: Any, artifact: Artifact, inference: bool) -> None:
     """Each computes all: no bit differs from the plain model's."""
     with torch.inference_mode(inference):
-        plain = [latent(pipe, seed, 0.25) for seed in (1, 2, 3)]
+        plain = [latent(pipe, seed, 1 / STEPS) for seed in (1, 2, 3)]
         with attach(pipe, artifact) as attached:
-            found = [latent(pipe, seed, 0.25) for seed in (1, 2, 3)]
+            found = [latent(pipe, seed, 1 / STEPS) for seed in (1, 2, 3)]
             assert all(counts == [3, 0] for counts in attached.counts().values())
     assert all(map(torch.equal, found, plain))
 
@@ -97,7 +98,23 @@ def test_a_whole_run_reuses_its_own_features(pipe: Any, artifact: Artifact) -> N
     with attach(pipe, artifact) as attached:
         latent(pipe, 1)
         latent(pipe, 2)
-        assert all(counts == [2, 6] for counts in attached.counts().values())
+        assert all(counts == [2, 22] for counts in attached.counts().values())
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [2, 8, 12, 15, 24, 40])
+def test_runs_of_other_steps(pipe: Any, artifact: Artifact, steps: int, strength: float) -> None:
+    """Each has a table for its own steps, whatever part of the noise it starts at."""
+    names = tuple(artifact.header["route"]["branches"])
+    made = LateInterval(3, 2)(artifact.header["route"]["timesteps"], names)
+    artifact.tensors["route/table"] = made.table
+    visited = steps - int(steps - steps * strength)
+    with attach(pipe, artifact) as attached:
+        latent(pipe, 1, strength, num_inference_steps=steps)
+        computed, reused = map(sum, zip(*attached.counts().values(), strict=True))
+    assert computed + reused == visited * len(names)
+    share = reused / (computed + reused)
+    assert share == 0 if visited < 9 else share == pytest.approx(made.reuse_ratio, abs=0.05)
 
 
 def test_another_scheduler_meanwhile(pipe: Any, artifact: Artifact) -> None:

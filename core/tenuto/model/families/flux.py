@@ -62,7 +62,7 @@ def describe(module: Any) -> Backbone:
 
 
 def key_map(module: Any) -> KeyMap:
-    """Where the parts of a `Flux` are: fused attention inputs; the halves of the last modulation are swapped."""
+    """Where the parts of a `Flux` are: fused attention inputs, one swapped modulation."""
     if hasattr(module, "double_stream_modulation_img"):  # the same class name, another network
         raise ModelError("Tenuto does not know the parts of FLUX.2 in this host yet.")
     prefixes: dict[str, Any] = dict(OUTER)

@@ -50,7 +50,7 @@ def describe(module: Any) -> Backbone:
 
 
 def key_map(module: Any) -> KeyMap:
-    """Where the parts of an `MMDiT` are: fused attention inputs, two modulations with swapped halves.
+    """Where the parts of an `MMDiT` are: fused attention inputs, two swapped modulations.
 
     A block whose context ends there (the last one) has a plain continuous norm in diffusers.
     """

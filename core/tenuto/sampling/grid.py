@@ -1,0 +1,31 @@
+"""The timesteps of a run, from those of its scheduler, in the unit that the denoiser gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SCALES = ((1.0, False), (1e-3, False), (1e-3, True))  # t, t / 1000, 1 - t / 1000
+NEAR = 5e-3  # of the span: half precision rounds timesteps
+
+
+def grid_from(times: Any, first: float) -> tuple[float, ...]:
+    """The timesteps of a run whose first call is at `first`; () where `times` do not fit it.
+
+    times: of the scheduler, in executed order; what is there twice (two evaluations a step) counts
+    once. A run that starts at less noise (image to image) has those from `first` on.
+    """
+    try:
+        raw = torch.as_tensor(times).detach().double().flatten().unique_consecutive().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return ()
+    best: tuple[float, tuple[float, ...]] = (NEAR, ())
+    for scale, flipped in SCALES:
+        found = [1 - t * scale if flipped else t * scale for t in raw]
+        start = min(range(len(found)), key=lambda i: abs(found[i] - first), default=0)
+        span = max(found, default=0.0) - min(found, default=0.0) or 1.0
+        gap = abs(found[start] - first) / span if found else 1.0
+        if gap < best[0]:
+            best = gap, tuple(found[start:])
+    return best[1]
