@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
+from ..model import own_parameters
 
 PROBES = 32  # weights looked at for a fingerprint
 
@@ -18,9 +19,10 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     """Marks of a denoiser's weights that survive a cast to half precision.
 
     names: how many floating parameters there are; values: the first, middle and last value of
-    `PROBES` evenly chosen ones, taken from canonical names in order.
+    `PROBES` evenly chosen ones, taken from canonical names in order. Adapters do not count.
     """
-    parameters = [(n, p) for n, p in sorted(denoiser.named_parameters()) if p.is_floating_point()]
+    found = sorted(own_parameters(denoiser), key=lambda pair: pair[0])
+    parameters = [(name, value) for name, value in found if value.is_floating_point()]
     if not parameters:
         raise ArtifactError("The model has no floating-point weights.")
     places = torch.linspace(0, len(parameters) - 1, min(PROBES, len(parameters))).long().tolist()

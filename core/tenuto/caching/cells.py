@@ -110,22 +110,27 @@ class CachedBranch:
 
 
 class RunTable:
-    """A schedule at the timesteps of the run in progress: those of the host where it says them."""
+    """A schedule at the timesteps of the run in progress.
+
+    Where a host does not say them, each step takes the nearest row of the schedule itself.
+    """
 
     def __init__(self, schedule: CacheSchedule, clock: Clock) -> None:
         self.schedule, self.clock = schedule, clock
         self._known: dict[tuple[float, ...], list[list[bool]]] = {}
+        self._rows = schedule.table[schedule.rows(clock.timesteps)].tolist()
 
     def computes(self, branch: int) -> bool:
         """Whether the branch of this number computes in the step at which the clock is."""
         clock = self.clock
-        times, step = (clock.grid, clock.place) if clock.grid else (clock.timesteps, clock.step)
-        rows = self._known.get(times)
+        if not clock.grid:
+            return self._rows[clock.step][branch]
+        rows = self._known.get(clock.grid)
         if rows is None:
             if len(self._known) > 8:
                 self._known.clear()
-            rows = self._known[times] = self.schedule.at(times).table.tolist()
-        return rows[step][branch]
+            rows = self._known[clock.grid] = self.schedule.at(clock.grid).table.tolist()
+        return rows[clock.place][branch]
 
 
 class ScheduledBranch(CachedBranch):

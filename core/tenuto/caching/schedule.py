@@ -52,14 +52,18 @@ class CacheSchedule:
         times = tuple(float(t) for t in timesteps)
         if times == self.timesteps:
             return self
-        own = torch.tensor(self.timesteps, dtype=torch.float64)
-        gaps = (torch.tensor(times, dtype=torch.float64)[:, None] - own).abs()
-        if gaps.argmin(1).tolist() == list(range(len(own))):
+        if self.rows(times) == list(range(len(self.timesteps))):
             return CacheSchedule(self.table, times, self.branches)
         if len(times) < SHORTEST or bool(self.table.all()):
             return CacheSchedule.full(times, self.branches)
         table = resampled(self.table, places_of(times, self.timesteps))
         return CacheSchedule(table, times, self.branches)
+
+    def rows(self, timesteps: Sequence[float]) -> list[int]:
+        """The nearest row for each of these timesteps."""
+        own = torch.tensor(self.timesteps, dtype=torch.float64)
+        gaps = (torch.tensor(timesteps, dtype=torch.float64)[:, None] - own).abs()
+        return gaps.argmin(1).tolist()
 
     def in_steps(self, steps: int) -> CacheSchedule:
         """For a run whose timesteps are not known: its steps lie evenly among the schedule's."""

@@ -1,5 +1,6 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
+from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import Backbone, Branch, layers
 from .families import describe, key_map_of
 from .key_map import KeyMap, swapped
@@ -20,17 +21,21 @@ __all__ = [
     "Replacement",
     "Signature",
     "Swap",
+    "adapted",
     "denoiser_of",
     "describe",
     "device_and_dtype",
     "encoders_of",
     "frozen",
+    "holder_of",
     "key_map_of",
     "layers",
     "map_leaves",
     "map_tensors",
     "multiply_adds",
     "override_",
+    "own_modules",
+    "own_parameters",
     "swapped",
     "tensors_in",
     "watched",

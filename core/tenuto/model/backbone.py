@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .adapters import own_modules
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -52,6 +54,6 @@ class Backbone:
 
 def layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """(name, module) of every Linear and Conv2d, in definition order."""
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear | nn.Conv2d):
+    for name, child in own_modules(module):
+        if isinstance(child, nn.Linear | nn.Conv2d) and not hasattr(child, "qdata"):
             yield name, child

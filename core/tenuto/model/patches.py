@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .adapters import holder_of
 
 Self = TypeVar("Self", bound="Attached")  # typing has one from 3.11 on
 
@@ -74,19 +75,23 @@ def override_(module: nn.Module, call: Callable[..., Any]) -> Override:
 
 
 class Swap:
-    """A child module replaced in its parent; the old one follows a move or a cast meanwhile."""
+    """A module replaced where it is; the old one follows a move or a cast meanwhile.
+
+    Beneath adapters: one that is put round the new module, or taken off it, changes nothing.
+    """
 
     def __init__(self, root: nn.Module, name: str, new: nn.Module) -> None:
-        parent, _, self.key = name.rpartition(".")
-        self.parent = root.get_submodule(parent)
-        self.old: nn.Module | None = getattr(self.parent, self.key)
+        self.root, self.name = root, name
+        holder, key = holder_of(root, name)
+        self.old: nn.Module | None = getattr(holder, key)
         self.new, self.place = new, _place_of(new)
         new.__dict__["_swap"] = weakref.ref(self)
-        setattr(self.parent, self.key, new)
+        setattr(holder, key, new)
 
     def remove(self) -> None:
         """Put the old module back."""
-        setattr(self.parent, self.key, self.original())
+        holder, key = holder_of(self.root, self.name)
+        setattr(holder, key, self.original())
 
     def original(self) -> nn.Module:
         """The old module, moved and cast as the new one was; ModelError if it was released."""

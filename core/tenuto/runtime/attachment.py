@@ -22,11 +22,13 @@ from ..model import (
     KeyMap,
     Override,
     Swap,
+    adapted,
     denoiser_of,
     describe,
     encoders_of,
     key_map_of,
     layers,
+    own_modules,
 )
 from ..numerics import Scheme
 from ..sampling import Clock, Follow
@@ -139,8 +141,12 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
     """`attach`, by what is to be put in."""
     denoiser, made = denoiser_of(model), patches.artifact
     plan = replacements_for(denoiser, patches, chooser=chooser)
-    modules = dict(denoiser.named_modules())
-    new: dict[str, nn.Module] = {name: plan.table(name, modules[name]) for name in plan.tables}
+    modules = dict(own_modules(denoiser))
+    new: dict[str, nn.Module] = {
+        name: plan.table(name, modules[name])
+        for name in plan.tables
+        if not adapted(modules[name])  # a table knows nothing of a LoRA
+    }
     new |= {name: plan.layer(name, modules[name]) for name in plan.schemes}
     encoders = {
         name: (encoder, encoder_layers(encoder, made, name))
@@ -159,7 +165,7 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         if plan.policy is not None:
-            schedule = plan.policy(times, _branches(denoiser, plan.policy))
+            schedule = _schedule(denoiser, plan.policy, times)
             attached.patches += apply_schedule_(denoiser, schedule, plan.clock)
     except BaseException:
         attached.detach()
@@ -172,11 +178,11 @@ def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     return attach(copy.deepcopy(denoiser_of(model)), artifact, **options)
 
 
-def _branches(denoiser: nn.Module, policy: Policy) -> tuple[str, ...]:
-    """What a policy is asked about: a schedule knows its own, others all."""
+def _schedule(denoiser: nn.Module, policy: Policy, times: tuple[float, ...]) -> CacheSchedule:
+    """What a policy makes for the calibrated steps; each run has its own table of it."""
     if isinstance(policy, CacheSchedule):
-        return policy.branches
-    return tuple(branch.name for branch in describe(denoiser).branches)
+        return policy
+    return policy(times, tuple(branch.name for branch in describe(denoiser).branches))
 
 
 def _total(denoiser: nn.Module, tables: Iterable[str]) -> int:

@@ -1,271 +1,24 @@
 """`QLinear`, `QConv2d`: layers that compute with a quantized weight.
 
-A layer executes in 8 bits where a kernel of `kernels/` takes its case, else it simulates: the same
-codes, in float. "auto" and "float" may use the dequantized weight; weight-only layers always do.
+They are torch's own classes too, so that PEFT puts LoRAs round them.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Replacement
-from ..numerics import QTensor, Scheme
-from ..sampling import Clock
-from . import execution
-from .execution import DENSE, Chooser
-from .kernels import Case, Kernel, candidates, packed_bf16, quantize_input
+from .quantized_layer import QLayer
+
+GEOMETRY = (  # of a Conv2d: what others read
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode", "transposed", "output_padding", "_reversed_padding_repeated_twice",
+)  # fmt: skip
 
 
-class QLayer(Replacement):
-    """What `QLinear` and `QConv2d` share: a quantized weight, a bias, activation ranges.
-
-    ranges: (scale, zero_point) fp32 (T,), one row per calibrated step, or None. wanted: "int8",
-    "float", or "auto": then `chooser` decides, at the first call for about so many rows.
-    """
-
-    def __init__(
-        self,
-        layer: Any,
-        qweight: QTensor,
-        scheme: Scheme,
-        clock: Clock,
-        ranges: tuple[Tensor, Tensor] | None = None,
-        simulate: bool = False,
-        memo: quantize_input.Memo | None = None,
-        wanted: str = "int8",
-        chooser: Chooser | None = None,
-    ) -> None:
-        super().__init__()
-        self.qdata: Tensor
-        self.weight_scale: Tensor
-        self.zero_point: Tensor | None
-        self.step: Tensor | None
-        self.channel: Tensor | None
-        self.input_scale: Tensor | None
-        self.input_zero: Tensor | None
-        weight = layer.weight
-        self.scheme, self.clock, self.simulate = scheme, clock, simulate
-        self.memo = memo or quantize_input.Memo()
-        self.wanted, self.chooser = wanted, chooser or execution.process
-        self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
-        self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
-        self.bias, q = layer.bias, qweight.to(weight.device)
-        scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
-        buffers = {
-            "qdata": q.qdata, "weight_scale": q.scale, "zero_point": q.zero_point, "step": q.step,
-            "channel": q.channel, "input_scale": scale, "input_zero": zero,
-        }  # fmt: skip
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self._packed: dict[str, Any] = {}  # by kernel
-        self._dense_packed: Any = None
-        self._float: Tensor | None = None
-        self._able: dict[torch.dtype, tuple[Kernel, ...]] = {}
-        self.geometry = self._geometry(layer)
-        self.train(layer.training)
-        self._candidates(self.dtype)  # found before a graph is made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QLayer:
-        self._unpack()
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        for key, value in self.__dict__.items():
-            clone.__dict__[key] = copy.deepcopy(value, memo)
-        return clone
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
-        self._unpack()  # another device or dtype: pack and choose again
-        self.choices, self._able = {}, {}
-        kept = self.weight_scale, self.input_scale, self.input_zero, self.channel
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
-        device = self.qdata.device
-        weight_scale, self.input_scale, self.input_zero, self.channel = (
-            None if s is None else s.to(device) for s in kept
-        )  # a cast of the model must not round the ranges
-        assert weight_scale is not None
-        self.weight_scale = weight_scale
-        self._candidates(self.dtype)
-        return self
-
-    def _unpack(self) -> None:
-        """Codes back into `qdata` as they were stored, caches gone."""
-        self.qdata = self._stored().qdata
-        self._packed, self._float, self._dense_packed = {}, None, None
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()  # a cache is no state
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def qtensor(self) -> QTensor:
-        """The weight; once packed, the packed codes are the only copy."""
-        if not self._packed or self.scheme.weight.dtype != "int":
-            return self._stored()
-        codes = next(iter(self._packed.values())).codes()
-        return QTensor(codes, self.weight_scale, None, self.shape, 8)
-
-    def _stored(self) -> QTensor:
-        """The weight in the form that a file has it."""
-        form, parts = self.scheme.weight, (self.qdata, self.weight_scale, self.zero_point)
-        facts = self.shape, self.bits, self.step, form.group, self.channel, form.dtype
-        kept = QTensor(*parts, *facts)
-        if not self._packed:
-            return kept
-        return replace(kept, qdata=kept.qdata_of(next(iter(self._packed.values())).codes()))
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, made on use: what loaders and dtype checks of hosts look at."""
-        return self.qtensor().dequantize(self.dtype)
-
-    @property
-    def execution(self) -> str:
-        """How this layer computes on its device: int8, simulated, dequantized or weight-only.
-
-        Another kernel has another word. "auto" is not decided yet; "int8 or dequantized" depends on
-        the number of rows.
-        """
-        if self.scheme.activation is None:
-            return "weight-only"
-        if self.simulate:
-            return "simulated"
-        able = self._candidates(self.dtype)
-        if self.wanted == "int8":
-            return able[0].word if able else "simulated"
-        if self.wanted == "float" or not able:
-            return DENSE
-        words = {execution.word(kernel) for kernel in self.choices.values()}
-        return " or ".join(sorted(words, reverse=True)) or "auto"
-
-    def packed_tensors(self) -> list[Tensor]:
-        """What the caches keep resident beside parameters and buffers."""
-        wide = self._dense_packed and self._dense_packed.weight
-        found = [t for packed in self._packed.values() for t in packed.tensors()]
-        return [*found, *(t for t in (self._float, wide) if t is not None)]
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
-        if self.scheme.activation is None:
-            return self._dense(x, self.weight.to(x.dtype), self._bias(x.dtype))
-        if self.simulate:
-            return self._simulated(x)
-        kernel = self._kernel(x)
-        if kernel is not None:
-            return self._executed(kernel, x)
-        return self._simulated(x) if self.wanted == "int8" else self._dequantized(x)
-
-    def _candidates(self, dtype: torch.dtype) -> tuple[Kernel, ...]:
-        """The kernels that take this layer where it is, the one to be preferred first."""
-        found = self._able.get(dtype)
-        if found is None:
-            forms, device = (self.scheme.weight, self.scheme.activation), self.qdata.device
-            case = Case(self.operation, *forms, device, dtype, self.shape, self.geometry)
-            self._able[dtype] = found = candidates(case)
-        return found
-
-    def _kernel(self, x: Tensor) -> Kernel | None:
-        """What computes `x`; None: no kernel, or float.
-
-        Under "auto" what was decided for about so many rows of this dtype, or is now.
-        """
-        able = () if self.wanted == "float" else self._candidates(x.dtype)
-        if not able or self.wanted == "int8":
-            return able[0] if able else None
-        key = (x.numel() // self.shape[1]).bit_length(), x.dtype
-        if key not in self.choices and execution.may_measure(x):
-            kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
-            runs = {k: functools.partial(self._anew, x, k) for k in (*able, None)}
-            self.choices[key] = execution.decided(self.chooser, kind, runs)
-            self._forget()
-        return self.choices.get(key, able[0])
-
-    def _anew(self, x: Tensor, kernel: Kernel | None) -> Tensor:
-        """`x` as a tensor that the memo does not know, by a kernel or in float."""
-        x = x.detach()
-        return self._dequantized(x) if kernel is None else self._executed(kernel, x)
-
-    def _kind(self) -> tuple[Any, ...]:
-        """Equal for layers that cost the same."""
-        grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors
-        return type(self).__name__, self.shape, self.bits, grouped, self.input_scale is None
-
-    def _forget(self) -> None:
-        """Drop the caches that no choice so far has a use for."""
-        made = set(self.choices.values())
-        used = {k.name: self._packed[k.name] for k in made if k and k.name in self._packed}
-        if not used:
-            self.qdata = self._stored().qdata
-        self._packed = used
-        if None not in made:
-            self._float = self._dense_packed = None
-
-    def _dequantized(self, x: Tensor) -> Tensor:
-        bias = self._bias(x.dtype)
-        if self.small or not packed_bf16.supported(x):
-            return self._dense(x, self._weight_in(x.dtype), bias)
-        if self._dense_packed is None:
-            self._float = None
-            weight = self.qtensor().dequantize(x.dtype)
-            self._dense_packed = packed_bf16.pack(weight, x, self.geometry)
-        return self._dense_packed(x, bias)
-
-    def _simulated(self, x: Tensor) -> Tensor:
-        codes, scale, zero = self._quantize(x)
-        near = (codes.float() - zero) * scale
-        weight, bias = self._weight_in(torch.float32), self._bias(torch.float32)
-        return self._dense(near, weight, bias).to(x.dtype)
-
-    def _executed(self, kernel: Kernel, x: Tensor) -> Tensor:
-        codes, scale, zero = self._quantize(x)
-        if kernel.name not in self._packed:
-            self._packed[kernel.name] = kernel.pack(self._stored(), self.geometry)
-            self.qdata = self.qdata.new_empty(0)
-        packed, bias = self._packed[kernel.name], self._bias(torch.float32)
-        with torch.no_grad():
-            return kernel.call(codes, scale, zero, packed, bias, x.dtype)
-
-    def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight, kept."""
-        if self._float is None or self._float.dtype is not dtype:
-            self._float = self.qtensor().dequantize(dtype)
-        return self._float
-
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
-
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-        assert self.scheme.activation is not None
-        dtype = self.scheme.activation.dtype
-        if self.input_scale is None or self.input_zero is None:
-            return *self.memo.per_row(x, self._dims, dtype), quantize_input.ZERO[dtype]
-        index = self.clock.index.to(self.input_scale.device)
-        index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
-        scale, zero = (t.index_select(0, index) for t in (self.input_scale, self.input_zero))
-        return quantize_input.stored(x, scale, zero, dtype)
-
-    operation: str
-    _dims: tuple[int, ...] = (-1,)
-    small = False  # gains nothing from a packed weight in float
-
-    def _geometry(self, layer: Any) -> Any:
-        """Of a convolution: stride, padding, dilation, groups."""
-
-    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-
-class QLinear(QLayer):
+class QLinear(QLayer, nn.Linear):  # pyright: ignore
     """A Linear with a quantized weight (N, K)."""
 
     operation = "linear"
@@ -278,7 +31,7 @@ class QLinear(QLayer):
         return F.linear(x, weight, bias)
 
 
-class QConv2d(QLayer):
+class QConv2d(QLayer, nn.Conv2d):  # pyright: ignore
     """A Conv2d with a quantized weight (O, I / groups, kh, kw)."""
 
     operation = "conv2d"
@@ -287,6 +40,8 @@ class QConv2d(QLayer):
     def __init__(self, layer: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
         super().__init__(layer, *args, **kwargs)
         self.small = self.shape[2] * self.shape[3] == 1
+        for name in GEOMETRY:
+            setattr(self, name, getattr(layer, name))
 
     def _geometry(self, layer: nn.Conv2d) -> Any:
         assert not isinstance(layer.padding, str)  # such layers stay float

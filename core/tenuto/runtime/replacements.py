@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..artifact import Artifact, localized, schedule_of, tabled
 from ..caching import CacheSchedule
 from ..errors import ArtifactError, ModelError, SchemeError
-from ..model import describe, key_map_of
+from ..model import describe, key_map_of, own_modules
 from ..model import layers as layers_of
 from ..numerics import QTensor, Scheme
 from ..sampling import Clock
@@ -157,7 +157,7 @@ def _of_artifact(
     denoiser: nn.Module, made: Artifact, layers: Mapping[str, Any], patches: Patches
 ) -> Replacements:
     """Of an artifact in the names of `denoiser`."""
-    modules = dict(denoiser.named_modules())
+    modules = dict(own_modules(denoiser))
     schedule = schedule_of(made) if patches.route else None
     stray = next((n for n in (schedule.branches if schedule else ()) if n not in modules), None)
     if stray is not None:
