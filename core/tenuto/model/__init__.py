@@ -1,6 +1,6 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
-from .backbone import Backbone, Branch, layers
+from .backbone import Backbone, Branch, computes_as_torch, layers
 from .families import describe, key_map_of
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
@@ -20,6 +20,7 @@ __all__ = [
     "Replacement",
     "Signature",
     "Swap",
+    "computes_as_torch",
     "denoiser_of",
     "describe",
     "device_and_dtype",
