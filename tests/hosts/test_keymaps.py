@@ -24,7 +24,9 @@ from tenuto.sampling.trajectory import Trajectory
 attach = partial(tenuto.attach, execution="int8")  # the artifact's own arithmetic
 TIMES = (999.0, 750.0, 500.0, 250.0)
 EDGE = 2e-2  # a code on an edge may fall the other way, and tiny models feel each one
-HOSTS = [*(f"comfy {f}" for f in ("unet", "pixart", "sd3", "flux")), "ldm unet"]
+OLDER = ("unet", "pixart", "sd3", "flux")
+NEWER = ("flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "z_image")
+HOSTS = [*(f"comfy {f}" for f in (*OLDER, *NEWER)), "ldm unet"]
 
 
 def gap(one: Tensor, other: Tensor) -> float:
@@ -54,11 +56,14 @@ def test_flux_under_either_name_of_its_norms(in_comfy: Any) -> None:
     assert "transformer_blocks.0.attn.norm_q.weight" in maps[0].places
 
 
-def test_flux_2_is_told_apart(in_comfy: Any) -> None:
-    """It has the same class name in ComfyUI and other parts."""
+def test_classes_of_one_name_are_told_apart(in_comfy: Any) -> None:
+    """FLUX.1 and 2, Lumina and Z-Image, both versions of HunyuanVideo; what is none is refused."""
+    for family in ("flux", "flux2", "lumina2", "hunyuan_video", "hunyuan_video15"):
+        found = describe(in_comfy(family).model.diffusion_model)
+        assert found.family == family.removesuffix("15")
     denoiser = in_comfy("flux").model.diffusion_model
     denoiser.double_stream_modulation_img = nn.Linear(2, 2)
-    with pytest.raises(ModelError, match=r"FLUX\.2"):
+    with pytest.raises(ModelError, match="no canonical name"):
         families.key_map_of(denoiser)
 
 

@@ -1,21 +1,43 @@
-"""HunyuanVideo, FramePack and HunyuanVideo 1.5 (diffusers)."""
+"""HunyuanVideo, FramePack and HunyuanVideo 1.5 (diffusers; ComfyUI by key map)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..backbone import Backbone, has, members, present, sharing, whole
+from ..key_map import KeyMap, keymap
+from ..streams import QKV, streams
 
 CLASSES = (
     "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
     "HunyuanVideo15Transformer3DModel",
 )  # fmt: skip
+HOSTS = ("HunyuanVideo",)
 SHARED = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 )
 REFINED = "context_embedder.time_text_embed.timestep_embedder"
 MIXED, PURE = "time_text_embed", "time_embed"  # of the first version, of 1.5
+
+REFINER = (
+    "txt_in.individual_token_refiner.blocks",
+    "context_embedder.token_refiner.refiner_blocks",
+)
+TEXT = "context_embedder.time_text_embed"
+OUTER = {
+    "img_in": "x_embedder", "txt_in.input_embedder": "context_embedder.proj_in",
+    "byt5_in.layernorm": "context_embedder_2.norm", "byt5_in.fc1": "context_embedder_2.linear_1",
+    "byt5_in.fc2": "context_embedder_2.linear_2", "byt5_in.fc3": "context_embedder_2.linear_3",
+    "vision_in.proj.0": "image_embedder.norm_in", "vision_in.proj.1": "image_embedder.linear_1",
+    "vision_in.proj.3": "image_embedder.linear_2", "vision_in.proj.4": "image_embedder.norm_out",
+    "cond_type_embedding": "cond_type_embed", "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}  # fmt: skip
+REFINED_BLOCK = {
+    "norm1": "norm1", "norm2": "norm2", "self_attn.proj": "attn.to_out.0",
+    "mlp.0": "ff.net.0.proj", "mlp.2": "ff.net.2", "adaLN_modulation.1": "norm_out.linear",
+}  # fmt: skip
 
 
 def describe(module: Any) -> Backbone:
@@ -48,3 +70,34 @@ def _temporal(module: Any, blocks: tuple[str, ...]) -> tuple[str, ...]:
         return (REFINED,) if twice == "token_replace" else (own, REFINED)
     norms = (f"{b}.{name}.linear" for b in blocks for name in ("norm1", "norm1_context"))
     return (PURE, REFINED, *present(module, norms), "norm_out.linear")
+
+
+def key_map(module: Any) -> KeyMap | None:
+    """Where the parts of a `HunyuanVideo` are: blocks as FLUX.1's, a refiner with fused inputs.
+
+    None where it is of neither version: HunyuanImage has this class too.
+    """
+    first = has(module, "vector_in")
+    if not first and not has(module, "cond_type_embedding"):
+        return None
+    embed = MIXED if first else PURE
+    prefixes, modules = streams(module)
+    modules |= {f"{embed}.timestep_embedder": ("time_in",), REFINED: ("txt_in.t_embedder",)}
+    if not first:
+        modules[PURE] = ("time_in",)
+    embedders = {
+        "time_in": f"{embed}.timestep_embedder", "vector_in": f"{embed}.text_embedder",
+        "guidance_in": f"{embed}.guidance_embedder", "time_r_in": f"{embed}.timestep_embedder_r",
+        "txt_in.t_embedder": REFINED, "txt_in.c_embedder": f"{TEXT}.text_embedder",
+    }  # fmt: skip
+    prefixes |= {f"{host}.in_layer": f"{own}.linear_1" for host, own in embedders.items()}
+    prefixes |= {f"{host}.out_layer": f"{own}.linear_2" for host, own in embedders.items()}
+    for i, block in enumerate(module.get_submodule(REFINER[0])):
+        host, own = (f"{where}.{i}" for where in REFINER)
+        prefixes |= {f"{host}.{theirs}": f"{own}.{name}" for theirs, name in REFINED_BLOCK.items()}
+        width = block.self_attn.proj.out_features
+        qkv = tuple((f"{own}.attn.{name}", width) for name in QKV)
+        prefixes[f"{host}.self_attn.qkv"] = qkv
+    kind = "HunyuanVideoTransformer3DModel" if first else "HunyuanVideo15Transformer3DModel"
+    swapped = ("final_layer.adaLN_modulation.1",)
+    return keymap(module, kind, OUTER | prefixes, modules, swapped)
