@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tenuto import describe
 from tenuto.caching.cells import apply_schedule_
 from tenuto.caching.schedule import CacheSchedule
-from tenuto.model import families, tensors_in, watched
+from tenuto.model import Swap, families, tensors_in, watched
 from tenuto.model.backbone import Backbone, layers
+from tenuto.runtime import TemporalTable
 from tenuto.sampling import Clock
 
 KINDS = {"attention", "cross-attention", "feed-forward", "resnet", "block"}
@@ -174,9 +175,32 @@ def test_time_only_modules_of_a_family(known: Any) -> None:
 
     assert [n for n in temporal if not pure(n)] == []
     inside = tuple(f"{n}." for n in temporal)
-    missed = [n for n in every if not f"{n}.".startswith(inside) and pure(n)]
+    weights = [n for n, _ in known.model.named_parameters() if not n.startswith(inside)]
+    missed = [n for n in every if pure(n) and any(w.startswith(f"{n}.") for w in weights)]
     # FLUX.3's have a row a token: their number differs from image to image
     assert [n for n in missed if first[n][0][0].ndim == 2] == []
+
+
+def test_tables_stand_in_for_time_only_modules(known: Any) -> None:
+    """Some models ask such a module for its weights' dtype before they call it."""
+    temporal = describe(known.model).temporal
+    if not temporal:
+        pytest.skip("nothing depends on the timestep alone")
+    plain, seen = tensors(known()), outputs(known, temporal, 0, 0.7)
+    clock, swaps = Clock(TIMES), []
+    clock.tick(0.7, range(2))
+    try:
+        for name in temporal:
+            rows = [t[:1].repeat(len(TIMES), *(1,) * (t.ndim - 1)) for t in seen[name][0]]
+            module = known.model.get_submodule(name)
+            table = TemporalTable(module, rows, len(rows) == 1, clock)
+            swaps.append(Swap(known.model, name, table))
+        found = tensors(known())
+    finally:
+        for swap in reversed(swaps):
+            swap.remove()
+    assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, plain, strict=True))
+    assert equal(tensors(known()), plain)
 
 
 # --- subsets --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ MODULATIONS = (
     "double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation",
 )  # fmt: skip
 
+INNER = tuple(f"{name}.linear" for name in MODULATIONS)
 OUTER = {
     "img_in": "x_embedder", "txt_in": "context_embedder",
     "time_in.in_layer": f"{EMBED}.timestep_embedder.linear_1",
@@ -39,7 +40,7 @@ def describe(module: Any) -> Backbone:
     double = members(module, "transformer_blocks")
     blocks = (*double, *members(module, "single_transformer_blocks"))
     guided = has(module, f"{EMBED}.guidance_embedder")
-    pure = (f"{EMBED}.timestep_embedder",) if guided else (EMBED, *MODULATIONS, "norm_out.linear")
+    pure = (f"{EMBED}.timestep_embedder",) if guided else (EMBED, *INNER, "norm_out.linear")
     return Backbone(
         family="flux2",
         blocks=blocks,
@@ -59,8 +60,8 @@ def key_map(module: Any) -> KeyMap | None:
         return None
     prefixes: dict[str, Any] = dict(OUTER)
     guided = has(module, "guidance_in.in_layer")
-    modules: dict[str, tuple[str, ...]] = {name: (name,) for name in MODULATIONS}
-    modules[f"{EMBED}.timestep_embedder" if guided else EMBED] = ("time_in",)
+    time = f"{EMBED}.timestep_embedder" if guided else EMBED
+    modules: dict[str, tuple[str, ...]] = {time: ("time_in",)}
     for i, block in enumerate(module.double_blocks):
         host, name = f"double_blocks.{i}", f"transformer_blocks.{i}"
         modules[name] = (host,)

@@ -82,9 +82,9 @@ def key_map(module: Any) -> KeyMap | None:
         return None
     embed = MIXED if first else PURE
     prefixes, modules = streams(module)
-    modules |= {f"{embed}.timestep_embedder": ("time_in",), REFINED: ("txt_in.t_embedder",)}
-    if not first:
-        modules[PURE] = ("time_in",)
+    alone = not first and not has(module, "time_r_in")
+    time = PURE if alone else f"{embed}.timestep_embedder"
+    modules |= {time: ("time_in",), REFINED: ("txt_in.t_embedder",)}
     embedders = {
         "time_in": f"{embed}.timestep_embedder", "vector_in": f"{embed}.text_embedder",
         "guidance_in": f"{embed}.guidance_embedder", "time_r_in": f"{embed}.timestep_embedder_r",
