@@ -134,7 +134,7 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
             modules[hosts[0]] = about
             continue
         rows = [values[f"{name}.{number}"] for number in range(len(about["outputs"]))]
-        if _turned(keys, name):
+        if _is_swapped(keys, name):
             rows = [swapped(t.mT).mT.contiguous() for t in rows]
         if len(hosts) == 1:
             groups = [(hosts[0], rows, about["outputs"], about["single"])]
@@ -147,7 +147,7 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
     return facts | {"modules": modules}
 
 
-def _turned(keys: KeyMap, name: str) -> bool:
+def _is_swapped(keys: KeyMap, name: str) -> bool:
     """Whether a module is a layer whose outputs have changed places in the host."""
     place = keys.places.get(f"{name}.weight")
     return place is not None and place.swapped
@@ -215,8 +215,9 @@ class _Split:
             if host not in {h for hosts in self.keys.modules.values() for h in hosts}:
                 modules[name] = about
                 for n in range(len(about.get("outputs", ()))):
-                    rows, turned = values[f"{host}.{n}"], _turned(self.keys, name)
-                    rows = swapped(rows.mT).mT.contiguous() if turned else rows
+                    rows = values[f"{host}.{n}"]
+                    if _is_swapped(self.keys, name):
+                        rows = swapped(rows.mT).mT.contiguous()
                     self.tensors[f"temporal/{name}.{n}"] = rows
         self.header["temporal"] = facts | {"modules": modules}
 
