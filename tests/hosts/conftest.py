@@ -22,7 +22,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("TENUTO_COMFYUI")
 FAMILIES = ("unet", "pixart", "sd3", "flux")
-NEWER = ("flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "z_image")
+NEWER = (
+    "flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image",
+    "z_image",
+)  # fmt: skip
 SIZE = {"unet": 8, "pixart": 36, "sd3": 8, "flux": 8}  # of the latent
 CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
 WIDTH = 24  # of the prompt's embedding
@@ -122,6 +125,11 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_video15": ("HunyuanVideo15Transformer3DModel", HUNYUAN | {
         "num_layers": 2, "text_embed_2_dim": 1472, "image_embed_dim": 12, "patch_size": 1,
     }),
+    "hunyuan_image": ("HunyuanImageTransformer2DModel", HEADS | {
+        "in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
+        "num_refiner_layers": 2, "patch_size": (1, 1), "text_embed_dim": WIDTH,
+        "text_embed_2_dim": 1472, "rope_axes_dim": (8, 8),
+    }),
     "z_image": ("ZImageTransformer2DModel", {  # an inner width of 1024 is fixed
         "in_channels": 16, "dim": 1024, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 32,
         "n_kv_heads": 32, "cap_feat_dim": WIDTH, "axes_dims": [8, 12, 12],
@@ -192,6 +200,10 @@ COMFY: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_video15": ("HunyuanVideo", VIDEO | {
         "vec_in_dim": None, "depth": 2, "depth_single_blocks": 0, "patch_size": [1, 1, 1],
         "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 12,
+    }),
+    "hunyuan_image": ("HunyuanImage21", VIDEO | {
+        "vec_in_dim": None, "depth": 1, "depth_single_blocks": 2, "patch_size": [1, 1],
+        "axes_dim": [8, 8], "byt5": True, "use_cond_type_embedding": False, "vision_in_dim": None,
     }),
     "z_image": ("ZImage", NEXT | {
         "dim": 1024, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 32, "n_kv_heads": 32,
@@ -328,13 +340,15 @@ def in_comfyui(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Ten
         return denoiser(x, t / 1000, text)
     if family == "chroma":
         return denoiser(x, t / 1000, text, guidance=torch.zeros(len(x)))
+    if family == "hunyuan_image":
+        return denoiser(x, t, text, txt_byt5=glyphs(len(x)))
     more = {"y": text[:, 0]} if family == "hunyuan_video" else {}
     return denoiser(x[:, :, None], t, text, **more)[:, :, 0]
 
 
 def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """The same call of the diffusers class."""
-    count, length, size = len(x), text.shape[1], x.shape[-1]
+    count, length = len(x), text.shape[1]
     mask = torch.ones(count, length)
     if family == "z_image":
         rows = [image[:, None] for image in x]
@@ -355,8 +369,19 @@ def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tenso
             "encoder_attention_mask_2": torch.zeros(count, 3),
             "image_embeds": torch.zeros(count, 2, 12),
         }  # fmt: skip
-    assert size == x.shape[-2]
+    if family == "hunyuan_image":
+        given |= {
+            "encoder_attention_mask": mask, "encoder_hidden_states_2": glyphs(count),
+            "encoder_attention_mask_2": torch.ones(count, 3),
+        }  # fmt: skip
+        return denoiser(x, **given).sample
     return denoiser(x[:, :, None], **given).sample[:, :, 0]
+
+
+def glyphs(count: int) -> Tensor:
+    """The second text: the same for every row."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(1, 3, 1472, generator=draw).expand(count, -1, -1)
 
 
 def tokens_of(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

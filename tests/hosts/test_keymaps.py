@@ -25,7 +25,10 @@ attach = partial(tenuto.attach, execution="int8")  # the artifact's own arithmet
 TIMES = (999.0, 750.0, 500.0, 250.0)
 EDGE = 2e-2  # a code on an edge may fall the other way, and tiny models feel each one
 OLDER = ("unet", "pixart", "sd3", "flux")
-NEWER = ("flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "z_image")
+NEWER = (
+    "flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image",
+    "z_image",
+)  # fmt: skip
 MAPPED = [*(f"comfy {f}" for f in (*OLDER, *NEWER)), "ldm unet"]
 RISING = ("lumina2", "z_image")  # in diffusers time goes up, in ComfyUI down: their steps differ
 HOSTS = [name for name in MAPPED if not name.endswith(RISING)]
@@ -76,8 +79,8 @@ def test_flux_under_either_name_of_its_norms(in_comfy: Any) -> None:
 
 
 def test_classes_of_one_name_are_told_apart(in_comfy: Any) -> None:
-    """FLUX.1 and 2, Lumina and Z-Image, both versions of HunyuanVideo; what is none is refused."""
-    for family in ("flux", "flux2", "lumina2", "hunyuan_video", "hunyuan_video15"):
+    """FLUX.1 and 2, Lumina and Z-Image, three models of Hunyuan; what is none is refused."""
+    for family in ("flux", "flux2", "lumina2", "hunyuan_video", "hunyuan_video15", "hunyuan_image"):
         found = describe(in_comfy(family).model.diffusion_model)
         assert found.family == family.removesuffix("15")
     denoiser = in_comfy("flux").model.diffusion_model

@@ -1,12 +1,15 @@
-"""HunyuanImage 2.1, its refiner and its distilled form (diffusers)."""
+"""HunyuanImage 2.1, its refiner and its distilled form (diffusers; ComfyUI by key map)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..backbone import Backbone, has, members, present, sharing, whole
+from ..key_map import KeyMap
+from .hunyuan_video import mapped
 
 CLASSES = ("HunyuanImageTransformer2DModel",)
+HOSTS = ("HunyuanVideo",)
 SHARED = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -38,3 +41,10 @@ def describe(module: Any) -> Backbone:
             "*.norm.*", "norm_out.*", "proj_out",
         ),
     )  # fmt: skip
+
+
+def key_map(module: Any) -> KeyMap | None:
+    """Where the parts of a `HunyuanVideo` without a pooled prompt and kinds of text are."""
+    if has(module, "vector_in") or has(module, "cond_type_embedding"):
+        return None
+    return mapped(module, EMBED, "HunyuanImageTransformer2DModel")

@@ -73,23 +73,29 @@ def _temporal(module: Any, blocks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def key_map(module: Any) -> KeyMap | None:
-    """Where the parts of a `HunyuanVideo` are: blocks as FLUX.1's, a refiner with fused inputs.
+    """Where the parts of a `HunyuanVideo` are; None where it is of neither version."""
+    if has(module, "vector_in"):
+        return mapped(module, MIXED, "HunyuanVideoTransformer3DModel")
+    if has(module, "cond_type_embedding"):
+        return mapped(module, PURE, "HunyuanVideo15Transformer3DModel")
+    return None
 
-    None where it is of neither version: HunyuanImage has this class too.
+
+def mapped(module: Any, embed: str, kind: str) -> KeyMap:
+    """The key map of a `HunyuanVideo`, a class that HunyuanImage has too.
+
+    Blocks as FLUX.1's, a refiner with fused inputs. embed: what embeds the timestep in diffusers,
+    alone or with guidance, a pooled prompt or the next timestep. kind: diffusers' class.
     """
-    first = has(module, "vector_in")
-    if not first and not has(module, "cond_type_embedding"):
-        return None
-    embed = MIXED if first else PURE
     prefixes, modules = streams(module)
-    alone = not first and not has(module, "time_r_in")
-    time = PURE if alone else f"{embed}.timestep_embedder"
-    modules |= {time: ("time_in",), REFINED: ("txt_in.t_embedder",)}
     embedders = {
         "time_in": f"{embed}.timestep_embedder", "vector_in": f"{embed}.text_embedder",
         "guidance_in": f"{embed}.guidance_embedder", "time_r_in": f"{embed}.timestep_embedder_r",
         "txt_in.t_embedder": REFINED, "txt_in.c_embedder": f"{TEXT}.text_embedder",
     }  # fmt: skip
+    beside = ("vector_in", "guidance_in.in_layer", "time_r_in")
+    time = embedders["time_in"] if present(module, beside) else embed
+    modules |= {time: ("time_in",), REFINED: ("txt_in.t_embedder",)}
     prefixes |= {f"{host}.in_layer": f"{own}.linear_1" for host, own in embedders.items()}
     prefixes |= {f"{host}.out_layer": f"{own}.linear_2" for host, own in embedders.items()}
     for i, block in enumerate(module.get_submodule(REFINER[0])):
@@ -98,6 +104,5 @@ def key_map(module: Any) -> KeyMap | None:
         width = block.self_attn.proj.out_features
         qkv = tuple((f"{own}.attn.{name}", width) for name in QKV)
         prefixes[f"{host}.self_attn.qkv"] = qkv
-    kind = "HunyuanVideoTransformer3DModel" if first else "HunyuanVideo15Transformer3DModel"
     swapped = ("final_layer.adaLN_modulation.1",)
     return keymap(module, kind, OUTER | prefixes, modules, swapped)
