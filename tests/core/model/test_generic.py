@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenuto import Artifact, attach, describe, quantize, record, schemes
+from tenuto.errors import ModelError
 from tenuto.model import Backbone, watched
 from tenuto.model.backbone import layers
 
@@ -158,6 +159,45 @@ def test_blocks_in_holders_and_in_a_sequential() -> None:
     assert list(backbone.blocks) == called(model, list(backbone.blocks))
     assert backbone.blocks == ("held.0.block", "body.0", "body.1")
     assert backbone.ends == ("stem", "head")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((n, "attention") for n in ("attn", "attn1", "self_attn", "attention", "audio_attn1")),
+        *((n, "cross-attention") for n in ("attn2", "cross_attn", "audio_to_video_attn")),
+        *((n, "feed-forward") for n in ("ff", "ff_i", "ff_t", "ff_context", "feed_forward", "ffn")),
+        *((n, "feed-forward") for n in ("mlp", "img_mlp", "txt_mlp", "audio_ff", "moe")),
+        *((n, None) for n in ("time_mlp", "t_mlp", "adaln_mlp", "norm1", "to_out", "net", "proj")),
+    ],
+)
+def test_parts_are_known_by_their_names(name: str, kind: str | None) -> None:
+    """Beside a part of that name, the block would be the branch otherwise."""
+    block = nn.ModuleDict({name: Pixels(WIDTH)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(block), Block(block)])})
+    found = branches(describe(model))[0]
+    assert found == (("layers.0", "block") if kind is None else (f"layers.0.{name}", kind))
+
+
+class Block(nn.Module):
+    """What `parts` holds, beside a norm."""
+
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_an_autoencoder_is_refused() -> None:
+    """Its levels would do for blocks."""
+    from diffusers import AutoencoderKL
+
+    with pytest.raises(ModelError, match="AutoencoderKL is an autoencoder"):
+        describe(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
 
 
 @pytest.mark.parametrize("kind", [Standardised, Inside])

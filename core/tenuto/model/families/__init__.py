@@ -59,6 +59,8 @@ def describe(module: nn.Module) -> Backbone:
     keys = key_map_of(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
+    if callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None)):
+        raise ModelError(f"{type(module).__name__} is an autoencoder, where a denoiser is meant.")
     backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:
         raise ModelError(f"{type(module).__name__} has no list of blocks that Tenuto knows.")

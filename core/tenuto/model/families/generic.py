@@ -24,7 +24,7 @@ PARTS = (
         "feed-forward",
     ),
 )
-TIME = re.compile(r"(^|_)(t|temb|emb|time|step|timestep|cond|adaln|mod)(_|$)", re.IGNORECASE)
+TIME = re.compile(r"^t_|(^|_)(temb|emb|time|timestep|step|cond|adaln|mod)(_|$)", re.IGNORECASE)
 MODULATION = re.compile(r"(norm|mod|ada|emb|time|scale|shift|gate)", re.IGNORECASE)
 COVERED = 0.9  # of a block's weights: with less in its parts, the block itself is the branch
 
@@ -59,12 +59,12 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[str]:
     """
     for key, child in module.named_children():
         inner = f"{name}.{key}" if name else key
-        if _kind(key) is not None or not is_large(child):
+        if not is_large(child):
             continue
-        if _is_list(child):
+        if isinstance(child, nn.ModuleList) or (_kind(key) is None and _is_list(child)):
             for number, member in child.named_children():
                 yield from _members(member, f"{inner}.{number}")
-        else:
+        elif _kind(key) is None:
             yield from _blocks(child, inner)
 
 
