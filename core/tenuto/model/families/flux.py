@@ -47,7 +47,7 @@ def describe(module: Any) -> Backbone:
 
 
 def key_map(module: Any) -> KeyMap | None:
-    """Where the parts of a `Flux` are: fused attention inputs, a modulation with swapped halves.
+    """Where the parts of a `Flux` are: fused attention inputs, one swapped modulation.
 
     None where the blocks share their modulations: that is FLUX.2, of the same class.
     """
