@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenuto.errors import ModelError
+from tenuto.model import computes_as_torch
 
 PREFIX = "diffusion_model."
 
@@ -57,9 +58,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def layers(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, module) of every Linear and Conv2d with a weight."""
+    """(name, module) of every Linear and Conv2d with a weight that computes as torch's."""
     for name, module in denoiser.named_modules():
-        known = is_linear(module) or isinstance(module, nn.Conv2d)
+        torchs = isinstance(module, nn.Linear | nn.Conv2d)
+        known = computes_as_torch(module) if torchs else is_linear(module)
         if known and getattr(module, "weight", None) is not None:
             yield name, module
 

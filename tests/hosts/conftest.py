@@ -22,6 +22,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("TENUTO_COMFYUI")
 FAMILIES = ("unet", "pixart", "sd3", "flux")
+NEWER = (
+    "flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image",
+    "z_image",
+)  # fmt: skip
 SIZE = {"unet": 8, "pixart": 36, "sd3": 8, "flux": 8}  # of the latent
 CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
 WIDTH = 24  # of the prompt's embedding
@@ -79,17 +83,71 @@ def in_diffusers(family: str) -> nn.Module:
             joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, pos_embed_max_size=16,
             sample_size=16, in_channels=16, out_channels=16, qk_norm="rms_norm",
         )  # fmt: skip
-    return diffusers.FluxTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 6, 6),
-        in_channels=64,
-    )  # fmt: skip
+    if family == "flux":
+        return diffusers.FluxTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=2,
+            joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+            in_channels=64,
+        )  # fmt: skip
+    kind, facts = DIFFUSERS[family]
+    return getattr(diffusers, kind)(**facts)
+
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+HUNYUAN = HEADS | {
+    "in_channels": 16, "out_channels": 16, "num_refiner_layers": 2, "text_embed_dim": WIDTH,
+    "patch_size": 2, "patch_size_t": 1, "rope_axes_dim": (4, 6, 6),
+}  # fmt: skip
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux2": ("Flux2Transformer2DModel", HEADS | {
+        "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2,
+        "joint_attention_dim": WIDTH, "timestep_guidance_channels": 256,
+        "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
+    }),
+    "wan": ("WanTransformer3DModel", HEADS | {
+        "in_channels": 16, "out_channels": 16, "text_dim": WIDTH, "freq_dim": 32, "ffn_dim": 48,
+        "num_layers": 2, "rope_max_seq_len": 32,
+    }),
+    "lumina2": ("Lumina2Transformer2DModel", {
+        "sample_size": 8, "in_channels": 16, "hidden_size": 32, "num_layers": 2,
+        "num_refiner_layers": 2, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16,
+        "axes_dim_rope": (4, 6, 6), "axes_lens": (64, 32, 32), "cap_feat_dim": WIDTH,
+    }),
+    "chroma": ("ChromaTransformer2DModel", HEADS | {  # ComfyUI counts on as many blocks
+        "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
+        "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6), "approximator_num_channels": 64,
+        "approximator_hidden_dim": 32, "approximator_layers": 2,
+    }),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", HUNYUAN | {
+        "num_layers": 1, "num_single_layers": 2, "pooled_projection_dim": WIDTH,
+        "guidance_embeds": False,
+    }),
+    "hunyuan_video15": ("HunyuanVideo15Transformer3DModel", HUNYUAN | {
+        "num_layers": 2, "text_embed_2_dim": 1472, "image_embed_dim": 12, "patch_size": 1,
+    }),
+    "hunyuan_image": ("HunyuanImageTransformer2DModel", HEADS | {
+        "in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
+        "num_refiner_layers": 2, "patch_size": (1, 1), "text_embed_dim": WIDTH,
+        "text_embed_2_dim": 1472, "rope_axes_dim": (8, 8),
+    }),
+    "z_image": ("ZImageTransformer2DModel", {  # an inner width of 1024 is fixed
+        "in_channels": 16, "dim": 1024, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 32,
+        "n_kv_heads": 32, "cap_feat_dim": WIDTH, "axes_dims": [8, 12, 12],
+        "axes_lens": [128, 32, 32],
+    }),
+}  # fmt: skip
 
 
 LDM_UNET: dict[str, Any] = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_heads": 8,
     "context_dim": WIDTH, "use_spatial_transformer": True, "legacy": False,
     "use_checkpoint": False, "channel_mult": [1, 2],
+}  # fmt: skip
+NEXT = {"patch_size": 2, "in_channels": 16, "qk_norm": True, "cap_feat_dim": WIDTH}
+VIDEO: dict[str, Any] = {
+    "in_channels": 16, "out_channels": 16, "context_in_dim": WIDTH, "hidden_size": 32,
+    "mlp_ratio": 4.0, "num_heads": 2, "axes_dim": [4, 6, 6], "theta": 256, "qkv_bias": True,
+    "guidance_embed": False, "meanflow": False,
 }  # fmt: skip
 COMFY: dict[str, tuple[str, dict[str, Any]]] = {
     "unet": ("SD15", LDM_UNET | {
@@ -113,6 +171,45 @@ COMFY: dict[str, tuple[str, dict[str, Any]]] = {
         "context_in_dim": WIDTH, "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
         "depth_single_blocks": 2, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
         "guidance_embed": False,
+    }),
+    "flux2": ("Flux2", {
+        "in_channels": 16, "out_channels": 16, "patch_size": 1, "vec_in_dim": None,
+        "context_in_dim": WIDTH, "hidden_size": 32, "mlp_ratio": 3.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 2, "axes_dim": [4, 4, 4, 4], "theta": 2000, "qkv_bias": False,
+        "guidance_embed": False, "global_modulation": True, "mlp_silu_act": True,
+        "ops_bias": False,
+    }),
+    "wan": ("WAN21_T2V", {
+        "in_dim": 16, "dim": 32, "ffn_dim": 48, "freq_dim": 32, "text_dim": WIDTH, "num_heads": 2,
+        "num_layers": 2, "model_type": "t2v",
+    }),
+    "lumina2": ("Lumina2", NEXT | {
+        "dim": 32, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 1,
+        "multiple_of": 16, "axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32],
+    }),
+    "chroma": ("Chroma", {
+        "in_channels": 64, "out_channels": 64, "patch_size": 2, "context_in_dim": WIDTH,
+        "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 19,
+        "depth_single_blocks": 38, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
+        "in_dim": 64, "out_dim": 32, "hidden_dim": 32, "n_layers": 2,
+    }),
+    "hunyuan_video": ("HunyuanVideo", VIDEO | {
+        "vec_in_dim": WIDTH, "depth": 1, "depth_single_blocks": 2, "patch_size": [1, 2, 2],
+        "byt5": False, "use_cond_type_embedding": False, "vision_in_dim": None,
+    }),
+    "hunyuan_video15": ("HunyuanVideo", VIDEO | {
+        "vec_in_dim": None, "depth": 2, "depth_single_blocks": 0, "patch_size": [1, 1, 1],
+        "byt5": True, "use_cond_type_embedding": True, "vision_in_dim": 12,
+    }),
+    "hunyuan_image": ("HunyuanImage21", VIDEO | {
+        "vec_in_dim": None, "depth": 1, "depth_single_blocks": 2, "patch_size": [1, 1],
+        "axes_dim": [8, 8], "byt5": True, "use_cond_type_embedding": False, "vision_in_dim": None,
+    }),
+    "z_image": ("ZImage", NEXT | {
+        "dim": 1024, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 32, "n_kv_heads": 32,
+        "multiple_of": 1, "ffn_dim_multiplier": 8 / 3, "axes_dims": [8, 12, 12],
+        "axes_lens": [128, 32, 32], "rope_theta": 256.0, "z_image_modulation": True,
+        "time_scale": 1000.0, "pad_tokens_multiple": 32,
     }),
 }  # fmt: skip
 
@@ -148,7 +245,10 @@ def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
             filled[place.name] += value.numel()
         if hasattr(source, "pos_embed") and getattr(host, "pos_embed", None) is not None:
             host.pos_embed.copy_(source.pos_embed.pos_embed)
-    missing = [n for n, p in theirs.items() if filled[n] != p.numel() and "y_embedding" not in n]
+    unused = ("y_embedding", "norm_final")
+    missing = [
+        n for n, p in theirs.items() if filled[n] != p.numel() and not any(x in n for x in unused)
+    ]
     assert not missing, "rows of the host that no canonical name has"
     return host.eval()
 
@@ -209,6 +309,13 @@ def prompts() -> Callable[[list[int]], Tensor]:
 def call(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """One call of a bare denoiser, of diffusers or of a host; `t` (B,) on 0..1000."""
     pooled = text[:, 0]
+    if family in NEWER:
+        there = hasattr(denoiser, "config")
+        return (
+            in_place(family, denoiser, x, t, text)
+            if there
+            else (in_comfyui(family, denoiser, x, t, text))
+        )
     if not hasattr(denoiser, "config"):
         if family == "unet":
             return denoiser(x, t, context=text)
@@ -223,6 +330,77 @@ def call(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -
         given = {"encoder_hidden_states": text, "pooled_projections": pooled}
         return denoiser(x, timestep=t, **given).sample
     return packed(denoiser, x, t / 1000, text, pooled)
+
+
+def in_comfyui(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """A newer model of ComfyUI; a video is one frame."""
+    if family in ("lumina2", "z_image"):
+        return denoiser(x, t / 1000, text, num_tokens=text.shape[1])
+    if family == "flux2":
+        return denoiser(x, t / 1000, text)
+    if family == "chroma":
+        return denoiser(x, t / 1000, text, guidance=torch.zeros(len(x)))
+    if family == "hunyuan_image":
+        return denoiser(x, t, text, txt_byt5=glyphs(len(x)))
+    more = {"y": text[:, 0]} if family == "hunyuan_video" else {}
+    return denoiser(x[:, :, None], t, text, **more)[:, :, 0]
+
+
+def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """The same call of the diffusers class."""
+    count, length = len(x), text.shape[1]
+    mask = torch.ones(count, length)
+    if family == "z_image":
+        rows = [image[:, None] for image in x]
+        return -torch.stack(denoiser(rows, 1 - t / 1000, list(text)).sample)[:, :, 0]
+    if family == "lumina2":
+        return -denoiser(
+            x, timestep=1 - t / 1000, encoder_hidden_states=text,
+            encoder_attention_mask=mask.long(),
+        ).sample  # fmt: skip
+    if family in ("flux2", "chroma"):
+        return tokens_of(family, denoiser, x, t / 1000, text)
+    given: dict[str, Any] = {"encoder_hidden_states": text, "timestep": t}
+    if family == "hunyuan_video":
+        given |= {"pooled_projections": text[:, 0], "encoder_attention_mask": mask}
+    if family == "hunyuan_video15":  # no glyphs, no image
+        given |= {
+            "encoder_attention_mask": mask, "encoder_hidden_states_2": torch.zeros(count, 3, 1472),
+            "encoder_attention_mask_2": torch.zeros(count, 3),
+            "image_embeds": torch.zeros(count, 2, 12),
+        }  # fmt: skip
+    if family == "hunyuan_image":
+        given |= {
+            "encoder_attention_mask": mask, "encoder_hidden_states_2": glyphs(count),
+            "encoder_attention_mask_2": torch.ones(count, 3),
+        }  # fmt: skip
+        return denoiser(x, **given).sample
+    return denoiser(x[:, :, None], **given).sample[:, :, 0]
+
+
+def glyphs(count: int) -> Tensor:
+    """The second text: the same for every row."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(1, 3, 1472, generator=draw).expand(count, -1, -1)
+
+
+def tokens_of(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """FLUX.2 numbers the words in a fourth place and takes a pixel as a token; Chroma 2 x 2."""
+    patch, axes = (1, 4) if family == "flux2" else (2, 3)
+    size = x.shape[-1] // patch
+    tokens = nn.functional.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)
+    ids, words = torch.zeros(size, size, axes), torch.zeros(text.shape[1], axes)
+    ids[..., 1], ids[..., 2] = torch.arange(size)[:, None], torch.arange(size)[None]
+    more = {}
+    if family == "flux2":
+        words[:, 3] = torch.arange(len(words))
+    else:
+        more["attention_mask"] = torch.ones(len(x), len(words) + size**2)
+    out = denoiser(
+        tokens, encoder_hidden_states=text, timestep=t, img_ids=ids.flatten(0, 1),
+        txt_ids=words, **more,
+    ).sample  # fmt: skip
+    return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(2, (size, size)), patch)
 
 
 def packed(denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:

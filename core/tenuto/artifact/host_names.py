@@ -134,6 +134,8 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
             modules[hosts[0]] = about
             continue
         rows = [values[f"{name}.{number}"] for number in range(len(about["outputs"]))]
+        if _is_swapped(keys, name):
+            rows = [swapped(t.mT).mT.contiguous() for t in rows]
         if len(hosts) == 1:
             groups = [(hosts[0], rows, about["outputs"], about["single"])]
         else:
@@ -143,6 +145,12 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
             modules[host] = about | {"outputs": shapes, "single": single}
             tensors |= {f"temporal/{host}.{n}": t for n, t in enumerate(some)}
     return facts | {"modules": modules}
+
+
+def _is_swapped(keys: KeyMap, name: str) -> bool:
+    """Whether a module is a layer whose outputs have changed places in the host."""
+    place = keys.places.get(f"{name}.weight")
+    return place is not None and place.swapped
 
 
 class _Split:
@@ -207,7 +215,10 @@ class _Split:
             if host not in {h for hosts in self.keys.modules.values() for h in hosts}:
                 modules[name] = about
                 for n in range(len(about.get("outputs", ()))):
-                    self.tensors[f"temporal/{name}.{n}"] = values[f"{host}.{n}"]
+                    rows = values[f"{host}.{n}"]
+                    if _is_swapped(self.keys, name):
+                        rows = swapped(rows.mT).mT.contiguous()
+                    self.tensors[f"temporal/{name}.{n}"] = rows
         self.header["temporal"] = facts | {"modules": modules}
 
     @staticmethod

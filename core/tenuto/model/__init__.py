@@ -1,7 +1,7 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
-from .backbone import Backbone, Branch, layers
+from .backbone import Backbone, Branch, computes_as_torch, layers
 from .families import describe, key_map_of
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
@@ -22,6 +22,7 @@ __all__ = [
     "Signature",
     "Swap",
     "adapted",
+    "computes_as_torch",
     "denoiser_of",
     "describe",
     "device_and_dtype",

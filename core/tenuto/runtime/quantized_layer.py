@@ -153,16 +153,16 @@ class QLayer(Replacement):
         found = [t for packed in self._packed.values() for t in packed.tensors()]
         return [*found, *(t for t in (self._float, wide) if t is not None)]
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The layer on float `x`; a `scale` argument of old diffusers versions is ignored."""
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        """The layer on a float input; a `scale` argument of old diffusers versions is ignored."""
         if self.scheme.activation is None:
-            return self._dense(x, self.weight.to(x.dtype), self._bias(x.dtype))
+            return self._dense(input, self.weight.to(input.dtype), self._bias(input.dtype))
         if self.simulate:
-            return self._simulated(x)
-        kernel = self._kernel(x)
+            return self._simulated(input)
+        kernel = self._kernel(input)
         if kernel is not None:
-            return self._executed(kernel, x)
-        return self._simulated(x) if self.wanted == "int8" else self._dequantized(x)
+            return self._executed(kernel, input)
+        return self._simulated(input) if self.wanted == "int8" else self._dequantized(input)
 
     def _candidates(self, dtype: torch.dtype) -> tuple[Kernel, ...]:
         """The kernels that take this layer where it is, the one to be preferred first."""

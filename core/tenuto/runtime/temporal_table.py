@@ -25,7 +25,8 @@ class TemporalTable(Replacement):
 
     rows: one tensor (T, ...) per output, without the batch. single: whether the module returns a
     tensor, else a tuple. At a timestep that was not calibrated, or where the rows of a batch are at
-    different ones, the original computes: any number of steps works.
+    different ones, the original computes: any number of steps works. Models look at the weights of
+    such a module for the dtype to call it in: there is an empty one.
     """
 
     def __init__(
@@ -34,6 +35,9 @@ class TemporalTable(Replacement):
         super().__init__()
         device, self.dtype = device_and_dtype(module)
         self.clock, self.single, self.count = clock, single, len(rows)
+        self.layer = isinstance(module, nn.Linear)
+        empty = torch.empty(0, dtype=self.dtype, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
         for number, values in enumerate(rows):
             self.register_buffer(f"rows_{number}", values.to(device))
         self._original: tuple[nn.Module, ...] = (module,)  # no child: its weights are out
@@ -52,8 +56,12 @@ class TemporalTable(Replacement):
             if self._original:
                 return self._computed(*args, **kwargs)
             _tell_nearest()
-        batch = len(next(tensors_in((args, kwargs))))
-        found = tuple(self._read(values, batch) for values in self.rows())
+        x = next(tensors_in((args, kwargs)))
+        found = tuple(self._read(values, len(x)) for values in self.rows())
+        if self.layer and x.ndim > found[0].ndim:  # a host gives it a row a token: (B, 1, K)
+            inner = (1,) * (x.ndim - found[0].ndim)
+            shape = (*x.shape[:-1], found[0].shape[-1])
+            return found[0].reshape(len(x), *inner, -1).expand(shape).contiguous()
         return found[0] if self.single else found
 
     def _read(self, values: Tensor, batch: int) -> Tensor:

@@ -650,6 +650,14 @@ def test_execution_is_told(tiny: Any, kind: str, weights: Make, route: Make) -> 
         assert attached.int8_weight_share() == 0.0
 
 
+def test_a_layer_takes_its_input_by_name(tiny: Any, weights: Make) -> None:
+    """As torch's own do: the motion modules of diffusers call theirs so."""
+    model, x = tiny("home"), torch.randn(2, 4, 32)
+    with attach(model, weights("home"), execution="int8"):
+        assert isinstance(model.head, QLayer)
+        assert torch.equal(model.head(input=x), model.head(x))
+
+
 def test_the_share_counts_weights(tiny: Any, recorded: Any) -> None:
     model = tiny("dit")
     recipe = Recipe((Rule("*.ff.*", schemes.W8A8), Rule("*.attn1.*", schemes.W8A16)))

@@ -2,9 +2,9 @@
 
 A family file has `CLASSES` (class names, never classes: nothing is imported) and
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
-`key_map(module) -> KeyMap` too. `generic.py` serves what no family covers. Another distribution
-adds a family as an entry point of the group "tenuto.families" that names such a module; those here
-go first.
+`key_map(module) -> KeyMap` too, or None where a class of that name is another family's.
+`generic.py` serves what no family covers. Another distribution adds a family as an entry point of
+the group "tenuto.families" that names such a module; those here go first.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def key_map_of(module: nn.Module) -> KeyMap | None:
 
     ModelError if the class is a host's, and something in it has no canonical name.
     """
-    return next((family.key_map(module) for family in _covering(module, "HOSTS")), None)
+    maps = (family.key_map(module) for family in _covering(module, "HOSTS"))
+    return next((found for found in maps if found is not None), None)
 
 
 def describe(module: nn.Module) -> Backbone:
@@ -58,6 +59,8 @@ def describe(module: nn.Module) -> Backbone:
     keys = key_map_of(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
+    if callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None)):
+        raise ModelError(f"{type(module).__name__} is an autoencoder, where a denoiser is meant.")
     backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:
         raise ModelError(f"{type(module).__name__} has no list of blocks that Tenuto knows.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbone import Backbone, Branch, Subset
+from ..backbone import Backbone, members, sharing, whole
 from ..key_map import KeyMap, keymap
 
 CLASSES = ("SD3Transformer2DModel",)
@@ -12,6 +12,10 @@ HOSTS = ("MMDiT",)
 TIME = "time_text_embed.timestep_embedder"
 TEXT = "time_text_embed.text_embedder"
 ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
+SHARED = (
+    *(tuple(f"attn.{name}" for name in group) for group in ATTENTION),
+    tuple(f"attn2.{name}" for name in ATTENTION[0]),  # SD3.5 medium's first blocks
+)
 OUTER = {
     "context_embedder": "context_embedder", "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": f"{TIME}.linear_1", "t_embedder.mlp.2": f"{TIME}.linear_2",
@@ -35,12 +39,12 @@ def describe(module: Any) -> Backbone:
 
     The modulations see the pooled prompt too, so that the timestep embedder alone is time-only.
     """
-    blocks = [f"transformer_blocks.{i}" for i in range(len(module.transformer_blocks))]
+    blocks = members(module, "transformer_blocks")
     return Backbone(
         family="sd3",
-        blocks=tuple(blocks),
-        branches=tuple(Branch(b, "block", b) for b in blocks),
-        subsets=tuple(Subset(tuple(f"{b}.attn.{n}" for n in s)) for b in blocks for s in ATTENTION),
+        blocks=blocks,
+        branches=whole(blocks),
+        subsets=sharing(module, blocks, *SHARED),
         temporal=(TIME,),
         ends=(
             "pos_embed.*", "context_embedder", "time_text_embed.*", "*.norm1.*",
