@@ -6,7 +6,7 @@ from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .patches import Attached, Override, Replacement, Swap, override_
-from .signature import Signature
+from .signature import Rows, Signature, is_listed, times_of
 from .tree import map_leaves, map_tensors, tensors_in
 from .watch import Leave, watched
 
@@ -18,6 +18,7 @@ __all__ = [
     "Leave",
     "Override",
     "Replacement",
+    "Rows",
     "Signature",
     "Swap",
     "denoiser_of",
@@ -25,6 +26,7 @@ __all__ = [
     "device_and_dtype",
     "encoders_of",
     "frozen",
+    "is_listed",
     "key_map_of",
     "layers",
     "map_leaves",
@@ -33,5 +35,6 @@ __all__ = [
     "override_",
     "swapped",
     "tensors_in",
+    "times_of",
     "watched",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class Tenuto(Attached):
 
 def attach(
     model: Any,
-    artifact: Artifact,
+    artifact: Artifact | str | Path,
     *,
     execution: str = "auto",
     simulate: bool = False,
@@ -112,6 +113,7 @@ def attach(
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
+    artifact: what calibration made, or the file of it.
     A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family.
     execution: "int8" executes in low precision what the kernels support and simulates the rest: the
     artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
@@ -124,8 +126,8 @@ def attach(
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     check_execution(execution)
-    denoiser = denoiser_of(model)
-    made, artifact, keys = artifact, localized(artifact, model), key_map_of(denoiser)
+    denoiser, made = denoiser_of(model), Artifact.of(artifact)
+    artifact, keys = localized(made, model), key_map_of(denoiser)
     clock = Clock(artifact.header["schedule"]["timesteps"])
     tables = _tables(denoiser, artifact, clock)
     leaves = _leaves(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..model import Rows
+
 VALUES = 64  # of a sample, to tell how alike two are
 LIKE = 0.5  # the least correlation of two samples of one run, over one large step or none
 
@@ -103,8 +105,12 @@ def correlated(one: Tensor, other: Tensor) -> bool:
     return float(a @ b) >= LIKE * float(a.norm() * b.norm()) > 0
 
 
-def some_values(sample: Tensor) -> Tensor:
+def some_values(sample: Rows) -> Tensor:
     """The bits of a few values of each row of `sample` (B, ...), as fp32: int64 (B, n)."""
+    if not isinstance(sample, Tensor):
+        found = [some_values(x.detach()[None]) for x in sample]
+        least = min(x.shape[1] for x in found)
+        return torch.cat([x[:, :least] for x in found])
     rows = sample.detach().reshape(sample.shape[0], -1)
     count = rows.shape[1]
     places = torch.arange(min(VALUES, count), device=rows.device) * 0x9E3779B1 % max(count, 1)
