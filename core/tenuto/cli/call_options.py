@@ -15,17 +15,17 @@ Set = Annotated[
     list[str],
     Option(
         "--set", metavar="NAME=VALUE", rich_help_panel=CALL, show_default=False,
-        help="Any other keyword of the pipeline's own call, as JSON or text; @FILE is a picture. "
-        "May be given several times.",
+        help="Any other keyword of the pipeline's call: JSON or text; @FILE is an image file. May "
+        "be given several times.",
     ),
 ]  # fmt: skip
 Picture = Annotated[
     Path | None,
-    Option("--image", metavar="FILE", rich_help_panel=CALL, help="The picture to start from."),
+    Option("--image", metavar="FILE", rich_help_panel=CALL, help="The image to start from."),
 ]
 Mask = Annotated[
     Path | None,
-    Option("--mask", metavar="FILE", rich_help_panel=CALL, help="What of it to change, in white."),
+    Option("--mask", metavar="FILE", rich_help_panel=CALL, help="Where to change it, in white."),
 ]
 Height = Annotated[
     int | None,

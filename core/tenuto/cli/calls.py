@@ -59,7 +59,7 @@ def read_picture(path: Path, name: str = "image") -> Any:
         with Image.open(path) as picture:
             found = picture.convert(MODES.get(name, "RGB"))
     except OSError as error:
-        said = error.strerror or "it is no picture"
+        said = error.strerror or "it is no image"
         raise TenutoError(f"Cannot read {path}: {said}.") from error
     found.filename = path.name  # type: ignore[attr-defined]  # for the header
     return found

@@ -207,7 +207,7 @@ def _row_hash(x: Rows) -> Tensor:
     """
     if not isinstance(x, Tensor):
         return torch.cat([_row_hash(row[None]) for row in x])
-    rows = x.detach().reshape(x.shape[0], -1)
+    rows = x.detach().reshape(x.shape[0], -1 if x.numel() else 0)
     if rows.is_floating_point():
         rows = rows.to(torch.float32).contiguous().view(torch.int32)
     places = torch.arange(1, rows.shape[1] + 1, device=rows.device) * 0x9E3779B1
