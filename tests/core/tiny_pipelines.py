@@ -50,7 +50,7 @@ def qwen_tokenizer() -> Any:
 
     words = ["<|endoftext|>", "Ġ", "Ċ", *LETTERS, *string.ascii_uppercase]
     found = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    found.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found.chat_template = "{% for m in messages %}user:{{ m['content'] }}{% endfor %}"
     return found
 
 
@@ -87,16 +87,22 @@ def qwen3() -> nn.Module:
 
 
 def vae(channels: int = 4) -> nn.Module:
-    """An eighth of the size... a quarter here: 32 x 32 images are 8 x 8 latents."""
+    """32 x 32 images are 8 x 8 latents."""
     from diffusers import AutoencoderKL
 
     return randomized(
         AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
-            latent_channels=channels, sample_size=32, scaling_factor=1.0, shift_factor=0.0,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=channels,
+            sample_size=32,
+            scaling_factor=1.0,
+            shift_factor=0.0,
             mid_block_add_attention=False,
-        )  # fmt: skip
+        )
     )
 
 
@@ -113,11 +119,16 @@ def unet(channels: int = 4) -> nn.Module:
 
     return randomized(
         UNet2DConditionModel(
-            sample_size=8, in_channels=channels, block_out_channels=(16, 32), layers_per_block=1,
-            norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=WIDTH,
+            sample_size=8,
+            in_channels=channels,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
             attention_head_dim=2,
-        )  # fmt: skip
+        )
     )
 
 
@@ -131,7 +142,9 @@ def stable_diffusion(kind: str, channels: int = 4, scheduler: Any = None) -> Any
     """kind: "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", ..."""
     import diffusers
 
-    usual = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    usual = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     return getattr(diffusers, kind)(
         vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet(channels),
         scheduler=scheduler or usual, safety_checker=None, feature_extractor=None,
@@ -222,3 +235,40 @@ def picture(width: int = 32, height: int = 32, mode: str = "RGB") -> Any:
     draw = torch.Generator().manual_seed(width)
     values = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
     return Image.fromarray(values.numpy()).convert(mode)
+
+
+PROMPTS = ("a dog", "two cats", "a red bus")
+SMALL = {"height": 32, "width": 32}
+
+
+def asked(kind: str) -> tuple[Any, tuple[str, ...] | None, dict[str, Any]]:
+    """(pipeline, prompts, call) of one of KINDS, as its user would call it."""
+    pictures = {"image": picture(), "mask_image": picture(mode="L")}
+    given = {"prompt_embeds": embeds(3), "negative_prompt_embeds": embeds(3, seed=1)}
+    masks = dict.fromkeys(
+        ("prompt_embeds_mask", "negative_prompt_embeds_mask"), torch.ones(3, 5).long()
+    )
+    if kind == "sd":
+        return stable_diffusion("StableDiffusionPipeline"), PROMPTS, {}
+    if kind == "img2img":
+        call = {"image": pictures["image"], "strength": 0.5}
+        return stable_diffusion("StableDiffusionImg2ImgPipeline"), PROMPTS, call
+    if kind == "inpaint":
+        return stable_diffusion("StableDiffusionInpaintPipeline", 9), PROMPTS, pictures | SMALL
+    if kind == "flux":
+        return flux(), PROMPTS, SMALL | {"max_sequence_length": 16}
+    if kind == "sd3":
+        return sd3(), PROMPTS, {"negative_prompt": "blur"}
+    if kind == "sd3 img2img":
+        return sd3("StableDiffusion3Img2ImgPipeline"), PROMPTS, {"image": pictures["image"]}
+    if kind == "qwen-image":
+        return qwen_image(), None, given | masks | {"height": 16, "width": 16}
+    if kind == "z-image":
+        return z_image(), PROMPTS, SMALL | {"max_sequence_length": 32}
+    assert kind == "wan"
+    return wan(), None, given | SMALL | {"num_frames": 5}
+
+
+KINDS = (
+    "sd", "img2img", "inpaint", "flux", "sd3", "sd3 img2img", "qwen-image", "z-image", "wan",
+)  # fmt: skip

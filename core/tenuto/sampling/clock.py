@@ -32,9 +32,8 @@ class Clock:
     run: a number that grows with every new sampling run; stored features never cross runs.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
-    a sample arrives that cannot be of the run in progress (see `Samples`). Where the schedule
-    itself rises (`uneven`; ancestral second-order schedulers with Karras sigmas), that tells
-    nothing.
+    a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
+    second order (`uneven`), which may rise within a run, only the first of these counts.
     """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
@@ -47,10 +46,12 @@ class Clock:
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
         self._falls = self.timesteps[:1] >= self.timesteps[-1:]  # with the noise
-        self.uneven = False  # whether the host's own schedule rises within a run
+        self.uneven = False  # whether the host's scheduler is of second order, or rises in a run
+        pairs = zip(self.timesteps, self.timesteps[1:], strict=False)
+        self._doubled = any(abs(a - b) <= self._slack for a, b in pairs)  # so was the calibrated
         self._time: float | None = None
         self._source: tuple[Any, ...] = ()
-        self._samples = Samples()
+        self._samples = Samples(self._slack if self._doubled else 0.0)
         self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
@@ -100,20 +101,12 @@ class Clock:
         return self.nearest(timestep) if self.timesteps else 0
 
     def _rises(self, timestep: float) -> bool:
-        """Whether there is more noise at `timestep` than at the last call of this run.
-
-        Not where the schedule says so: the host's own, or from one calibrated step to the next.
-        """
-        if self._time is None or same_step(timestep, self._time):
+        """Whether there is more noise at `timestep` than at the last call of this run."""
+        if self._time is None or same_step(timestep, self._time) or self.uneven:
             return False
-        if (timestep > self._time) != self._falls:
+        if self._doubled and abs(timestep - self._time) <= self._slack:
             return False
-        pair = (self._time, timestep)
-        planned = any(
-            same_step(pair[0], a) and same_step(pair[1], b)
-            for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)
-        )
-        return not (self.uneven or planned)
+        return (timestep > self._time) == self._falls
 
     def observe(
         self,
@@ -146,7 +139,7 @@ class Clock:
             streams, rest = _numbered(rest[:batch]), rest[batch:]
         if self._rises(first):
             self.begin()
-        if sample is not None:
+        if sample is not None and not self.uneven:
             self._compare(first, streams, rest[:batch], rest[batch:])
         self.tick(first, streams, device)
         self.exact = self.exact and spread <= self._slack

@@ -37,7 +37,7 @@ class Follow:
         if scheduler is not None:
             times = getattr(scheduler, "timesteps", None)
             if self.clock.starts(scheduler, times):
-                self.clock.uneven = _turns(times)
+                self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             self.clock.observe(step, count, conditions, device, sample)

@@ -71,7 +71,8 @@ class PipelineCall:
 
     call: any keywords of the pipeline's own. Those of prompts (`prompt_embeds`, `negative_prompt`)
     have a row for each prompt, or are one text for all; everything else is passed on as it is.
-    TenutoError names what the pipeline does not take, and what it needs.
+    With a PIL image among them, images are made one at a time: it is for one. TenutoError names
+    what the pipeline does not take, and what it needs.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class PipelineCall:
             raise TenutoError(f"Sampling takes at least one step, not {steps}.")
         self._check_names()
         self.count = self._counted()
-        self.together = "prompt" in self.parameters  # else one image a call
+        one = any(hasattr(value, "getbands") for value in self.given.values())  # a PIL image
+        self.together = "prompt" in self.parameters and not one  # else one image a call
         self.fixed: dict[str, Any] = {k: v for k, v in PLAIN.items() if k in self.parameters}
         self.fixed |= self._guided(guidance) | self.given
         if "num_inference_steps" in self.parameters:
@@ -212,7 +214,7 @@ class PipelineCall:
 
     def _rows(self, name: str, value: Any, images: range) -> Any:
         """`value` for these images."""
-        if isinstance(value, str) and "prompt" in name and self.together:
+        if isinstance(value, str) and "prompt" in name and self.count:
             return [value] * len(images)
         if not is_of_prompts(name, value):
             return value
