@@ -223,6 +223,37 @@ def wan(kind: str = "WanPipeline", **options: Any) -> Any:
     )  # fmt: skip
 
 
+def video_diffusion() -> Any:
+    """Stable Video Diffusion: an image in, no prompt."""
+    import diffusers
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    denoiser = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64),
+        layers_per_block=1, num_frames=2, num_attention_heads=2, cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        projection_class_embeddings_input_dim=48, addition_time_embed_dim=16,
+    )  # fmt: skip
+    decoder = diffusers.AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 3, block_out_channels=(32, 32, 32),
+        layers_per_block=1, latent_channels=4, sample_size=32,
+    )  # fmt: skip
+    encoder = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=WIDTH, image_size=224, patch_size=56,
+    )  # fmt: skip
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=randomized(decoder), unet=randomized(denoiser),
+        image_encoder=randomized(CLIPVisionModelWithProjection(encoder)),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type="continuous", sigma_min=0.002,
+            sigma_max=700.0, use_karras_sigmas=True, timestep_spacing="leading",
+        ),
+        feature_extractor=CLIPImageProcessor(),
+    )  # fmt: skip
+
+
 def embeds(rows: int, length: int = 5, seed: int = 0) -> Tensor:
     """Embeddings of prompts, (rows, length, WIDTH)."""
     return torch.randn(rows, length, WIDTH, generator=torch.Generator().manual_seed(seed))

@@ -23,6 +23,7 @@ from ..sampling import (
     one_by_one,
     record,
     repeated,
+    wanted_prompts,
 )
 from ..sampling.loading import PREFIX, Defaults, defaults, load
 from ..work import MANIFEST, Lock, Work
@@ -48,8 +49,8 @@ class Sampling:
         """TenutoError unless `pipe` can be sampled like this."""
         check_steps(pipe, self.steps)
         call = self.called(pipe)
-        own = any(name.startswith("prompt_embeds") for name in call)
-        PipelineCall(pipe, () if own else ("",), self.steps, self.guidance, call)
+        prompts = wanted_prompts(pipe, ("",), call)
+        PipelineCall(pipe, prompts, self.steps, self.guidance, call)
 
 
 @contextmanager
@@ -168,11 +169,11 @@ def recorded(
         "seed": seed, "batch": batch, "runs": runs, "device": str(sampling.device),
         "model": [fingerprint(m) for m in (denoiser_of(pipe), encoder) if m is not None],
     } | ({"call": described(call)} if call else {})  # fmt: skip
-    shelf = Work(work / RECORDING, job)
-    found = kept(shelf, pipe, lines, sampling.steps, sampling.guidance, call)
+    shelf, prompts = Work(work / RECORDING, job), wanted_prompts(pipe, lines, call)
+    found = kept(shelf, pipe, prompts, sampling.steps, sampling.guidance, call)
     if found is None:
         found = record(
-            pipe, lines, steps=sampling.steps, guidance=sampling.guidance, call=call, seed=seed,
+            pipe, prompts, steps=sampling.steps, guidance=sampling.guidance, call=call, seed=seed,
             batch=batch, runs=runs, on_progress=bars("Recording"),
         )  # fmt: skip
         keep(shelf, found)

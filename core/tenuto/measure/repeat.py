@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TenutoError
-from ..sampling import Sample, repeated, sampler
+from ..sampling import Sample, repeated, sampler, wanted_prompts
 
 
 def as_calibrated(
@@ -25,10 +25,5 @@ def as_calibrated(
     steps = int(schedule["steps"] if steps is None else steps)
     guidance = schedule["guidance"] if guidance is None else guidance
     repeat = repeated(schedule, call)
-    own = any(name.startswith("prompt_embeds") for name in repeat)
-    return (
-        steps,
-        guidance,
-        repeat,
-        sampler(model, () if own else lines, steps, guidance, call=repeat),
-    )
+    prompts = wanted_prompts(model, lines, repeat)
+    return steps, guidance, repeat, sampler(model, prompts, steps, guidance, call=repeat)

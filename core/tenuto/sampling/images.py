@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import TenutoError
 from ..work import whole_file
-from .pipeline_call import PipelineCall, one_by_one
+from .pipeline_call import PipelineCall, one_by_one, wanted_prompts
 from .results import pil_of, to_images
 
 __all__ = ["draw", "picture_name", "save_png", "to_images"]
@@ -40,7 +40,7 @@ def draw(
         if "negative_prompt" not in known:
             raise TenutoError(f"{type(pipe).__name__} takes no negative prompt.")
         options["negative_prompt"] = negative
-    prompts = (prompt,) if "prompt" in known else ()
+    prompts = wanted_prompts(pipe, (prompt,), options)
     asked = PipelineCall(pipe, prompts, steps, guidance, options)
     found: list[Any] = []
     together = 1 if one_by_one(pipe, options) else TOGETHER

@@ -57,6 +57,15 @@ def unprompted(call: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in (call or {}).items() if not (is_of_prompts(k, v) and "_embeds" in k)}
 
 
+def wanted_prompts(
+    pipe: Any, prompts: Sequence[str], call: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """`prompts`, or none where the pipeline takes none or its call has their embeddings."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    given = any(name.startswith("prompt_embeds") for name in call or {})
+    return () if given or "prompt" not in known else tuple(prompts)
+
+
 def one_by_one(pipe: Any, call: Mapping[str, Any] | None) -> bool:
     """Whether a pipeline is better called for one image at a time: a video, or made of a picture.
 
@@ -123,10 +132,10 @@ class PipelineCall:
             for name, value in self.given.items()
             if name.endswith("prompt_embeds") and is_of_prompts(name, value)
         ]
-        if self.prompts and any(name.startswith("prompt_embeds") for name in self.given):
+        if self.prompts and not wanted_prompts(self.pipe, self.prompts, self.given):
+            if "prompt" not in self.parameters:
+                raise TenutoError(f"{self.title} takes no prompts: leave them out.")
             raise TenutoError("Give prompts or prompt_embeds, not both.")
-        if self.prompts and "prompt" not in self.parameters:
-            raise TenutoError(f"{self.title} takes no prompts: leave them out.")
         count = len(self.prompts) or max(embeds, default=0)
         if not count and "prompt" in self.parameters:
             raise TenutoError("A pipeline needs at least one prompt.")

@@ -66,6 +66,8 @@ def test_a_start_image_through_all_commands(here: Path, model: Path, capfd: Any)
     facts = schedule["call"]
     assert (facts["strength"], facts["negative_prompt"]) == (0.5, "blur")
     assert facts["image"]["file"] == "photo.png" and "mine" not in json.dumps(facts)
+    text = answer(capfd, "inspect", "a.safetensors")[1]
+    assert "image photo.png" in text and "strength 0.5" in text
 
     compare = ("compare", model, "--artifact", "a.safetensors", "--prompts", "p.txt", "--json")
     code, out, err = answer(capfd, *compare, "--count", 1)
@@ -155,6 +157,29 @@ def test_another_call_is_another_recording(
                 prompts=Path("p.txt"), call={"width": width, "height": 16},
             )  # fmt: skip
     assert [shape[-1] for shape in seen] == [4, 8]
+
+
+def test_a_pipeline_without_prompts(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A picture becomes a video: the built-in prompts are of no use, and its frames are images."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-svd"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.video_diffusion().save_pretrained(folder)
+    call = ("--image", "mine/photo.png", "--height", "32", "--width", "32", "--frames", "2")
+    done = answer(
+        capfd, "quantize", folder, "--scheme", "w8a8", "--steps", "2", "--prompts", "p.txt", *call,
+        "--out", "a.safetensors",
+    )  # fmt: skip
+    assert done[0] == 0, done[2]
+    calibration = Artifact.load("a.safetensors").header["made"]["calibration"]
+    assert (calibration["runs"], calibration["batch"]) == (2, 1)
+    code, out, err = answer(
+        capfd, "compare", folder, "--artifact", "a.safetensors", "--count", "2", "--json",
+        "--image", "mine/photo.png",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["count"] == 4, err
 
 
 class Control:

@@ -145,7 +145,9 @@ def test_guidance_reaches_the_model() -> None:
 
 
 class Guideless(diffusers.StableDiffusionPipeline):
-    def __call__(self, prompt: Any, subject: str, num_inference_steps: int = 50) -> Any:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, prompt: Any, subject: str, num_inference_steps: int = 50
+    ) -> Any:
         raise AssertionError("was called")
 
 
@@ -230,7 +232,9 @@ def test_one_negative_prompt_is_for_all_images() -> None:
 class Variations(diffusers.StableDiffusionPipeline):
     """A pipeline that takes no prompt, and calls what it returns by its own name."""
 
-    def __call__(self, seeds: int, num_inference_steps: int = 50, generator: Any = None) -> Any:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, seeds: int, num_inference_steps: int = 50, generator: Any = None
+    ) -> Any:
         found = super().__call__(
             "a dog", num_inference_steps=num_inference_steps, generator=generator,
             output_type="np",
