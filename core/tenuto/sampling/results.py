@@ -24,7 +24,12 @@ def main_of(result: Any) -> Any:
 def latents_of(results: Sequence[Any]) -> Tensor:
     """Final latents (B, ...), of one or more calls with output type "latent"."""
     found = [main_of(result) for result in results]
-    parts = [torch.stack(list(x)) if _is_tensors(x) else torch.as_tensor(x) for x in found]
+    parts = [torch.stack(list(x)) if _is_tensors(x) else x for x in found]
+    parts = [torch.as_tensor(x) if hasattr(x, "__array__") else x for x in parts]
+    if not _is_tensors(parts):
+        raise TenutoError(
+            f"There are no latents in what the pipeline returns: {type(found[0]).__name__}."
+        )
     return torch.cat(parts)
 
 

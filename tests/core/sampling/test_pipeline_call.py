@@ -250,6 +250,8 @@ def test_without_prompts_images_come_one_by_one_and_nothing_of_the_result_is_nee
     assert trajectory.sample is not None
     with pytest.raises(tn.TenutoError, match="no images in what the pipeline returns"):
         trajectory.sample(pipe.unet, 0, 1)
+    with pytest.raises(tn.TenutoError, match="no latents in what the pipeline returns"):
+        trajectory.rollout()(pipe.unet, 0, 1)
 
 
 # --- results --------------------------------------------------------------------------------------

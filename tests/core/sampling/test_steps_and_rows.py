@@ -126,7 +126,7 @@ def test_the_timestep_is_found_by_its_name() -> None:
         facts = Signature.__new__(Signature)
         facts.signature = inspect.signature(getattr(diffusers, kind).forward)
         facts.names = list(facts.signature.parameters)[1:]
-        assert facts.timestep({facts.names[0]: torch.zeros(1), name: 3, "sigma": None}) == 3
+        assert facts.step({facts.names[0]: [torch.zeros(1)], name: 3, "sigma": None}) == 3
 
 
 def test_timesteps_of_tokens_move_the_clock() -> None:
