@@ -49,6 +49,15 @@ class Artifact:
         }
         return Artifact(header)
 
+    @staticmethod
+    def of(given: Artifact | str | Path) -> Artifact:
+        """`given`, or the artifact in the file of that name; ArtifactError if it is neither."""
+        if isinstance(given, Artifact):
+            return given
+        if isinstance(given, str | Path):
+            return Artifact.load(given)
+        raise ArtifactError(f"An artifact or its file is expected, not {type(given).__name__}.")
+
     def section(self, name: str) -> dict[str, Tensor]:
         """The tensors of one section, without its name in front."""
         return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}

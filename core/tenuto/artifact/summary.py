@@ -53,6 +53,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         ("model", f"{printable(header['model_class'])} ({header['family']}), {parameters}"),
         ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
     ]
+    rows += [("call", f"{name} {_given(value)}") for name, value in _call(schedule).items()]
     for name, held in facts["sections"].items():
         rows.append((name, f"{mib(held['bytes'])} in {counted(held['tensors'], 'tensor')}"))
         rows += [(name, line) for line in _temporal_lines(header) if name == "temporal"]
@@ -118,6 +119,20 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
 
 def _order(score: Any) -> float:
     return float(score) if isinstance(score, int | float) else math.inf
+
+
+def _call(schedule: dict[str, Any]) -> dict[str, Any]:
+    """What else the pipeline was called with."""
+    found = schedule.get("call", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _given(value: Any) -> str:
+    """A keyword's value as it is read: a file by its name."""
+    if isinstance(value, dict) and "sha256" in value:
+        kinds = (kind for kind in ("file", "picture", "tensor", "array", "type") if kind in value)
+        return str(next((value[kind] for kind in kinds), "?"))
+    return str(value)
 
 
 def _made_lines(header: dict[str, Any]) -> Iterator[str]:

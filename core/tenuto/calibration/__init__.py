@@ -1,6 +1,7 @@
 """All that is learnt: quantization, text encoders, the cache router."""
 
 from . import algorithms
+from .given import prompts_needed
 from .presets import Preset, effort, recipe_for
 from .quantize import quantize
 from .quantize_encoder import WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
@@ -17,6 +18,7 @@ __all__ = [
     "encoder_scheme",
     "fill",
     "outputs",
+    "prompts_needed",
     "quantize",
     "quantize_encoder",
     "recipe_for",

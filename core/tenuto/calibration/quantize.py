@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
+from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
 from .temporal.maintenance import UNIT as TEMPORAL
@@ -37,8 +38,8 @@ RANGES = "activation ranges"
 
 def quantize(
     model: Any,
-    scheme: Scheme | Recipe,
-    trajectory: Trajectory,
+    scheme: Scheme | Recipe | str,
+    trajectory: Trajectory | Sequence[str],
     *,
     preset: str = "quick",
     device: Any = None,
@@ -50,6 +51,8 @@ def quantize(
 ) -> Artifact:
     """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
 
+    scheme: a scheme, its name or a recipe. trajectory: a recording, or prompts for a pipeline, of
+    which as many are recorded as the scheme needs, with the pipeline's own steps and guidance.
     rounding: how weights below 8 bits round, where `scheme` is no recipe: an algorithm's name,
     such as "gptq"; None: as the preset does. temporal: what becomes of the modules that depend on
     the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
@@ -60,7 +63,10 @@ def quantize(
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
     denoiser = denoiser_of(model)
-    choice, chosen = check_choice(temporal), effort(preset)
+    choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
+    if not isinstance(trajectory, Trajectory):
+        count = prompts_needed(scheme, chosen, rounding)
+        trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
     backbone = with_time_only(denoiser, describe(denoiser), trajectory)
     if isinstance(scheme, Recipe):
         if rounding is not None:

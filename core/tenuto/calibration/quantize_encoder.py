@@ -6,7 +6,7 @@ and masks, and the empty prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from ..errors import SchemeError
 from ..model import describe, encoders_of, frozen
 from ..numerics import Recipe, Scheme, schemes
 from ..progress import Progress, parts
-from ..sampling import BATCH, Call, Trajectory, encoder_calls
+from ..sampling import (
+    BATCH,
+    Call,
+    Trajectory,
+    described,
+    encoder_calls,
+    schedule_of_run,
+    unprompted,
+)
 from ..work import Work, digest
 from .algorithms import by_name, names
 from .algorithms.tiar import Tiar
@@ -57,6 +65,7 @@ def quantize_encoder(
     seed: int = 0,
     steps: int = 20,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     device: Any = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
@@ -64,12 +73,16 @@ def quantize_encoder(
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
     width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq".
-    steps and guidance: for the header alone. `work`, resuming and Cancelled are as in `quantize`.
+    steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
+    denoiser computes one call. `work`, resuming and Cancelled are as in `quantize`.
     """
     scheme = encoder_scheme(width, method)
-    calls = encoder_calls(pipe, prompts)
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    calls = encoder_calls(pipe, prompts, steps=steps, call=call)
     about = {"method": method, "prompts": len(prompts), "seed": seed}
-    artifact = Artifact.new(pipe, _schedule(pipe, steps, guidance), {"encoder": about})
+    times = schedule_of_run(pipe, prompts, steps, guidance, unprompted(call))
+    schedule = Trajectory(times, [], seed, 1, 1, steps, guidance, call=described(call)).schedule()
+    artifact = Artifact.new(pipe, schedule, {"encoder": about})
     artifact.header["encoders"] = {}
     mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
     shelf = Work(work, mark).path
@@ -127,11 +140,3 @@ def fill(artifact: Artifact, name: str, encoder: nn.Module, job: Job) -> None:
         "model_class": type(encoder).__name__,
         "fingerprint": fingerprint(encoder),
     } | job.described()
-
-
-def _schedule(pipe: Any, steps: int, guidance: float | None) -> dict[str, Any]:
-    """The pipeline's own schedule: an artifact has one, an encoder asks for none."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
-    times = [float(t) for t in scheduler.timesteps]
-    return {"timesteps": times, "steps": steps, "guidance": guidance}

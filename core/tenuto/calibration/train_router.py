@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
 from ..work import Work
+from .given import trajectory_of
 from .router.harmonica import HarmoniCa
 from .router.iepo import gain
 from .router.logits import Router
@@ -52,11 +54,11 @@ PRESETS = {
 
 def train_router(
     model: Any,
-    trajectory: Trajectory,
+    trajectory: Trajectory | Sequence[str],
     *,
     reuse: float | None = None,
     speedup: float | None = None,
-    artifact: Artifact | None = None,
+    artifact: Artifact | str | Path | None = None,
     preset: str = "quick",
     iterations: int | None = None,
     seed: int = 0,
@@ -66,6 +68,8 @@ def train_router(
 ) -> Artifact:
     """Train a router for the denoiser of `model` and return an artifact with the section "route".
 
+    trajectory: a recording, or prompts for a pipeline, which is recorded once, with the steps and
+    guidance of `artifact`, else its own.
     reuse: the share of (step, branch) cells to reuse. speedup: how many times fewer multiply-adds
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
@@ -75,7 +79,12 @@ def train_router(
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
-    job = RouteJob(model, trajectory, artifact, preset, seed)
+    made = None if artifact is None else Artifact.of(artifact)
+    known = None if made is None else made.header["schedule"]
+    if not isinstance(trajectory, Trajectory):
+        batch = PRESETS[preset].batch if preset in PRESETS else 1
+        trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
+    job = RouteJob(model, trajectory, made, preset, seed)
     job.plan_for(iterations, sample)
     job.budget(reuse, speedup)
     return job.run(work, on_progress)
@@ -133,12 +142,7 @@ class RouteJob:
     def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
         """Costs, router, measurements: from `path` as far as they are finished."""
         trajectory = self.trajectory
-        schedule = {
-            "timesteps": list(self.times),
-            "steps": trajectory.steps,
-            "guidance": trajectory.guidance,
-        }
-        result = Artifact.new(self.model, schedule)
+        result = Artifact.new(self.model, trajectory.schedule())
         work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
         if self.artifact is not None:
             self.denoiser = quantized(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..errors import TenutoError
 from ..measure import FIRST_SEED, resident_weight_bytes
 from ..model import denoiser_of
 from ..runtime import attach
+from ..sampling import described, one_by_one
 from ..sampling.loading import PREFIX, check_model
 from .app import app
 from .checks import (
@@ -51,6 +53,7 @@ def quantize(
     prompts: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
     compact: bool = False,
@@ -58,7 +61,7 @@ def quantize(
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
     from ..artifact import compact as compacted
-    from ..calibration import quantize, quantize_encoder
+    from ..calibration import prompts_needed, quantize, quantize_encoder
 
     bars = bars or Bars()
     if scheme is None and text_encoder is None:
@@ -69,9 +72,10 @@ def quantize(
     )  # fmt: skip
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
-    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device)
+    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
     pipe = pipeline(model, sampling, bars)
-    used, made = lines[: effort.prompts], []
+    used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
+    made = list[Artifact]()
     with work_kept_until_done(work):
         if wanted is not None:
             trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
@@ -84,14 +88,13 @@ def quantize(
             apart = work if wanted is None else work / ENCODERS
             made.append(quantize_encoder(
                 pipe, text_encoder, lines, method=method or "gptq", seed=seed,
-                steps=sampling.steps, guidance=sampling.guidance, device=sampling.device,
-                work=apart, on_progress=bars("Text encoders"),
+                steps=sampling.steps, guidance=sampling.guidance, call=sampling.called(pipe),
+                device=sampling.device, work=apart, on_progress=bars("Text encoders"),
             ))  # fmt: skip
         whole = made[0] if len(made) == 1 else made[0] | made[1]
         whole.save(out)
     bars.close()
-    count = len(lines) if wanted is None else len(used)
-    text = "\n".join(quantized_lines(out, whole, pipe, count))
+    text = "\n".join(quantized_lines(out, whole, pipe, len(used)))
     return Answer(text, next=compare_line(model, out))
 
 
@@ -127,6 +130,7 @@ def train_router(
     prompts: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
     bars: Bars | None = None,
@@ -143,8 +147,9 @@ def train_router(
     work, lines = check_out(out), calibration_prompts(model, prompts)
     base = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact
-    )
+        model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact,
+        call=call,
+    )  # fmt: skip
     pipe = pipeline(model, sampling, bars, base, artifact)
     with work_kept_until_done(work):
         batch = PRESETS[preset].batch
@@ -167,6 +172,7 @@ def generate(
     artifact: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
     execution: str = "auto",
@@ -184,22 +190,23 @@ def generate(
     check_file(out)
     found = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact
-    )
+        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
+        call=call,
+    )  # fmt: skip
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
     with attached_to(pipe, found, execution):
         images = draw(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
-            seed=seed, count=batch,
+            seed=seed, count=batch, call=sampling.called(pipe),
         )  # fmt: skip
     seconds = time.perf_counter() - start
     settings = {
         "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
         "guidance": sampling.guidance, "seed": seed, "batch": batch,
         "artifact": artifact and artifact.name,
-    }  # fmt: skip
+    } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
     save_png(grid(images), out, settings)
     quoted = shlex.quote(model)
     what = f"tenuto quantize {quoted} --scheme w8a8 --out quantized.safetensors"
@@ -218,6 +225,7 @@ def compare(
     count: int = 64,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = FIRST_SEED,
     device: str | None = None,
     execution: str = "int8",
@@ -231,12 +239,15 @@ def compare(
     lines = comparison_prompts(model, prompts, count)
     found = load_artifact(artifact)
     sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact
-    )
+        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
+        call=call,
+    )  # fmt: skip
     pipe = pipeline(model, sampling, bars, found, artifact)
+    given = sampling.called(pipe)
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
-        seed=seed, execution=execution, on_progress=bars("Comparing"),
+        call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
+        on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
     use = f"tenuto generate {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"

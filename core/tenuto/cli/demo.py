@@ -11,7 +11,7 @@ import torch
 
 from ..artifact import Artifact
 from ..artifact.summary import counted, mib, table
-from ..calibration import effort, quantize
+from ..calibration import effort, prompts_needed, quantize
 from ..errors import TenutoError
 from ..measure import FIRST_SEED, FULL, Comparison, compare_all
 from ..measure.sheet import Row, sheet
@@ -77,9 +77,10 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
 def calibrated(pipe: Any, sampling: Defaults, bars: Bars) -> Artifact:
     """A quick W8A8 artifact."""
     preset = effort("quick")
+    lines = prompts("default")[: prompts_needed(schemes.W8A8, preset)]
     trajectory = record(
-        pipe, prompts("default")[: preset.prompts], steps=sampling.steps, batch=preset.batch,
-        guidance=sampling.guidance, on_progress=bars("Recording"),
+        pipe, lines, steps=sampling.steps, batch=preset.batch, guidance=sampling.guidance,
+        on_progress=bars("Recording"),
     )  # fmt: skip
     return quantize(pipe, schemes.W8A8, trajectory, on_progress=bars("Quantizing"))
 

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from ..measure import FIRST_SEED
 from ..version import __version__
+from . import call_options as c
 from . import options as o
 from .arguments import spelled
 from .run import run
@@ -69,6 +70,13 @@ def quantize(
     prompts: o.Prompts = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    image: c.Picture = None,
+    mask: c.Mask = None,
+    height: c.Height = None,
+    width: c.Width = None,
+    frames: c.Frames = None,
+    negative: c.Without = None,
+    given: c.Set = [],  # noqa: B006
     seed: o.Seed = 0,
     device: o.Device = None,
     compact: o.Compact = False,
@@ -91,6 +99,13 @@ def train_router(
     iterations: o.Iterations = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    image: c.Picture = None,
+    mask: c.Mask = None,
+    height: c.Height = None,
+    width: c.Width = None,
+    frames: c.Frames = None,
+    negative: c.Without = None,
+    given: c.Set = [],  # noqa: B006
     seed: o.Seed = 0,
     device: o.Device = None,
 ) -> int:
@@ -109,6 +124,12 @@ def generate(
     artifact: o.WithArtifact = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    image: c.Picture = None,
+    mask: c.Mask = None,
+    height: c.Height = None,
+    width: c.Width = None,
+    frames: c.Frames = None,
+    given: c.Set = [],  # noqa: B006
     seed: o.Seed = 0,
     device: o.Device = None,
     execution: o.Execution = "auto",
@@ -129,6 +150,13 @@ def compare(
     count: o.Count = 64,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
+    image: c.Picture = None,
+    mask: c.Mask = None,
+    height: c.Height = None,
+    width: c.Width = None,
+    frames: c.Frames = None,
+    negative: c.Without = None,
+    given: c.Set = [],  # noqa: B006
     seed: o.Seed = FIRST_SEED,
     device: o.Device = None,
     execution: o.Execution = "int8",

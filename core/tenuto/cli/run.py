@@ -54,10 +54,11 @@ def _answer(name: str, options: dict[str, Any]) -> Any:
     """What a command answers. All that is printed meanwhile goes to stderr."""
     with _quiet():
         from . import commands
+        from .calls import gathered
         from .console import Bars
 
         with contextlib.redirect_stdout(sys.stderr), Bars(sys.stderr) as bars:
-            return getattr(commands, name)(**options, bars=bars)
+            return getattr(commands, name)(**gathered(name, options), bars=bars)
 
 
 def _stopped(out: Path | None) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,20 @@ from ..artifact import Artifact, fingerprint
 from ..errors import TenutoError
 from ..model import denoiser_of
 from ..runtime import attach
-from ..sampling import Trajectory, keep, kept, record
+from ..sampling import (
+    PipelineCall,
+    Trajectory,
+    described,
+    keep,
+    kept,
+    one_by_one,
+    record,
+    repeated,
+    wanted_prompts,
+)
 from ..sampling.loading import PREFIX, Defaults, defaults, load
 from ..work import MANIFEST, Lock, Work
+from .calls import fitted, with_pictures
 from .checks import RECORDING, damage_told, device_of
 from .console import Bars
 
@@ -28,6 +39,18 @@ class Sampling:
     steps: int
     guidance: float | None
     device: torch.device
+    call: dict[str, Any] = field(default_factory=dict)  # the pipeline's own keywords
+
+    def called(self, pipe: Any) -> dict[str, Any]:
+        """The keywords under the names that `pipe` has for them."""
+        return fitted(pipe, self.call)
+
+    def checked(self, pipe: Any) -> None:
+        """TenutoError unless `pipe` can be sampled like this."""
+        check_steps(pipe, self.steps)
+        call = self.called(pipe)
+        prompts = wanted_prompts(pipe, ("",), call)
+        PipelineCall(pipe, prompts, self.steps, self.guidance, call)
 
 
 @contextmanager
@@ -53,16 +76,25 @@ def sampling_of(
     device: str | None = None,
     artifact: Artifact | None = None,
     file: Path | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Sampling:
-    """Steps and guidance: as asked, else those of `artifact` (in `file`), else the model's own."""
-    usual = defaults(model)
+    """Steps, guidance, call: as asked, else those of `artifact` (in `file`), else the model's own.
+
+    Pictures that the artifact was calibrated with are looked for beside it and in the current
+    folder.
+    """
+    usual, call = defaults(model), dict(call or {})
     if artifact is not None:
+        schedule = artifact.header["schedule"]
         with damage_told(file):
-            usual = Defaults.read(artifact.header["schedule"])
+            usual = Defaults.read(schedule)
+            call = with_pictures(schedule, call, ((file or Path()).parent, Path()))
+            call = repeated(schedule, call)
     return Sampling(
         usual.steps if steps is None else steps,
         usual.guidance if guidance is None else guidance,
         device_of(device),
+        call,
     )
 
 
@@ -75,7 +107,7 @@ def pipeline(
 ) -> Any:
     """The model, loaded and checked; `artifact` (in `file`) fits it."""
     pipe = loaded(model, sampling.device, bars)
-    check_steps(pipe, sampling.steps)
+    sampling.checked(pipe)
     if artifact is not None:
         with damage_told(file), attach(pipe, artifact):
             pass  # it fits
@@ -124,20 +156,24 @@ def recorded(
     bars: Bars,
     runs: int | None = None,
 ) -> Trajectory:
-    """A recording of every prompt, or the one that an interrupted command left in `work`."""
-    batch = min(batch, len(lines))
+    """A recording of every prompt, or the one that an interrupted command left in `work`.
+
+    One at a time where it is a video, or made of a picture.
+    """
+    call = sampling.called(pipe)
+    batch = 1 if one_by_one(pipe, call) else min(batch, len(lines))
     runs = runs or -(-len(lines) // batch)
     encoder = getattr(pipe, "text_encoder", None)
     job = {
         "job": "record", "prompts": lines, "steps": sampling.steps, "guidance": sampling.guidance,
         "seed": seed, "batch": batch, "runs": runs, "device": str(sampling.device),
         "model": [fingerprint(m) for m in (denoiser_of(pipe), encoder) if m is not None],
-    }  # fmt: skip
-    shelf = Work(work / RECORDING, job)
-    found = kept(shelf, pipe, lines, sampling.steps, sampling.guidance)
+    } | ({"call": described(call)} if call else {})  # fmt: skip
+    shelf, prompts = Work(work / RECORDING, job), wanted_prompts(pipe, lines, call)
+    found = kept(shelf, pipe, prompts, sampling.steps, sampling.guidance, call)
     if found is None:
         found = record(
-            pipe, lines, steps=sampling.steps, guidance=sampling.guidance, seed=seed,
+            pipe, prompts, steps=sampling.steps, guidance=sampling.guidance, call=call, seed=seed,
             batch=batch, runs=runs, on_progress=bars("Recording"),
         )  # fmt: skip
         keep(shelf, found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
-from ..sampling import Sample, sampler
+from ..sampling import Sample
 from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
 from .comparison import Comparison
 from .encoder_states import hidden_distance
@@ -30,6 +31,7 @@ from .lpips import lpips
 from .memory import PeakMemory, resident_weight_bytes
 from .metrics import frechet_distance, kernel_distance, psnr, ssim
 from .paired_runs import Drawn, FirstCall, Way, distances, draw_in_turns, first_call, split
+from .repeat import as_calibrated
 
 __all__ = [
     "Comparison",
@@ -87,12 +89,13 @@ class _Facts:
 
 def compare(
     model: Any,
-    artifact: Artifact,
-    prompts: Sequence[str] | None = None,
+    artifact: Artifact | str | Path,
+    prompts: Sequence[str] | str | None = None,
     *,
     count: int = 64,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = FIRST_SEED,
     sample: Sample | None = None,
     batch: int = 8,
@@ -103,15 +106,17 @@ def compare(
     """Draw `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
 
     A pipeline draws `prompts` (else the shipped "evaluation" list) at the artifact's own steps and
-    guidance unless told otherwise. A bare denoiser takes `sample(denoiser, seed, batch)`, which
-    runs one trajectory; its steps are counted, `guidance` is only noted. The three take turns, a
-    few batches each, so that times are compared side by side. `device` moves the model there for
-    the call. `execution` is that of `attach`: "int8" measures the artifact's own arithmetic.
-    The model is as it was afterwards, whatever happens.
+    guidance, and is called as it was for calibration, unless `steps`, `guidance` and `call` (as in
+    `record`) say otherwise; pictures have to be given again. Each frame of a video counts as an
+    image. A bare denoiser takes `sample(denoiser, seed, batch)`, which runs one trajectory; its
+    steps are counted, `guidance` is only noted. The three take turns, a few batches each, so that
+    times are compared side by side. `device` moves the model there for the call. `execution` is
+    that of `attach`: "int8" measures the artifact's own arithmetic. The model is as it was
+    afterwards, whatever happens.
     """
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
-        seed=seed, sample=sample, batch=batch, device=device, execution=execution,
+        call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
         on_progress=on_progress,
     )  # fmt: skip
     return found[ARTIFACT]
@@ -119,12 +124,13 @@ def compare(
 
 def compare_all(
     model: Any,
-    artifacts: Mapping[str, Artifact],
-    prompts: Sequence[str] | None = None,
+    artifacts: Mapping[str, Artifact | str | Path],
+    prompts: Sequence[str] | str | None = None,
     *,
     count: int = 64,
     steps: int | None = None,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = FIRST_SEED,
     sample: Sample | None = None,
     batch: int = 8,
@@ -135,33 +141,31 @@ def compare_all(
 ) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
     """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
-    Steps and guidance are the first artifact's unless given; without `floor`, bf16 is left out.
-    Returns the comparisons by name, and the images: under the same names, `FULL` and `BF16`.
+    Steps, guidance and call are the first artifact's unless given; without `floor`, bf16 is left
+    out. Returns the comparisons by name, and the images: under the same names, `FULL` and `BF16`.
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
-    for artifact in artifacts.values():
+    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
+    for artifact in known.values():
         artifact.check(model)
-    given, lines = sample is not None, tuple(prompts or shipped_prompts("evaluation"))
+    given, lines = sample is not None, prompts or shipped_prompts("evaluation")
+    lines = (lines,) if isinstance(lines, str) else tuple(lines)
     if sample is None:
-        if isinstance(model, nn.Module):
-            raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
-        schedule = next(iter(artifacts.values())).header["schedule"]
-        steps = int(schedule["steps"] if steps is None else steps)
-        guidance = schedule["guidance"] if guidance is None else guidance
-        sample = sampler(model, lines, steps, guidance)
+        schedule = next(iter(known.values())).header["schedule"]
+        steps, guidance, call, sample = as_calibrated(model, schedule, lines, steps, guidance, call)
     denoiser, batches = denoiser_of(model), split(seed, count, batch)
     with _on(model, device), frozen(denoiser), torch.no_grad():
-        call, seen = first_call(denoiser, sample, *batches[0], whole=given)
-        facts = _facts_of(denoiser, artifacts, call)
-        ways = _ways(model, artifacts, call, facts, execution, floor)
+        first, seen = first_call(denoiser, sample, *batches[0], whole=given)
+        facts = _facts_of(denoiser, known, first)
+        ways = _ways(model, known, first, facts, execution, floor)
         drawn = draw_in_turns(ways, sample, batches, on_progress)
         states = {
-            n: {} if given else hidden_distance(model, a, lines) for n, a in artifacts.items()
+            n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
         }
         run = surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
-    run |= {"count": count, "batch": batch, "seed": seed}
+    run |= {"count": sum(map(len, drawn[FULL].batches)), "batch": batch, "seed": seed}
     return {
         name: Comparison(
             **_distances(drawn, name),
@@ -169,7 +173,7 @@ def compare_all(
             **run,
             encoders=states[name],
         )
-        for name in artifacts
+        for name in known
     }, drawn
 
 

@@ -16,14 +16,18 @@ from .bf16 import bf16_arithmetic, bf16_copy
 
 
 def hidden_distance(
-    pipe: Any, artifact: Artifact, prompts: Sequence[str]
+    pipe: Any,
+    artifact: Artifact,
+    prompts: Sequence[str],
+    call: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """How far the states of each quantized encoder of a pipeline are from full precision.
 
-    By encoder, see `states_distance`; of nothing where the artifact has no encoders.
+    By encoder, see `states_distance`; of nothing where the artifact has no encoders. call: as in
+    `record`.
     """
     wanted = artifact.header.get("encoders", {})
-    calls = encoder_calls(pipe, prompts) if wanted else {}
+    calls = encoder_calls(pipe, prompts, call=call) if wanted else {}
     found: dict[str, dict[str, Any]] = {}
     for name in wanted.keys() & calls.keys():
         encoder = encoders_of(pipe)[name]

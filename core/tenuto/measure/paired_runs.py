@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
@@ -24,7 +23,10 @@ FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Drawn:
-    """What one way drew, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds."""
+    """What one way drew, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds.
+
+    Each frame of a video is an image.
+    """
 
     batches: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -85,7 +87,8 @@ def draw_in_turns(
 
 
 def _checked(pictures: Any, size: int) -> Tensor:
-    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != size:
+    images = isinstance(pictures, Tensor) and pictures.ndim == 4
+    if not images or not len(pictures) or len(pictures) % size:  # several: frames of videos
         got = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
         raise TenutoError(f"`sample` should return images ({size}, C, H, W), not {got}.")
     return pictures.detach().float().clamp(-1, 1).cpu()
@@ -105,8 +108,7 @@ def first_call(
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
             calls.append((args, kwargs))
-        step = torch.as_tensor(facts.timestep(facts.inputs(args, kwargs)))
-        times.add(float(step.reshape(-1)[0]))
+        times.add(facts.step(facts.inputs(args, kwargs)))
         if not whole:
             raise Leave
 

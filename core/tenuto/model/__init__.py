@@ -7,7 +7,7 @@ from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .patches import Attached, Override, Replacement, Swap, override_
-from .signature import Signature
+from .signature import Rows, Signature, is_listed, times_of
 from .tree import map_leaves, map_tensors, tensors_in
 from .watch import Leave, watched
 
@@ -19,6 +19,7 @@ __all__ = [
     "Leave",
     "Override",
     "Replacement",
+    "Rows",
     "Signature",
     "Swap",
     "adapted",
@@ -29,6 +30,7 @@ __all__ = [
     "encoders_of",
     "frozen",
     "holder_of",
+    "is_listed",
     "key_map_of",
     "layers",
     "map_leaves",
@@ -39,5 +41,6 @@ __all__ = [
     "own_parameters",
     "swapped",
     "tensors_in",
+    "times_of",
     "watched",
 ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .tree import tensors_in
 
 STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
+
+Rows = Tensor | Sequence[Tensor]  # (B, ...), or B tensors of a row each, not all of one shape
 
 
 class Signature:
@@ -41,12 +45,52 @@ class Signature:
             raise ModelError(f"No timestep among the denoiser's arguments {self.names}.")
         return inputs[found]
 
-    def sample(self, inputs: dict[str, Any]) -> Tensor:
-        """The noisy sample: the first argument."""
+    def step(self, inputs: dict[str, Any]) -> float:
+        """The timestep of the first row of a call, as a number."""
+        return float(times_of(self.timestep(inputs), self.batch(inputs))[0])
+
+    def sample(self, inputs: dict[str, Any]) -> Rows:
+        """The noisy sample, the first argument: (B, ...), or a list of B images (Z-Image)."""
         return inputs[self.names[0]]
 
-    def conditions(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """Every other tensor: prompt embeddings, labels, masks, pooled vectors."""
-        step = self.timestep(inputs)
-        rest = (v for n, v in inputs.items() if n != self.names[0] and v is not step)
-        return [t for value in rest for t in tensors_in(value)]
+    def batch(self, inputs: dict[str, Any]) -> int:
+        """How many rows a call has."""
+        return len(self.sample(inputs))
+
+    def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
+        """Every other tensor: prompt embeddings, labels, masks, pooled vectors.
+
+        Where the sample is a list, so are other arguments with a tensor a row; they stay lists.
+        """
+        step, batch = self.timestep(inputs), self.batch(inputs)
+        rest = [v for n, v in inputs.items() if n != self.names[0] and v is not step]
+        listed = not isinstance(self.sample(inputs), Tensor)
+        found: list[Rows] = []
+        for value in rest:
+            if listed and is_listed(value, batch):
+                found.append(value)
+            else:
+                found += tensors_in(value)
+        return found
+
+
+def is_listed(value: Any, batch: int) -> bool:
+    """Whether `value` is a list of `batch` tensors, one a row."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == batch
+        and all(isinstance(item, Tensor) for item in value)
+    )
+
+
+def times_of(timestep: Any, batch: int) -> Tensor:
+    """A timestep in any form, a number a row: (batch,), or (1,) where all rows have the same.
+
+    Of one a token, a frame or an image (image-to-video keeps what is given at 0) a row has the
+    largest, and so has a call whose timesteps are not those of its rows.
+    """
+    steps = torch.as_tensor(timestep).detach()
+    if steps.ndim > 1:
+        steps = steps.flatten(1).amax(1)
+    steps = steps.reshape(-1)
+    return steps if len(steps) in (1, batch) else steps.amax()[None]

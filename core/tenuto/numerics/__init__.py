@@ -4,7 +4,7 @@ from . import float8
 from .grid import Grid, covering, ends
 from .integer_codes import affine
 from .qtensor import QTensor, layout
-from .scheme import Format, Recipe, Rule, Scheme, named, schemes
+from .scheme import Format, Recipe, Rule, Scheme, known, named, schemes
 
 __all__ = [
     "Format",
@@ -17,6 +17,7 @@ __all__ = [
     "covering",
     "ends",
     "float8",
+    "known",
     "layout",
     "named",
     "schemes",

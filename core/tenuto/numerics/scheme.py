@@ -175,9 +175,14 @@ class schemes:
     W4A8_STATIC = Scheme("w4a8-static", _W4, _STEP)
 
 
+def known() -> dict[str, Scheme]:
+    """The named schemes by name."""
+    return {s.name: s for s in vars(schemes).values() if isinstance(s, Scheme)}
+
+
 def named(name: str) -> Scheme:
     """The scheme called `name`, e.g. "w8a8"; SchemeError names the choices."""
-    table = {s.name: s for s in vars(schemes).values() if isinstance(s, Scheme)}
+    table = known()
     if name not in table:
         raise SchemeError(f"Unknown scheme {name!r}: choose one of {', '.join(table)}.")
     return table[name]

@@ -10,6 +10,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,7 @@ from ..model import (
     layers,
     own_modules,
 )
-from ..numerics import Scheme
+from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
 from .execution import DENSE, Chooser, word
 from .layers import QLayer
@@ -111,7 +112,7 @@ class Tenuto(Attached):
 
 def attach(
     model: Any,
-    artifact: Artifact | Scheme,
+    artifact: Artifact | Scheme | str | Path,
     *,
     execution: str = "auto",
     simulate: bool = False,
@@ -120,8 +121,9 @@ def attach(
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
-    A denoiser of another code (ldm, ComfyUI) gets it too, by the key map of its family. A scheme
-    instead of an artifact rounds every layer to nearest where it is, without calibration.
+    artifact: what calibration made, or the file of it. A scheme instead, or its name, rounds every
+    layer to nearest where it is, without calibration. A denoiser of another code (ldm, ComfyUI)
+    gets it too, by the key map of its family.
     execution: "int8" executes in low precision what the kernels support and simulates the rest: the
     artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
@@ -132,8 +134,13 @@ def attach(
     what the artifact has of them; a bare denoiser has none.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
-    given: Any = {"scheme": artifact} if isinstance(artifact, Scheme) else {"artifact": artifact}
-    patches = Patches(**given, route=route, execution=execution, simulate=simulate)
+    if isinstance(artifact, str):
+        artifact = known().get(artifact, artifact)
+    if isinstance(artifact, Scheme):
+        patches = Patches(scheme=artifact, execution=execution, simulate=simulate)
+    else:
+        made = Artifact.of(artifact)
+        patches = Patches(made, route=route, execution=execution, simulate=simulate)
     return install(model, patches, chooser)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..model import Rows, times_of
 from .grid import grid_from
 from .samples import Samples, Seen, same_step, some_values, values_of
 
@@ -31,7 +32,8 @@ class Clock:
     place: the nearest of them.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
-    a sample arrives that cannot be of the run in progress (see `Samples`).
+    a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
+    second order (`uneven`), which may rise within a run, only the first of these counts.
     """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
@@ -47,9 +49,12 @@ class Clock:
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
         self._falls = self.timesteps[:1] >= self.timesteps[-1:]  # with the noise
+        self.uneven = False  # whether the host's scheduler is of second order, or rises in a run
+        pairs = zip(self.timesteps, self.timesteps[1:], strict=False)
+        self._doubled = any(abs(a - b) <= self._slack for a, b in pairs)  # so was the calibrated
         self._time: float | None = None
         self._source: tuple[Any, ...] = ()
-        self._samples = Samples()
+        self._samples = Samples(self._slack if self._doubled else 0.0)
         self._marks: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
@@ -57,7 +62,7 @@ class Clock:
         clone = type(self)(self.timesteps)
         memo[id(self)] = clone
         clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
-        clone.streams, clone.run = self.streams, self.run
+        clone.streams, clone.run, clone.uneven = self.streams, self.run, self.uneven
         clone.grid, clone.place = self.grid, self.place
         return clone
 
@@ -73,16 +78,18 @@ class Clock:
         self.grid, self.place = (), 0
         self._samples.clear()
 
-    def starts(self, *source: Any, times: Any = None) -> None:
+    def starts(self, *source: Any, times: Any = None) -> bool:
         """What the host made for its run: other objects than in the last call are a new run.
 
         times: its timesteps, in whatever unit it counts them.
         """
         known = len(source) == len(self._source)
-        if not known or any(a is not b for a, b in zip(source, self._source, strict=True)):
-            self._source = source  # kept, so that no other object gets its place in memory
-            self._offered = times
-            self.begin()
+        if known and all(a is b for a, b in zip(source, self._source, strict=True)):
+            return False
+        self._source = source  # kept, so that no other object gets its place in memory
+        self._offered = times
+        self.begin()
+        return True
 
     def nearest(self, timestep: float) -> int:
         """The calibrated step nearest to `timestep`."""
@@ -108,7 +115,9 @@ class Clock:
 
     def _rises(self, timestep: float) -> bool:
         """Whether there is more noise at `timestep` than at the last call of this run."""
-        if self._time is None or same_step(timestep, self._time):
+        if self._time is None or same_step(timestep, self._time) or self.uneven:
+            return False
+        if self._doubled and abs(timestep - self._time) <= self._slack:
             return False
         return (timestep > self._time) == self._falls
 
@@ -116,19 +125,19 @@ class Clock:
         self,
         timestep: Tensor | float,
         batch: int,
-        conditions: Sequence[Tensor],
+        conditions: Sequence[Rows],
         device: Any,
-        sample: Tensor | None = None,
+        sample: Rows | None = None,
     ) -> None:
         """`tick` for a bare denoiser call; reads the device once.
 
-        timestep: a number, (), (1,) or (batch,); where its rows differ the first one counts and the
-        step is not exact. conditions: tensors with `batch` rows or one for
-        all (prompt embeddings, labels); rows with equal conditions are told apart by their order.
+        timestep: as `times_of` takes it; where its rows differ the first one counts and the step is
+        not exact. conditions: tensors with `batch` rows or one for all (prompt embeddings, labels),
+        or lists of a tensor a row; rows with equal conditions are told apart by their order.
         sample: the noisy sample, (batch, ...); it shows new runs that the timesteps don't.
         """
-        value = _spread(torch.as_tensor(timestep).detach().reshape(-1))
-        marks = [self._mark(c) for c in conditions if c.ndim and c.shape[0] in (1, batch)]
+        value = _spread(times_of(timestep, batch))
+        marks = [self._marks_of(c) for c in conditions if _has_rows(c, batch)]
         parts = [_row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))] if marks else []
         if sample is not None:
             parts += [_row_hash(sample), some_values(sample).flatten()]
@@ -143,7 +152,7 @@ class Clock:
             streams, rest = _numbered(rest[:batch]), rest[batch:]
         if self._rises(first):
             self.begin()
-        if sample is not None:
+        if sample is not None and not self.uneven:
             self._compare(first, streams, rest[:batch], rest[batch:])
         self.tick(first, streams, device)
         self.exact = self.exact and spread <= self._slack
@@ -161,8 +170,14 @@ class Clock:
             self.begin()
             self._samples.restart(streams, found)
 
+    def _marks_of(self, condition: Rows) -> Tensor:
+        """The row hash of a condition: int64 (B,) or (1,)."""
+        if isinstance(condition, Tensor):
+            return self._mark(condition)
+        return torch.cat([_row_hash(self._mark(row)[None]) for row in condition])
+
     def _mark(self, condition: Tensor) -> Tensor:
-        """The row hash of a condition; one that is the same object as before is not read again."""
+        """`_row_hash` of a tensor; one that is the same object as before is not read again."""
         if condition.is_inference():
             return _row_hash(condition)  # has no version: it could have been written to
         known = self._marks.get(id(condition))
@@ -183,13 +198,22 @@ def _spread(steps: Tensor) -> Tensor:
     return torch.stack((steps[0], steps.amax() - steps.amin()))
 
 
-def _row_hash(x: Tensor) -> Tensor:
+def _has_rows(condition: Rows, batch: int) -> bool:
+    """Whether a condition has a row for each of the batch, or one for all."""
+    if isinstance(condition, Tensor):
+        return bool(condition.ndim) and condition.shape[0] in (1, batch)
+    return len(condition) == batch
+
+
+def _row_hash(x: Rows) -> Tensor:
     """A hash of each row of `x` (B, ...), of every value and its place: int64 (B,).
 
     Each value is mixed with its place before the sum: a sum of products would not tell rows of
     few values apart, such as masks and sizes, (5, 0, 0, 5) from (0, 5, 5, 0).
     """
-    rows = x.detach().reshape(x.shape[0], -1)
+    if not isinstance(x, Tensor):
+        return torch.cat([_row_hash(row[None]) for row in x])
+    rows = x.detach().reshape(x.shape[0], -1 if x.numel() else 0)
     if rows.is_floating_point():
         rows = rows.to(torch.float32).contiguous().view(torch.int32)
     places = torch.arange(1, rows.shape[1] + 1, device=rows.device) * 0x9E3779B1

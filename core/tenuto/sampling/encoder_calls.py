@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -10,16 +10,25 @@ import torch
 
 from ..errors import TenutoError
 from ..model import Leave, Signature, denoiser_of, encoders_of, map_tensors, watched
-from .record import sampler
+from .pipeline_call import PipelineCall, unprompted
 from .trajectory import Call
 
 BATCH = 8
 
 
-def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict[str, list[Call]]:
+def encoder_calls(
+    pipe: Any,
+    prompts: Sequence[str],
+    batch: int = BATCH,
+    *,
+    steps: int = 20,
+    call: Mapping[str, Any] | None = None,
+) -> dict[str, list[Call]]:
     """What each text encoder of a pipeline is called with for `prompts` and the empty one.
 
-    Every row of input once, `batch` in a call. TenutoError if the pipeline calls none.
+    Every row of input once, `batch` in a call. steps and call: as in `record`, but for embeddings
+    of prompts; of the run, only what comes before the denoiser is done. TenutoError if the pipeline
+    calls none.
     """
     seen: dict[str, dict[bytes, dict[str, Any]]] = {name: {} for name in encoders_of(pipe)}
 
@@ -34,14 +43,14 @@ def encoder_calls(pipe: Any, prompts: Sequence[str], batch: int = BATCH) -> dict
         raise Leave
 
     lines = ("", *prompts)
-    sample = sampler(pipe, lines, 1, None)
+    asked = PipelineCall(pipe, lines, steps, None, unprompted(call))
     with ExitStack() as watching:
         watching.enter_context(watched(denoiser_of(pipe), before=leave))
         for name, encoder in encoders_of(pipe).items():
             watching.enter_context(watched(encoder, before=keeper(name, Signature(encoder))))
         for start in range(0, len(lines), batch):
             with suppress(Leave), torch.no_grad():
-                sample(denoiser_of(pipe), start, min(batch, len(lines) - start))
+                asked(denoiser_of(pipe), start, min(batch, len(lines) - start), "latent")
     found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
     if not any(found.values()):
         raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")

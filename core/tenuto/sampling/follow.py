@@ -6,9 +6,9 @@ import copy
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..model import Signature, denoiser_of
+from ..model import Signature, denoiser_of, tensors_in
 from .clock import Clock
 
 
@@ -28,13 +28,14 @@ class Follow:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.facts.inputs(args, kwargs)
-        sample = self.facts.sample(inputs)
-        step, count, device = self.facts.timestep(inputs), sample.shape[0], sample.device
+        sample, count = self.facts.sample(inputs), self.facts.batch(inputs)
+        step, device = self.facts.timestep(inputs), next(tensors_in(sample)).device
         pipeline = self.pipeline() if self.pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is not None:
             times = getattr(scheduler, "timesteps", None)
-            self.clock.starts(scheduler, times, times=times)
+            if self.clock.starts(scheduler, times, times=times):
+                self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             self.clock.observe(step, count, conditions, device, sample)
@@ -55,3 +56,11 @@ class Follow:
     def remove(self) -> None:
         """Take the hook out."""
         self.hook.remove()
+
+
+def _turns(times: Any) -> bool:
+    """Whether a scheduler's timesteps go both up and down."""
+    if not isinstance(times, Tensor) or times.numel() < 3:
+        return False
+    steps = times.detach().flatten().double().diff()
+    return bool((steps > 0).any() and (steps < 0).any())

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import TenutoError
 from ..work import whole_file
+from .pipeline_call import PipelineCall, one_by_one, wanted_prompts
+from .results import pil_of, to_images
+
+__all__ = ["draw", "picture_name", "save_png", "to_images"]
 
 TOGETHER = 8  # images generated at once
 
@@ -26,35 +28,27 @@ def draw(
     guidance: float | None,
     seed: int,
     count: int,
+    call: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """`count` images (PIL) of one prompt; image i has the noise of CPU seed `seed + i`."""
+    """`count` images (PIL) of one prompt; image i has the noise of CPU seed `seed + i`.
+
+    call: as in `record`. A video gives all of its frames.
+    """
     known = inspect.signature(type(pipe).__call__).parameters
-    options: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
-    options = {name: value for name, value in options.items() if name in known}
-    if guidance is not None:
-        options["guidance_scale"] = guidance
-    if negative is not None and "negative_prompt" not in known:
-        raise TenutoError(f"{type(pipe).__name__} takes no negative prompt.")
+    options = dict(call or {})
+    if negative is not None:
+        if "negative_prompt" not in known:
+            raise TenutoError(f"{type(pipe).__name__} takes no negative prompt.")
+        options["negative_prompt"] = negative
+    prompts = wanted_prompts(pipe, (prompt,), options)
+    asked = PipelineCall(pipe, prompts, steps, guidance, options)
     found: list[Any] = []
-    for start in range(seed, seed + count, TOGETHER):
-        seeds = range(start, min(start + TOGETHER, seed + count))
-        if negative is not None:
-            options["negative_prompt"] = [negative] * len(seeds)
-        found += pipe(
-            prompt=[prompt] * len(seeds),
-            num_inference_steps=steps,
-            generator=[torch.Generator("cpu").manual_seed(s) for s in seeds],
-            **options,
-        ).images
+    together = 1 if one_by_one(pipe, options) else TOGETHER
+    for start in range(seed, seed + count, together):
+        size = min(together, seed + count - start)
+        for result in asked(asked.denoiser, start, size, "pil", quiet=False):
+            found += pil_of(result)
     return found
-
-
-def to_images(pictures: Tensor) -> list[Any]:
-    """Tensors (N, 3, H, W) in [-1, 1] as PIL images."""
-    from PIL import Image
-
-    values = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(value.numpy()) for value in values]
 
 
 def save_png(

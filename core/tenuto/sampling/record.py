@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,60 +14,36 @@ from torch import Tensor, nn
 from ..errors import ModelError, TenutoError
 from ..model import Signature, denoiser_of, frozen, map_tensors, watched
 from ..progress import Progress
+from .described import described
+from .pipeline_call import PipelineCall
+from .results import latents_of, pictures_of
 from .trajectory import Call, Sample, Trajectory
 
 
 def sampler(
-    pipe: Any, prompts: Sequence[str], steps: int, guidance: float | None, output: str = "pt"
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None,
+    output: str = "pt",
+    call: Mapping[str, Any] | None = None,
 ) -> Sample:
     """`sample(denoiser, seed, batch)` for a diffusers pipeline.
 
     Image i has prompt `prompts[(seed + i) % len(prompts)]` and noise of CPU seed `seed + i`.
-    output "pt" returns images in [-1, 1], "latent" the final latents.
+    output "pt" returns images in [-1, 1], those of a video one after another; "latent" the final
+    latents. call: as in `record`.
     """
-    if not prompts:
-        raise TenutoError("A pipeline needs at least one prompt.")
-    if steps < 1:
-        raise TenutoError(f"Sampling takes at least one step, not {steps}.")
-    known = inspect.signature(type(pipe).__call__).parameters
-    extra: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
-    extra = {k: v for k, v in extra.items() if k in known}
-    if guidance is not None:
-        extra["guidance_scale"] = guidance
-    name = "transformer" if denoiser_of(pipe) is getattr(pipe, "transformer", None) else "unet"
+    return _sample(PipelineCall(pipe, prompts, steps, guidance, call), output)
+
+
+def _sample(asked: PipelineCall, output: str) -> Sample:
+    taken = latents_of if output == "latent" else pictures_of
 
     def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
-        chosen = [prompts[(seed + i) % len(prompts)] for i in range(batch)]
-        noise = [torch.Generator("cpu").manual_seed(seed + i) for i in range(batch)]
-        with _using(pipe, name, denoiser):
-            images = pipe(
-                prompt=chosen,
-                num_inference_steps=steps,
-                generator=noise,
-                output_type=output,
-                **extra,
-            ).images
-        return images.float() * 2 - 1 if output == "pt" else images
+        return taken(asked(denoiser, seed, batch, output))
 
     return sample
-
-
-@contextmanager
-def _using(pipe: Any, name: str, denoiser: nn.Module) -> Iterator[None]:
-    """`pipe` with another denoiser and without its own progress bar; both are restored."""
-    before, bar = getattr(pipe, name), pipe.__dict__.get("_progress_bar_config")
-    pipe.set_progress_bar_config(disable=True)
-    if denoiser is not before:
-        setattr(pipe, name, denoiser)
-    try:
-        yield
-    finally:
-        if denoiser is not before:
-            setattr(pipe, name, before)
-        if bar is None:
-            pipe.__dict__.pop("_progress_bar_config", None)
-        else:
-            pipe._progress_bar_config = bar
 
 
 @contextmanager
@@ -76,7 +53,7 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
-        step = float(torch.as_tensor(facts.timestep(inputs)).reshape(-1)[0])
+        step = facts.step(inputs)
         kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
         calls.append(Call(run, 0, step, kept))
 
@@ -100,6 +77,7 @@ def record(
     *,
     steps: int = 20,
     guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
     seed: int = 0,
     batch: int = 4,
     runs: int | None = None,
@@ -108,7 +86,10 @@ def record(
 ) -> Trajectory:
     """Run the model as its user does and keep every denoiser call.
 
-    A pipeline takes `prompts` (each once unless `runs` says otherwise). A bare denoiser takes
+    A pipeline takes `prompts` (each once unless `runs` says otherwise), and in `call` any keyword
+    of its own: image, mask_image, control_image, height, num_frames, negative_prompt, strength,
+    prompt_embeds in place of `prompts`, ... `guidance` is given under the name that the pipeline
+    has for it. What it returns does not matter: images, a video, sound. A bare denoiser takes
     `sample(denoiser, seed, batch)`, which runs one trajectory and returns its images,
     float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
     """
@@ -116,29 +97,45 @@ def record(
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
     if batch < 1 or (runs is not None and runs < 1):
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
-    latent = None
+    asked, run, count = None, sample, len(prompts)
     if sample is None:
         if denoiser is model:
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
-        sample = sampler(model, prompts, steps, guidance)
-        latent = sampler(model, prompts, steps, guidance, output="latent")
-    batch = min(batch, len(prompts)) if prompts else batch
-    left = len(prompts) if prompts and runs is None else (runs or 2) * batch
+        asked = PipelineCall(model, prompts, steps, guidance, call)
+        count, batch = asked.count, batch if asked.together else 1
+        run = partial(asked, output="latent")
+    elif call:
+        raise TenutoError("`sample` makes the call itself: give `sample` or `call`, not both.")
+    assert run is not None
+    batch = min(batch, count) if count else batch
+    left = count if count and runs is None else (runs or 2) * batch
     runs = -(-left // batch)
     calls: list[Call] = []
-    for run in range(runs):
+    for i in range(runs):
         if on_progress:
-            on_progress(run, runs, "recording")
-        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, run):
-            (latent or sample)(denoiser, seed + run * batch, min(batch, left - run * batch))
+            on_progress(i, runs, "recording")
+        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i):
+            run(denoiser, seed + i * batch, min(batch, left - i * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
     calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
-    return Trajectory(
-        times, calls, seed, batch, runs, len(times), guidance, prompts, sample, latent
+    known = Trajectory(times, calls, seed, batch, runs, len(times), guidance, prompts, sample)
+    return known if asked is None else again(known, asked, steps, call)
+
+
+def again(
+    trajectory: Trajectory, asked: PipelineCall, steps: int, call: Mapping[str, Any] | None
+) -> Trajectory:
+    """`trajectory`, which the pipeline can run again as it was asked."""
+    return replace(
+        trajectory,
+        steps=steps,
+        sample=_sample(asked, "pt"),
+        latent=_sample(asked, "latent"),
+        call=described(call),
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..model import Rows
+
 VALUES = 64  # of a sample, to tell how alike two are
 LIKE = 0.5  # the least correlation of two samples of one run, over one large step or none
 
@@ -37,11 +39,14 @@ class Seen:
 
 
 class Samples:
-    """The last sample of every stream of one run."""
+    """The last sample of every stream of one run.
 
-    def __init__(self) -> None:
+    near: timesteps no further apart are one and the same, of schedules with two near ones a step.
+    """
+
+    def __init__(self, near: float = 0.0) -> None:
         self.seen: dict[Hashable, Seen] = {}
-        self.doubt = False
+        self.doubt, self.near = False, near
 
     def clear(self) -> None:
         """A run begins."""
@@ -68,7 +73,7 @@ class Samples:
         """`new` with what `old` says of its run; None where it is of another."""
         if old is None:
             return replace(new, doubt=self.doubt)
-        if same_step(new.time, old.time):
+        if same_step(new.time, old.time) or abs(new.time - old.time) <= self.near:
             return self._again(old, new)
         alike = correlated(old.values, new.values)
         if not alike and (old.doubt or new.row > old.row + 1):
@@ -80,11 +85,12 @@ class Samples:
         """Another call at the same timestep.
 
         Guidance in two calls, or any other pass, has the same sample. Heun's method has another:
-        twice at every timestep but the first, much like the one before. Anything else is a new run.
+        twice at every timestep but the first, much like the one before. So has KDPM2 ancestral, at
+        a timestep that is nearly the same. Anything else is a new run.
         """
         if new.mark == old.mark:
             return replace(old, twice=True)  # Heun's too, where both evaluations were reused
-        second_order = old.place > 0 and old.paired and not old.twice
+        second_order = old.place > 0 and (self.near > 0 or (old.paired and not old.twice))
         if second_order and correlated(old.values, new.values):
             return replace(old, mark=new.mark, values=new.values, twice=True)
         return None
@@ -103,8 +109,12 @@ def correlated(one: Tensor, other: Tensor) -> bool:
     return float(a @ b) >= LIKE * float(a.norm() * b.norm()) > 0
 
 
-def some_values(sample: Tensor) -> Tensor:
+def some_values(sample: Rows) -> Tensor:
     """The bits of a few values of each row of `sample` (B, ...), as fp32: int64 (B, n)."""
+    if not isinstance(sample, Tensor):
+        found = [some_values(x.detach()[None]) for x in sample]
+        least = min(x.shape[1] for x in found)
+        return torch.cat([x[:, :least] for x in found])
     rows = sample.detach().reshape(sample.shape[0], -1)
     count = rows.shape[1]
     places = torch.arange(min(VALUES, count), device=rows.device) * 0x9E3779B1 % max(count, 1)

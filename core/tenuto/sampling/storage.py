@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..work import Work
-from .record import sampler
+from .pipeline_call import PipelineCall
+from .record import again
 from .trajectory import Call, Trajectory
 
 UNIT = "trajectory"
@@ -45,7 +46,12 @@ def keep(work: Work, trajectory: Trajectory) -> bool:
 
 
 def kept(
-    work: Work, pipe: Any, prompts: Sequence[str], steps: int, guidance: float | None
+    work: Work,
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float | None,
+    call: Mapping[str, Any] | None = None,
 ) -> Trajectory | None:
     """The trajectory that `keep` stored, ready to be run again with `pipe`, or None."""
     tensors = work.load(UNIT)
@@ -53,11 +59,11 @@ def kept(
         return None
     about = json.loads(bytes(tensors[ABOUT].tolist()))
     calls = [Call(run, row, t, _full(inputs, tensors)) for run, row, t, inputs in about["calls"]]
-    again = [sampler(pipe, tuple(prompts), steps, guidance, output=o) for o in ("pt", "latent")]
-    return Trajectory(
+    known = Trajectory(
         tuple(about["timesteps"]), calls, about["seed"], about["batch"], about["runs"],
-        about["steps"], about["guidance"], tuple(about["prompts"]), *again,
+        about["steps"], about["guidance"], tuple(about["prompts"]),
     )  # fmt: skip
+    return again(known, PipelineCall(pipe, prompts, steps, guidance, call), about["steps"], call)
 
 
 class _Store:

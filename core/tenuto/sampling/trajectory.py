@@ -32,8 +32,11 @@ class Call:
 class Trajectory:
     """Calls of one or more sampling runs and what is needed to repeat them.
 
-    timesteps: in executed order. sample: `sample(denoiser, seed, batch)` runs one trajectory and
-    returns the images, float (batch, C, H, W) in [-1, 1]; latent: the same, but final latents.
+    timesteps: those that were visited, each once, in executed order. steps: as many as were asked
+    for: image-to-image visits fewer, second-order schedulers more, and rounding makes equal ones.
+    call: how the pipeline was called beside that, as `described` says. sample: `sample(denoiser,
+    seed, batch)` runs one trajectory and returns the images, float (batch, C, H, W) in [-1, 1], a
+    video as its frames (batch * F, C, H, W); latent: the same, but final latents.
     """
 
     timesteps: tuple[float, ...]
@@ -46,6 +49,7 @@ class Trajectory:
     prompts: tuple[str, ...] = ()
     sample: Sample | None = field(default=None, repr=False)
     latent: Sample | None = field(default=None, repr=False)
+    call: dict[str, Any] = field(default_factory=dict)
 
     def rollout(self) -> Sample:
         """The function that runs one trajectory and returns what is measured: latents if it can."""
@@ -60,7 +64,7 @@ class Trajectory:
             "timesteps": list(self.timesteps),
             "steps": self.steps,
             "guidance": self.guidance,
-        }
+        } | self.called()
 
     def about(self) -> dict[str, Any]:
         """What decides its content, as plain data: for a manifest or a header."""
@@ -73,4 +77,8 @@ class Trajectory:
             "runs": self.runs,
             "timesteps": list(self.timesteps),
             "prompts": hashlib.sha256(text.encode()).hexdigest()[:16],
-        }
+        } | self.called()
+
+    def called(self) -> dict[str, Any]:
+        """How the pipeline was called, for a header: {"call": ...}, or nothing."""
+        return {"call": self.call} if self.call else {}

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tenuto import cli
 from tenuto.cli import commands
 from tenuto.cli import program as declared
 from tenuto.cli.arguments import spelled
+from tenuto.cli.calls import OPTIONS
 from tenuto.cli.console import Answer, Bars
 from tenuto.errors import ArtifactError, TenutoError
 
@@ -54,11 +56,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
 @pytest.mark.parametrize("name", commands.__all__)
 def test_options_are_those_of_the_function(name: str) -> None:
-    """The same names and defaults, apart from --json, which is printed and not computed."""
+    """The same names and defaults, apart from --json, which is printed and not computed.
+
+    The options of the pipeline's own call come as one, `call`.
+    """
     options = dict(inspect.signature(getattr(declared, name)).parameters)
     takes = dict(inspect.signature(getattr(commands, name)).parameters)
     options.pop("as_json", None)
     takes.pop("bars")
+    if "given" in options:
+        own = {"given", *OPTIONS} - ({"negative"} if name == "generate" else set())
+        assert own <= set(options) and takes.pop("call").default is None
+        options = {key: option for key, option in options.items() if key not in own}
     assert set(options) <= set(takes)
     given = {"prompts"} if name == "train_router" else set()  # the app's alone
     assert set(takes) - set(options) == given
@@ -73,12 +82,37 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
     assert found == {
         "model": "m", "out": Path("o"), "scheme": None, "text_encoder": "w4", "method": None,
         "temporal": "auto", "rounding": None, "preset": "quick", "prompts": None, "steps": 5,
-        "guidance": 2.5, "seed": 3, "device": "cpu", "compact": True,
+        "guidance": 2.5, "seed": 3, "device": "cpu", "compact": True, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6
     assert asked("compare", "m", "--artifact", "a")["seed"] == 10_000
     assert asked("generate", "m", "--prompt", "x", "--execution", "int8")["execution"] == "int8"
     assert asked("app", "--no-browser", "--port", "7")["no_browser"] is True
+
+
+def test_the_pipelines_own_call(asked: Any, tmp_path: Path) -> None:
+    """Options of their own and --set NAME=VALUE, of every command that samples."""
+    picture, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.new("RGBA", (6, 4), "red").save(picture)
+    Image.new("RGB", (6, 4), "white").save(mask)
+    options = ("--height", "32", "--frames", "5", "--negative", "blur", "--image", str(picture))
+    options += ("--mask", str(mask), "--set", "strength=0.5", "--set", "cfg-normalization=true")
+    options += ("--set", f"control_image=@{picture}", "--set", "second_prompt=a dog")
+    for command in (
+        ("quantize", "m", "--out", "o", "--scheme", "w8a8"), ("train-router", "m", "--out", "o"),
+        ("compare", "m", "--artifact", "a"), ("generate", "m", "--prompt", "x"),
+    ):  # fmt: skip
+        found = asked(*command, *options)
+        call = found["call"]
+        pictures = [call.pop(name) for name in ("image", "mask_image", "control_image")]
+        assert [p.mode for p in pictures] == ["RGB", "L", "RGB"]
+        assert [p.filename for p in pictures] == ["photo.png", "mask.png", "photo.png"]
+        negative = found.get("negative") or call.pop("negative_prompt")
+        assert negative == "blur"
+        assert call == {
+            "height": 32, "num_frames": 5, "strength": 0.5, "cfg_normalization": True,
+            "second_prompt": "a dog",
+        }  # fmt: skip
 
 
 def test_options_with_no_value_and_with_several(asked: Any) -> None:

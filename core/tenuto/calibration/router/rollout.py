@@ -173,19 +173,23 @@ class Guide:
 
     def __call__(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """u + guidance (c - u) of shape (batch, ...), or the raw output if it is not in halves."""
-        raw = next(tensors_in(out))
+        inputs, found = self.facts.inputs(args, kwargs), list(tensors_in(out))
+        listed = not isinstance(self.facts.sample(inputs), Tensor)  # so is the output
+        raw = torch.stack(found) if listed else found[0]
         if self.guidance in (None, 1) or raw.shape[0] != 2 * self.batch:
             return raw
         if self._first is None:
-            self._first = self._unconditional_first(args, kwargs)
+            self._first = self._unconditional_first(inputs)
         a, b = raw.chunk(2)
         without, given = (a, b) if self._first else (b, a)
         return without + self.guidance * (given - without)
 
-    def _unconditional_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        for condition in self.facts.conditions(self.facts.inputs(args, kwargs)):
-            if condition.ndim and condition.shape[0] == 2 * self.batch:
-                constant = [bool((half == half[:1]).all()) for half in condition.chunk(2)]
+    def _unconditional_first(self, inputs: dict[str, Any]) -> bool:
+        for condition in self.facts.conditions(inputs):
+            single = isinstance(condition, Tensor) and not condition.ndim
+            if not single and len(condition) == 2 * self.batch:
+                halves = condition[: self.batch], condition[self.batch :]
+                constant = [all(torch.equal(half[0], row) for row in half) for half in halves]
                 if constant[0] != constant[1]:
                     return constant[0]
         return True

@@ -69,6 +69,8 @@ def _changed(x: Tensor, draw: torch.Generator, mask: bool) -> Tensor:
         last = torch.zeros_like(x, dtype=torch.bool)
         last[..., -1] = True
         return torch.where(last, (x == 0).to(x.dtype), x)
+    if not x.numel():
+        return x
     if x.is_floating_point():
         noise = torch.randn(x.shape, generator=draw).to(x.device)
         spread = x.float().std() if x.numel() > 1 else x.float().abs().max()

@@ -1,0 +1,99 @@
+"""What the command passes on to the pipeline's own call: --set, --image, --height and so on."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TenutoError
+from ..sampling import MARK, described
+
+OPTIONS = {
+    "image": "image", "mask": "mask_image", "height": "height", "width": "width",
+    "frames": "num_frames", "negative": "negative_prompt",
+}  # fmt: skip
+OTHERWISE = {  # what pipelines that lack such a name call it
+    "image": ("control_image", "images", "video"),
+    "mask_image": ("mask", "control_mask"),
+    "num_frames": ("video_length", "frames", "num_video_frames"),
+}
+MODES = {"mask_image": "L", "mask": "L", "control_mask": "L"}  # of pictures; else RGB
+
+
+def gathered(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's options with those of the pipeline's call in one, `call`.
+
+    `generate` takes --negative apart: it is of one prompt.
+    """
+    if "given" not in options:
+        return dict(options)
+    ours = {k for k in OPTIONS if (command, k) != ("generate", "negative")}
+    found = {k: v for k, v in options.items() if k not in ours and k != "given"}
+    named = {OPTIONS[k]: v for k, v in options.items() if k in ours and v is not None}
+    call = {k: read_picture(v, k) if isinstance(v, Path) else v for k, v in named.items()}
+    return found | {"call": call | dict(map(_setting, options["given"]))}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE: JSON where it is that, a picture where it is @FILE, else text."""
+    name, sign, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not sign or not name.isidentifier():
+        raise TenutoError(f"--set takes NAME=VALUE, not {text!r}.")
+    if value.startswith("@"):
+        return name, read_picture(Path(value[1:]), name)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def read_picture(path: Path, name: str = "image") -> Any:
+    """The picture in a file, for the keyword `name`; TenutoError if it is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            found = picture.convert(MODES.get(name, "RGB"))
+    except OSError as error:
+        said = error.strerror or "it is no image"
+        raise TenutoError(f"Cannot read {path}: {said}.") from error
+    found.filename = path.name  # type: ignore[attr-defined]  # for the header
+    return found
+
+
+def fitted(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """`call` under the names that the pipeline has for the options of the command."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    found = {}
+    for name, value in call.items():
+        others = OTHERWISE.get(name, ()) if name not in known else ()
+        found[next((n for n in others if n in known and n not in call), name)] = value
+    return found
+
+
+def with_pictures(
+    schedule: Mapping[str, Any], call: Mapping[str, Any], folders: Iterable[Path]
+) -> dict[str, Any]:
+    """`call` with the pictures that an artifact was calibrated with, where they are in `folders`.
+
+    Only a file of the same name and content is taken.
+    """
+    known = schedule.get("call")
+    found = dict(call)
+    for name, mark in known.items() if isinstance(known, dict) else ():
+        file = mark.get("file") if isinstance(mark, dict) else None
+        if name in call or not isinstance(file, str) or Path(file).name != file:
+            continue
+        for path in (folder / file for folder in folders):
+            if path.is_file() and _same(picture := read_picture(path, name), mark):
+                found[name] = picture
+                break
+    return found
+
+
+def _same(picture: Any, mark: Mapping[str, Any]) -> bool:
+    return described({"picture": picture})["picture"][MARK] == mark.get(MARK)

@@ -1,0 +1,252 @@
+"""A pipeline's own call: the keywords it takes, under its own names, for the images of a batch.
+
+Whatever a user gives is checked against the pipeline's signature before anything is computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TenutoError
+from ..model import denoiser_of, watched
+from .described import described, is_plain
+
+OURS = {
+    "prompt": "`prompts`", "num_inference_steps": "`steps=`", "generator": "`seed=`",
+    "output_type": "what is measured", "return_dict": "what is measured",
+    "num_images_per_prompt": "`prompts` and `batch=`",
+    "num_videos_per_prompt": "`prompts` and `batch=`",
+}  # fmt: skip
+PLAIN = {"use_resolution_binning": False, "clean_caption": False}  # small images, prompts as given
+GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "decoder_guidance_scale")
+TRUE_CFG = "true_cfg_scale"  # guidance in two calls, of models that are distilled or may be
+PICTURES = ("image", "mask_image", "control_image", "mask", "control_mask", "video")
+WRONG_CALL = (TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+def guidance_name(names: Mapping[str, Any]) -> str | None:
+    """What a pipeline with these parameters (name: default) calls its guidance; None: nothing.
+
+    `true_cfg_scale` where that is what guides by default (Qwen-Image), else `guidance_scale`.
+    """
+    true = names.get(TRUE_CFG)
+    found = [name for name in GUIDANCE if name in names]
+    if TRUE_CFG in names and (not found or (isinstance(true, int | float) and true > 1)):
+        return TRUE_CFG
+    return found[0] if found else None
+
+
+def is_of_prompts(name: str, value: Any) -> bool:
+    """Whether `value` has a row for each prompt: texts, embeddings and masks of prompts."""
+    if "prompt" not in name:
+        return False
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(item, str | Tensor) for item in value)
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def unprompted(call: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keywords of a call without embeddings of prompts, in whose place prompts are given."""
+    return {k: v for k, v in (call or {}).items() if not (is_of_prompts(k, v) and "_embeds" in k)}
+
+
+def wanted_prompts(
+    pipe: Any, prompts: Sequence[str], call: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """`prompts`, or none where the pipeline takes none or its call has their embeddings."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    given = any(name.startswith("prompt_embeds") for name in call or {})
+    return () if given or "prompt" not in known else tuple(prompts)
+
+
+def one_by_one(pipe: Any, call: Mapping[str, Any] | None) -> bool:
+    """Whether a pipeline is better called for one image at a time: a video, or made of a picture.
+
+    A picture is given for one image, and not every pipeline takes it for several.
+    """
+    video = "num_frames" in inspect.signature(type(pipe).__call__).parameters
+    return video or not all(map(is_plain, described(call).values()))
+
+
+class PipelineCall:
+    """A pipeline called for images by number: image i has prompt i modulo their `count`.
+
+    call: any keywords of the pipeline's own. Those of prompts (`prompt_embeds`, `negative_prompt`)
+    have a row for each prompt, or are one text for all; everything else is passed on as it is.
+    With a PIL image among them, images are made one at a time: it is for one. TenutoError names
+    what the pipeline does not take, and what it needs.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        steps: int,
+        guidance: float | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.pipe, self.prompts, self.given = pipe, tuple(prompts), dict(call or {})
+        self.denoiser = denoiser_of(pipe)
+        self.title, self.reached = type(pipe).__name__, False
+        found = inspect.signature(type(pipe).__call__).parameters
+        self.parameters = {name: p for name, p in found.items() if name != "self"}
+        if steps < 1:
+            raise TenutoError(f"Sampling takes at least one step, not {steps}.")
+        self._check_names()
+        self.count = self._counted()
+        one = any(hasattr(value, "getbands") for value in self.given.values())  # a PIL image
+        self.together = "prompt" in self.parameters and not one  # else one image a call
+        self.fixed: dict[str, Any] = {k: v for k, v in PLAIN.items() if k in self.parameters}
+        self.fixed |= self._guided(guidance) | self.given
+        if "num_inference_steps" in self.parameters:
+            self.fixed["num_inference_steps"] = steps
+        self._check_required()
+
+    def _check_names(self) -> None:
+        """TenutoError on keywords that the pipeline does not take or that are not for `call`."""
+        ours = next((name for name in self.given if name in OURS), None)
+        if ours is not None:
+            raise TenutoError(f"{ours} follows from {OURS[ours]}: leave it out of the call.")
+        kinds = {p.kind for p in self.parameters.values()}
+        own = not type(self.pipe).__module__.startswith("diffusers.")
+        if own and inspect.Parameter.VAR_KEYWORD in kinds:
+            return  # a user's pipeline knows its own
+        known = [n for n, p in self.parameters.items() if p.kind is not p.VAR_KEYWORD]
+        strange = [name for name in self.given if name not in known]
+        if strange:
+            near = get_close_matches(strange[0], known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise TenutoError(f"{self.title} takes no {', '.join(strange)}{hint}.")
+
+    def _counted(self) -> int:
+        """The number of prompts; 0 where the pipeline takes none."""
+        embeds = [
+            len(value)
+            for name, value in self.given.items()
+            if name.endswith("prompt_embeds") and is_of_prompts(name, value)
+        ]
+        if self.prompts and not wanted_prompts(self.pipe, self.prompts, self.given):
+            if "prompt" not in self.parameters:
+                raise TenutoError(f"{self.title} takes no prompts: leave them out.")
+            raise TenutoError("Give prompts or prompt_embeds, not both.")
+        count = len(self.prompts) or max(embeds, default=0)
+        if not count and "prompt" in self.parameters:
+            raise TenutoError("A pipeline needs at least one prompt.")
+        return count
+
+    def _guided(self, guidance: float | None) -> dict[str, Any]:
+        """Guidance under the pipeline's own name, with what it takes for it to be on."""
+        if guidance is None:
+            return {}
+        name = guidance_name({n: p.default for n, p in self.parameters.items()})
+        if name is None:
+            raise TenutoError(f"{self.title} takes no guidance: leave it out.")
+        found: dict[str, Any] = {name: guidance}
+        negative = any(key.startswith("negative_prompt") for key in self.given)
+        encoder = getattr(self.pipe, "text_encoder", None) is not None
+        wanted = name == TRUE_CFG and guidance > 1 and "negative_prompt" in self.parameters
+        if wanted and encoder and not negative:
+            found["negative_prompt"] = " "  # without one it would not guide
+        return found
+
+    def _check_required(self) -> None:
+        """TenutoError names what has no default and is not given."""
+        given = {*self.fixed, *(("prompt",) if self.prompts else ())}
+        given |= {"generator", "output_type", "return_dict"}
+        missing = [
+            name
+            for name, p in self.parameters.items()
+            if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and name not in given
+        ]
+        if missing:
+            raise TenutoError(f"{self.title} needs {', '.join(missing)}: pass it in the call.")
+
+    def __call__(
+        self, denoiser: nn.Module, seed: int, batch: int, output: str, quiet: bool = True
+    ) -> list[Any]:
+        """What the pipeline returns for images `seed` to `seed` + `batch` - 1, call by call.
+
+        output: its output type. quiet: without the pipeline's own progress bar.
+        """
+        if self.together:
+            return [self._run(denoiser, range(seed, seed + batch), output, quiet)]
+        each = (range(i, i + 1) for i in range(seed, seed + batch))
+        return [self._run(denoiser, one, output, quiet) for one in each]
+
+    def _run(self, denoiser: nn.Module, images: range, output: str, quiet: bool) -> Any:
+        """One call. TenutoError, in the pipeline's words, if it does not reach its denoiser."""
+        given = {name: self._rows(name, value, images) for name, value in self.fixed.items()}
+        if self.prompts:
+            given["prompt"] = [self.prompts[i % self.count] for i in images]
+        if "generator" in self.parameters:
+            given["generator"] = [torch.Generator("cpu").manual_seed(i) for i in images]
+        if "output_type" in self.parameters:
+            given["output_type"] = output
+        with self._using(denoiser, quiet):
+            return self.pipe(**given) if self.reached else self._first_run(denoiser, given)
+
+    def _first_run(self, denoiser: nn.Module, given: dict[str, Any]) -> Any:
+        """`_run`, watched until the pipeline first gets to its denoiser."""
+
+        def note(name: str, args: Any, kwargs: Any) -> None:
+            self.reached = True
+
+        with watched(denoiser, before=note, first=True):
+            try:
+                return self.pipe(**given)
+            except WRONG_CALL as error:
+                if self.reached:
+                    raise
+                raise TenutoError(self._refusal(error)) from error
+
+    def _refusal(self, error: Exception) -> str:
+        """One sentence on a call that the pipeline itself refused."""
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        said = (said or type(error).__name__).rstrip(".")[:200]
+        empty = [
+            name
+            for name, p in self.parameters.items()
+            if name in PICTURES and p.default is None and name not in self.given
+            if "None" not in str(p.annotation)
+        ]
+        hint = f" It was given no {' and no '.join(empty)}." if empty else ""
+        return f"{self.title} cannot be called like this: {said}.{hint}"
+
+    def _rows(self, name: str, value: Any, images: range) -> Any:
+        """`value` for these images."""
+        if isinstance(value, str) and "prompt" in name and self.count:
+            return [value] * len(images)
+        if not is_of_prompts(name, value):
+            return value
+        if isinstance(value, Tensor):
+            return value[[i % len(value) for i in images]]
+        return [value[i % len(value)] for i in images]
+
+    @contextmanager
+    def _using(self, denoiser: nn.Module, quiet: bool) -> Iterator[None]:
+        """The pipeline with this denoiser, and without its own bar if `quiet`; both come back."""
+        pipe = self.pipe
+        name = "transformer" if self.denoiser is getattr(pipe, "transformer", None) else "unet"
+        before, bar = getattr(pipe, name), pipe.__dict__.get("_progress_bar_config")
+        if quiet:
+            pipe.set_progress_bar_config(disable=True)
+        if denoiser is not before:
+            setattr(pipe, name, denoiser)
+        try:
+            yield
+        finally:
+            if denoiser is not before:
+                setattr(pipe, name, before)
+            if bar is None:
+                pipe.__dict__.pop("_progress_bar_config", None)
+            else:
+                pipe._progress_bar_config = bar
