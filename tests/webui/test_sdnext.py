@@ -23,10 +23,10 @@ def test_it_loads_and_says_that_it_is_not_supported(
     for name in [n for n in sys.modules if n.partition(".")[0] == "tenuto_webui"]:
         monkeypatch.delitem(sys.modules, name)
     host = stubs.Host("a1111", unets.unet("a1111"), tmp_path)
-    registered: list[str] = []
+    registered: list[Any] = []
     callbacks = host.modules["modules.script_callbacks"]
     for name in [n for n in vars(callbacks) if n.startswith("on_")]:
-        monkeypatch.setattr(callbacks, name, lambda callback, name=name: registered.append(name))
+        monkeypatch.setattr(callbacks, name, lambda callback: registered.append(callback))
     own = host.modules["modules.sd_offload"] = types.ModuleType("modules.sd_offload")
     own.__spec__ = importlib.util.spec_from_loader("modules.sd_offload", None)
     said: list[Any] = []
