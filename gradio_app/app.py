@@ -29,6 +29,7 @@ def build(bench: Bench) -> Any:
     models = bench.places.models()
     first = models[0] if models else ""
     with gr.Blocks(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        api.add(bench)
         gr.HTML(HEAD)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -58,7 +59,6 @@ def build(bench: Bench) -> Any:
             lambda key: compare.seen(bench.desk.job(key, "compare")), comparison.key,
             comparison.outputs, **QUIET,
         )  # fmt: skip
-        api.add(bench)
     return page
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tenuto.errors import TenutoError
 from tenuto.work import whole_file, write_text
 
-from .given import given, real, whole
+from .given import given, real, whole, words
 from .infotext import LONGEST, parsed
 from .jobs import DONE, FAILED, Desk, Job
 from .places import SHIPPED, Places, checked_name
@@ -20,8 +20,12 @@ from .settings import Settings
 from .studio import OnCall, Picture, Studio, Wanted, settings_of
 
 NO_ARTIFACT = ""
+GENERATE = "generate"  # is no job, but can be stopped like one
 COUNT = {"least": 1, "most": 512}  # of images in a comparison
 SHOWN = 24  # images of a comparison that can be looked at
+MANY = 2**20  # characters of a list of prompts
+CHOSEN = ("scheme", "preset", "text_encoder", "method", "rounding")  # of a calibration
+HOW = ("reuse", "steps", "guidance", "seed", "iterations", "prompts_text")
 BATCH = 4  # of a comparison: large enough, and a Stop is never far
 
 
@@ -47,10 +51,11 @@ class Bench:
         on_call: OnCall,
     ) -> dict[str, Any]:
         """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext."""
-        if not str(prompt or "").strip():
+        prompt = words(prompt, "The prompt", LONGEST)
+        if not prompt:
             raise TenutoError("Say what to generate: the prompt is empty.")
         wanted = Wanted(
-            self.places.model(model), model, str(prompt).strip()[:LONGEST],
+            self.places.model(model), model, prompt,
             whole(seed, "The seed", 0, 2**53), whole(steps, "The number of steps", 1, 1000),
             given(guidance, real, "Guidance", 0, 1000),
             self.places.artifact(artifact) if artifact else None, artifact or "", beside,
@@ -129,27 +134,14 @@ class Bench:
 
         text_encoder, method and rounding are those of `tenuto quantize`.
         """
-        from tenuto.cli.checks import check_quantization
-
         name = checked_name(name)
-        if scheme is None and reuse is None and text_encoder is None:
-            raise TenutoError(
-                "Choose a scheme, a route or text encoders: there is nothing to calibrate."
-            )
-        chosen = {
-            "scheme": scheme, "preset": preset, "text_encoder": text_encoder, "method": method,
-            "rounding": rounding,
-        }  # fmt: skip
-        chosen: dict[str, Any] = {k: None if v is None else str(v) for k, v in chosen.items()}
-        check_quantization(**chosen)
-        request = {
-            "model": self.places.model(model), "shown_model": model, **chosen,
-            "reuse": given(reuse, real, "The share", 0, 1),
-            "steps": given(steps, whole, "The number of steps", 1, 1000),
-            "guidance": given(guidance, real, "Guidance", 0, 1000),
-            "seed": whole(seed, "The seed", 0, 2**53), "prompts_text": str(prompts or "").strip(),
-            "iterations": given(iterations, whole, "The number of iterations", 1, 10**6),
-        }  # fmt: skip
+        chosen: dict[str, Any] = dict(
+            zip(CHOSEN, (scheme, preset, text_encoder, method, rounding), strict=True)
+        )
+        how: dict[str, Any] = dict(
+            zip(HOW, (reuse, steps, guidance, seed, iterations, prompts), strict=True)
+        )
+        request = self._request(model, chosen, how)
         begun = self.places.request(name)
         if begun is not None and dict.fromkeys(chosen) | begun != request:  # it may be older
             raise TenutoError(
@@ -158,13 +150,41 @@ class Bench:
             )
         return self._started(name, request)
 
+    def _request(self, model: str, chosen: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+        """What a calibration is asked for, all of it checked; TenutoError where it cannot be."""
+        from tenuto.cli.checks import check_quantization
+
+        if all(value is None for value in (chosen["scheme"], chosen["text_encoder"], how["reuse"])):
+            raise TenutoError(
+                "Choose a scheme, a route or text encoders: there is nothing to calibrate."
+            )
+        chosen = {
+            k: None if v is None else words(v, k.capitalize(), 100) for k, v in chosen.items()
+        }
+        check_quantization(**chosen)
+        return {
+            "model": self.places.model(model), "shown_model": model, **chosen,
+            "reuse": given(how["reuse"], real, "The share", 0, 1),
+            "steps": given(how["steps"], whole, "The number of steps", 1, 1000),
+            "guidance": given(how["guidance"], real, "Guidance", 0, 1000),
+            "seed": whole(how["seed"], "The seed", 0, 2**53),
+            "prompts_text": words(how["prompts_text"], "The list of prompts", MANY),
+            "iterations": given(how["iterations"], whole, "The number of iterations", 1, 10**6),
+        }  # fmt: skip
+
     def resume(self, name: str) -> Job:
-        """Go on with an unfinished calibration."""
-        request = self.places.request(checked_name(name))
-        if request is None:
-            raise TenutoError(f"There is no unfinished calibration {str(name)[:100]!r}.")
-        self.places.model(request["shown_model"])  # it may be gone, or outside the roots by now
-        return self._started(checked_name(name), request)
+        """Go on with an unfinished calibration. What was kept of it is checked like a new one."""
+        name = checked_name(name)
+        kept = self.places.request(name)
+        if kept is None:
+            raise TenutoError(f"There is no unfinished calibration {name!r}.")
+        chosen = {key: kept.get(key) for key in CHOSEN}  # an older request lacks some
+        try:
+            how = {key: kept[key] for key in HOW}
+            request = self._request(kept["shown_model"], chosen, how)
+        except KeyError as error:
+            raise TenutoError(f"What was asked of {name} is damaged: discard it.") from error
+        return self._started(name, request)
 
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
@@ -225,8 +245,10 @@ class Bench:
         from tenuto.runtime import check_execution
 
         check_execution(execution)
-        if not artifacts:
+        listed = isinstance(artifacts, list | tuple)
+        if not artifacts or not listed or not all(isinstance(name, str) for name in artifacts):
             raise TenutoError("Choose one artifact or more to compare with full precision.")
+        lines = words(prompts, "The list of prompts", MANY)
         files = {name: str(self.places.artifact(name)) for name in dict.fromkeys(artifacts)}
         request = {
             "model": self.places.model(model), "shown_model": model,
@@ -240,8 +262,8 @@ class Bench:
         }  # fmt: skip
         folder = self.places.comparison()
         request["folder"] = str(folder)
-        if str(prompts or "").strip():
-            write_text(folder / "prompts.txt", str(prompts).strip() + "\n")
+        if lines:
+            write_text(folder / "prompts.txt", lines + "\n")
             request["prompts"] = str(folder / "prompts.txt")
         try:
             return self.desk.start(Job("compare", request, folder / "log.txt"))
@@ -250,7 +272,9 @@ class Bench:
             raise
 
     def stop(self, key: Any, kind: str) -> None:
-        """Stop a job, if it runs; it has stopped when this returns, or is about to."""
+        """Stop a job, if it runs, or an image; it has stopped when this returns, or is about to."""
+        if kind == GENERATE:
+            self.studio.stop()
         job = self.desk.job(key, kind)
         if job is not None and job.alive:
             job.stop()
@@ -259,6 +283,8 @@ class Bench:
     def facts(self, key: Any, kind: str) -> dict[str, Any]:
         """A job as plain data, for the API."""
         job = self.desk.job(key, kind)
+        if kind == GENERATE:
+            return {"state": "running" if self.desk.busy == "picture" else "none"}
         if job is None:
             return {"state": "none"}
         return {
