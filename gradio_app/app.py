@@ -24,11 +24,12 @@ def build(bench: Bench) -> Any:
     import gradio as gr
 
     from . import api, calibrate, compare, generate
+    from .page import Page
     from .viewer import QUIET
 
     models = bench.places.models()
     first = models[0] if models else ""
-    with gr.Blocks(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with Page(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         api.add(bench)
         gr.HTML(HEAD)
         with gr.Tabs() as tabs:

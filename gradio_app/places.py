@@ -75,7 +75,7 @@ class Places:
         found = self._model(name) if name else None
         if found is None:
             where = "under --roots" if self.roots else "here, and --roots names no folder"
-            raise ModelError(f"There is no model {printable(name)!r} {where}.")
+            raise ModelError(f"There is no model '{printable(name)}' {where}.")
         check_model(found)
         return found
 
@@ -117,7 +117,7 @@ class Places:
         folder = asset("artifacts") if shipped else self.out
         path = folder / f"{checked_name(name.removeprefix(SHIPPED))}{ENDING}"
         if not path.is_file() or not inside(path, folder):
-            raise ArtifactError(f"There is no artifact {printable(name)!r} in the output folder.")
+            raise ArtifactError(f"There is no artifact '{printable(name)}' in the output folder.")
         return path
 
     def new_artifact(self, name: str) -> Path:
