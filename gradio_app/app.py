@@ -13,6 +13,7 @@ from .bench import Bench
 from .settings import HOSTS, Settings
 
 LARGEST = "8gb"  # of an upload: artifacts of large models
+SESSIONS = 32  # pages whose state is remembered: one that is older starts anew
 HEAD = (
     '<div class="tenuto-head"><h1>Tenuto</h1><p>Calibrate a diffusion model once, use one file '
     "everywhere, and see what it costs and what it buys.</p></div>"
@@ -109,6 +110,9 @@ def serve(settings: Settings) -> None:
 
 def started(page: Any, settings: Settings, browser: bool) -> str:
     """Start the server and return its address; TenutoError if the port is taken."""
+    from starlette.middleware import Middleware
+
+    from .guard import Guard, swept
     from .look import STYLE, theme
 
     out = str(settings.out)
@@ -120,6 +124,9 @@ def started(page: Any, settings: Settings, browser: bool) -> str:
             prevent_thread_lock=True, quiet=True, ssr_mode=False, strict_cors=True,
             allowed_paths=[out], blocked_paths=blocked, max_file_size=LARGEST,
             theme=theme(), css_paths=[STYLE], footer_links=["api", "settings"],
+            state_session_capacity=SESSIONS, app_kwargs={
+                "middleware": [Middleware(Guard, listen=settings.listen)], "lifespan": swept(page),
+            },
         )  # fmt: skip
     except OSError as error:
         raise TenutoError(f"The app cannot start: {error}") from error

@@ -13,6 +13,7 @@ import gradio as gr
 from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
+from .guard import drop
 from .measured import compared, drawn
 from .studio import defaults_of
 from .view import card
@@ -160,6 +161,8 @@ def _restored(bench: Bench, path: str) -> list[Any]:
         found = bench.restored(path)
     except TenutoError as error:
         return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
+    finally:
+        drop(Path(path))
     names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in names]
@@ -181,6 +184,8 @@ def _added(bench: Bench, path: str, model: str) -> list[Any]:
         name = bench.added(path, path)
     except TenutoError as error:
         return [None, card("failed", f"{Path(path).name} is not added.", str(error)), gr.skip()]
+    finally:
+        drop(Path(path))
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
     return [None, card("done", "Added.", f"{name} is chosen."), new]
 
