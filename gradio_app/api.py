@@ -36,7 +36,7 @@ def add(bench: Bench) -> None:
         }
 
     def generate(
-        model: str, prompt: str, seed: float, steps: float, guidance: float | None,
+        model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
         artifact: str | None, beside: bool,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""

@@ -43,7 +43,7 @@ def build(bench: Bench) -> Any:
         watch = calibration.watch
         watch.use.click(
             lambda key: calibrate.used(bench, key), watch.key,
-            [drawing.model, drawing.artifact, tabs], **QUIET,
+            [drawing.model, drawing.artifact, drawing.chosen, tabs], **QUIET,
         )  # fmt: skip
         tabs.select(
             lambda one, two: _artifacts(bench, one, two), [drawing.model, comparison.model],
@@ -54,12 +54,18 @@ def build(bench: Bench) -> Any:
             [drawing.model, calibration.model, comparison.model], **QUIET,
         )  # fmt: skip
         page.load(
-            lambda key: calibrate.seen(bench, bench.desk.job(key, "calibrate")), watch.key,
-            watch.outputs, **QUIET,
+            lambda key: [
+                *calibrate.seen(bench, bench.desk.job(key, "calibrate")),
+                *calibrate.filled(bench.desk.job(key, "calibrate")),
+            ],
+            watch.key, [*watch.outputs, *calibration.fields], **QUIET,
         )  # fmt: skip
         page.load(
-            lambda key: compare.seen(bench.desk.job(key, "compare")), comparison.key,
-            comparison.outputs, **QUIET,
+            lambda key: [
+                *compare.seen(bench.desk.job(key, "compare")),
+                *compare.filled(bench, bench.desk.job(key, "compare")),
+            ],
+            comparison.key, [*comparison.outputs, *comparison.fields, comparison.chosen], **QUIET,
         )  # fmt: skip
     return page
 
@@ -76,6 +82,7 @@ def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
 
 def serve(settings: Settings) -> None:
     """Serve the app until it is closed: by Ctrl-C, or with its window."""
+    _say("starting; the address follows in a few seconds.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model of the app comes from elsewhere
     bench = Bench(settings)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tenuto.errors import TenutoError
 
 
-def given(value: Any, kind: Callable[..., Any], *limits: Any) -> Any:
-    """`kind` of a value, or None where none was given."""
+def given(value: Any, kind: Callable[..., Any], *limits: Any, absent: Any = None) -> Any:
+    """`kind` of a value, or `absent` where none was given."""
     empty = value is None or (isinstance(value, str) and not value.strip())
-    return None if empty else kind(value, *limits)
+    return absent if empty else kind(value, *limits)
 
 
 def whole(value: Any, what: str, least: int, most: int) -> int:
@@ -34,6 +36,16 @@ def real(value: Any, what: str, least: float, most: float) -> float:
     if not least <= found <= most:
         raise TenutoError(f"{what} is a number from {least:g} to {most:g}, not {found:g}.")
     return found
+
+
+@contextmanager
+def disk_told() -> Iterator[None]:
+    """Turn what the system says of files, a full disk say, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = f" {Path(str(error.filename)).name}" if error.filename else ""
+        raise TenutoError(f"Cannot write{where}: {error.strerror or error}.") from error
 
 
 def words(value: Any, what: str, most: int) -> str:

@@ -74,8 +74,10 @@ class Places:
             return name
         found = self._model(name) if name else None
         if found is None:
-            where = "under --roots" if self.roots else "here, and --roots names no folder"
-            raise ModelError(f"There is no model '{printable(name)}' {where}.")
+            where = "in the folders" if self.roots else "here, and no folder of models"
+            raise ModelError(
+                f"There is no model '{printable(name)}' {where} that the app was started with."
+            )
         check_model(found)
         return found
 

@@ -26,6 +26,7 @@ from gradio_app.jobs import Desk, Job
 from gradio_app.places import Places, checked_name
 from gradio_app.png import BUDGET, texts
 from gradio_app.settings import Settings
+from gradio_app.studio import Picture
 from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
@@ -222,6 +223,32 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     with pytest.raises(TenutoError, match="one artifact or more"):
         bench.compare("demo:unet", [], 4)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the place of a folder stands for a full disk."""
+    bench = Bench(Settings(tmp_path))
+    drawn = Picture({"full": Image.new("RGB", (8, 8))}, 1.0)
+    monkeypatch.setattr(bench.studio, "draw", lambda *_: drawn)
+    for name in ("pictures", "comparisons", "unfinished"):
+        (tmp_path / name).write_text("in the way")
+    for call in (
+        lambda: bench.draw("demo:unet", "a", 1, 1, None, "", False, lambda *_: None),
+        lambda: bench.calibrate("demo:unet", "x", "w4a8", "quick", None),
+        lambda: bench.compare("demo:unet", ["shipped:demo-unet.w8a8"], 1),
+    ):
+        with pytest.raises(TenutoError, match=r"^Cannot write .*\.$"):
+            call()
+        assert bench.desk.busy == "", "it is free again"
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "x.json"))
+
+    monkeypatch.setattr("gradio_app.places.write_text", full)
+    with pytest.raises(TenutoError, match=r"^Cannot write x\.json: No space left on device\.$"):
+        Bench(Settings(tmp_path / "other")).calibrate("demo:unet", "x", "w4a8", "quick", None)
 
 
 # --- jobs -----------------------------------------------------------------------------------------
