@@ -10,6 +10,7 @@ from typing import Any
 from tenuto.errors import TenutoError
 
 from .bench import Bench
+from .memory import few_heaps
 from .settings import HOSTS, Settings
 
 LARGEST = "8gb"  # of an upload: artifacts of large models
@@ -83,6 +84,7 @@ def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
 def serve(settings: Settings) -> None:
     """Serve the app until it is closed: by Ctrl-C, or with its window."""
     _say("starting; the address follows in a few seconds.")
+    few_heaps()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model of the app comes from elsewhere
     bench = Bench(settings)

@@ -15,6 +15,7 @@ from tenuto.work import whole_file, write_text
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST, parsed
 from .jobs import DONE, FAILED, Desk, Job
+from .memory import give_back
 from .places import SHIPPED, Places, checked_name
 from .png import texts
 from .requests import CHOSEN, HOW, LINES, calibration
@@ -69,6 +70,7 @@ class Bench:
             found = self.studio.draw(wanted, on_call)
         finally:
             self.desk.give()
+            give_back()
         return self._saved(found, wanted)
 
     @disk_told()
