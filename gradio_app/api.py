@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 from collections.abc import Callable
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import gradio as gr
 
 from tenuto.errors import Cancelled, TenutoError
+from tenuto.text import printable
 
 from .bench import Bench
 from .settings import facts
 
 
 def add(bench: Bench) -> None:
-    """Add the functions to the page that is being built; they run one after the other."""
+    """Add the functions to the page that is being built; they run one after the other.
+
+    It is called before anything else is added: Gradio names each listener of the page after its
+    function, and gives a name that is taken another ending.
+    """
 
     def about() -> dict[str, Any]:
         """Models, artifacts and unfinished calibrations."""
@@ -27,12 +36,12 @@ def add(bench: Bench) -> None:
         }
 
     def generate(
-        model: str, prompt: str, seed: float, steps: float, guidance: float, artifact: str,
-        beside: bool,
+        model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
+        artifact: str | None, beside: bool,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.draw(
-            model, prompt, seed, steps, guidance, artifact, beside, lambda done, total: None
+            model, prompt, seed, steps, guidance, artifact or "", beside, lambda done, total: None
         )
 
     def calibrate(options: dict[str, Any]) -> dict[str, Any]:
@@ -51,12 +60,12 @@ def add(bench: Bench) -> None:
         return bench.facts(None, "compare")
 
     def job(kind: str) -> dict[str, Any]:
-        """How far the last job is: kind is "calibrate" or "compare"."""
-        return bench.facts(None, kind)
+        """How far the last job is: kind is "calibrate" or "compare"; of "generate", if it runs."""
+        return bench.facts(None, _kind(kind))
 
     def stop(kind: str) -> dict[str, Any]:
-        """Stop the job, if it runs."""
-        bench.stop(None, kind)
+        """Stop the job, if it runs; kind may be "generate" too."""
+        bench.stop(None, _kind(kind))
         return bench.facts(None, kind)
 
     for function in (about, generate, calibrate, resume, compare, job, stop):
@@ -66,6 +75,9 @@ def add(bench: Bench) -> None:
         gr.api(told(function), api_name=function.__name__, **limit)
 
 
+SENTENCE = 300  # characters
+JOBS = ("calibrate", "compare", "generate")
+KINDS = {str: "a text", bool: "true or false", dict: "an object of options"}
 CALIBRATE = {
     "model": "demo:transformer", "name": "my-artifact", "scheme": "w8a8", "preset": "quick",
     "reuse": None, "steps": None, "guidance": None, "seed": 0, "iterations": None, "prompts": "",
@@ -81,21 +93,39 @@ def known(options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """`options` over `defaults`; TenutoError names what is not known."""
     strange = sorted(set(options) - set(defaults))
     if strange:
-        raise TenutoError(f"Unknown: {', '.join(strange)[:200]}. Known: {', '.join(defaults)}.")
+        said = printable(", ".join(strange), 60)
+        raise TenutoError(f"Unknown: {said}. Known: {', '.join(defaults)}.")
     return defaults | options
 
 
+def _kind(kind: str) -> str:
+    if kind not in JOBS:
+        raise TenutoError(f"A job is one of {', '.join(JOBS)}, not {printable(kind, 50)!r}.")
+    return kind
+
+
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose refusals reach the caller as one sentence."""
-    import functools
+    """`function`, whose refusals reach the caller as one sentence, those of wrong types too."""
+    kinds = get_type_hints(function)
 
     @functools.wraps(function)
     def answered(*args: Any, **options: Any) -> Any:
         try:
-            return function(*args, **options)
+            given = inspect.signature(function).bind(*args, **options).arguments
+            for name, value in given.items():
+                _check_type(name, value, kinds[name])
+            return function(**given)
         except Cancelled as error:
             raise gr.Error("Stopped.", print_exception=False) from error
         except TenutoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(printable(error, SENTENCE), print_exception=False) from error
 
     return answered
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """TenutoError for another type. Numbers are left to those who know their limits."""
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    wanted = tuple(get_origin(one) or one for one in kinds)
+    if float not in wanted and not isinstance(value, wanted):
+        raise TenutoError(f"{name} is {KINDS[wanted[0]]}, not {printable(json.dumps(value), 50)}.")

@@ -10,9 +10,11 @@ from typing import Any
 from tenuto.errors import TenutoError
 
 from .bench import Bench
+from .memory import few_heaps
 from .settings import HOSTS, Settings
 
 LARGEST = "8gb"  # of an upload: artifacts of large models
+SESSIONS = 32  # pages whose state is remembered: one that is older starts anew
 HEAD = (
     '<div class="tenuto-head"><h1>Tenuto</h1><p>Calibrate a diffusion model once, use one file '
     "everywhere, and see what it costs and what it buys.</p></div>"
@@ -24,11 +26,13 @@ def build(bench: Bench) -> Any:
     import gradio as gr
 
     from . import api, calibrate, compare, generate
+    from .page import Page
     from .viewer import QUIET
 
     models = bench.places.models()
     first = models[0] if models else ""
-    with gr.Blocks(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with Page(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        api.add(bench)
         gr.HTML(HEAD)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
@@ -40,7 +44,7 @@ def build(bench: Bench) -> Any:
         watch = calibration.watch
         watch.use.click(
             lambda key: calibrate.used(bench, key), watch.key,
-            [drawing.model, drawing.artifact, tabs], **QUIET,
+            [drawing.model, drawing.artifact, drawing.chosen, tabs], **QUIET,
         )  # fmt: skip
         tabs.select(
             lambda one, two: _artifacts(bench, one, two), [drawing.model, comparison.model],
@@ -51,14 +55,19 @@ def build(bench: Bench) -> Any:
             [drawing.model, calibration.model, comparison.model], **QUIET,
         )  # fmt: skip
         page.load(
-            lambda key: calibrate.seen(bench, bench.desk.job(key, "calibrate")), watch.key,
-            watch.outputs, **QUIET,
+            lambda key: [
+                *calibrate.seen(bench, bench.desk.job(key, "calibrate")),
+                *calibrate.filled(bench.desk.job(key, "calibrate")),
+            ],
+            watch.key, [*watch.outputs, *calibration.fields], **QUIET,
         )  # fmt: skip
         page.load(
-            lambda key: compare.seen(bench.desk.job(key, "compare")), comparison.key,
-            comparison.outputs, **QUIET,
+            lambda key: [
+                *compare.seen(bench.desk.job(key, "compare")),
+                *compare.filled(bench, bench.desk.job(key, "compare")),
+            ],
+            comparison.key, [*comparison.outputs, *comparison.fields, comparison.chosen], **QUIET,
         )  # fmt: skip
-        api.add(bench)
     return page
 
 
@@ -74,6 +83,8 @@ def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
 
 def serve(settings: Settings) -> None:
     """Serve the app until it is closed: by Ctrl-C, or with its window."""
+    _say("starting; the address follows in a few seconds.")
+    few_heaps()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model of the app comes from elsewhere
     bench = Bench(settings)
@@ -108,6 +119,9 @@ def serve(settings: Settings) -> None:
 
 def started(page: Any, settings: Settings, browser: bool) -> str:
     """Start the server and return its address; TenutoError if the port is taken."""
+    from starlette.middleware import Middleware
+
+    from .guard import Guard, swept
     from .look import STYLE, theme
 
     out = str(settings.out)
@@ -119,6 +133,9 @@ def started(page: Any, settings: Settings, browser: bool) -> str:
             prevent_thread_lock=True, quiet=True, ssr_mode=False, strict_cors=True,
             allowed_paths=[out], blocked_paths=blocked, max_file_size=LARGEST,
             theme=theme(), css_paths=[STYLE], footer_links=["api", "settings"],
+            state_session_capacity=SESSIONS, app_kwargs={
+                "middleware": [Middleware(Guard, listen=settings.listen)], "lifespan": swept(page),
+            },
         )  # fmt: skip
     except OSError as error:
         raise TenutoError(f"The app cannot start: {error}") from error

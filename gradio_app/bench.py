@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,15 +12,19 @@ from typing import Any
 from tenuto.errors import TenutoError
 from tenuto.work import whole_file, write_text
 
-from .given import given, real, whole
+from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST, parsed
 from .jobs import DONE, FAILED, Desk, Job
+from .memory import give_back
 from .places import SHIPPED, Places, checked_name
 from .png import texts
+from .requests import CHOSEN, HOW, LINES, calibration
 from .settings import Settings
 from .studio import OnCall, Picture, Studio, Wanted, settings_of
 
 NO_ARTIFACT = ""
+GENERATE = "generate"  # is no job, but can be stopped like one
+FIRST = 10_000  # seed of a comparison, where none is given
 COUNT = {"least": 1, "most": 512}  # of images in a comparison
 SHOWN = 24  # images of a comparison that can be looked at
 BATCH = 4  # of a comparison: large enough, and a Stop is never far
@@ -39,19 +44,24 @@ class Bench:
         self,
         model: str,
         prompt: str,
-        seed: float,
+        seed: float | None,
         steps: float,
         guidance: Any,
         artifact: str,
         beside: bool,
         on_call: OnCall,
     ) -> dict[str, Any]:
-        """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext."""
-        if not str(prompt or "").strip():
+        """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
+
+        seed: None takes one by chance.
+        """
+        prompt = words(prompt, "The prompt", LONGEST)
+        if not prompt:
             raise TenutoError("Say what to generate: the prompt is empty.")
         wanted = Wanted(
-            self.places.model(model), model, str(prompt).strip()[:LONGEST],
-            whole(seed, "The seed", 0, 2**53), whole(steps, "The number of steps", 1, 1000),
+            self.places.model(model), model, prompt,
+            given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
+            whole(steps, "The number of steps", 1, 1000),
             given(guidance, real, "Guidance", 0, 1000),
             self.places.artifact(artifact) if artifact else None, artifact or "", beside,
         )  # fmt: skip
@@ -60,8 +70,10 @@ class Bench:
             found = self.studio.draw(wanted, on_call)
         finally:
             self.desk.give()
+            give_back()
         return self._saved(found, wanted)
 
+    @disk_told()
     def _saved(self, found: Picture, wanted: Wanted) -> dict[str, Any]:
         from tenuto.sampling.images import picture_name, save_png
 
@@ -77,6 +89,7 @@ class Bench:
             "artifact": wanted.artifact_name, "steps": wanted.steps,
         }  # fmt: skip
 
+    @disk_told()
     def restored(self, path: str | Path) -> dict[str, Any]:
         """The settings in a PNG that was dropped; TenutoError where there are none."""
         said = texts(Path(path)).get("parameters", "")
@@ -91,6 +104,7 @@ class Bench:
             del found["artifact"]
         return found
 
+    @disk_told()
     def added(self, path: str | Path, name: str) -> str:
         """Take an artifact file into the output folder, if it is one; returns its name."""
         from tenuto.cli.checks import load_artifact
@@ -129,27 +143,14 @@ class Bench:
 
         text_encoder, method and rounding are those of `tenuto quantize`.
         """
-        from tenuto.cli.checks import check_quantization
-
         name = checked_name(name)
-        if scheme is None and reuse is None and text_encoder is None:
-            raise TenutoError(
-                "Choose a scheme, a route or text encoders: there is nothing to calibrate."
-            )
-        chosen = {
-            "scheme": scheme, "preset": preset, "text_encoder": text_encoder, "method": method,
-            "rounding": rounding,
-        }  # fmt: skip
-        chosen: dict[str, Any] = {k: None if v is None else str(v) for k, v in chosen.items()}
-        check_quantization(**chosen)
-        request = {
-            "model": self.places.model(model), "shown_model": model, **chosen,
-            "reuse": given(reuse, real, "The share", 0, 1),
-            "steps": given(steps, whole, "The number of steps", 1, 1000),
-            "guidance": given(guidance, real, "Guidance", 0, 1000),
-            "seed": whole(seed, "The seed", 0, 2**53), "prompts_text": str(prompts or "").strip(),
-            "iterations": given(iterations, whole, "The number of iterations", 1, 10**6),
-        }  # fmt: skip
+        chosen: dict[str, Any] = dict(
+            zip(CHOSEN, (scheme, preset, text_encoder, method, rounding), strict=True)
+        )
+        how: dict[str, Any] = dict(
+            zip(HOW, (reuse, steps, guidance, seed, iterations, prompts), strict=True)
+        )
+        request = calibration(self.places, model, chosen, how)
         begun = self.places.request(name)
         if begun is not None and dict.fromkeys(chosen) | begun != request:  # it may be older
             raise TenutoError(
@@ -159,13 +160,20 @@ class Bench:
         return self._started(name, request)
 
     def resume(self, name: str) -> Job:
-        """Go on with an unfinished calibration."""
-        request = self.places.request(checked_name(name))
-        if request is None:
-            raise TenutoError(f"There is no unfinished calibration {str(name)[:100]!r}.")
-        self.places.model(request["shown_model"])  # it may be gone, or outside the roots by now
-        return self._started(checked_name(name), request)
+        """Go on with an unfinished calibration. What was kept of it is checked like a new one."""
+        name = checked_name(name)
+        kept = self.places.request(name)
+        if kept is None:
+            raise TenutoError(f"There is no unfinished calibration {name!r}.")
+        chosen = {key: kept.get(key) for key in CHOSEN}  # an older request lacks some
+        try:
+            how = {key: kept[key] for key in HOW}
+            request = calibration(self.places, kept["shown_model"], chosen, how)
+        except KeyError as error:
+            raise TenutoError(f"What was asked of {name} is damaged: discard it.") from error
+        return self._started(name, request)
 
+    @disk_told()
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
         lines = request["prompts_text"]
@@ -199,6 +207,7 @@ class Bench:
         if job.state == DONE or (job.state == FAILED and not begun):
             self.places.forget(name)
 
+    @disk_told()
     def discard(self, name: str) -> None:
         """Give up an unfinished calibration; what was finished of it is gone."""
         name = checked_name(name)
@@ -210,6 +219,7 @@ class Bench:
 
     # --- compare --------------------------------------------------------------------------------
 
+    @disk_told()
     def compare(
         self,
         model: str,
@@ -217,7 +227,7 @@ class Bench:
         count: float,
         steps: Any = None,
         guidance: Any = None,
-        seed: float = 10_000,
+        seed: float | None = None,
         execution: str = "int8",
         prompts: str = "",
     ) -> Job:
@@ -225,8 +235,10 @@ class Bench:
         from tenuto.runtime import check_execution
 
         check_execution(execution)
-        if not artifacts:
+        listed = isinstance(artifacts, list | tuple)
+        if not artifacts or not listed or not all(isinstance(name, str) for name in artifacts):
             raise TenutoError("Choose one artifact or more to compare with full precision.")
+        lines = words(prompts, "The list of prompts", LINES)
         files = {name: str(self.places.artifact(name)) for name in dict.fromkeys(artifacts)}
         request = {
             "model": self.places.model(model), "shown_model": model,
@@ -235,13 +247,14 @@ class Bench:
             "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),
             "steps": given(steps, whole, "The number of steps", 1, 1000),
             "guidance": given(guidance, real, "Guidance", 0, 1000),
-            "seed": whole(seed, "The seed", 0, 2**53), "execution": execution, "shown": SHOWN,
-            "batch": BATCH, "device": self.settings.device, "prompts": None,
+            "seed": given(seed, whole, "The seed", 0, 2**53, absent=FIRST),
+            "execution": execution, "shown": SHOWN, "batch": BATCH, "device": self.settings.device,
+            "prompts": None, "prompts_text": lines,
         }  # fmt: skip
         folder = self.places.comparison()
         request["folder"] = str(folder)
-        if str(prompts or "").strip():
-            write_text(folder / "prompts.txt", str(prompts).strip() + "\n")
+        if lines:
+            write_text(folder / "prompts.txt", lines + "\n")
             request["prompts"] = str(folder / "prompts.txt")
         try:
             return self.desk.start(Job("compare", request, folder / "log.txt"))
@@ -250,7 +263,9 @@ class Bench:
             raise
 
     def stop(self, key: Any, kind: str) -> None:
-        """Stop a job, if it runs; it has stopped when this returns, or is about to."""
+        """Stop a job, if it runs, or an image; it has stopped when this returns, or is about to."""
+        if kind == GENERATE:
+            self.studio.stop()
         job = self.desk.job(key, kind)
         if job is not None and job.alive:
             job.stop()
@@ -259,8 +274,9 @@ class Bench:
     def facts(self, key: Any, kind: str) -> dict[str, Any]:
         """A job as plain data, for the API."""
         job = self.desk.job(key, kind)
-        if job is None:
-            return {"state": "none"}
+        if job is None:  # an image is no job
+            drawing = kind == GENERATE and self.desk.busy == "picture"
+            return {"state": "running" if drawing else "none"}
         return {
             "id": job.id, "state": job.state, "stage": job.stage, "part": job.part,
             "parts": job.parts, "done": job.done, "total": job.total, "note": job.note,

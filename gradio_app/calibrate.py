@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -42,6 +43,7 @@ class Watch:
     stop: gr.Button
     resume: gr.Button
     discard: gr.Button
+    sure: gr.Row
     unfinished: gr.Dropdown
     map: gr.HTML
     loss: gr.HTML
@@ -54,7 +56,7 @@ class Watch:
         """What `seen` fills."""
         return [
             self.timer, self.status, self.start, self.stop, self.resume, self.discard,
-            self.unfinished, self.map, self.loss, self.use, self.download, self.log,
+            self.sure, self.unfinished, self.map, self.loss, self.use, self.download, self.log,
         ]  # fmt: skip
 
 
@@ -64,6 +66,7 @@ class Calibrate:
 
     watch: Watch
     model: gr.Dropdown
+    fields: list[Any]
 
 
 def tab(bench: Bench, model_name: str) -> Calibrate:
@@ -86,6 +89,7 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
                 with gr.Row():
                     resume = gr.Button("Resume", interactive=False, elem_id="calibrate-resume")
                     discard = gr.Button("Discard", interactive=False, elem_id="calibrate-discard")
+                sure, yes, no = _sure()
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML(status(None, IDLE), elem_id="calibrate-status")
             with gr.Row():
@@ -97,10 +101,21 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
             shown = gr.HTML(step_map(None), elem_id="calibrate-map")
             loss = gr.HTML("", elem_id="calibrate-loss")
     watch = Watch(
-        key, timer, said, start, stop, resume, discard, unfinished, shown, loss, use, download, log
-    )
+        key, timer, said, start, stop, resume, discard, sure, unfinished, shown, loss, use,
+        download, log,
+    )  # fmt: skip
     _wire(bench, watch, fields)
-    return Calibrate(watch, fields[0])
+    _wire_discard(bench, watch, yes, no)
+    return Calibrate(watch, fields[0], fields)
+
+
+def _sure() -> tuple[gr.Row, gr.Button, gr.Button]:
+    """The question before something is thrown away, hidden, and its two answers."""
+    with gr.Row(visible=False, elem_id="calibrate-sure") as sure:
+        gr.HTML("<p>Discard it? What was finished of it is lost.</p>")
+        yes = gr.Button("Yes, discard", variant="stop", elem_id="calibrate-sure-yes")
+        no = gr.Button("No, keep it", elem_id="calibrate-sure-no")
+    return sure, yes, no
 
 
 def _fields(bench: Bench, model_name: str) -> list[Any]:
@@ -135,7 +150,7 @@ def _options() -> list[Any]:
     with gr.Accordion("All options", open=False):
         steps = optional("Steps", "the model's own", "calibrate-steps")
         guidance = optional("Guidance", "the model's own", "calibrate-guidance")
-        seed = gr.Number(0, label="First seed", precision=0, elem_id="calibrate-seed")
+        seed = gr.Number(0, label="First seed", elem_id="calibrate-seed")
         iterations = optional(
             "Training iterations of the router", "the preset's", "calibrate-iterations"
         )
@@ -170,13 +185,6 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
 
-    def discarded(name: str | None) -> None:
-        try:
-            if name:
-                bench.discard(name)
-        except TenutoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
     shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
     watch.start.click(start, fields, watch.key, **AUDIBLE).success(**shown)
     watch.resume.click(
@@ -191,7 +199,26 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
         lambda name: [gr.Button(interactive=bool(name))] * 2, watch.unfinished,
         [watch.resume, watch.discard], **QUIET,
     )  # fmt: skip
-    watch.discard.click(discarded, watch.unfinished, None, **AUDIBLE).then(**shown)
+
+
+def _wire_discard(bench: Bench, watch: Watch, yes: gr.Button, no: gr.Button) -> None:
+    """Discard asks first."""
+
+    def discarded(name: str | None) -> None:
+        try:
+            if name:
+                bench.discard(name)
+        except TenutoError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def look(key: str) -> list[Any]:
+        return seen(bench, bench.desk.job(key, "calibrate"))
+
+    watch.discard.click(lambda: gr.Row(visible=True), None, watch.sure, **QUIET)
+    no.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
+    yes.click(discarded, watch.unfinished, None, **AUDIBLE).then(
+        look, watch.key, watch.outputs, **QUIET
+    )
 
 
 def asked(*values: Any) -> list[Any]:
@@ -201,6 +228,23 @@ def asked(*values: Any) -> list[Any]:
     method = method if encoder else None  # its field shows one all the time
     return [
         model, name, scheme or None, preset, share, *rest, encoder or None, method, rounding or None
+    ]  # fmt: skip
+
+
+def filled(job: Job | None) -> list[Any]:
+    """The fields of the calibration that runs, the inverse of `asked`: updates for its fields."""
+    if job is None or not job.alive:
+        return [gr.skip()] * 13
+    wanted = job.request
+    shown = {
+        name: "" if wanted[name] is None else f"{wanted[name]:g}"
+        for name in ("steps", "guidance", "iterations")
+    }
+    return [
+        wanted["shown_model"], Path(wanted["out"]).stem, wanted["scheme"] or "", wanted["preset"],
+        round(100 * (wanted["reuse"] or 0)), shown["steps"], shown["guidance"], wanted["seed"],
+        shown["iterations"], wanted["prompts_text"], wanted["text_encoder"] or "",
+        wanted["method"] or "gptq", wanted["rounding"] or "",
     ]  # fmt: skip
 
 
@@ -221,6 +265,7 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=job is not None and job.state == "running"),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
+        gr.Row(visible=False),
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
         step_map(found, done),
         loss_curve(job.loss if job else []),
@@ -236,7 +281,8 @@ def used(bench: Bench, key: str) -> list[Any]:
     """For the tab Generate: the model and the artifact of a calibration that is done."""
     job = bench.desk.job(key, "calibrate")
     if job is None or job.state != DONE:
-        return [gr.skip(), gr.skip(), gr.skip()]
+        return [gr.skip()] * 4
     model, name = job.request["shown_model"], job.result["name"]
     choices = artifact_choices(bench, model)
-    return [model, gr.Dropdown(choices=choices, value=name), gr.Tabs(selected="generate")]
+    artifact = gr.Dropdown(choices=choices, value=name)
+    return [model, artifact, (model, name), gr.Tabs(selected="generate")]

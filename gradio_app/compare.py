@@ -24,12 +24,14 @@ IDLE = "Choose a model and one artifact or more, and press Compare."
 
 @dataclass(frozen=True)
 class Compare:
-    """The components that the app wires to other tabs."""
+    """The components that the app wires to other tabs. chosen: the model that was seen last."""
 
     key: gr.BrowserState
     model: gr.Dropdown
     artifacts: gr.Dropdown
     outputs: list[Any]
+    fields: list[Any]
+    chosen: gr.State
 
 
 def tab(bench: Bench, model_name: str) -> Compare:
@@ -47,9 +49,9 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 choices, value=choices[-1:], label="Artifacts", multiselect=True,
                 allow_custom_value=True, elem_id="compare-artifacts",
             )  # fmt: skip
-            count = gr.Slider(
-                COUNT["least"], COUNT["most"], 8, step=1, label="Images", elem_id="compare-count",
-                info="More of them make the numbers steadier; tables have 64",
+            count = gr.Number(
+                8, label="Images", step=1, elem_id="compare-count",
+                info=f"Up to {COUNT['most']}: more make the numbers steadier; tables have 64",
             )  # fmt: skip
             with gr.Row():
                 go = gr.Button("Compare", variant="primary", elem_id="compare-start")
@@ -68,8 +70,9 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 log = gr.DownloadButton("Download the log", visible=False)
     outputs = [timer, said, go, stop, numbers, chooser, which, number, file, log]
     looks = [view.pair, prompt, *view.outputs]
-    made = Compare(key, model, artifacts, outputs)
-    _wire(bench, made, [model, artifacts, count, *rest], (timer, go, stop))
+    fields = [model, artifacts, count, *rest]
+    made = Compare(key, model, artifacts, outputs, fields, gr.State(model_name))
+    _wire(bench, made, (timer, go, stop))
     _pictures(bench, key, which, number, view, looks)
     return made
 
@@ -79,7 +82,7 @@ def _options() -> list[Any]:
     with gr.Accordion("All options", open=False):
         steps = optional("Steps", "the artifact's", "compare-steps")
         guidance = optional("Guidance", "the artifact's", "compare-guidance")
-        seed = gr.Number(FIRST_SEED, label="First seed", precision=0)
+        seed = gr.Number(FIRST_SEED, label="First seed", elem_id="compare-seed")
         execution = gr.Radio(
             list(EXECUTIONS), value="int8", label="Execution",
             info="int8: the artifact's own arithmetic; auto: by layer, what is not slower here",
@@ -88,7 +91,7 @@ def _options() -> list[Any]:
     return [steps, guidance, seed, execution, prompts]
 
 
-def _wire(bench: Bench, made: Compare, fields: list[Any], parts: tuple[Any, ...]) -> None:
+def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
     timer, go, stop = parts
 
     def start(*values: Any) -> str:
@@ -100,14 +103,28 @@ def _wire(bench: Bench, made: Compare, fields: list[Any], parts: tuple[Any, ...]
     def look(key: str) -> list[Any]:
         return seen(bench.desk.job(key, "compare"))
 
-    def chosen(name: str) -> Any:
-        return gr.Dropdown(choices=bench.places.artifacts(name), value=[])
+    def chosen(name: str, before: str) -> list[Any]:
+        if name == before:  # it was only looked at
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), name]
 
     shown = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
-    go.click(start, fields, made.key, **AUDIBLE).success(**shown)
+    go.click(start, made.fields, made.key, **AUDIBLE).success(**shown)
     stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
     timer.tick(**shown)
-    made.model.input(chosen, made.model, made.artifacts, **QUIET)
+    made.model.input(chosen, [made.model, made.chosen], [made.artifacts, made.chosen], **QUIET)
+
+
+def filled(bench: Bench, job: Job | None) -> list[Any]:
+    """The fields of the comparison that runs: updates for `Compare.fields` and `chosen`."""
+    if job is None or not job.alive:
+        return [gr.skip()] * 9
+    asked = job.request
+    model, names = asked["shown_model"], list(asked["names"].values())
+    artifacts = gr.Dropdown(choices=bench.places.artifacts(model), value=names)
+    shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
+    rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
+    return [model, artifacts, asked["count"], *shown, *rest, model]
 
 
 def seen(job: Job | None) -> list[Any]:

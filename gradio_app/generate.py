@@ -13,22 +13,29 @@ import gradio as gr
 from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
+from .guard import drop
 from .measured import compared, drawn
 from .studio import defaults_of
 from .view import card
 from .viewer import AUDIBLE, QUIET, optional, show, viewer
 
 IDLE = card("idle", "No image yet.", "Write a prompt and press Generate.")
+WORKING = 76  # pixels of the place where progress is shown
 PROMPT = "a golden retriever"
 FULL = "full precision"
 
 
 @dataclass(frozen=True)
 class Generate:
-    """The components that other tabs change."""
+    """The components that other tabs change. chosen: the model and artifact that were seen last.
+
+    A dropdown that takes free text tells of input when it is left, too: only what differs from
+    `chosen` was chosen.
+    """
 
     model: gr.Dropdown
     artifact: gr.Dropdown
+    chosen: gr.State
 
 
 def artifact_choices(bench: Bench, model: str) -> list[tuple[str, str]]:
@@ -48,6 +55,7 @@ def tab(bench: Bench) -> Generate:
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", interactive=False, elem_id="generate-stop")
+            working = gr.HTML("", visible=False, elem_id="generate-working", min_height=WORKING)
             model = gr.Dropdown(
                 models, value=model_name, label="Model", allow_custom_value=True,
                 info="A model that ships, or a diffusers folder under --roots", elem_id="model",
@@ -60,11 +68,14 @@ def tab(bench: Bench) -> Generate:
                 on = gr.Checkbox(True, label="Artifact on", elem_id="artifact-on")
                 beside = gr.Checkbox(True, label="Beside full precision", elem_id="beside")
             with gr.Row():
-                seed = gr.Number(7, label="Seed", precision=0, minimum=0, elem_id="seed")
+                seed = gr.Number(7, label="Seed (empty: any)", minimum=0, elem_id="seed")
                 dice = gr.Button("New seed", size="sm", min_width=80)
-            steps_of = gr.Slider(1, 100, steps, step=1, label="Steps", elem_id="steps")
-            guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
-            _aside(bench, model, artifact, [prompt, seed, steps_of, guidance_of, model, artifact])
+            with gr.Row():
+                steps_of = gr.Number(steps, label="Steps", step=1, elem_id="steps")
+                guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
+            chosen = gr.State((model_name, choices[-1][1]))
+            fields = [prompt, seed, steps_of, guidance_of, model, artifact, chosen]
+            _aside(bench, model, artifact, chosen, fields)
         with gr.Column(scale=3, min_width=320):
             view = viewer("generate", "Image")
             numbers = gr.HTML(IDLE, elem_id="numbers")
@@ -74,32 +85,29 @@ def tab(bench: Bench) -> Generate:
             )  # fmt: skip
     inputs = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside, view.mode]
     outputs = [view.pair, numbers, infotext, *view.outputs]
-    _wire(bench, go, stop, prompt, inputs, outputs)
+    _wire(bench, [go, stop, working], prompt, inputs, outputs)
     dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
-    told = [artifact, steps_of, guidance_of]
-    model.input(lambda name: _model_chosen(bench, name), model, told, **AUDIBLE)
-    artifact.input(
-        lambda name, kind: _artifact_chosen(bench, name, kind), [artifact, model], told[1:],
-        **AUDIBLE,
-    )  # fmt: skip
-    return Generate(model, artifact)
+    told, asked = [artifact, steps_of, guidance_of, chosen], [model, artifact, chosen]
+    model.input(lambda *now: _model_chosen(bench, *now), asked, told, **AUDIBLE)
+    artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told[1:], **AUDIBLE)
+    return Generate(model, artifact, chosen)
 
 
-def _wire(
-    bench: Bench, go: gr.Button, stop: gr.Button, prompt: gr.Textbox, inputs: Any, outputs: Any
-) -> None:
-    """Generate and Stop: one of them is always there to be pressed."""
+def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outputs: Any) -> None:
+    """Generate and Stop: one of them is always there to be pressed. Progress is below them."""
+    go, stop, working = parts
 
     def draw(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         return drawn_now(bench, progress, *values)
 
     def buttons(drawing: bool) -> list[Any]:
-        return [gr.Button(interactive=not drawing), gr.Button(interactive=drawing)]
+        pressed = [gr.Button(interactive=not drawing), gr.Button(interactive=drawing)]
+        return [*pressed, gr.HTML(visible=drawing)]
 
-    gr.on([go.click, prompt.submit], lambda: buttons(True), None, [go, stop], **QUIET).then(
+    gr.on([go.click, prompt.submit], lambda: buttons(True), None, parts, **QUIET).then(
         draw, inputs, outputs, api_visibility="private", concurrency_id="machine",
-        show_progress_on=[outputs[1]],
-    ).then(lambda: buttons(False), None, [go, stop], **QUIET)  # fmt: skip
+        show_progress_on=[working],
+    ).then(lambda: buttons(False), None, parts, **QUIET)  # fmt: skip
     stop.click(bench.studio.stop, None, None, **QUIET)
 
 
@@ -137,7 +145,9 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     return [pair, numbers, info, *show(pair, mode)]
 
 
-def _aside(bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any]) -> None:
+def _aside(
+    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, chosen: gr.State, fields: list[Any]
+) -> None:
     """What is used less often: settings out of an image, an artifact from elsewhere."""
     with gr.Accordion("Restore settings, add an artifact", open=False):
         dropped = gr.File(
@@ -149,17 +159,19 @@ def _aside(bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list
             elem_id="add-artifact",
         )  # fmt: skip
         said = gr.HTML("", elem_id="aside-said")
-    restored, new = [dropped, said, *fields], [upload, said, artifact]
+    restored, new = [dropped, said, *fields], [upload, said, artifact, chosen]
     dropped.upload(lambda path: _restored(bench, path), dropped, restored, **QUIET)
     upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
 
 
 def _restored(bench: Bench, path: str) -> list[Any]:
-    nothing: list[Any] = [gr.skip()] * 6
+    nothing: list[Any] = [gr.skip()] * 7
     try:
         found = bench.restored(path)
     except TenutoError as error:
         return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
+    finally:
+        drop(Path(path))
     names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in names]
@@ -167,41 +179,52 @@ def _restored(bench: Bench, path: str) -> list[Any]:
         values[5] = gr.Dropdown(
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
         )
+    chosen = (found["model"], found.get("artifact", "")) if "model" in found else gr.skip()
     missing = "" if "model" in found else " Its model is not here."
-    return [None, card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values]
+    return [None, card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values, chosen]
 
 
 def shown_number(value: float | None) -> str:
     """A number in a field that may be empty."""
-    return "" if value is None else f"{value:g}"
+    return "" if value is None else f"{value:.10g}"
 
 
 def _added(bench: Bench, path: str, model: str) -> list[Any]:
     try:
         name = bench.added(path, path)
     except TenutoError as error:
-        return [None, card("failed", f"{Path(path).name} is not added.", str(error)), gr.skip()]
+        return [
+            None,
+            card("failed", f"{Path(path).name} is not added.", str(error)),
+            *[gr.skip()] * 2,
+        ]
+    finally:
+        drop(Path(path))
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
-    return [None, card("done", "Added.", f"{name} is chosen."), new]
+    return [None, card("done", "Added.", f"{name} is chosen."), new, (model, name)]
 
 
-def _model_chosen(bench: Bench, name: str) -> list[Any]:
-    """Artifacts, steps and guidance for a model that was chosen."""
+def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
+    """Artifacts, steps and guidance for a model, if it is another than before."""
+    if before and name == before[0]:
+        return [gr.skip()] * 4
     try:
         steps, guidance = defaults_of(bench.places.model(name))
     except TenutoError as error:
         gr.Warning(str(error))
-        return [gr.skip()] * 3
+        return [gr.skip()] * 4
     new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
-    return [new, steps, shown_number(guidance)]
+    return [new, steps, shown_number(guidance), (name, NO_ARTIFACT)]
 
 
-def _artifact_chosen(bench: Bench, name: str, model: str) -> list[Any]:
-    """Steps and guidance that an artifact was made for."""
+def _artifact_chosen(bench: Bench, model: str, name: str, before: Any) -> list[Any]:
+    """Steps and guidance that an artifact was made for, if it is another than before."""
+    if before and (model, name) == tuple(before):
+        return [gr.skip()] * 3
     try:
         file = bench.places.artifact(name) if name else None
         steps, guidance = defaults_of(bench.places.model(model), file)
-        return [steps, shown_number(guidance)]
+        return [steps, shown_number(guidance), (model, name)]
     except TenutoError as error:
         gr.Warning(str(error))
-        return [gr.skip()] * 2
+        return [gr.skip()] * 3

@@ -21,9 +21,15 @@ from typing import Any
 import tenuto
 from tenuto.errors import TenutoError
 
+REMEMBERED = 20  # jobs that can be asked for by their id
 PATIENCE = 0.25  # seconds that a worker has to stop by itself
 RUNNING, STOPPING, STOPPED, FAILED, DONE = "running", "stopping", "stopped", "failed", "done"
 WORKER = "import sys; from tenuto.cli.app import module; sys.exit(module('worker').main())"
+
+SAID = {  # what a worker says, and of which type
+    "stage": str, "note": str, "part": int, "parts": int, "done": int, "total": int, "loss": list,
+    "map": dict, "error": str, "result": dict,
+}  # fmt: skip
 
 
 class Job:
@@ -68,7 +74,7 @@ class Job:
         with self.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, text=True, encoding="utf-8", start_new_session=True,
+                stderr=log, text=True, encoding="utf-8", errors="replace", start_new_session=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             )  # fmt: skip
         threading.Thread(target=self._follow, args=(when_over,), daemon=True).start()
@@ -95,25 +101,32 @@ class Job:
                 process.stdin.write(json.dumps(self.request | {"kind": self.kind}) + "\n")
                 process.stdin.flush()
             for line in process.stdout:
-                self.take(json.loads(line))
+                self.take(_event(line))
             code = process.wait()
             process.stdout.close()
             with contextlib.suppress(OSError):
                 process.stdin.close()
             self._end(code)
         finally:
+            if self.alive:  # it could not be followed to its end
+                process.kill()
+                self._end(process.wait())
             self.ended = time.monotonic()
-            when_over()
-            self.over.set()
+            try:
+                when_over()
+            finally:
+                self.over.set()
 
     def take(self, event: dict[str, Any]) -> None:
-        """Take over what the process says."""
+        """Take over what the process says; what is of another type than it should be is left."""
+        event = {
+            name: value for name, value in event.items() if isinstance(value, SAID.get(name, ()))
+        }
         if event.get("stage", self.stage) != self.stage or event.get("part", 0) > self.part:
             self.stage_began, self.stage_first = time.monotonic(), event.get("done", 0)
-        for name in ("stage", "note", "part", "parts", "done", "total", "loss", "map", "error"):
-            if name in event:
-                setattr(self, name, event[name])
-        self.result |= event.get("result", {})
+        self.result |= event.pop("result", {})
+        for name, value in event.items():
+            setattr(self, name, value)
 
     def _end(self, code: int) -> None:
         if self.result:
@@ -123,6 +136,15 @@ class Job:
         else:
             self.state = FAILED
             self.error = self.error or f"The worker ended by itself (exit code {code})."
+
+
+def _event(line: str) -> dict[str, Any]:
+    """What a line of the process says: nothing, where it is half a line of one that was killed."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Desk:
@@ -136,6 +158,8 @@ class Desk:
         """Start `job`; TenutoError while something else is at work. after(job): when it is over."""
         self.take(job.kind)
         self._jobs[job.id] = self._last[job.kind] = job
+        for old in list(self._jobs)[:-REMEMBERED]:
+            del self._jobs[old]
 
         def over() -> None:
             try:
@@ -151,10 +175,17 @@ class Desk:
             raise
         return job
 
+    @property
+    def busy(self) -> str:
+        """What is at work: the kind of a job, "picture" for an image, or nothing."""
+        if not self._free.locked():
+            return ""
+        return next((job.kind for job in self._jobs.values() if job.alive), "picture")
+
     def take(self, what: str) -> None:
         """Take the desk for `what`; TenutoError, which says who has it, if it is taken."""
         if not self._free.acquire(blocking=False):
-            busy = next((job.kind for job in self._jobs.values() if job.alive), "picture")
+            busy = self.busy or "picture"
             raise TenutoError(
                 f"A {NAMES.get(busy, busy)} is being {'drawn' if busy == 'picture' else 'made'}: "
                 f"wait until it is done{'' if busy == 'picture' else ', or stop it'}."

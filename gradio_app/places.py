@@ -13,19 +13,23 @@ from tenuto.cli.checks import check_out
 from tenuto.errors import ArtifactError, ModelError, TenutoError
 from tenuto.resources import asset
 from tenuto.sampling.loading import PREFIX, check_model
+from tenuto.text import printable
 from tenuto.work import Work, write_text
+
+from .given import words
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 ENDING = ".safetensors"
 SHIPPED = "shipped:"
 DEMOS = ("demo:transformer", "demo:unet")
 DEPTH = 4  # how far below a root a model is looked for
+LENGTH = 4096  # characters of a name that is looked at
 MANY = 500  # models and folders beyond these are not listed
 
 
 def checked_name(name: str) -> str:
     """A name that can lead nowhere; TenutoError for any other."""
-    name = str(name or "").strip().removesuffix(ENDING)
+    name = words(name, "A name", LENGTH).removesuffix(ENDING)
     if NAME.fullmatch(name) is None:
         raise TenutoError("A name has letters, digits, dots, hyphens and underscores.")
     return name
@@ -64,18 +68,33 @@ class Places:
 
     def model(self, name: str) -> str:
         """What `load` takes for the model called `name`; ModelError unless it is under a root."""
-        name = str(name or "").strip()
+        name = words(name, "The name of a model", LENGTH)
         if name.startswith(PREFIX):
             check_model(name)
             return name
-        given = Path(name).expanduser()
-        tries = [given] if given.is_absolute() else [root / given for root in self.roots]
-        for path in tries:
-            if name and any(inside(path, root) for root in self.roots) and path.is_dir():
-                check_model(str(path.resolve()))
-                return str(path.resolve())
-        where = "under --roots" if self.roots else "here, and --roots names no folder"
-        raise ModelError(f"There is no model {name[:200]!r} {where}.")
+        found = self._model(name) if name else None
+        if found is None:
+            where = "in the folders" if self.roots else "here, and no folder of models"
+            raise ModelError(
+                f"There is no model '{printable(name)}' {where} that the app was started with."
+            )
+        check_model(found)
+        return found
+
+    def _model(self, name: str) -> str | None:
+        """The folder of that name under a root, links followed."""
+        try:
+            given = Path(name).expanduser()
+            tries = [given] if given.is_absolute() else [root / given for root in self.roots]
+            for path in (path.resolve() for path in tries):
+                if (
+                    any(path.is_relative_to(root.resolve()) for root in self.roots)
+                    and path.is_dir()
+                ):
+                    return str(path)
+        except (OSError, ValueError, RuntimeError):
+            pass  # no such home, a zero in the name, links in a circle
+        return None
 
     # --- artifacts ------------------------------------------------------------------------------
 
@@ -95,12 +114,12 @@ class Places:
 
     def artifact(self, name: str) -> Path:
         """The file of an artifact; ArtifactError unless it is one of `artifacts`."""
-        name = str(name or "").strip()
+        name = words(name, "The name of an artifact", LENGTH)
         shipped = name.startswith(SHIPPED)
         folder = asset("artifacts") if shipped else self.out
         path = folder / f"{checked_name(name.removeprefix(SHIPPED))}{ENDING}"
         if not path.is_file() or not inside(path, folder):
-            raise ArtifactError(f"There is no artifact {name[:200]!r} in the output folder.")
+            raise ArtifactError(f"There is no artifact '{printable(name)}' in the output folder.")
         return path
 
     def new_artifact(self, name: str) -> Path:

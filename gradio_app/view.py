@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
@@ -38,18 +39,34 @@ def status(job: Job | None, idle: str) -> str:
     """A job in its state: nothing yet, running, stopping, stopped, failed or done."""
     if job is None:
         return card("idle", "Nothing yet.", idle)
-    kind = NAMES[job.kind].capitalize()
+    kind, what = NAMES[job.kind].capitalize(), what_of(job)
     if job.state in (RUNNING, STOPPING):
         title = job.stage if job.state == RUNNING else "Stopping"
         part = f"part {job.part} of {job.parts}" if job.parts > 1 and job.part else ""
-        return card(job.state, title, part, bar(job))
+        return card(job.state, title, part, what + bar(job))
     if job.state == STOPPED:
         text = f"after {lasting(job.seconds)}, in “{job.stage}”."
         text += " What was finished is kept: Resume goes on there." * (job.kind == "calibrate")
-        return card(STOPPED, f"{kind} stopped", text)
+        return card(STOPPED, f"{kind} stopped", text, what)
     if job.state == FAILED:
-        return card(FAILED, f"{kind} failed.", job.error)
-    return card(DONE, f"{kind} done", f"in {lasting(job.seconds)}.", report(job.result))
+        return card(FAILED, f"{kind} failed.", job.error, what)
+    return card(DONE, f"{kind} done", f"in {lasting(job.seconds)}.", what + report(job.result))
+
+
+def what_of(job: Job) -> str:
+    """What was asked for, in a line: whatever the fields say by now."""
+    asked = job.request
+    if "shown_model" not in asked:
+        return ""
+    parts = [str(asked["shown_model"])]
+    if job.kind == "compare":
+        parts += [*asked["names"].values(), counted(asked["count"], "image", "images")]
+    else:
+        parts.append(asked["scheme"] or "the denoiser keeps its weights")
+        parts += [f"{asked['reuse']:.0%} reuse"] * (asked["reuse"] is not None)
+        parts += [f"text encoders in {asked['text_encoder']}"] * bool(asked["text_encoder"])
+        parts += [asked["preset"], f"to {Path(asked['out']).name}"]
+    return f'<div class="tenuto-small tenuto-what">{escape(", ".join(parts))}</div>'
 
 
 def report(result: dict[str, Any]) -> str:

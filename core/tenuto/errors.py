@@ -3,6 +3,7 @@
 from .text import printable
 
 SENTENCE = 1000  # characters
+SHORT = 300  # of a sentence with words of a file
 
 
 class TenutoError(Exception):
@@ -16,7 +17,7 @@ class ArtifactError(TenutoError):
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(printable(sentence, SENTENCE))
+        super().__init__(printable(sentence, SHORT))
 
 
 class ModelError(TenutoError):

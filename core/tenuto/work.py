@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -59,10 +60,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file whole or not at all; OSError, of a full disk too."""
     with whole_file(path) as part:
-        save_file(dict(_apart(tensors)), part, metadata)
+        try:
+            save_file(dict(_apart(tensors)), part, metadata)
+        except SafetensorError as error:
+            raise _of_system(error) from error
         part.chmod(0o644)  # it comes out readable by its owner alone
+
+
+def _of_system(error: SafetensorError) -> OSError:
+    """What the system said, which safetensors has in its words alone."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def _apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -214,8 +226,8 @@ class Work:
         else:
             try:
                 write_tensors(self._file(unit), tensors, self._about(unit, tensors))
-            except (OSError, SafetensorError) as error:
-                said = getattr(error, "strerror", None) or error
+            except OSError as error:
+                said = error.strerror or error
                 raise TenutoError(f"Cannot write {self._file(unit)}: {said}.") from error
 
     def _about(self, unit: str, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -236,9 +248,13 @@ class Work:
         self._memory.clear()
         if self.path is None:
             return
-        if (self.path / MANIFEST).exists():
-            _remove(self.path)
-        self._release()
+        try:
+            if (self.path / MANIFEST).exists():
+                _remove(self.path)
+        except OSError as error:
+            raise TenutoError(f"Cannot clear {self.path}: {error.strerror or error}.") from error
+        finally:
+            self._release()
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -268,11 +284,13 @@ def _content(tensors: dict[str, Tensor]) -> str:
 def _remove(folder: Path, whole: bool = True) -> None:
     """Units first and the manifest last: a kill in between leaves a folder that says what it is.
 
-    whole: the folder too, where nothing else is in it and it is no link.
+    A folder in the place of a unit is somebody else's, and stays. whole: the folder too, where
+    nothing else is in it and it is no link.
     """
     for path in sorted(folder.iterdir(), key=lambda p: p.name == MANIFEST):
-        if path.is_dir() and _manifest(path):
-            _remove(path)
+        if path.is_dir() and not path.is_symlink():
+            if _manifest(path):
+                _remove(path)
         elif path.suffix in (".safetensors", ".part") or path.name == MANIFEST:
             path.unlink()
     if whole and not folder.is_symlink() and not any(folder.iterdir()):

@@ -25,6 +25,7 @@ QUIET = (
     "--no-first-run", "--disable-default-apps",
 )  # fmt: skip
 STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
+MAIN = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
 @dataclass
@@ -67,18 +68,21 @@ def environment(pytestconfig: pytest.Config) -> dict[str, str]:
 def start(
     environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Any]:
-    """start(*options, roots=folder): a context with an `App` that answers."""
+    """start(*options, roots=folder, before=code): a context with an `App` that answers.
+
+    before: what is done in its process first.
+    """
 
     @contextmanager
-    def started(*options: str, roots: Path | None = None) -> Iterator[App]:
+    def started(*options: str, roots: Path | None = None, before: str = "pass") -> Iterator[App]:
         base = tmp_path_factory.mktemp("app")
         roots = roots or base
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [
-            sys.executable, *STRICT, "-m", "tenuto.cli", "app", "--no-browser", "--port", str(port),
-            "--out", str(base / "out"), "--roots", str(roots), *options,
+            sys.executable, *STRICT, "-c", f"{before}\n{MAIN}", "app", "--no-browser",
+            "--port", str(port), "--out", str(base / "out"), "--roots", str(roots), *options,
         ]  # fmt: skip
         with (base / "log").open("wb") as log:
             began = time.monotonic()

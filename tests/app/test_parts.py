@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ from gradio_app.given import given, real, whole
 from gradio_app.infotext import parsed, written
 from gradio_app.jobs import Desk, Job
 from gradio_app.places import Places, checked_name
-from gradio_app.png import texts
+from gradio_app.png import BUDGET, texts
 from gradio_app.settings import Settings
+from gradio_app.studio import Picture
 from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
@@ -53,6 +57,77 @@ def test_an_infotext_tells_what_it_was_told(change: dict[str, Any], tmp_path: Pa
     assert found == {n: settings[n] for n in names if settings[n] is not None}
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.info["parameters"] == text
+
+
+PROMPTS = {
+    "a negative line": "a cat\nNegative prompt: not a dog\nthe end",
+    "a negative line first": "Negative prompt: a cat",
+    "a line of settings": "a cat\nSteps: 5, Seed: 1",
+    "a line of settings last": "a cat\nNegative prompt: x\nSteps: 5, Sampler: DDIM, Seed: 1",
+    "separators of lines": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\rj\r\nk",
+    "a separator at the end of a line": "a\u2028\nNegative prompt:\u2028\x85\nb",
+    "30,000 characters": "a prompt, of many words: " * 1200,
+    "30,000 wide characters": "\u732b\U0001f408\n" * 10_000,
+    "30,000 and a negative line": '\u732b "x"\n' * 5000 + "Negative prompt: \\n",
+    "escapes": 'a \\n \\u2028 "quoted", {b}: [c]',
+    "control characters": "a\x1b[2Jb\x07c\x7f",
+    "the field itself": 'a\nTenuto prompt: "b", Steps: 3',
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_prompt_comes_back(name: str, tmp_path: Path) -> None:
+    """Through the PNG, letter by letter, with the settings beside it."""
+    settings = SETTINGS | {"prompt": PROMPTS[name].strip()}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "x.png", settings, written(settings))
+    found = parsed(texts(tmp_path / "x.png")["parameters"])
+    names = ("prompt", "steps", "guidance", "seed", "model", "artifact")
+    assert found == {n: settings[n] for n in names}
+    assert Bench(Settings(tmp_path)).restored(tmp_path / "x.png")["prompt"] == settings["prompt"]
+
+
+def test_a_prompt_that_is_too_long_or_no_text_is_refused(tmp_path: Path) -> None:
+    """Not cut in silence."""
+    bench = Bench(Settings(tmp_path))
+    for prompt, said in (("a" * 60_000, "at most 50000"), (["a"], "a text"), ("\ud800", "half a")):
+        with pytest.raises(TenutoError, match=said):
+            bench.draw("demo:unet", prompt, 1, 1, None, "", False, lambda *_: None)
+
+
+def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with these chunks between its first and its last."""
+    every = [(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), *chunks, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in every
+    )
+
+
+def zipped(name: bytes, size: int) -> tuple[bytes, bytes]:
+    return b"zTXt", name + b"\0\0" + zlib.compress(b"a" * size, 9)
+
+
+def test_texts_of_a_png_have_one_budget(tmp_path: Path) -> None:
+    """A thousand texts of 200 kB each: those that nobody asks for are not even unpacked."""
+    file = tmp_path / "x.png"
+    many = [zipped(b"t%d" % i, 200_000) for i in range(1000)]
+    file.write_bytes(png_of(*many, (b"tEXt", b"parameters\0Steps: 3"), zipped(b"parameters", 9)))
+    tracemalloc.start()
+    assert texts(file) == {"parameters": "Steps: 3"}
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    for chunks in (
+        [zipped(b"parameters", BUDGET + 1)],
+        [zipped(b"tenuto", BUDGET // 2), zipped(b"parameters", BUDGET // 2 + 1)],
+        [(b"tEXt", b"parameters\0" + b"a" * (BUDGET + 1))],
+    ):
+        file.write_bytes(png_of(*chunks))
+        with pytest.raises(TenutoError, match="too long"):
+            texts(file)
+    file.write_bytes(png_of(zipped(b"tenuto", BUDGET // 2), zipped(b"parameters", BUDGET // 2)))
+    assert {name: len(text) for name, text in texts(file).items()} == {
+        "tenuto": BUDGET // 2, "parameters": BUDGET // 2,
+    }  # fmt: skip
 
 
 def test_another_programs_infotext() -> None:
@@ -111,7 +186,19 @@ def test_places_know_their_own_files_only(tmp_path: Path) -> None:
 
 def test_numbers_are_checked() -> None:
     assert (given("", whole, "x", 1, 9), given(" 3 ", whole, "x", 1, 9)) == (None, 3)
-    for value in ("x", 2.5, 0, 10, float("nan"), float("inf"), None, [1]):
+    for value in (
+        "x",
+        2.5,
+        0,
+        10,
+        float("nan"),
+        float("inf"),
+        None,
+        [1],
+        True,
+        10**400,
+        "1" * 5000,
+    ):
         with pytest.raises(TenutoError, match="The x is a"):
             whole(value, "The x", 1, 9)
     with pytest.raises(TenutoError, match="from 0 to 1"):
@@ -138,10 +225,36 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the place of a folder stands for a full disk."""
+    bench = Bench(Settings(tmp_path))
+    drawn = Picture({"full": Image.new("RGB", (8, 8))}, 1.0)
+    monkeypatch.setattr(bench.studio, "draw", lambda *_: drawn)
+    for name in ("pictures", "comparisons", "unfinished"):
+        (tmp_path / name).write_text("in the way")
+    for call in (
+        lambda: bench.draw("demo:unet", "a", 1, 1, None, "", False, lambda *_: None),
+        lambda: bench.calibrate("demo:unet", "x", "w4a8", "quick", None),
+        lambda: bench.compare("demo:unet", ["shipped:demo-unet.w8a8"], 1),
+    ):
+        with pytest.raises(TenutoError, match=r"^Cannot write .*\.$"):
+            call()
+        assert bench.desk.busy == "", "it is free again"
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "x.json"))
+
+    monkeypatch.setattr("gradio_app.places.write_text", full)
+    with pytest.raises(TenutoError, match=r"^Cannot write x\.json: No space left on device\.$"):
+        Bench(Settings(tmp_path / "other")).calibrate("demo:unet", "x", "w4a8", "quick", None)
+
+
 # --- jobs -----------------------------------------------------------------------------------------
 
 FAKE = """
-import json, sys, threading, time
+import json, os, sys, threading, time
 def say(**event): print(json.dumps(event), flush=True)
 request = json.loads(sys.stdin.readline())
 """
@@ -149,6 +262,11 @@ BEHAVIOUR = {
     "done": "say(stage='Work', done=1, total=2, note='half'); say(result={'name': 'x'})",
     "failed": "say(error='It cannot be.'); sys.exit(2)",
     "crashed": "sys.exit(7)",
+    "half a line": "say(stage='Work', done=1, total=2, note='half');"
+    """print('{"result": {"na', end='', flush=True); os.kill(os.getpid(), 9)""",
+    "noise": r"""os.write(1, b'\xff\xfe\n[1]\nnull\n"x"\n{"stage": 1}\n' + b'[' * 99999);"""
+    "sys.exit(7)",
+    "noise between": r"""os.write(1, b'\xff[\n'); say(result={'name': 'x'})""",
     "obeys": "threading.Thread(target=lambda: (sys.stdin.read(), sys.exit())).start();"
     "say(stage='Work', done=1, total=9, note='')\nsys.stdin.read()",
     "deaf": "say(stage='Work', done=1, total=9, note='')\nwhile True: time.sleep(1)",
@@ -163,7 +281,10 @@ def job(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 @pytest.mark.parametrize(
     ("how", "state", "error"),
     [("done", "done", ""), ("failed", "failed", "It cannot be."),
-     ("crashed", "failed", "The worker ended by itself (exit code 7).")],
+     ("crashed", "failed", "The worker ended by itself (exit code 7)."),
+     ("half a line", "failed", "The worker ended by itself (exit code -9)."),
+     ("noise", "failed", "The worker ended by itself (exit code 7)."),
+     ("noise between", "done", "")],
 )  # fmt: skip
 def test_a_job_ends_in_its_state(
     how: str, state: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -256,6 +377,36 @@ def test_a_request_of_an_older_version_goes_on(
     bench.places.keep_request("x", old)
     with pytest.raises(TenutoError, match="other settings"):
         bench.calibrate(**wanted, reuse=None, rounding="nearest")
+
+
+def test_resume_opens_models_below_the_roots_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever path a request holds: the name is looked up anew, and all else is checked."""
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["crashed"])
+    for name in ("roots/mine", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text("{}")
+    bench = Bench(Settings(tmp_path / "out", (tmp_path / "roots",)))
+    job = bench.calibrate("mine", "x", "w4a8", "quick", None)
+    assert job.over.wait(20)
+    request = {
+        k: v for k, v in job.request.items() if k not in ("out", "first", "prompts", "device")
+    }
+    bench.places.keep_request("x", request | {"model": str(tmp_path / "elsewhere")})
+    job = bench.resume("x")
+    assert job.over.wait(20)
+    assert job.request["model"] == str(tmp_path / "roots" / "mine")
+    for change in (
+        {"shown_model": str(tmp_path / "elsewhere")}, {"shown_model": ["mine"]}, {"seed": "x"},
+        {"preset": "best"}, {"prompts_text": [1]}, {"scheme": {"a": 1}}, {"steps": -1},
+    ):  # fmt: skip
+        bench.places.keep_request("x", request | change)
+        with pytest.raises(TenutoError):
+            bench.resume("x")
+    bench.places.keep_request("x", {"scheme": "w4a8"})
+    with pytest.raises(TenutoError, match="damaged"):
+        bench.resume("x")
 
 
 # --- what is shown --------------------------------------------------------------------------------

@@ -403,7 +403,8 @@ def test_the_worker_ends_with_the_app(start: Any, models: Path) -> None:
     assert app.process.returncode == 0
     said = [line for line in app.log.read_text().splitlines() if line.startswith("tenuto: ")]
     assert "The app is closed." in app.log.read_text()
-    assert len(said) == 2 and said[0].startswith("tenuto: No window: "), said
+    assert len(said) == 3 and said[0].startswith("tenuto: starting"), said
+    assert said[1].startswith("tenuto: No window: "), said
     end = time.monotonic() + 5
     while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < end:
         time.sleep(0.1)

@@ -307,6 +307,59 @@ def test_a_unit_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         work.save("u", unit())
 
 
+def test_a_folder_in_the_place_of_a_unit_stays(tmp_path: Path, caplog: Any) -> None:
+    """It is no unit, nothing is written over it, and the job ends and starts as if it were not."""
+    work = Work(tmp_path / "w", JOB)
+    work.save("v", unit())
+    (tmp_path / "w" / "u.safetensors").mkdir()
+    (tmp_path / "w" / "u.safetensors" / "mine.txt").write_text("mine")
+    assert work.load("u") is None
+    with pytest.raises(TenutoError, match=r"^Cannot write .*u\.safetensors: "):
+        work.save("u", unit())
+    assert Work(tmp_path / "w", {"job": "another"}).load("u") is None
+    again = Work(tmp_path / "w", JOB)
+    assert again.load("v") is None
+    again.discard()
+    assert (tmp_path / "w" / "u.safetensors" / "mine.txt").read_text() == "mine"
+
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from tenuto import Artifact
+from tenuto.errors import TenutoError
+from tenuto.work import Work
+folder = Path(sys.argv[1])
+work = Work(folder / "w", {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+for write in (
+    lambda: work.save("u", {"a": torch.zeros(9999)}),
+    lambda: Work(folder / "v", {"a": "x" * 999}),
+    lambda: Artifact({}, {"weights/a": torch.zeros(9999)}).save(folder / "x.safetensors"),
+):
+    try:
+        write()
+    except TenutoError as error:
+        print(error)
+assert work.load("u") is None
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size")
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """As the system says it where a file may not grow; what was there is whole."""
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(CORE)},
+    )  # fmt: skip
+    assert run.stdout.splitlines() == [
+        f"Cannot write {tmp_path / 'w' / 'u.safetensors'}: File too large.",
+        f"Cannot work in {tmp_path / 'v'}: File too large.",
+        f"Cannot write {tmp_path / 'x.safetensors'}: File too large.",
+    ]
+    assert files(tmp_path / "w") == ["manifest.json"] and not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.skipif(work_module.fcntl is None, reason="Windows locks a file, not the folder")
 def test_a_folder_that_was_made_anew_is_locked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,10 +20,13 @@ from ..numerics import Scheme, layout
 from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
+from .forms import check_forms, wanted
 from .header import KEY, VERSION, WRONG, check_fingerprint, opened
 
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
 STEPWISE = ("ranges/", "temporal/")
+LARGEST = 2.0**20  # of any number in a file: features in half precision end before
+WORDS = 80  # characters of a name in a sentence
 POSITIVE = (".scale", ".channel", ".step")  # tensors that are divided by
 
 
@@ -105,16 +108,18 @@ class Artifact:
         """Check that header and tensors fit each other."""
         stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
         if stray:
-            said = printable(", ".join(sorted(stray)))
+            said = printable(", ".join(sorted(stray)), WORDS)
             raise ArtifactError(f"{name} has unknown sections: {said}.")
         try:
+            check_forms(self.header)
             schemes = {k: Scheme.from_json(v) for k, v in self.header.get("schemes", {}).items()}
             for layer, facts in self.header.get("layers", {}).items():
                 self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
             for encoder, facts in self.header.get("encoders", {}).items():
                 self._check_encoder(encoder, facts, name)
             for module, facts in tabled(self.header).items():
-                _ = facts["single"]
+                if wanted(bool, facts["single"]) and len(facts["outputs"]) != 1:
+                    raise ValueError("a single tensor is one")
                 self._check_table(module, [tuple(shape) for shape in facts["outputs"]], name)
         except (*WRONG, SchemeError) as error:
             raise ArtifactError(
@@ -125,29 +130,33 @@ class Artifact:
         """The codes of a text encoder; its weights alone are quantized."""
         schemes = {k: Scheme.from_json(v) for k, v in facts["schemes"].items()}
         if any(scheme.activation is not None for scheme in schemes.values()):
-            said = f"the inputs of {printable(encoder)} have a format"
+            said = f"the inputs of {printable(encoder, WORDS)} have a format"
             raise ArtifactError(f"{name} is damaged: {said}.")
         check_fingerprint(facts["fingerprint"])
         for layer, about in facts["layers"].items():
             form = schemes[about["scheme"]].weight
-            wanted = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
-            self._check_tensors({f"encoder/{k}": v for k, v in wanted.items()}, name)
+            needed = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
+            self._check_tensors({f"encoder/{k}": v for k, v in needed.items()}, name)
+            if form.dtype == "e4m3":
+                key = f"encoder/{encoder}.{layer}.qdata"
+                _check_floats(key, self.tensors[key], name)
 
     def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
         """The features of one module, a row for every step; none of its layers beside them."""
-        steps = len(self.header["schedule"]["timesteps"])
+        steps = self._steps()
         for number, shape in enumerate(outputs):
             key = f"temporal/{module}.{number}"
             found = self.tensors.get(key)
             if found is None:
-                raise ArtifactError(f"{name} lacks {printable(key)}.")
-            if not found.is_floating_point() or tuple(found.shape) != (steps, *shape):
-                raise ArtifactError(f"{name} is damaged: {printable(key)} does not fit.")
+                raise ArtifactError(f"{name} lacks {printable(key, WORDS)}.")
+            fits = tuple(found.shape) == (steps, *shape)
+            if not fits or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+                raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} does not fit.")
             _check_values(key, found, name)
         if not outputs or any(
             f"{n}.".startswith(f"{module}.") for n in self.header.get("layers", {})
         ):
-            raise ArtifactError(f"{name} is damaged: {printable(module)} is no table.")
+            raise ArtifactError(f"{name} is damaged: {printable(module, WORDS)} is no table.")
 
     def _check_layer(self, layer: str, shape: tuple[int, ...], scheme: Scheme, name: str) -> None:
         """What `attach` will read, of the shape and type that it will need."""
@@ -158,29 +167,40 @@ class Artifact:
                 raise ValueError("no such differences")
             parts[f"{layer}.delta"] = (torch.uint8, (stream.numel(),))
             del parts[f"{layer}.qdata"]
-        wanted = {f"weights/{k}": v for k, v in parts.items()}
+        needed = {f"weights/{k}": v for k, v in parts.items()}
         if scheme.activation is not None and not scheme.activation.dynamic:
-            steps = len(self.header["schedule"]["timesteps"]) if scheme.activation.per_step else 1
+            steps = self._steps() if scheme.activation.per_step else 1
             fact = (torch.float32, (steps,))
-            wanted |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
-        self._check_tensors(wanted, name)
+            needed |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
+        self._check_tensors(needed, name)
+        if scheme.weight.dtype == "e4m3":
+            _check_floats(f"weights/{layer}.qdata", self.tensors[f"weights/{layer}.qdata"], name)
 
-    def _check_tensors(self, wanted: dict[str, Any], name: str) -> None:
-        for key, (dtype, size) in wanted.items():
+    def _steps(self) -> int:
+        """How many steps it was calibrated at; ValueError where there are none."""
+        steps = len(self.header["schedule"]["timesteps"])
+        if not steps:
+            raise ValueError("nothing can be of no step")
+        return steps
+
+    def _check_tensors(self, needed: dict[str, Any], name: str) -> None:
+        for key, (dtype, size) in needed.items():
             found = self.tensors.get(key)
             if found is None:
-                raise ArtifactError(f"{name} lacks {printable(key)}.")
+                raise ArtifactError(f"{name} lacks {printable(key, WORDS)}.")
             if found.dtype is not dtype or tuple(found.shape) != size:
-                raise ArtifactError(f"{name} is damaged: {printable(key)} does not fit its layer.")
+                raise ArtifactError(
+                    f"{name} is damaged: {printable(key, WORDS)} does not fit its layer."
+                )
             _check_values(key, found, name)
 
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
         denoiser = denoiser_of(model)
-        wanted = self.header["model_class"]
-        if type(denoiser).__name__ != wanted and describe(denoiser).family != self.header["family"]:
+        kind = self.header["model_class"]
+        if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(
-                f"The artifact is for a {printable(wanted, 80)}, and the model is a "
+                f"The artifact is for a {printable(kind, WORDS)}, and the model is a "
                 f"{type(denoiser).__name__}."
             )
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
@@ -188,11 +208,24 @@ class Artifact:
 
 
 def _check_values(key: str, found: Tensor, name: str) -> None:
-    """Finite numbers; of what is divided by, positive ones."""
+    """Finite numbers that no product of a few makes infinite; of what is divided by, positive."""
+    said = None
     if found.is_floating_point() and not bool(found.isfinite().all()):
-        raise ArtifactError(f"{name} is damaged: {printable(key)} has values that are not finite.")
-    if key.endswith(POSITIVE) and not bool((found > 0).all()):
-        raise ArtifactError(f"{name} is damaged: {printable(key)} has values that are not above 0.")
+        said = "not finite"
+    elif key.endswith(POSITIVE) and not bool((found > 0).all()):
+        said = "not above 0"
+    elif found.is_floating_point() and not bool((found.abs() <= LARGEST).all()):
+        said = f"beyond {LARGEST:g}"
+    if said is not None:
+        raise ArtifactError(
+            f"{name} is damaged: {printable(key, WORDS)} has values that are {said}."
+        )
+
+
+def _check_floats(key: str, found: Tensor, name: str) -> None:
+    """The bytes of 8-bit floats: one that is no number is refused."""
+    if bool((found & 0x7F == 0x7F).any()):
+        raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} has codes of no number.")
 
 
 def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:

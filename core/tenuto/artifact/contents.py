@@ -162,6 +162,8 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
         times, branches = tuple(float(t) for t in facts["timesteps"]), tuple(facts["branches"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError("The artifact is damaged: its route has no steps.") from error
+    if not times or not branches or not table.numel():
+        raise ArtifactError("The artifact is damaged: its route has no steps.")
     return CacheSchedule(table.bool(), times, branches)
 
 

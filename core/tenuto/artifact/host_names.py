@@ -18,6 +18,7 @@ from ..model import KeyMap, denoiser_of, describe, key_map_of, swapped
 from .artifact import Artifact, tabled
 from .compact import expanded
 from .fingerprint import fingerprint
+from .sizes import check_sizes
 
 PER_LAYER = ("scale", "zero_point")  # of activations
 PER_ROW = (*PER_LAYER, "step")  # of weights
@@ -36,6 +37,7 @@ def localized(
     view = denoiser if keys is None else keys.view(denoiser, tensor)
     artifact.check(view)
     full = expanded(artifact, view)
+    check_sizes(full, view, model)
     return full if keys is None else _in_host(full, keys)
 
 

@@ -1,0 +1,32 @@
+"""The page as Gradio serves it, with refusals in one sentence where Gradio would raise its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+
+class Page(gr.Blocks):
+    """`gr.Blocks` whose listeners tell in one sentence that they were called with other values."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        """gr.Error where there are too few."""
+        wanted = len(block_fn.inputs)
+        if not isinstance(inputs, list) or len(inputs) < wanted:
+            raise refusal(f"/{block_fn.api_name} takes {wanted} values in a list.")
+
+    async def preprocess_data(self, block_fn: Any, *args: Any, **options: Any) -> Any:
+        """The values as the function gets them; gr.Error where a component cannot take one."""
+        try:
+            return await super().preprocess_data(block_fn, *args, **options)
+        except gr.Error:
+            raise
+        except Exception as error:
+            said = f"/{block_fn.api_name} cannot take these values ({type(error).__name__})."
+            raise refusal(said) from error
+
+
+def refusal(sentence: str) -> gr.Error:
+    """An error that reaches the client as this sentence, and the log not at all."""
+    return gr.Error(sentence, print_exception=False)

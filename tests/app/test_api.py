@@ -1,0 +1,161 @@
+"""The API as `gradio_client` and plain HTTP see it: its names, wrong types, a stop that stops."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gradio_app.api import CALIBRATE, COMPARE
+
+pytestmark = pytest.mark.slow
+
+NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/job", "/stop"}
+TINY = "mine/tiny"
+GENERATE = {
+    "model": TINY, "prompt": "a red dog", "seed": 3, "steps": 1, "guidance": 2.0, "artifact": "",
+    "beside": False,
+}  # fmt: skip
+GOOD: dict[str, dict[str, Any]] = {
+    "generate": GENERATE, "resume": {"name": "none"}, "job": {"kind": "compare"},
+    "stop": {"kind": "compare"}, "calibrate": {"options": {"model": "none"}},
+    "compare": {"options": {"model": "none"}},
+}  # fmt: skip
+OPTIONS = {"calibrate": CALIBRATE, "compare": COMPARE}
+WRONG: list[Any] = [
+    None, True, 0, -1, 1.5, 10**400, 1e308, "x", "a\0b", "~nobody/x", "y" * 5000, [], [[]], [{}],
+    {}, {"a": [1]}, "\x1b[2J\u202e",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(app: Any) -> Iterator[Any]:
+    """gradio_client, as a program would use the app."""
+    from gradio_client import Client
+
+    yield Client(app.url, verbose=False)
+
+
+def answer(client: Any, name: str, /, **given: Any) -> dict[str, Any] | str:
+    """What an endpoint answers: an object, or the one sentence of its refusal."""
+    from gradio_client.exceptions import AppError
+
+    try:
+        found = client.predict(**given, api_name=f"/{name}")
+    except AppError as error:
+        return str(error)
+    assert isinstance(found, dict), (name, given, found)
+    return found
+
+
+def sentence(text: Any) -> bool:
+    return (
+        isinstance(text, str) and text.isprintable() and text.endswith(".")
+        and 10 < len(text) <= 300 and "Traceback" not in text and "Error:" not in text
+    )  # fmt: skip
+
+
+def test_the_names_are_those_of_the_documentation(client: Any) -> None:
+    """And no others: a listener of the page may not take one."""
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, good in GOOD.items() for field in good]
+)
+def test_wrong_types_get_one_sentence(app: Any, client: Any, name: str, field: str) -> None:
+    """Every field of every endpoint; what happens to fit is answered with an object."""
+    for value in WRONG:
+        said = answer(client, name, **(GOOD[name] | {field: value}))
+        assert isinstance(said, dict) or sentence(said), (value, said)
+    assert "Traceback" not in app.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, known in OPTIONS.items() for option in known]
+)
+def test_wrong_types_among_options_get_one_sentence(
+    app: Any, client: Any, name: str, option: str
+) -> None:
+    usual: dict[str, Any] = {"model": TINY}
+    usual |= {"name": "x"} if name == "calibrate" else {"artifacts": ["none"]}
+    for value in WRONG:
+        said = answer(client, name, options=usual | {option: value})
+        if isinstance(said, dict):  # it was right
+            client.predict(name, api_name="/stop")
+            over(client, name)
+        else:
+            assert sentence(said), (value, said)
+    assert "Traceback" not in app.log.read_text()
+
+
+def over(client: Any, kind: str) -> str:
+    """The state of a job, once it is over."""
+    for _ in range(600):
+        state = client.predict(kind, api_name="/job")["state"]
+        if state not in ("running", "stopping"):
+            return state
+        time.sleep(0.05)
+    raise AssertionError(f"{kind} is not over")
+
+
+def posted(app: Any, name: str, body: bytes) -> str:
+    """What the plain protocol answers: the last event, or the text of the refusal."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{app.url}/gradio_api/call/{name}", body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as found:
+            event = json.load(found)["event_id"]
+        with urllib.request.urlopen(f"{request.full_url}/{event}", timeout=20) as found:
+            return found.read().decode()
+    except urllib.error.HTTPError as error:
+        return f"{error.code} {error.read().decode()}"
+
+
+@pytest.mark.parametrize("name", [*GOOD, "about"])
+def test_too_few_and_too_many_values_get_a_sentence(app: Any, client: Any, name: str) -> None:
+    good = list(GOOD.get(name, {}).values())
+    for data in (good[:-1], [*good, "more", {}], [None] * len(good)):
+        said = posted(app, name, json.dumps({"data": data}).encode())
+        if name == "about" or said.startswith("event: complete"):
+            continue
+        assert sentence(json.loads(said.partition("data: ")[2])["error"]), (data, said)
+    for body in (b"", b"[]", b'{"data": 1}', b'{"data": {}}', b"\xff", b'{"data": "x"}'):
+        said = posted(app, name, body)
+        assert said and "null}" not in said.replace('"input":null}', ""), (body, said)
+    assert "Traceback" not in app.log.read_text(), app.log.read_text()[-3000:]
+    assert app.alive
+
+
+def test_stop_stops_a_calibration(app: Any, client: Any) -> None:
+    options = {"model": "demo:unet", "name": "stopped-by-api", "scheme": "w4a8"}
+    client.predict(options, api_name="/calibrate")
+    assert client.predict("compare", api_name="/stop")["state"] == "none"
+    assert client.predict("calibrate", api_name="/job")["state"] == "running"
+    began = time.monotonic()
+    assert client.predict("calibrate", api_name="/stop")["state"] in ("stopping", "stopped")
+    assert over(client, "calibrate") == "stopped" and time.monotonic() - began < 5
+    assert not (app.out / "stopped-by-api.safetensors").exists()
+    assert "stopped-by-api" in client.predict(api_name="/about")["unfinished"]
+
+
+def test_stop_stops_an_image(app: Any, client: Any) -> None:
+    said: list[Any] = []
+    long = GENERATE | {"model": "demo:unet", "steps": 1000}
+    thread = threading.Thread(target=lambda: said.append(answer(client, "generate", **long)))
+    thread.start()
+    while client.predict("generate", api_name="/job")["state"] != "running":
+        assert thread.is_alive(), said
+        time.sleep(0.02)
+    time.sleep(1)  # into its steps
+    began = time.monotonic()
+    client.predict("generate", api_name="/stop")
+    thread.join(20)
+    assert said == ["Stopped."] and time.monotonic() - began < 5
+    assert client.predict("generate", api_name="/job")["state"] == "none"

@@ -1,0 +1,235 @@
+"""In Chromium: the page changes what was chosen alone, tells what runs, and stays where it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TABS = ("Generate", "Calibrate", "Compare")
+LISTS = (
+    "#model", "#artifact", "#calibrate-model", "#calibrate-scheme", "#calibrate-rounding",
+    "#calibrate-method", "#unfinished", "#compare-model", "#compare-artifacts",
+)  # fmt: skip
+VALUES = """
+() => [...document.querySelectorAll('input, textarea')].filter(e => e.offsetParent !== null
+  && e.type !== 'file').map(e => {
+    const box = e.closest('.block') || e;
+    const tokens = [...box.querySelectorAll('.token')].map(t => t.innerText);
+    const checked = ['checkbox', 'radio'].includes(e.type) ? e.checked : e.value;
+    return [box.id, e.type, String(checked), tokens.join()].join(' | ');
+  })
+"""
+
+
+def settled(page: Any) -> list[str]:
+    """The values of all fields that are seen, once they stay as they are."""
+    before, now = None, page.evaluate(VALUES)
+    while before != now:
+        page.wait_for_timeout(700)
+        before, now = now, page.evaluate(VALUES)
+    return now
+
+
+def number(page: Any, place: str, value: str) -> None:
+    page.fill(f"{place} input", value)
+    page.keyboard.press("Tab")
+
+
+def test_looking_at_lists_changes_nothing(app: Any, visit: Any) -> None:
+    """Each list of each tab is opened and left, by the mouse and by the keyboard."""
+    tab = visit(app)
+    page = tab.page
+    number(page, "#steps", "8")
+    page.fill("#guidance textarea, #guidance input", "3.5")
+    for name in TABS:
+        tab.show(name)
+        for more in page.get_by_text("All options").locator("visible=true").all():
+            more.click()
+        before = settled(page)
+        assert len(before) > 5
+        lists = page.locator(", ".join(f"{place} input" for place in LISTS))
+        boxes = [b for b in lists.all() if b.is_visible() and b.is_enabled()]
+        assert len(boxes) >= 2, name
+        for box in boxes:
+            box.click()
+            page.wait_for_timeout(150)
+            page.locator("h1").click()
+            box.focus()
+            page.keyboard.press("Tab")
+        assert settled(page) == before, name
+
+
+def test_a_choice_still_changes_what_belongs_to_it(app: Any, visit: Any) -> None:
+    """Another model: its steps, and none of the artifacts of the one before."""
+    tab = visit(app)
+    page = tab.page
+    assert page.input_value("#artifact input").startswith("shipped:")
+    number(page, "#steps", "8")
+    page.click("#model input")
+    page.get_by_role("option", name="demo:unet").click()
+    page.wait_for_function("document.querySelector('#artifact input').value.startsWith('none')")
+    assert page.input_value("#steps input") == "20"
+    number(page, "#steps", "9")
+    page.click("#artifact input")
+    page.get_by_role("option", name="shipped:demo-unet.w8a8").click()
+    page.wait_for_function("document.querySelector('#steps input').value == '20'")
+    tab.show("Compare")
+    page.click("#compare-model input")
+    page.get_by_role("option", name="demo:unet").click()
+    page.wait_for_function("!document.querySelector('#compare-artifacts .token')")
+
+
+def started(tab: Any, name: str) -> None:
+    """A calibration that takes a while, with other settings than the page begins with."""
+    page = tab.page
+    tab.show("Calibrate")
+    page.click("#calibrate-model input")
+    page.get_by_role("option", name="demo:unet").click()
+    page.click("#calibrate-scheme input")
+    page.get_by_role("option", name="W4A8").click()
+    page.fill("#calibrate-reuse input[type=number]", "45")
+    page.fill("#calibrate-name textarea, #calibrate-name input", name)
+    page.click("#calibrate-start")
+    page.wait_for_selector("#calibrate-status [data-state=running]", timeout=10_000)
+
+
+def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
+    """In the fields and in the card; the card says it when the job is over, too."""
+    tab = visit(app)
+    page = tab.page
+    started(tab, "seen-again")
+    said = "demo:unet, w4a8, 45% reuse, quick, to seen-again.safetensors"
+    assert said in tab.text("#calibrate-status")
+    page.reload()
+    page.wait_for_selector("#generate")
+    tab.show("Calibrate")
+    page.wait_for_selector("#calibrate-status [data-state=running]", timeout=10_000)
+    assert said in tab.text("#calibrate-status")
+    page.wait_for_function("document.querySelector('#calibrate-model input').value == 'demo:unet'")
+    assert page.input_value("#calibrate-scheme input").startswith("W4A8")
+    assert page.input_value("#calibrate-reuse input[type=number]") == "45"
+    assert page.input_value("#calibrate-name textarea, #calibrate-name input") == "seen-again"
+
+    page.click("#calibrate-stop")
+    page.wait_for_selector("#calibrate-status [data-state=stopped]", timeout=10_000)
+    assert said in tab.text("#calibrate-status")
+
+    page.click("#calibrate-discard")  # it asks
+    page.wait_for_selector("#calibrate-sure-no", state="visible")
+    assert "lost" in tab.text("#calibrate-sure")
+    page.click("#calibrate-sure-no")
+    page.wait_for_selector("#calibrate-sure-no", state="hidden")
+    assert (app.out / "unfinished" / "seen-again.json").exists()
+    page.click("#calibrate-discard")
+    page.click("#calibrate-sure-yes")
+    page.wait_for_function("!document.querySelector('#unfinished input').value")
+    assert not (app.out / "unfinished" / "seen-again.json").exists()
+    assert not (app.out / "seen-again.work").exists()
+
+
+@pytest.mark.parametrize("width", [1280, 1400, 1920])
+def test_the_page_is_as_wide_in_every_tab(app: Any, visit: Any, width: int) -> None:
+    tab = visit(app, width=width)
+    seen = set()
+    for name in (*TABS, "Generate"):
+        tab.show(name)
+        box = tab.page.locator(".tenuto-head").bounding_box()
+        seen.add((box["x"], box["width"]))
+    assert len(seen) == 1, seen
+
+
+def test_progress_is_seen_on_a_phone(app: Any, visit: Any) -> None:
+    """Where Generate was pressed, and on nothing else's words."""
+    tab = visit(app, width=390, height=700)
+    page = tab.page
+    number(page, "#steps", "60")
+    page.locator("#generate").scroll_into_view_if_needed()
+    page.click("#generate")
+    place = page.locator("#generate-working")
+    place.wait_for(state="visible", timeout=5000)
+    page.wait_for_function(
+        "document.querySelector('#generate-working').innerText.trim().length > 3", timeout=10_000
+    )
+    box = place.bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 700, "it is on the screen"
+    assert "No image yet" not in place.inner_text()
+    page.click("#generate-stop")
+    page.wait_for_selector("#numbers [data-state=stopped]", state="attached", timeout=10_000)
+    place.wait_for(state="hidden", timeout=5000)
+
+
+def test_an_empty_seed_is_any_and_no_step_is_an_error(app: Any, visit: Any) -> None:
+    tab = visit(app)
+    page = tab.page
+    page.fill("#prompt textarea", "an empty seed")
+    page.click("#beside input")
+    for value, said in (("0", "from 1 to 1000, not 0"), ("-3", "not -3"), ("2.5", "not 2.5")):
+        number(page, "#steps", value)
+        page.click("#generate")
+        page.wait_for_function(
+            "said => document.querySelector('#numbers').innerText.includes(said)", arg=said
+        )
+        assert "It cannot be generated." in tab.text("#numbers")
+    assert not list((app.out / "pictures").glob("an-empty-seed*"))
+    number(page, "#steps", "1")
+    number(page, "#seed", "")
+    for count in (1, 2):
+        page.wait_for_function("!document.querySelector('#generate').disabled")
+        page.click("#generate")
+        end = time.monotonic() + 60
+        while len(list((app.out / "pictures").glob("an-empty-seed*.png"))) < count:
+            assert time.monotonic() < end, tab.text("#numbers")
+            time.sleep(0.1)
+    names = {p.stem.split("-")[3] for p in (app.out / "pictures").glob("an-empty-seed*.png")}
+    assert len(names) == 2 and all(name.isdigit() for name in names)
+
+
+def test_check_boxes_and_radios_show_the_focus(app: Any, visit: Any) -> None:
+    tab = visit(app)
+    page = tab.page
+    ring = "(() => { const s = getComputedStyle(document.activeElement);" \
+           " return [document.activeElement.type, s.outlineStyle, s.outlineWidth] })()"  # fmt: skip
+    seen = set()
+    for name in TABS:
+        tab.show(name)
+        page.locator("h1").click()
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            kind, style, width = page.evaluate(ring)
+            if kind in ("checkbox", "radio"):
+                seen.add(kind)
+                assert style == "solid" and float(width.removesuffix("px")) >= 2, name
+    assert seen == {"checkbox", "radio"}
+
+
+def test_the_command_says_something_at_once(environment: dict[str, str], tmp_path: Path) -> None:
+    """Before Gradio is loaded, which takes seconds."""
+    command = [
+        sys.executable,
+        "-m",
+        "tenuto.cli",
+        "app",
+        "--no-browser",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=os.environ | environment, text=True
+    )
+    assert process.stderr is not None
+    try:
+        assert process.stderr.readline().startswith("tenuto: starting")
+        first = time.monotonic()
+        assert process.stderr.readline().startswith("tenuto: the app is at")
+        assert time.monotonic() - first > 0.5, "the first line came with the second"
+    finally:
+        process.terminate()
+        process.communicate()
