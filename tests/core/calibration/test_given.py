@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 import torch
 
 import tenuto as tn
@@ -16,6 +15,7 @@ from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.model import watched
 from tenuto.numerics import Recipe, Rule, named
 from tenuto.sampling.record import recording
+from tests.core import tiny_pipelines as tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

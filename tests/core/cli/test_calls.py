@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 from PIL import Image
 
 from tenuto import calibration, cli
@@ -17,6 +16,7 @@ from tenuto.cli import commands
 from tenuto.cli.calls import fitted, with_pictures
 from tenuto.model import Signature
 from tenuto.sampling import described
+from tests.core import tiny_pipelines as tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

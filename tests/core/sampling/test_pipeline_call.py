@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import numpy
 import pytest
-import tiny_pipelines as tiny
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from tenuto.sampling.pipeline_call import guidance_name
 from tenuto.sampling.record import recording
 from tenuto.sampling.results import latents_of, pictures_of, pil_of
 from tenuto.work import Work
+from tests.core import tiny_pipelines as tiny
 
 asked = cache(tiny.asked)
 

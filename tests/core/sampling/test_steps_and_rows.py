@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny_pipelines as tiny
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ import tenuto as tn
 from tenuto.model import Leave, Signature, times_of, watched
 from tenuto.runtime import attach
 from tenuto.sampling import Clock, PipelineCall, follow
+from tests.core import tiny_pipelines as tiny
 
 SECOND = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler")
 
