@@ -7,13 +7,27 @@ Qwen-Image, which get `prompt_embeds` in the call (see `embeds`).
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tenuto.sampling import Clock, Follow
+
 WIDTH = 24  # of the states of every text encoder
 LETTERS = string.ascii_lowercase + string.digits + ".,:;'-|<>!_/"
+
+
+@contextmanager
+def follow(handle: Any, clock: Clock) -> Iterator[Clock]:
+    """`clock` at the step of every call of the denoiser of `handle`."""
+    hook = Follow(handle, clock)
+    try:
+        yield clock
+    finally:
+        hook.remove()
 
 
 def randomized(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.model import Leave, Signature, times_of, watched
 from tenuto.runtime import attach
-from tenuto.sampling import Clock, PipelineCall, follow
+from tenuto.sampling import Clock, PipelineCall
 from tests.core import tiny_pipelines as tiny
 
 SECOND = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler")
@@ -34,7 +34,7 @@ def with_scheduler(kind: str, karras: bool) -> Any:
 def runs_seen(handle: Any, pipe: Any, times: Any, steps: int, runs: int = 2) -> int:
     """How many runs a clock on `handle` sees while the pipeline makes `runs` of them."""
     asked, clock, seen = PipelineCall(pipe, tiny.PROMPTS, steps, 3.0), Clock(times), set[int]()
-    with follow(handle, clock):
+    with tiny.follow(handle, clock):
         hook = pipe.unet.register_forward_pre_hook(lambda *_: seen.add(clock.run))
         for _ in range(runs):
             asked(pipe.unet, 0, 1, "latent")
@@ -72,7 +72,7 @@ def test_an_interrupted_run_is_another_one(kind: str) -> None:
 
     for handle in (pipe, pipe.unet):
         clock = Clock(trajectory.timesteps)
-        with follow(handle, clock):
+        with tiny.follow(handle, clock):
             for seed in (0, 1):
                 with watched(pipe.unet, before=leave), suppress(Leave):
                     asked(pipe.unet, seed, 1, "latent")
@@ -140,8 +140,8 @@ def test_timesteps_of_tokens_move_the_clock() -> None:
     assert first.ndim == 2 and int(first[0, 0]) == 0
     assert len(trajectory.timesteps) == 4 and trajectory.timesteps[0] == 1000
     rows, clock = list[int](), Clock(trajectory.timesteps)
-    with follow(pipe, clock):
-        hook = pipe.transformer.register_forward_pre_hook(lambda *_: rows.append(clock.row))
+    with tiny.follow(pipe, clock):
+        hook = pipe.transformer.register_forward_pre_hook(lambda *_: rows.append(clock.step))
         PipelineCall(pipe, (), 4, 3.0, call)(pipe.transformer, 0, 2, "latent")
         hook.remove()
     assert rows == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -201,9 +201,9 @@ def test_the_clock_tells_the_rows_of_lists_apart() -> None:
     """Six streams, the same at every step, and one run each; the empty prompts are one mark."""
     pipe, call, trajectory = z_image()
     clock, seen = Clock(trajectory.timesteps), list[tuple[Any, ...]]()
-    with follow(pipe.transformer, clock):
+    with tiny.follow(pipe.transformer, clock):
         hook = pipe.transformer.register_forward_pre_hook(
-            lambda *_: seen.append((clock.run, clock.row, clock.streams))
+            lambda *_: seen.append((clock.run, clock.step, clock.streams))
         )
         for seed in (0, 3):
             PipelineCall(pipe, tiny.PROMPTS, 4, 3.0, call)(pipe.transformer, seed, 3, "latent")
@@ -237,7 +237,7 @@ def test_a_model_of_lists_is_quantized_attached_and_compared() -> None:
     artifact = tn.quantize(pipe, "w8a8", trajectory)
     with attach(pipe, artifact) as attached, torch.no_grad():
         low = trajectory.rollout()(pipe.transformer, 0, 2)
-        assert attached.clock.row == 3
+        assert attached.clock.step == 3
     full = trajectory.rollout()(pipe.transformer, 0, 2)
     assert 0 < (low - full).norm() / full.norm() < 0.1
     found = tn.compare(pipe, artifact, tiny.PROMPTS, count=2, batch=2)
