@@ -37,6 +37,12 @@ class QConv2d(QLayer, nn.Conv2d):  # pyright: ignore
     operation = "conv2d"
     _dims = (1, 2, 3)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """From numbers of channels an nn.Conv2d: PEFT makes a LoRA's factors by a layer's class."""
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(self, layer: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
         super().__init__(layer, *args, **kwargs)
         self.small = self.shape[2] * self.shape[3] == 1
