@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +23,7 @@ from ...errors import ModelError
 from ...resources import found
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap
+from ..signature import STEP_NAMES
 
 
 def families() -> dict[str, ModuleType]:
@@ -59,7 +61,8 @@ def describe(module: nn.Module) -> Backbone:
     keys = key_map_of(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
-    if callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None)):
+    codes = all(callable(getattr(module, name, None)) for name in ("encode", "decode"))
+    if codes and not set(STEP_NAMES) & set(inspect.signature(type(module).forward).parameters):
         raise ModelError(f"{type(module).__name__} is an autoencoder, where a denoiser is meant.")
     backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:
