@@ -48,10 +48,20 @@ def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 def key_map_of(module: nn.Module) -> KeyMap | None:
     """The key map of a host's denoiser; None where its own names are the canonical ones.
 
-    ModelError if the class is a host's, and something in it has no canonical name.
+    ModelError if the class is a host's, and something in it has no canonical name. What derives
+    from such a class and has parts of its own is another model.
     """
-    maps = (family.key_map(module) for family in _covering(module, "HOSTS"))
+    maps = (_mapped(family, module) for family in _covering(module, "HOSTS"))
     return next((found for found in maps if found is not None), None)
+
+
+def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
+    try:
+        return family.key_map(module)
+    except ModelError:
+        if type(module).__name__ in family.HOSTS:
+            raise
+        return None
 
 
 def describe(module: nn.Module) -> Backbone:
