@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("TENUTO_COMFYUI")
 FAMILIES = ("unet", "pixart", "sd3", "flux")
 NEWER = (
-    "flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image",
-    "z_image",
+    "flux2", "wan", "wan_vace", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15",
+    "hunyuan_image", "z_image",
 )  # fmt: skip
 SIZE = {"unet": 8, "pixart": 36, "sd3": 8, "flux": 8}  # of the latent
 CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
@@ -94,6 +94,10 @@ def in_diffusers(family: str) -> nn.Module:
 
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+WAN = HEADS | {
+    "in_channels": 16, "out_channels": 16, "text_dim": WIDTH, "freq_dim": 32, "ffn_dim": 48,
+    "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
 HUNYUAN = HEADS | {
     "in_channels": 16, "out_channels": 16, "num_refiner_layers": 2, "text_embed_dim": WIDTH,
     "patch_size": 2, "patch_size_t": 1, "rope_axes_dim": (4, 6, 6),
@@ -104,9 +108,9 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
         "joint_attention_dim": WIDTH, "timestep_guidance_channels": 256,
         "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
     }),
-    "wan": ("WanTransformer3DModel", HEADS | {
-        "in_channels": 16, "out_channels": 16, "text_dim": WIDTH, "freq_dim": 32, "ffn_dim": 48,
-        "num_layers": 2, "rope_max_seq_len": 32,
+    "wan": ("WanTransformer3DModel", WAN),
+    "wan_vace": ("WanVACETransformer3DModel", WAN | {
+        "vace_layers": [0, 1], "vace_in_channels": 16,
     }),
     "lumina2": ("Lumina2Transformer2DModel", {
         "sample_size": 8, "in_channels": 16, "hidden_size": 32, "num_layers": 2,
@@ -142,6 +146,10 @@ LDM_UNET: dict[str, Any] = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_heads": 8,
     "context_dim": WIDTH, "use_spatial_transformer": True, "legacy": False,
     "use_checkpoint": False, "channel_mult": [1, 2],
+}  # fmt: skip
+WAN_COMFY: dict[str, Any] = {
+    "in_dim": 16, "dim": 32, "ffn_dim": 48, "freq_dim": 32, "text_dim": WIDTH, "num_heads": 2,
+    "num_layers": 2,
 }  # fmt: skip
 NEXT = {"patch_size": 2, "in_channels": 16, "qk_norm": True, "cap_feat_dim": WIDTH}
 VIDEO: dict[str, Any] = {
@@ -179,9 +187,9 @@ COMFY: dict[str, tuple[str, dict[str, Any]]] = {
         "guidance_embed": False, "global_modulation": True, "mlp_silu_act": True,
         "ops_bias": False,
     }),
-    "wan": ("WAN21_T2V", {
-        "in_dim": 16, "dim": 32, "ffn_dim": 48, "freq_dim": 32, "text_dim": WIDTH, "num_heads": 2,
-        "num_layers": 2, "model_type": "t2v",
+    "wan": ("WAN21_T2V", WAN_COMFY | {"model_type": "t2v"}),
+    "wan_vace": ("WAN21_Vace", WAN_COMFY | {
+        "model_type": "vace", "vace_layers": 2, "vace_in_dim": 16,
     }),
     "lumina2": ("Lumina2", NEXT | {
         "dim": 32, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 1,
@@ -342,7 +350,9 @@ def in_comfyui(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Ten
         return denoiser(x, t / 1000, text, guidance=torch.zeros(len(x)))
     if family == "hunyuan_image":
         return denoiser(x, t, text, txt_byt5=glyphs(len(x)))
-    more = {"y": text[:, 0]} if family == "hunyuan_video" else {}
+    more: dict[str, Any] = {"y": text[:, 0]} if family == "hunyuan_video" else {}
+    if family == "wan_vace":
+        more = {"vace_context": control(x)[:, None, :, None], "vace_strength": [0.5]}
     return denoiser(x[:, :, None], t, text, **more)[:, :, 0]
 
 
@@ -363,6 +373,11 @@ def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tenso
     given: dict[str, Any] = {"encoder_hidden_states": text, "timestep": t}
     if family == "hunyuan_video":
         given |= {"pooled_projections": text[:, 0], "encoder_attention_mask": mask}
+    if family == "wan_vace":
+        given |= {
+            "control_hidden_states": control(x)[:, :, None],
+            "control_hidden_states_scale": torch.tensor([0.5, 0.5]),
+        }  # fmt: skip
     if family == "hunyuan_video15":  # no glyphs, no image
         given |= {
             "encoder_attention_mask": mask, "encoder_hidden_states_2": torch.zeros(count, 3, 1472),
@@ -376,6 +391,12 @@ def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tenso
         }  # fmt: skip
         return denoiser(x, **given).sample
     return denoiser(x[:, :, None], **given).sample[:, :, 0]
+
+
+def control(x: Tensor) -> Tensor:
+    """What VACE is to keep to: the same at every step."""
+    draw = torch.Generator().manual_seed(6)
+    return torch.randn(1, *x.shape[1:], generator=draw).expand_as(x)
 
 
 def glyphs(count: int) -> Tensor:

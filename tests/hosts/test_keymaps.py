@@ -26,8 +26,8 @@ TIMES = (999.0, 750.0, 500.0, 250.0)
 EDGE = 2e-2  # a code on an edge may fall the other way, and tiny models feel each one
 OLDER = ("unet", "pixart", "sd3", "flux")
 NEWER = (
-    "flux2", "wan", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15", "hunyuan_image",
-    "z_image",
+    "flux2", "wan", "wan_vace", "lumina2", "chroma", "hunyuan_video", "hunyuan_video15",
+    "hunyuan_image", "z_image",
 )  # fmt: skip
 MAPPED = [*(f"comfy {f}" for f in (*OLDER, *NEWER)), "ldm unet"]
 RISING = ("lumina2", "z_image")  # in diffusers time goes up, in ComfyUI down: their steps differ
@@ -87,6 +87,9 @@ def test_classes_of_one_name_are_told_apart(in_comfy: Any) -> None:
     denoiser.double_stream_modulation_img = nn.Linear(2, 2)
     with pytest.raises(ModelError, match="no canonical name"):
         families.key_map_of(denoiser)
+    denoiser.__class__ = type("Longer", (type(denoiser),), {})
+    assert families.key_map_of(denoiser) is None, "a model of its own"
+    assert describe(denoiser).family == "generic"
 
 
 @pytest.fixture(scope="module")

@@ -286,6 +286,17 @@ FAMILIES: dict[str, Tiny] = {
         WAN | {"in_channels": 12, "image_dim": 12, "added_kv_proj_dim": 24},
         lambda draw, t: wan(draw, t, 12, 512, encoder_hidden_states_image=draw(B, 5, 12)),
     ),
+    "wan vace": Tiny(
+        "WanVACETransformer3DModel",
+        WAN | {"vace_layers": [0, 1], "vace_in_channels": 6},
+        lambda draw, t: wan(draw, t, control_hidden_states=draw(B, 6, 3, 8, 8)),
+    ),
+    "wan chronoedit": Tiny("ChronoEditTransformer3DModel", WAN, wan),
+    "wan skyreels": Tiny(
+        "SkyReelsV2Transformer3DModel",
+        WAN | {"inject_sample_info": True},
+        lambda draw, t: wan(draw, t, fps=[0, 1]),
+    ),
     "krea2": Tiny(
         "Krea2Transformer2DModel",
         HEADS | {

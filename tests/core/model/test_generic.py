@@ -13,6 +13,7 @@ from tenuto import Artifact, attach, describe, quantize, record, schemes
 from tenuto.errors import ModelError
 from tenuto.model import Backbone, watched
 from tenuto.model.backbone import layers
+from tenuto.runtime.layers import QLayer
 
 WIDTH = 16
 
@@ -192,9 +193,41 @@ class Block(nn.Module):
         return x
 
 
+def test_norms_and_time_embedders_are_no_parts_and_no_blocks() -> None:
+    """Cosmos calls the norm in front of attention by its name; some have a list that embeds t."""
+    block = nn.ModuleDict({"norm_self_attn": nn.LayerNorm(WIDTH), "mlp": Pixels(WIDTH)})
+    block["cross_attn"], block["self_attn"] = Pixels(WIDTH), Pixels(WIDTH)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block(block)])})
+    model["t_embedder"] = nn.ModuleList([nn.Identity(), Pixels(WIDTH)])
+    backbone = describe(model)
+    assert backbone.blocks == ("layers.0",)
+    assert [name for name, _ in branches(backbone)] == [
+        "layers.0.self_attn", "layers.0.cross_attn", "layers.0.mlp",
+    ], "in the order in which they run, not in that of their definition"  # fmt: skip
+
+
+class Folded(nn.Module):
+    """A denoiser of which encode and decode are the halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pixels(WIDTH)])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
 def test_an_autoencoder_is_refused() -> None:
-    """Its levels would do for blocks."""
+    """Its levels would do for blocks. A denoiser with such methods sees a timestep."""
     from diffusers import AutoencoderKL
+
+    assert describe(Folded()).blocks == ("layers.0",)
 
     with pytest.raises(ModelError, match="AutoencoderKL is an autoencoder"):
         describe(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
@@ -223,7 +256,7 @@ def test_a_layer_with_a_forward_of_its_own_stays_in_float(kind: type[nn.Conv2d])
         plain = model(*given)
         with attach(model, made, simulate=True):
             assert all(type(model.get_submodule(name)) is kind for name in own)
-            assert type(model.final_conv) is not nn.Conv2d
+            assert isinstance(model.final_conv, QLayer)
             found = model(*given)
     assert made.header["layers"] and not own & made.header["layers"].keys()
     assert float((found - plain).norm() / plain.norm()) < 0.05
@@ -250,3 +283,8 @@ def test_a_host_that_patches_torch_keeps_its_layers(monkeypatch: pytest.MonkeyPa
     derived = type("Derived", (nn.Linear,), {})(2, 2)
     model = nn.ModuleList([nn.Linear(2, 2), derived])
     assert [name for name, _ in layers(model)] == ["0", "1"]
+
+
+def test_a_class_of_a_hosts_name_may_be_another_model() -> None:
+    """AuraFlow is an `MMDiT` in ComfyUI, as SD3 is."""
+    assert describe(type("MMDiT", (Held,), {})()).family == "generic"

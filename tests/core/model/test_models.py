@@ -66,6 +66,19 @@ def test_names_of_a_family(known: Any) -> None:
     assert any(fnmatch.filter([n for n, _ in layers(known.model)], p) for p in backbone.ends)
 
 
+def test_what_lies_outside_the_blocks_is_an_end(known: Any) -> None:
+    """It gets 8 bits where the rest gets 4; no layer that a token passes in a block does."""
+    backbone = describe(known.model)
+    patterns = (*backbone.ends, *backbone.keep)
+    found = {n for n, _ in layers(known.model) for p in patterns if fnmatch.fnmatchcase(n, p)}
+    outside = {n for n, _ in layers(known.model) if backbone.block_of(n) is None}
+    assert outside <= found | {n for n in outside if n.startswith(backbone.temporal)}
+    reused = tuple(f"{b.name}." for b in backbone.branches if b.kind != "block")
+    text = ("text_fusion.", "mode_blocks.image_cond.")
+    inside = {n for n in found if n.startswith(reused) and not n.startswith(text)}
+    assert not {n for n in inside if not n.endswith(".to_gate_logits")}
+
+
 def test_names_of_the_fallback(unknown: Any) -> None:
     backbone = describe(unknown.model)
     assert backbone.family == "generic"

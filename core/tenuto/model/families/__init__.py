@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +23,7 @@ from ...errors import ModelError
 from ...resources import found
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap
+from ..signature import STEP_NAMES
 
 
 def families() -> dict[str, ModuleType]:
@@ -46,10 +48,20 @@ def _installed(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 def key_map_of(module: nn.Module) -> KeyMap | None:
     """The key map of a host's denoiser; None where its own names are the canonical ones.
 
-    ModelError if the class is a host's, and something in it has no canonical name.
+    ModelError if the class is a host's, and something in it has no canonical name. What derives
+    from such a class and has parts of its own is another model.
     """
-    maps = (family.key_map(module) for family in _covering(module, "HOSTS"))
+    maps = (_mapped(family, module) for family in _covering(module, "HOSTS"))
     return next((found for found in maps if found is not None), None)
+
+
+def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
+    try:
+        return family.key_map(module)
+    except ModelError:
+        if type(module).__name__ in family.HOSTS:
+            raise
+        return None
 
 
 def describe(module: nn.Module) -> Backbone:
@@ -59,7 +71,8 @@ def describe(module: nn.Module) -> Backbone:
     keys = key_map_of(module)
     if keys is not None:
         return _in_host(describe(keys.view(module)), keys)
-    if callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None)):
+    codes = all(callable(getattr(module, name, None)) for name in ("encode", "decode"))
+    if codes and not set(STEP_NAMES) & set(inspect.signature(type(module).forward).parameters):
         raise ModelError(f"{type(module).__name__} is an autoencoder, where a denoiser is meant.")
     backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:

@@ -13,12 +13,10 @@ from torch import nn
 from ..backbone import Backbone, Branch, is_large, layers
 from ..levels import is_unet, level_blocks
 
-PARTS = (
-    (
-        re.compile(r"(^|_)(cross_?attn|cross_?attention|attn_?2|\w+_to_\w+_attn)$"),
-        "cross-attention",
-    ),
+CROSS = re.compile(r"(^|_)(cross_?attn|cross_?attention|attn_?2|\w+_to_\w+_attn)$")
+PARTS = (  # in the order in which a block runs them
     (re.compile(r"(^|_)(attn_?\d?|attention|self_?attn|self_?attention)$"), "attention"),
+    (CROSS, "cross-attention"),
     (
         re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward|moe)\d?(_(i|t|img|txt|context))?$"),
         "feed-forward",
@@ -59,7 +57,7 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[str]:
     """
     for key, child in module.named_children():
         inner = f"{name}.{key}" if name else key
-        if not is_large(child):
+        if not is_large(child) or TIME.search(key) or "embed" in key:
             continue
         if isinstance(child, nn.ModuleList) or (_kind(key) is None and _is_list(child)):
             for number, member in child.named_children():
@@ -105,10 +103,14 @@ def _own(module: nn.Module) -> bool:
 
 
 def _branches(module: nn.Module, block: str) -> list[Branch]:
-    """The parts of a block if nearly all of its weights are in them, else the block."""
+    """The parts of a block if nearly all of its weights are in them, else the block.
+
+    Attention comes before cross-attention and both before a feed-forward, however they are defined.
+    """
     child = module.get_submodule(block)
-    kinds = {name: _kind(name) for name, part in child.named_children() if _is_called(part)}
-    named = {name: kind for name, kind in kinds.items() if kind is not None}
+    inner = ((name, part) for name, part in child.named_children() if is_large(part))
+    kinds = {name: _kind(name) for name, part in inner if _is_called(part)}
+    named = {name: kind for _, kind in PARTS for name, found in kinds.items() if found == kind}
     sizes: dict[str, int] = {}
     for name, weight in child.named_parameters():
         part = name.split(".")[0]
@@ -124,4 +126,6 @@ def _kind(name: str) -> str | None:
     """What a part called `name` is; a time embedding's `mlp` is no feed-forward."""
     if TIME.search(name):
         return None
+    if CROSS.search(name):
+        return "cross-attention"
     return next((kind for pattern, kind in PARTS if pattern.search(name)), None)

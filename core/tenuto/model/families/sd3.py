@@ -53,11 +53,13 @@ def describe(module: Any) -> Backbone:
     )  # fmt: skip
 
 
-def key_map(module: Any) -> KeyMap:
+def key_map(module: Any) -> KeyMap | None:
     """Where the parts of an `MMDiT` are: fused attention inputs, two swapped modulations.
 
     A block whose context ends there (the last one) has a plain continuous norm in diffusers.
     """
+    if not hasattr(module, "joint_blocks"):  # AuraFlow's class has this name too
+        return None
     prefixes: dict[str, Any] = dict(OUTER)
     modules: dict[str, tuple[str, ...]] = {TIME: ("t_embedder",), TEXT: ("y_embedder",)}
     swapped = ["final_layer.adaLN_modulation.1"]

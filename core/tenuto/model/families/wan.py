@@ -1,13 +1,16 @@
-"""Wan 2.1 and 2.2 (diffusers; ComfyUI and the original code by key map)."""
+"""Wan 2.1 and 2.2, VACE, and what is made of them (diffusers; ComfyUI by key map)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..backbone import Backbone, members, parts, sharing
+from ..backbone import Backbone, has, members, parts, sharing
 from ..key_map import KeyMap, keymap
 
-CLASSES = ("WanTransformer3DModel",)
+CLASSES = (
+    "WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+)  # fmt: skip
 HOSTS = ("WanModel",)
 KINDS = {"attn1": "attention", "attn2": "cross-attention", "ffn": "feed-forward"}
 SHARED = (
@@ -16,9 +19,11 @@ SHARED = (
     ("attn2.add_k_proj", "attn2.add_v_proj"),
 )
 EMBED = "condition_embedder"
+LISTS = ("vace_blocks", "blocks")
 
 OUTER = {
-    "patch_embedding": "patch_embedding", "head.head": "proj_out",
+    "patch_embedding": "patch_embedding", "vace_patch_embedding": "vace_patch_embedding",
+    "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
     "text_embedding.0": f"{EMBED}.text_embedder.linear_1",
     "text_embedding.2": f"{EMBED}.text_embedder.linear_2",
@@ -43,28 +48,35 @@ INNER = {
 } | {
     "modulation": "scale_shift_table", "norm3": "norm2",  # here the third norm is the second
     "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
+    "before_proj": "proj_in", "after_proj": "proj_out",  # of VACE's
 }  # fmt: skip
 
 
 def describe(module: Any) -> Backbone:
-    """Blocks of self-attention, cross-attention and feed-forward; one modulation for all (6 D)."""
-    blocks = members(module, "blocks")
+    """Blocks of self-attention, cross-attention and feed-forward; one modulation for all (6 D).
+
+    Those of VACE, which see what is to be edited, run first.
+    """
+    blocks = members(module, *LISTS)
     return Backbone(
         family="wan",
         blocks=blocks,
         branches=parts(module, blocks, KINDS),
         subsets=sharing(module, blocks, *SHARED),
         temporal=(f"{EMBED}.time_embedder", f"{EMBED}.time_proj"),
-        ends=(f"{EMBED}.*", "proj_out"),
+        ends=(f"{EMBED}.*", "fps_projection.*", "proj_out"),
     )
 
 
-def key_map(module: Any) -> KeyMap:
-    """Where the parts of a `WanModel` are; nothing is fused."""
+def key_map(module: Any) -> KeyMap | None:
+    """Where the parts of a `WanModel` are, none fused; None where it takes a reference too."""
+    if has(module, "ref_conv"):
+        return None
     prefixes: dict[str, Any] = dict(OUTER)
     modules: dict[str, tuple[str, ...]] = {f"{EMBED}.time_embedder": ("time_embedding",)}
-    for block in members(module, "blocks"):
+    for block in members(module, *LISTS):
         modules[block] = (block,)
         modules |= {f"{block}.{own}": (f"{block}.{theirs}",) for theirs, own in PARTS.items()}
         prefixes |= {f"{block}.{theirs}": f"{block}.{own}" for theirs, own in INNER.items()}
-    return keymap(module, "WanTransformer3DModel", prefixes, modules)
+    kind = "WanVACETransformer3DModel" if has(module, LISTS[0]) else "WanTransformer3DModel"
+    return keymap(module, kind, prefixes, modules)
