@@ -5,6 +5,7 @@ Whatever a user gives is checked against the pipeline's signature before anythin
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,7 +227,7 @@ class PipelineCall:
         if isinstance(value, str) and "prompt" in name and self.count:
             return [value] * len(images)
         if not is_of_prompts(name, value):
-            return value
+            return copy.copy(value) if isinstance(value, list | dict) else value  # some write to it
         if isinstance(value, Tensor):
             return value[[i % len(value) for i in images]]
         return [value[i % len(value)] for i in images]
