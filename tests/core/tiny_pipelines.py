@@ -7,6 +7,7 @@ Qwen-Image, which get `prompt_embeds` in the call (see `embeds`).
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -265,6 +266,31 @@ def video_diffusion() -> Any:
             sigma_max=700.0, use_karras_sigmas=True, timestep_spacing="leading",
         ),
         feature_extractor=CLIPImageProcessor(),
+    )  # fmt: skip
+
+
+def sound() -> Any:
+    """Stable Audio."""
+    import diffusers
+
+    denoiser = diffusers.StableAudioDiTModel(
+        sample_size=8, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_attention_heads=1, out_channels=4, cross_attention_dim=WIDTH,
+        time_proj_dim=16, global_states_input_dim=2 * WIDTH, cross_attention_input_dim=WIDTH,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, on what diffusers does
+        decoder = diffusers.AutoencoderOobleck(
+            encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3,
+            decoder_input_channels=4, audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+        )  # fmt: skip
+    projection = diffusers.StableAudioProjectionModel(
+        text_encoder_dim=WIDTH, conditioning_dim=WIDTH, min_value=0, max_value=32
+    )
+    return diffusers.StableAudioPipeline(
+        vae=randomized(decoder), text_encoder=t5(), projection_model=randomized(projection),
+        tokenizer=t5_tokenizer(), transformer=randomized(denoiser),
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction"),
     )  # fmt: skip
 
 

@@ -65,9 +65,9 @@ def read_picture(path: Path, name: str = "image") -> Any:
     return found
 
 
-def fitted(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """`call` under the names that the pipeline has for the options of the command."""
-    known = inspect.signature(type(pipe).__call__).parameters
+def fitted(kind: type, call: Mapping[str, Any]) -> dict[str, Any]:
+    """`call` under the names that such a pipeline has for the options of the command."""
+    known = inspect.signature(kind.__call__).parameters
     found = {}
     for name, value in call.items():
         others = OTHERWISE.get(name, ()) if name not in known else ()

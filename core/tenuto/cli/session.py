@@ -17,6 +17,7 @@ from ..runtime import attach
 from ..sampling import (
     PipelineCall,
     Trajectory,
+    check_names,
     described,
     keep,
     kept,
@@ -25,7 +26,7 @@ from ..sampling import (
     repeated,
     wanted_prompts,
 )
-from ..sampling.loading import PREFIX, Defaults, defaults, load
+from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
 from ..work import MANIFEST, Lock, Work
 from .calls import fitted, with_pictures
 from .checks import RECORDING, damage_told, device_of
@@ -43,7 +44,7 @@ class Sampling:
 
     def called(self, pipe: Any) -> dict[str, Any]:
         """The keywords under the names that `pipe` has for them."""
-        return fitted(pipe, self.call)
+        return fitted(type(pipe), self.call)
 
     def checked(self, pipe: Any) -> None:
         """TenutoError unless `pipe` can be sampled like this."""
@@ -106,6 +107,9 @@ def pipeline(
     file: Path | None = None,
 ) -> Any:
     """The model, loaded and checked; `artifact` (in `file`) fits it."""
+    kind = class_of(model) if sampling.call else None
+    if kind is not None:
+        check_names(kind, fitted(kind, sampling.call))  # loading takes its time
     pipe = loaded(model, sampling.device, bars)
     sampling.checked(pipe)
     if artifact is not None:

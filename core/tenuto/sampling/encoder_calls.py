@@ -48,9 +48,10 @@ def encoder_calls(
         watching.enter_context(watched(denoiser_of(pipe), before=leave))
         for name, encoder in encoders_of(pipe).items():
             watching.enter_context(watched(encoder, before=keeper(name, Signature(encoder))))
-        for start in range(0, len(lines), batch):
+        size = batch if asked.together else 1
+        for start in range(0, len(lines), size):
             with suppress(Leave), torch.no_grad():
-                asked(denoiser_of(pipe), start, min(batch, len(lines) - start), "latent")
+                asked(denoiser_of(pipe), start, min(size, len(lines) - start), "latent")
     found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
     if not any(found.values()):
         raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")

@@ -62,5 +62,5 @@ def _turns(times: Any) -> bool:
     """Whether a scheduler's timesteps go both up and down."""
     if not isinstance(times, Tensor) or times.numel() < 3:
         return False
-    steps = times.detach().flatten().double().diff()
+    steps = times.detach().cpu().flatten().double().diff()
     return bool((steps > 0).any() and (steps < 0).any())

@@ -121,6 +121,21 @@ def check_model(model: str) -> None:
         raise ModelError(f"There is no folder {model}, and no hub id is written like that.")
 
 
+def class_of(model: str) -> type | None:
+    """The class of diffusers that loading such a model gives; None where only loading tells."""
+    folder = _folder_of(model)
+    try:
+        facts = json.loads((folder / "model_index.json").read_text("utf-8")) if folder else {}
+        name = str(facts.get("_class_name"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    import diffusers
+
+    with _without_advice():
+        found = getattr(diffusers, name, None)
+    return found if isinstance(found, type) else None
+
+
 def load(model: str, device: Any = None, dtype: Any = None) -> Any:
     """A diffusers pipeline: `demo:NAME`, a diffusers folder or a hub id.
 

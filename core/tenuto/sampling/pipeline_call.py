@@ -5,6 +5,7 @@ Whatever a user gives is checked against the pipeline's signature before anythin
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,23 @@ def guidance_name(names: Mapping[str, Any]) -> str | None:
     if TRUE_CFG in names and (not found or (isinstance(true, int | float) and true > 1)):
         return TRUE_CFG
     return found[0] if found else None
+
+
+def check_names(kind: type, given: Mapping[str, Any]) -> None:
+    """TenutoError on keywords that such a pipeline does not take or that are not for `call`."""
+    ours = next((name for name in given if name in OURS), None)
+    if ours is not None:
+        raise TenutoError(f"{ours} follows from {OURS[ours]}: leave it out of the call.")
+    parameters = inspect.signature(kind.__call__).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if any_name and not kind.__module__.startswith("diffusers."):
+        return  # a user's pipeline knows its own
+    known = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n != "self"]
+    strange = [name for name in given if name not in known]
+    if strange:
+        near = get_close_matches(strange[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise TenutoError(f"{kind.__name__} takes no {', '.join(strange)}{hint}.")
 
 
 def is_of_prompts(name: str, value: Any) -> bool:
@@ -99,7 +117,7 @@ class PipelineCall:
         self.parameters = {name: p for name, p in found.items() if name != "self"}
         if steps < 1:
             raise TenutoError(f"Sampling takes at least one step, not {steps}.")
-        self._check_names()
+        check_names(type(pipe), self.given)
         self.count = self._counted()
         one = any(hasattr(value, "getbands") for value in self.given.values())  # a PIL image
         self.together = "prompt" in self.parameters and not one  # else one image a call
@@ -108,22 +126,6 @@ class PipelineCall:
         if "num_inference_steps" in self.parameters:
             self.fixed["num_inference_steps"] = steps
         self._check_required()
-
-    def _check_names(self) -> None:
-        """TenutoError on keywords that the pipeline does not take or that are not for `call`."""
-        ours = next((name for name in self.given if name in OURS), None)
-        if ours is not None:
-            raise TenutoError(f"{ours} follows from {OURS[ours]}: leave it out of the call.")
-        kinds = {p.kind for p in self.parameters.values()}
-        own = not type(self.pipe).__module__.startswith("diffusers.")
-        if own and inspect.Parameter.VAR_KEYWORD in kinds:
-            return  # a user's pipeline knows its own
-        known = [n for n, p in self.parameters.items() if p.kind is not p.VAR_KEYWORD]
-        strange = [name for name in self.given if name not in known]
-        if strange:
-            near = get_close_matches(strange[0], known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise TenutoError(f"{self.title} takes no {', '.join(strange)}{hint}.")
 
     def _counted(self) -> int:
         """The number of prompts; 0 where the pipeline takes none."""
@@ -226,7 +228,7 @@ class PipelineCall:
         if isinstance(value, str) and "prompt" in name and self.count:
             return [value] * len(images)
         if not is_of_prompts(name, value):
-            return value
+            return copy.copy(value) if isinstance(value, list | dict) else value  # some write to it
         if isinstance(value, Tensor):
             return value[[i % len(value) for i in images]]
         return [value[i % len(value)] for i in images]

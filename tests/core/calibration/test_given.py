@@ -14,6 +14,7 @@ from tenuto.calibration import effort, prompts_needed
 from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.model import watched
 from tenuto.numerics import Recipe, Rule, named
+from tenuto.sampling import encoder_calls
 from tenuto.sampling.record import recording
 from tests.core import tiny_pipelines as tiny
 
@@ -154,3 +155,11 @@ def test_an_encoders_artifact_has_the_schedule_of_the_pipeline(kind: str) -> Non
     whole = tn.quantize(mine, "w8a8", trajectory) | found
     again = {name: value for name, value in call.items() if name == "image"}
     assert tn.compare(mine, whole, prompts, count=1, call=again).encoders
+
+
+def test_every_prompt_reaches_an_encoder_beside_an_image() -> None:
+    """Images are made one at a time there; each prompt and the empty one are encoded still."""
+    mine, prompts, call = tiny.asked("img2img")
+    assert prompts is not None
+    calls = encoder_calls(mine, prompts, call=call, steps=4)["text_encoder"]
+    assert sum(len(c.inputs["input_ids"]) for c in calls) == len(prompts) + 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from PIL import Image
 
@@ -16,7 +20,10 @@ from tenuto.cli import commands
 from tenuto.cli.calls import fitted, with_pictures
 from tenuto.model import Signature
 from tenuto.sampling import described
+from tenuto.sampling.loading import class_of
 from tests.core import tiny_pipelines as tiny
+
+ROOT = Path(__file__).resolve().parents[3]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,6 +121,26 @@ def test_what_is_refused(
     assert sorted(here.rglob("*")) == before
 
 
+def test_names_are_checked_before_a_model_is_loaded(
+    here: Path, model: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenuto.cli.session.load", None)
+    options = ("--image", "mine/photo.png", "--set", "strenght=1")
+    code, _, err = answer(capfd, "generate", model, "--prompt", "a", *options)
+    assert code == 2 and "takes no strenght (did you mean strength?)" in err
+    code = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "generate", "demo:unet", "--prompt", "a", "--frames", "3"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "core")}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    said = "tenuto: StableDiffusionPipeline takes no num_frames.\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", said)
+    assert class_of("demo:unet") is diffusers.StableDiffusionPipeline
+    (here / "model_index.json").write_text("[]")
+    assert class_of(str(here)) is class_of("org/name") is None
+
+
 def test_sizes_reach_the_pipeline(
     here: Path, tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,9 +216,9 @@ class Control:
 def test_options_have_the_names_of_the_pipeline() -> None:
     image, mask = tiny.picture(), tiny.picture(mode="L")
     call = {"image": image, "mask_image": mask, "num_frames": 3}
-    assert fitted(Control(), call) == {"control_image": image, "mask": mask, "num_frames": 3}
+    assert fitted(Control, call) == {"control_image": image, "mask": mask, "num_frames": 3}
     both = {"image": image, "control_image": mask}
-    assert fitted(Control(), both) == both
+    assert fitted(Control, both) == both
 
 
 def test_only_the_same_image_is_found_again(tmp_path: Path) -> None:

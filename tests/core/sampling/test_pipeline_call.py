@@ -254,6 +254,18 @@ def test_without_prompts_images_come_one_by_one_and_nothing_of_the_result_is_nee
         trajectory.rollout()(pipe.unet, 0, 1)
 
 
+def test_sound_is_recorded_and_quantized() -> None:
+    """Its latents can be measured; `compare`, which needs images, says so."""
+    pipe, call = tiny.sound(), {"audio_end_in_s": 2.0}
+    trajectory = tn.record(pipe, tiny.PROMPTS, steps=3, guidance=3.0, batch=2, call=call)
+    assert (trajectory.steps, len(trajectory.calls), trajectory.call) == (3, 6, call)
+    with torch.no_grad():
+        assert trajectory.rollout()(pipe.transformer, 0, 2).shape == (2, 4, 8)
+    artifact = tn.quantize(pipe, "w8a8", trajectory)
+    with pytest.raises(tn.TenutoError, match="no images in what the pipeline returns"):
+        tn.compare(pipe, artifact, tiny.PROMPTS, count=1)
+
+
 # --- results --------------------------------------------------------------------------------------
 
 
