@@ -432,6 +432,26 @@ def test_every_text_is_escaped() -> None:
     assert escaped(view.step_map(route)) and escaped(view.table([(EVIL, EVIL)], [EVIL, EVIL]))
 
 
+def test_a_card_says_what_was_asked_for() -> None:
+    asked = {
+        "shown_model": EVIL, "scheme": "w4a8", "reuse": 0.45, "text_encoder": "w8",
+        "preset": "quick", "out": "/somewhere/mine.safetensors",
+    }  # fmt: skip
+    encoders = asked | {"shown_model": "m", "scheme": None, "reuse": None, "text_encoder": "w4"}
+    for request, said in (
+        (asked, "w4a8, 45% reuse, text encoders in w8, quick, to mine.safetensors"),
+        (encoders, "m, the denoiser keeps its weights, text encoders in w4, quick, to mine"),
+        (encoders | {"scheme": "w8a8", "text_encoder": None}, "m, w8a8, quick, to mine"),
+    ):
+        found = Job("calibrate", request, Path("log"))
+        for state in (jobs.RUNNING, jobs.STOPPING, jobs.STOPPED, jobs.FAILED, jobs.DONE):
+            found.state = state
+            html = view.status(found, "")
+            assert said in html and escaped(html) and "/somewhere" not in html
+    other = {"shown_model": "m", "names": {"a": "a", "b": "shipped:b"}, "count": 8}
+    assert "m, a, shipped:b, 8 images" in view.status(Job("compare", other, Path("log")), "")
+
+
 def test_the_map_has_a_cell_for_every_call() -> None:
     branches = [f"blocks.{b}.{k}" for b in range(2) for k in ("attn1", "ff")]
     html = view.step_map({
