@@ -130,7 +130,7 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     assert (app.out / "unfinished" / "seen-again.json").exists()
     page.click("#calibrate-discard")
     page.click("#calibrate-sure-yes")
-    page.wait_for_function("!document.querySelector('#unfinished input').value")
+    page.wait_for_function("document.querySelector('#unfinished input').value != 'seen-again'")
     assert not (app.out / "unfinished" / "seen-again.json").exists()
     assert not (app.out / "seen-again.work").exists()
 
