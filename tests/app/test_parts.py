@@ -359,6 +359,27 @@ def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert bench.places.unfinished() == []
 
 
+def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked with these values, filled with the same; nothing is filled when it is over."""
+    from gradio_app import calibrate, compare
+
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["deaf"])
+    bench = Bench(Settings(tmp_path))
+    for values in (
+        ["demo:unet", "mine", "w4a8", "standard", 45, "6", "2.5", 3, "40", "a\nb", "w4", "awq", ""],
+        ["demo:transformer", "other", "", "quick", 0, "", "", 0, "", "", "w8", "gptq", ""],
+    ):
+        job = bench.calibrate(*calibrate.asked(*values))
+        assert calibrate.filled(job) == values
+        bench.stop(job.id, "calibrate")
+        assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(job))
+    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb"]
+    job = bench.compare(*values)
+    model, artifacts, *rest, chosen = compare.filled(bench, job)
+    assert [model, artifacts.value, *rest] == values and chosen == "demo:unet"
+    bench.desk.close()
+
+
 def test_a_request_of_an_older_version_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
