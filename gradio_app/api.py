@@ -15,6 +15,7 @@ from tenuto.errors import Cancelled, TenutoError
 from tenuto.text import printable
 
 from .bench import Bench
+from .page import refusal
 from .settings import facts
 
 
@@ -75,7 +76,6 @@ def add(bench: Bench) -> None:
         gr.api(told(function), api_name=function.__name__, **limit)
 
 
-SENTENCE = 300  # characters
 JOBS = ("calibrate", "compare", "generate")
 KINDS = {str: "a text", bool: "true or false", dict: "an object of options"}
 CALIBRATE = {
@@ -116,9 +116,9 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
                 _check_type(name, value, kinds[name])
             return function(**given)
         except Cancelled as error:
-            raise gr.Error("Stopped.", print_exception=False) from error
+            raise refusal("Stopped.") from error
         except TenutoError as error:
-            raise gr.Error(printable(error, SENTENCE), print_exception=False) from error
+            raise refusal(str(error)) from error
 
     return answered
 

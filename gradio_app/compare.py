@@ -121,7 +121,10 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
         return [gr.skip()] * 9
     asked = job.request
     model, names = asked["shown_model"], list(asked["names"].values())
-    artifacts = gr.Dropdown(choices=bench.places.artifacts(model), value=names)
+    artifacts = gr.Dropdown(
+        choices=bench.places.artifacts(model), value=names, multiselect=True,
+        allow_custom_value=True,
+    )  # fmt: skip
     shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
     rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
     return [model, artifacts, asked["count"], *shown, *rest, model]

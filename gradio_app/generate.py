@@ -164,8 +164,10 @@ def _aside(
     upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
 
 
-def _restored(bench: Bench, path: str) -> list[Any]:
+def _restored(bench: Bench, path: str | None) -> list[Any]:
     nothing: list[Any] = [gr.skip()] * 7
+    if path is None:
+        return [None, "", *nothing]
     try:
         found = bench.restored(path)
     except TenutoError as error:
@@ -189,7 +191,9 @@ def shown_number(value: float | None) -> str:
     return "" if value is None else f"{value:.10g}"
 
 
-def _added(bench: Bench, path: str, model: str) -> list[Any]:
+def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
+    if path is None:
+        return [None, "", gr.skip(), gr.skip()]
     try:
         name = bench.added(path, path)
     except TenutoError as error:

@@ -103,7 +103,8 @@ class Places:
         made = [p for p in self.out.glob(f"*{ENDING}") if p.is_file() and inside(p, self.out)]
         made = [p for p in made if NAME.fullmatch(p.stem)]
         names = [p.stem for p in sorted(made, key=lambda p: p.stat().st_mtime, reverse=True)]
-        kind = model.removeprefix(PREFIX) if model.startswith(PREFIX) else None
+        known = isinstance(model, str) and model.startswith(PREFIX)
+        kind = model.removeprefix(PREFIX) if known else None
         if kind is None:
             return names
         try:

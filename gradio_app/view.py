@@ -63,8 +63,10 @@ def what_of(job: Job) -> str:
         parts += [*asked["names"].values(), counted(asked["count"], "image", "images")]
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
-        parts += [f"{asked['reuse']:.0%} reuse"] * (asked["reuse"] is not None)
-        parts += [f"text encoders in {asked['text_encoder']}"] * bool(asked["text_encoder"])
+        if asked["reuse"] is not None:
+            parts.append(f"{asked['reuse']:.0%} reuse")
+        if asked.get("text_encoder"):  # an older request lacks it
+            parts.append(f"text encoders in {asked['text_encoder']}")
         parts += [asked["preset"], f"to {Path(asked['out']).name}"]
     return f'<div class="tenuto-small tenuto-what">{escape(", ".join(parts))}</div>'
 

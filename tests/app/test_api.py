@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,6 +132,45 @@ def test_too_few_and_too_many_values_get_a_sentence(app: Any, client: Any, name:
         assert said and "null}" not in said.replace('"input":null}', ""), (body, said)
     assert "Traceback" not in app.log.read_text(), app.log.read_text()[-3000:]
     assert app.alive
+
+
+def told(app: Any, listener: dict[str, Any], data: list[Any]) -> Any:
+    """What a listener of the page answers to these values, as the page would send them."""
+    session = uuid.uuid4().hex
+    body = {"fn_index": listener["id"], "data": data, "session_hash": session}
+    queued = listener["queue"] is not False
+    url = f"{app.url}/gradio_api/{'queue/join' if queued else 'run/predict'}"
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as found:
+            answered = json.load(found)
+    except urllib.error.HTTPError as error:
+        return json.load(error)
+    if not queued:
+        return answered
+    events = f"{app.url}/gradio_api/queue/data?session_hash={session}"
+    with urllib.request.urlopen(events, timeout=60) as found:
+        for line in found:
+            if b"process_completed" in line:
+                return json.loads(line.removeprefix(b"data: "))["output"]
+    raise AssertionError("no answer")
+
+
+def test_listeners_of_the_page_get_wrong_values_too(app: Any, client: Any) -> None:
+    """By their number, as anyone on this machine can call them: a sentence, nothing in the log."""
+    before = len(app.log.read_text())
+    listeners = json.loads(app.get("/config")[1])["dependencies"]
+    assert len(listeners) > 30
+    for listener in listeners:
+        for value in (None, True, -1, "x", [], {}, {"a": 1}, [[1]]):
+            answered = told(app, listener, [value] * len(listener["inputs"]))
+            said = answered.get("error", "none")
+            assert said and "Traceback" not in said and len(said) <= 300, (listener, value, said)
+    for kind in ("calibrate", "compare", "generate"):
+        client.predict(kind, api_name="/stop")
+        over(client, kind)
+    assert "Traceback" not in app.log.read_text()[before:], app.log.read_text()[before:][-3000:]
 
 
 def test_stop_stops_a_calibration(app: Any, client: Any) -> None:

@@ -130,9 +130,30 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     assert (app.out / "unfinished" / "seen-again.json").exists()
     page.click("#calibrate-discard")
     page.click("#calibrate-sure-yes")
-    page.wait_for_function("!document.querySelector('#unfinished input').value")
+    page.wait_for_function("document.querySelector('#unfinished input').value != 'seen-again'")
     assert not (app.out / "unfinished" / "seen-again.json").exists()
     assert not (app.out / "seen-again.work").exists()
+
+
+def test_a_reload_shows_the_comparison_that_runs(app: Any, visit: Any) -> None:
+    tab = visit(app)
+    page = tab.page
+    tab.show("Compare")
+    number(page, "#compare-count", "200")
+    page.click("#compare-start")
+    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    artifact = tab.text("#compare-artifacts .token")
+    said = f"demo:transformer, {artifact}, 200 images"
+    page.reload()
+    page.wait_for_selector("#generate")
+    tab.show("Compare")
+    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    assert said in tab.text("#compare-status")
+    page.wait_for_function("document.querySelector('#compare-count input').value == '200'")
+    assert tab.text("#compare-artifacts .token") == artifact
+    page.click("#compare-stop")
+    page.wait_for_selector("#compare-status [data-state=stopped]", timeout=10_000)
+    assert said in tab.text("#compare-status")
 
 
 @pytest.mark.parametrize("width", [1280, 1400, 1920])

@@ -359,6 +359,27 @@ def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert bench.places.unfinished() == []
 
 
+def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked with these values, filled with the same; nothing is filled when it is over."""
+    from gradio_app import calibrate, compare
+
+    monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["deaf"])
+    bench = Bench(Settings(tmp_path))
+    for values in (
+        ["demo:unet", "mine", "w4a8", "standard", 45, "6", "2.5", 3, "40", "a\nb", "w4", "awq", ""],
+        ["demo:transformer", "other", "", "quick", 0, "", "", 0, "", "", "w8", "gptq", ""],
+    ):
+        job = bench.calibrate(*calibrate.asked(*values))
+        assert calibrate.filled(job) == values
+        bench.stop(job.id, "calibrate")
+        assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(job))
+    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb"]
+    job = bench.compare(*values)
+    model, artifacts, *rest, chosen = compare.filled(bench, job)
+    assert [model, artifacts.value, *rest] == values and chosen == "demo:unet"
+    bench.desk.close()
+
+
 def test_a_request_of_an_older_version_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +451,26 @@ def test_every_text_is_escaped() -> None:
         "policy": EVIL, "branches": [EVIL], "kinds": [EVIL], "timesteps": [9.0, 1.0], "rows": ["#."]
     }  # fmt: skip
     assert escaped(view.step_map(route)) and escaped(view.table([(EVIL, EVIL)], [EVIL, EVIL]))
+
+
+def test_a_card_says_what_was_asked_for() -> None:
+    asked = {
+        "shown_model": EVIL, "scheme": "w4a8", "reuse": 0.45, "text_encoder": "w8",
+        "preset": "quick", "out": "/somewhere/mine.safetensors",
+    }  # fmt: skip
+    encoders = asked | {"shown_model": "m", "scheme": None, "reuse": None, "text_encoder": "w4"}
+    for request, said in (
+        (asked, "w4a8, 45% reuse, text encoders in w8, quick, to mine.safetensors"),
+        (encoders, "m, the denoiser keeps its weights, text encoders in w4, quick, to mine"),
+        (encoders | {"scheme": "w8a8", "text_encoder": None}, "m, w8a8, quick, to mine"),
+    ):
+        found = Job("calibrate", request, Path("log"))
+        for state in (jobs.RUNNING, jobs.STOPPING, jobs.STOPPED, jobs.FAILED, jobs.DONE):
+            found.state = state
+            html = view.status(found, "")
+            assert said in html and escaped(html) and "/somewhere" not in html
+    other = {"shown_model": "m", "names": {"a": "a", "b": "shipped:b"}, "count": 8}
+    assert "m, a, shipped:b, 8 images" in view.status(Job("compare", other, Path("log")), "")
 
 
 def test_the_map_has_a_cell_for_every_call() -> None:

@@ -7,6 +7,7 @@ know are left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from .header import check_numbers
@@ -60,13 +61,16 @@ def _check_route(facts: Mapping[str, Any]) -> None:
 
 
 def _check_shown(facts: Mapping[str, Any]) -> None:
-    check_numbers(facts[key] for key in NUMBERS if facts.get(key) is not None)
+    """Errors and shares, which may be of no number: that of a layer whose weights are all zero."""
+    for key in NUMBERS:
+        if facts.get(key) is not None:
+            wanted(int | float, facts[key])
 
 
-def wanted(kind: type, value: Any) -> Any:
+def wanted(kind: type | UnionType, value: Any) -> Any:
     """`value`, which is of `kind`; a truth is no number."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TypeError(f"no {kind.__name__}")
+        raise TypeError(f"no {kind}")
     return value
 
 

@@ -35,7 +35,7 @@ def check_sizes(artifact: Artifact, denoiser: nn.Module, model: Any) -> None:
             _check(encoder, facts, own)
 
 
-def _check(model: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check(model: nn.Module, header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     by_name = dict(layers(model))
     schemes = {k: Scheme.from_json(v) for k, v in header.get("schemes", {}).items()}
     for name, facts in header.get("layers", {}).items():
@@ -45,7 +45,7 @@ def _check(model: nn.Module, header: Mapping[str, Any], tensors: Mapping[str, Te
         weight = layer.weight.detach()
         if weight.is_meta or not weight.is_floating_point():
             continue
-        q = QTensor.from_tensors(dict(tensors), name, facts["shape"], form)
+        q = QTensor.from_tensors(tensors, name, facts["shape"], form)
         if not _fits(q, _highest(form), weight):
             said = f"the scale of {printable(name)} does not fit the model's weights"
             raise ArtifactError(f"The artifact is damaged: {said}.")
