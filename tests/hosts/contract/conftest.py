@@ -174,16 +174,20 @@ class _Evaluation(nn.Module):
         hooks = denoiser._forward_pre_hooks.values()
         owners = [getattr(hook, "__self__", None) for hook in hooks]
         self.runs = [owner for owner in owners if hasattr(owner, "evaluates")]
-        self.guided, self.step = guided, 0
+        self.guided, self.step, self.noise = guided, 0, float("inf")
         self.guided.before = self.tell
 
     def tell(self) -> None:
         """The callback `on_cfg_denoiser`."""
         for run in self.runs:
-            run.evaluates(self.step, len(self.guided.settings.times), self)
+            how = self.guided.settings
+            run.evaluates(self.step, len(how.times) - how.start, self)
 
     def forward(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        """What a sampler calls."""
+        """What a sampler calls; less noise is the next step."""
+        if float(sigma[0]) < self.noise < float("inf"):
+            self.step += 1
+        self.noise = min(self.noise, float(sigma[0]))
         return self.guided(x, sigma)
 
 
