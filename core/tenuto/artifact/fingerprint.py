@@ -22,7 +22,9 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     `PROBES` evenly chosen ones, taken from canonical names in order. Adapters do not count.
     """
     found = sorted(own_parameters(denoiser), key=lambda pair: pair[0])
-    parameters = [(name, value) for name, value in found if value.is_floating_point()]
+    parameters = [
+        (name, value) for name, value in found if value.is_floating_point() and value.numel()
+    ]
     if not parameters:
         raise ArtifactError("The model has no floating-point weights.")
     places = torch.linspace(0, len(parameters) - 1, min(PROBES, len(parameters))).long().tolist()
