@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import map_tensors
+from ..model import map_tensors, private_copy
 
 NATIVE, WIDE = "native", "bf16 operands, fp32 products"
 
@@ -35,7 +34,7 @@ def bf16_copy(denoiser: nn.Module, arithmetic: str = NATIVE) -> nn.Module:
     """
     weights = (p.dtype for p in denoiser.parameters() if p.is_floating_point())
     dtype = next(weights, torch.float32)
-    twin = nn.Module.to(copy.deepcopy(denoiser), torch.bfloat16)  # diffusers' own `to` warns
+    twin = nn.Module.to(private_copy(denoiser), torch.bfloat16)  # diffusers' own `to` warns
     if arithmetic == WIDE:
         for layer in twin.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, schedule_of
 from ..errors import TenutoError
-from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds
+from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds, refuse_cache
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
@@ -147,6 +147,7 @@ def compare_all(
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
+    refuse_cache(denoiser_of(model), "a comparison with full precision")
     known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
     for artifact in known.values():
         artifact.check(model)

@@ -3,6 +3,7 @@
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import Backbone, Branch, computes_as_torch, layers
 from .families import describe, key_map_of
+from .hooks import cache_on, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
@@ -23,6 +24,8 @@ __all__ = [
     "Signature",
     "Swap",
     "adapted",
+    "cache_on",
+    "check_weights",
     "computes_as_torch",
     "denoiser_of",
     "describe",
@@ -39,6 +42,8 @@ __all__ = [
     "override_",
     "own_modules",
     "own_parameters",
+    "private_copy",
+    "refuse_cache",
     "swapped",
     "tensors_in",
     "times_of",

@@ -1,0 +1,134 @@
+"""What users combine with an attached artifact in diffusers: works, or one sentence and no change.
+
+docs/diffusers.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tenuto as tn
+from tenuto.errors import ModelError
+from tenuto.model import denoiser_of, private_copy
+
+CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache", "PyramidAttentionBroadcast",
+          "FasterCache")  # fmt: skip
+
+
+def options(cache: str) -> dict[str, Any]:
+    """Of the configuration of a cache of diffusers."""
+    spatial = {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_timestep_skip_range": (-1, 1001),
+        "current_timestep_callback": lambda: 500,
+    }
+    return {
+        "FirstBlockCache": {"threshold": 0.5},
+        "MagCache": {"mag_ratios": torch.ones(4), "num_inference_steps": 4},
+        "TaylorSeerCache": {"cache_interval": 2, "disable_cache_before_step": 1},
+        "PyramidAttentionBroadcast": spatial,
+        "FasterCache": spatial | {"tensor_format": "BCHW", "is_guidance_distilled": True},
+    }[cache]
+
+
+def enable(model: Any, cache: str) -> None:
+    """A cache of diffusers on `model`, or skipped where this diffusers has it not."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    config = getattr(hooks, f"{cache}Config", None)
+    if config is None:
+        pytest.skip(f"no {cache} in this diffusers")
+    model.enable_cache(config(**options(cache)))
+
+
+def drawn(loop: Any, kind: str, model: nn.Module, **settings: Any) -> Tensor:
+    """The images of one run."""
+    with torch.no_grad():
+        return loop(kind, **settings)(model, 1, 2)
+
+
+# --- caches of diffusers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("under", [False, True], ids=["", "attached"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_private_copy_runs_its_own_blocks(
+    tiny: Callable[[str], nn.Module], loop: Any, cache: str, under: bool
+) -> None:
+    """Whatever is changed in it, it computes as a model of its weights without a cache."""
+    model, plain = tiny("flux"), tiny("flux")
+    enable(model, cache)
+    attached = tn.attach(model, tn.schemes.W8A16, simulate=True) if under else None
+    twin, reference = private_copy(model), plain
+    if under:
+        tn.attach(plain, tn.schemes.W8A16, simulate=True)
+    for one in (twin, reference):
+        for name, parameter in one.named_parameters():
+            if "bias" in name:
+                parameter.data += 1.0
+    assert torch.equal(drawn(loop, "flux", twin), drawn(loop, "flux", reference))
+    assert not any("_diffusers_hook" in vars(m) for m in twin.modules())
+    assert model.is_cache_enabled, "the user's model lost its cache"
+    if attached is not None:
+        attached.detach()
+
+
+@pytest.mark.parametrize("cache", ["FirstBlockCache", "MagCache", "TaylorSeerCache"])
+def test_quantize_with_a_cache_on(
+    tiny: Callable[[str], nn.Module], recorded: Any, cache: str
+) -> None:
+    """Every tensor is that of the model without it."""
+    model, trajectory = tiny("flux"), recorded("flux")
+    expected = tn.quantize(tiny("flux"), tn.schemes.W4A8, trajectory, rounding="gptq")
+    enable(model, cache)
+    found = tn.quantize(model, tn.schemes.W4A8, trajectory, rounding="gptq")
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert not [k for k, v in found.tensors.items() if not torch.equal(v, expected.tensors[k])]
+
+
+def test_what_a_cache_makes_meaningless_is_refused(
+    tiny: Callable[[str], nn.Module], recorded: Any, loop: Any, bits: Any
+) -> None:
+    """A route, a search for one, a comparison: in one sentence, before anything is changed."""
+    model, trajectory = tiny("flux"), recorded("flux")
+    artifact = tn.quantize(model, tn.schemes.W8A8, trajectory)
+    artifact |= route(model, trajectory)
+    enable(model, "TaylorSeerCache")
+    before = bits(model)
+    for ask in (
+        lambda: tn.attach(model, artifact),
+        lambda: tn.train_router(model, trajectory, speedup=1.5),
+        lambda: tn.compare(model, artifact, sample=loop("flux"), count=2),
+    ):
+        with pytest.raises(ModelError, match=r"TaylorSeerCache .* disable_cache\(\)"):
+            ask()
+    assert bits(model) == before
+    tn.attach(model, artifact, route=False).detach()
+    assert bits(model) == before
+
+
+def test_attaching_twice(tiny: Callable[[str], nn.Module], recorded: Any, bits: Any) -> None:
+    model = tiny("pixart")
+    artifact = tn.quantize(model, tn.schemes.W8A8, recorded("pixart"))
+    with tn.attach(model, artifact):
+        before = bits(model)
+        for given in (artifact, tn.schemes.W8A8, route(tiny("pixart"), recorded("pixart"))):
+            with pytest.raises(ModelError, match=r"attached .* detach\(\) it first"):
+                tn.attach(model, given)
+        assert bits(model) == before
+
+
+def route(model: Any, trajectory: Any, keep: int = 1) -> tn.Artifact:
+    """Everything is reused after the first `keep` steps."""
+    artifact = tn.Artifact.new(model, trajectory.schedule())
+    names = [branch.name for branch in tn.describe(denoiser_of(model)).branches]
+    times = list(trajectory.timesteps)
+    artifact.header["route"] = {"timesteps": times, "branches": names}
+    table = torch.zeros(len(times), len(names), dtype=torch.bool)
+    table[:keep] = True
+    artifact.tensors["route/table"] = table
+    return artifact
