@@ -85,6 +85,8 @@ class Swap:
         holder, key = holder_of(root, name)
         self.old: nn.Module | None = getattr(holder, key)
         self.new, self.place = new, _place_of(new)
+        for module in new.modules():  # no state of the model: offloading looks for all that is
+            module._non_persistent_buffers_set.update(module._buffers)
         new.__dict__["_swap"] = weakref.ref(self)
         setattr(holder, key, new)
 
@@ -98,6 +100,8 @@ class Swap:
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
         device, dtype = _place_of(self.new)
+        if dtype is not None and dtype.itemsize < 2:  # layerwise casting, which knows only the new
+            dtype = self.place[1]
         if (device, dtype) != self.place and device is not None and device.type != "meta":
             self.old.to(device, dtype)
             self.place = device, dtype

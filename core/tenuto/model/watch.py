@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 Before = Callable[[str, tuple[Any, ...], dict[str, Any]], object]
@@ -56,6 +57,7 @@ def watched(
 
 
 def _before(call: Before, name: str) -> Callable[..., None]:
+    @torch.compiler.disable
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call(name, args, kwargs)
 
@@ -63,6 +65,7 @@ def _before(call: Before, name: str) -> Callable[..., None]:
 
 
 def _after(call: After, name: str) -> Callable[..., None]:
+    @torch.compiler.disable
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call(name, args, kwargs, out)
 

@@ -6,6 +6,7 @@ import copy
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model import Signature, denoiser_of, tensors_in
@@ -22,10 +23,11 @@ class Follow:
     def __init__(self, handle: Any, clock: Clock, streams: bool = True) -> None:
         denoiser = denoiser_of(handle)
         self.clock, self.streams = clock, streams
-        self.pipeline = None if denoiser is handle else weakref.ref(handle)
+        self.pipeline = None if isinstance(handle, nn.Module) else weakref.ref(handle)
         self.facts = Signature(denoiser)
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.facts.inputs(args, kwargs)
         sample, count = self.facts.sample(inputs), self.facts.batch(inputs)

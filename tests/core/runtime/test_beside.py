@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.errors import ModelError
 from tenuto.model import denoiser_of, private_copy
+from tests.core import tiny_pipelines as small
 
 CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache", "PyramidAttentionBroadcast",
           "FasterCache")  # fmt: skip
@@ -43,6 +44,10 @@ def enable(model: Any, cache: str) -> None:
     if config is None:
         pytest.skip(f"no {cache} in this diffusers")
     model.enable_cache(config(**options(cache)))
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 def drawn(loop: Any, kind: str, model: nn.Module, **settings: Any) -> Tensor:
@@ -132,3 +137,53 @@ def route(model: Any, trajectory: Any, keep: int = 1) -> tn.Artifact:
     table[:keep] = True
     artifact.tensors["route/table"] = table
     return artifact
+
+
+# --- a ControlNet ---------------------------------------------------------------------------------
+
+
+def controlled(kind: str) -> Any:
+    """A pipeline with a ControlNet that does something, and its call."""
+    import diffusers
+
+    if kind == "sd":
+        pipe = small.stable_diffusion("StableDiffusionPipeline")
+        net = small.randomized(
+            diffusers.ControlNetModel.from_unet(
+                pipe.unet, conditioning_embedding_out_channels=(4, 8, 8)
+            )
+        )
+        return diffusers.StableDiffusionControlNetPipeline(
+            **pipe.components, controlnet=net, requires_safety_checker=False
+        ), {"image": torch.rand(1, 3, 32, 32)}
+    assert kind == "sd3"
+    pipe = small.sd3()
+    net = small.randomized(
+        diffusers.SD3ControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, num_extra_conditioning_channels=0
+        )
+    )
+    made = diffusers.StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=net)
+    return made, {"control_image": torch.rand(1, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_a_controlnet_does_not_change_what_is_reused(kind: str) -> None:
+    """Its residuals differ at every step: they are not who an image is."""
+    pipe, call = controlled(kind)
+    pipe.set_progress_bar_config(disable=True)
+    trajectory = tn.record(pipe, ["a dog", "two cats"], steps=4, guidance=3.0, call=call, batch=1)
+    with tn.attach(pipe, route(pipe, trajectory)) as attached:
+        found = trajectory.rollout()(denoiser_of(pipe), 0, 2)
+        assert all(counts == [1, 3] for counts in attached.counts().values())
+        streams = attached.clock.streams
+    assert len(set(streams)) == 4, "the halves of guidance are apart"
+    alone = torch.cat([one_image(pipe, trajectory, seed) for seed in (0, 1)])
+    if kind == "sd":  # the other's own pipeline draws the latent of the picture anew each time
+        assert gap(found, alone) < 1e-3, "an image depends on the one beside it"
+
+
+def one_image(pipe: Any, trajectory: Any, seed: int) -> Tensor:
+    """The latent of one image, both halves of guidance beside each other."""
+    with tn.attach(pipe, route(pipe, trajectory)):
+        return trajectory.rollout()(denoiser_of(pipe), seed, 1)
