@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..errors import SchemeError, TenutoError
-from ..model import Backbone, check_weights, denoiser_of, describe, frozen, layers, private_copy
+from ..model import (
+    Backbone,
+    check_fused,
+    check_weights,
+    denoiser_of,
+    describe,
+    frozen,
+    layers,
+    private_copy,
+)
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..runtime import quantizable
@@ -63,6 +72,7 @@ def quantize(
     """
     denoiser = denoiser_of(model)
     check_weights(denoiser)
+    check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)

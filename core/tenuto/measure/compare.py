@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
 from ..sampling import Sample
-from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
+from .bf16 import NATIVE, bf16_arithmetic, bf16_floor
 from .comparison import Comparison
 from .encoder_states import hidden_distance
 from .environment import surroundings
@@ -237,8 +237,11 @@ def _ways(
     ways: dict[str, Way] = {FULL: lambda: plain(denoiser)}
     ways |= {name: partial(attached, name) for name in artifacts}
     if floor and dtype is not torch.bfloat16:
-        twin = bf16_copy(denoiser, bf16_arithmetic(device))
-        ways[BF16] = lambda: plain(twin)
+        twin, arithmetic = bf16_floor(denoiser, *call[:2])
+        for known in facts.values():
+            known.arithmetic = arithmetic
+        if twin is not None:
+            ways[BF16] = partial(plain, twin)
     return ways
 
 

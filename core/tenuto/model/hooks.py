@@ -82,6 +82,27 @@ def check_weights(model: nn.Module) -> None:
         )
 
 
+def check_fused(model: nn.Module) -> None:
+    """ModelError in one sentence if query, key and value are computed by one layer of diffusers'.
+
+    What an artifact has codes of is then not called.
+    """
+    if any(_fused(module) for module in model.modules()):
+        raise ModelError(
+            "The model's projections are fused, and artifacts know them apart: call "
+            "unfuse_qkv_projections() first."
+        )
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether an attention module of diffusers computes with its fused layers."""
+    if not getattr(module, "fused_projections", False):
+        return False
+    processor = getattr(module, "processor", None)
+    by_processor = type(module).__module__ == "diffusers.models.attention_processor"
+    return not by_processor or type(processor).__name__.startswith("Fused")
+
+
 class _Gone:
     """In a copy, where a hook was."""
 

@@ -24,6 +24,7 @@ from ..model import (
     Replacement,
     Swap,
     adapted,
+    check_fused,
     check_weights,
     denoiser_of,
     describe,
@@ -152,6 +153,8 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
     denoiser, made = denoiser_of(model), patches.artifact
     _check_free(denoiser)
     plan = replacements_for(denoiser, patches, chooser=chooser)
+    if plan:
+        check_fused(denoiser)
     if plan.policy is not None:
         refuse_cache(denoiser, "a cache schedule")
     modules = dict(own_modules(denoiser))

@@ -6,10 +6,9 @@ import copy
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..model import Signature, denoiser_of, tensors_in
+from ..model import Signature, denoiser_of, outside_graphs, tensors_in
 from .clock import Clock
 
 
@@ -27,7 +26,7 @@ class Follow:
         self.facts = Signature(denoiser)
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.facts.inputs(args, kwargs)
         sample, count = self.facts.sample(inputs), self.facts.batch(inputs)

@@ -14,106 +14,10 @@ from torch import Tensor, nn
 
 import tenuto as tn
 from tenuto.errors import ModelError
-from tenuto.model import denoiser_of, private_copy
+from tenuto.model import denoiser_of, own_modules, private_copy
+from tenuto.runtime import QLayer
 from tests.core import tiny_pipelines as small
-
-CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache", "PyramidAttentionBroadcast",
-          "FasterCache")  # fmt: skip
-
-
-def options(cache: str) -> dict[str, Any]:
-    """Of the configuration of a cache of diffusers."""
-    spatial = {
-        "spatial_attention_block_skip_range": 2,
-        "spatial_attention_timestep_skip_range": (-1, 1001),
-        "current_timestep_callback": lambda: 500,
-    }
-    return {
-        "FirstBlockCache": {"threshold": 0.5},
-        "MagCache": {"mag_ratios": torch.ones(4), "num_inference_steps": 4},
-        "TaylorSeerCache": {"cache_interval": 2, "disable_cache_before_step": 1},
-        "PyramidAttentionBroadcast": spatial,
-        "FasterCache": spatial | {"tensor_format": "BCHW", "is_guidance_distilled": True},
-    }[cache]
-
-
-def enable(model: Any, cache: str) -> None:
-    """A cache of diffusers on `model`, or skipped where this diffusers has it not."""
-    hooks = pytest.importorskip("diffusers.hooks")
-    config = getattr(hooks, f"{cache}Config", None)
-    if config is None:
-        pytest.skip(f"no {cache} in this diffusers")
-    model.enable_cache(config(**options(cache)))
-
-
-def gap(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
-
-
-def drawn(loop: Any, kind: str, model: nn.Module, **settings: Any) -> Tensor:
-    """The images of one run."""
-    with torch.no_grad():
-        return loop(kind, **settings)(model, 1, 2)
-
-
-# --- caches of diffusers --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("under", [False, True], ids=["", "attached"])
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_private_copy_runs_its_own_blocks(
-    tiny: Callable[[str], nn.Module], loop: Any, cache: str, under: bool
-) -> None:
-    """Whatever is changed in it, it computes as a model of its weights without a cache."""
-    model, plain = tiny("flux"), tiny("flux")
-    enable(model, cache)
-    attached = tn.attach(model, tn.schemes.W8A16, simulate=True) if under else None
-    twin, reference = private_copy(model), plain
-    if under:
-        tn.attach(plain, tn.schemes.W8A16, simulate=True)
-    for one in (twin, reference):
-        for name, parameter in one.named_parameters():
-            if "bias" in name:
-                parameter.data += 1.0
-    assert torch.equal(drawn(loop, "flux", twin), drawn(loop, "flux", reference))
-    assert not any("_diffusers_hook" in vars(m) for m in twin.modules())
-    assert model.is_cache_enabled, "the user's model lost its cache"
-    if attached is not None:
-        attached.detach()
-
-
-@pytest.mark.parametrize("cache", ["FirstBlockCache", "MagCache", "TaylorSeerCache"])
-def test_quantize_with_a_cache_on(
-    tiny: Callable[[str], nn.Module], recorded: Any, cache: str
-) -> None:
-    """Every tensor is that of the model without it."""
-    model, trajectory = tiny("flux"), recorded("flux")
-    expected = tn.quantize(tiny("flux"), tn.schemes.W4A8, trajectory, rounding="gptq")
-    enable(model, cache)
-    found = tn.quantize(model, tn.schemes.W4A8, trajectory, rounding="gptq")
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert not [k for k, v in found.tensors.items() if not torch.equal(v, expected.tensors[k])]
-
-
-def test_what_a_cache_makes_meaningless_is_refused(
-    tiny: Callable[[str], nn.Module], recorded: Any, loop: Any, bits: Any
-) -> None:
-    """A route, a search for one, a comparison: in one sentence, before anything is changed."""
-    model, trajectory = tiny("flux"), recorded("flux")
-    artifact = tn.quantize(model, tn.schemes.W8A8, trajectory)
-    artifact |= route(model, trajectory)
-    enable(model, "TaylorSeerCache")
-    before = bits(model)
-    for ask in (
-        lambda: tn.attach(model, artifact),
-        lambda: tn.train_router(model, trajectory, speedup=1.5),
-        lambda: tn.compare(model, artifact, sample=loop("flux"), count=2),
-    ):
-        with pytest.raises(ModelError, match=r"TaylorSeerCache .* disable_cache\(\)"):
-            ask()
-    assert bits(model) == before
-    tn.attach(model, artifact, route=False).detach()
-    assert bits(model) == before
+from tests.core.beside import drawn, gap, route
 
 
 def test_attaching_twice(tiny: Callable[[str], nn.Module], recorded: Any, bits: Any) -> None:
@@ -127,63 +31,242 @@ def test_attaching_twice(tiny: Callable[[str], nn.Module], recorded: Any, bits: 
         assert bits(model) == before
 
 
-def route(model: Any, trajectory: Any, keep: int = 1) -> tn.Artifact:
-    """Everything is reused after the first `keep` steps."""
-    artifact = tn.Artifact.new(model, trajectory.schedule())
-    names = [branch.name for branch in tn.describe(denoiser_of(model)).branches]
-    times = list(trajectory.timesteps)
-    artifact.header["route"] = {"timesteps": times, "branches": names}
-    table = torch.zeros(len(times), len(names), dtype=torch.bool)
-    table[:keep] = True
-    artifact.tensors["route/table"] = table
-    return artifact
+# --- offloading and casting -----------------------------------------------------------------------
+
+CPU = torch.device("cpu")
 
 
-# --- a ControlNet ---------------------------------------------------------------------------------
+def offload(model: Any, how: str) -> None:
+    """One way to keep weights elsewhere; the CPU is where they are computed with, too."""
+    accelerate = pytest.importorskip("accelerate")
+    if how == "model":
+        accelerate.cpu_offload_with_hook(model, CPU)
+    elif how == "sequential":
+        accelerate.cpu_offload(model, CPU, offload_buffers=True)
+    elif how == "group":
+        places = {"onload_device": CPU, "offload_device": CPU}
+        model.enable_group_offload(**places, offload_type="leaf_level")
+    else:
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
 
-def controlled(kind: str) -> Any:
-    """A pipeline with a ControlNet that does something, and its call."""
-    import diffusers
+@pytest.mark.parametrize("how", ["sequential", "group", "casting"])
+def test_weights_that_are_elsewhere_are_refused(
+    tiny: Callable[[str], nn.Module], recorded: Any, loop: Any, how: str
+) -> None:
+    """Recording works; what reads weights says in one sentence what to do, and changes nothing."""
+    model, trajectory = tiny("flux"), recorded("flux")
+    artifact = tn.quantize(model, tn.schemes.W8A8, trajectory)
+    offload(model, how)
+    found = tn.record(model, sample=loop("flux"), batch=2, runs=1)
+    if how != "casting":
+        pairs = zip(found.calls, trajectory.calls, strict=False)
+        assert all(torch.equal(a.inputs["hidden_states"], b.inputs["hidden_states"])
+                   for a, b in pairs)  # fmt: skip
+    before = [(name, id(m), sorted(vars(m))) for name, m in model.named_modules()]
+    for ask in (
+        lambda: tn.attach(model, artifact),
+        lambda: tn.attach(model, tn.schemes.W8A16),
+        lambda: tn.quantize(model, tn.schemes.W8A8, trajectory),
+        lambda: tn.compare(model, artifact, sample=loop("flux"), count=2),
+        lambda: tn.train_router(model, trajectory, speedup=1.5),
+        lambda: private_copy(model),
+    ):
+        with pytest.raises(ModelError, match="turn it on after attaching"):
+            ask()
+    assert [(name, id(m), sorted(vars(m))) for name, m in model.named_modules()] == before
 
-    if kind == "sd":
-        pipe = small.stable_diffusion("StableDiffusionPipeline")
-        net = small.randomized(
-            diffusers.ControlNetModel.from_unet(
-                pipe.unet, conditioning_embedding_out_channels=(4, 8, 8)
-            )
-        )
-        return diffusers.StableDiffusionControlNetPipeline(
-            **pipe.components, controlnet=net, requires_safety_checker=False
-        ), {"image": torch.rand(1, 3, 32, 32)}
-    assert kind == "sd3"
-    pipe = small.sd3()
-    net = small.randomized(
-        diffusers.SD3ControlNetModel.from_transformer(
-            pipe.transformer, num_layers=1, num_extra_conditioning_channels=0
-        )
-    )
-    made = diffusers.StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=net)
-    return made, {"control_image": torch.rand(1, 3, 32, 32)}
+
+@pytest.mark.parametrize("how", ["model", "sequential", "group", "casting"])
+def test_offloading_after_attaching(
+    tiny: Callable[[str], nn.Module], recorded: Any, loop: Any, how: str
+) -> None:
+    model = tiny("flux")
+    plain = drawn(loop, "flux", model)
+    artifact = tn.quantize(model, tn.schemes.W8A8, recorded("flux"), temporal="none")
+    attached = tn.attach(model, artifact)
+    expected = drawn(loop, "flux", model)
+    offload(model, how)
+    found = drawn(loop, "flux", model)
+    if how == "casting":  # it rounds what is left in float
+        assert gap(found, expected) < 0.2
+    else:
+        assert torch.equal(found, expected)
+    attached.detach()
+    after = drawn(loop, "flux", model)
+    assert gap(after, plain) < 0.2 if how == "casting" else torch.equal(after, plain)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_a_controlnet_does_not_change_what_is_reused(kind: str) -> None:
-    """Its residuals differ at every step: they are not who an image is."""
-    pipe, call = controlled(kind)
+def test_model_offloading_before(tiny: Callable[[str], nn.Module], recorded: Any) -> None:
+    """The whole model is moved when it is called: its weights are there."""
+    model, trajectory = tiny("flux"), recorded("flux")
+    expected = tn.quantize(model, tn.schemes.W8A8, trajectory)
+    offload(model, "model")
+    found = tn.quantize(model, tn.schemes.W8A8, trajectory)
+    assert all(torch.equal(v, expected.tensors[k]) for k, v in found.tensors.items())
+    tn.attach(model, found).detach()
+
+
+# --- bf16 -----------------------------------------------------------------------------------------
+
+
+class InTheDtypeOfItsTime(nn.Module):
+    """Computes in the dtype of its timesteps, as HunyuanDiT and Kandinsky 5 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(8, 12)
+        parts = ([nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)] for _ in range(2))
+        self.layers = nn.ModuleList(nn.Sequential(*part) for part in parts)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = self.step((timestep.reshape(-1, 1) / 1000 * 2.0 ** torch.arange(8)).sin())
+        tokens = x.flatten(1).unflatten(1, (-1, 12)) + time[:, None]
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return tokens.view_as(x)
+
+
+def test_a_comparison_without_bf16_says_why() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = InTheDtypeOfItsTime()
+
+    def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
+        x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        for t in (999.0, 500.0):
+            x = x - denoiser(x, torch.full((batch,), t)) / 4
+        return x.clamp(-1, 1)
+
+    trajectory = tn.record(model, sample=sample, runs=1, batch=2)
+    artifact = tn.quantize(model, tn.schemes.W8A8, trajectory)
+    found = tn.compare(model, artifact, sample=sample, count=2)
+    assert found.bf16_floor_psnr_db is None and found.seconds_per_picture["bf16"] is None
+    assert found.bf16_arithmetic.startswith("no bf16: ") and "dtype" in found.bf16_arithmetic
+    assert "no bf16: " in str(found)
+
+
+# --- what else is put into a denoiser -------------------------------------------------------------
+
+
+def image(pipe: Any, **options: Any) -> Tensor:
+    """The latent of one image of a small Stable Diffusion."""
     pipe.set_progress_bar_config(disable=True)
-    trajectory = tn.record(pipe, ["a dog", "two cats"], steps=4, guidance=3.0, call=call, batch=1)
-    with tn.attach(pipe, route(pipe, trajectory)) as attached:
-        found = trajectory.rollout()(denoiser_of(pipe), 0, 2)
-        assert all(counts == [1, 3] for counts in attached.counts().values())
-        streams = attached.clock.streams
-    assert len(set(streams)) == 4, "the halves of guidance are apart"
-    alone = torch.cat([one_image(pipe, trajectory, seed) for seed in (0, 1)])
-    if kind == "sd":  # the other's own pipeline draws the latent of the picture anew each time
-        assert gap(found, alone) < 1e-3, "an image depends on the one beside it"
+    return pipe(
+        prompt="a dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0),
+        output_type="latent", **options,
+    ).images  # fmt: skip
 
 
-def one_image(pipe: Any, trajectory: Any, seed: int) -> Tensor:
-    """The latent of one image, both halves of guidance beside each other."""
+def dequantized(pipe: Any) -> Any:
+    """A pipeline whose denoiser has the weights that an attached one computes with."""
+    reference = small.stable_diffusion("StableDiffusionPipeline")
+    for name, layer in own_modules(pipe.unet):
+        if isinstance(layer, QLayer):
+            reference.unet.get_submodule(name).weight.data.copy_(layer.weight)
+    return reference
+
+
+def test_fused_projections(bits: Any) -> None:
+    """One sentence names the way back; a cache schedule alone works with them."""
+    pipe = small.stable_diffusion("StableDiffusionPipeline")
+    pipe.set_progress_bar_config(disable=True)
+    trajectory = tn.record(pipe, ["a dog", "two cats"], steps=4, guidance=2.0)
+    artifact = tn.quantize(pipe, tn.schemes.W8A8, trajectory)
+    pipe.fuse_qkv_projections()
+    before = bits(pipe.unet)
+    for ask in (
+        lambda: tn.attach(pipe, artifact),
+        lambda: tn.attach(pipe, tn.schemes.W8A16),
+        lambda: tn.quantize(pipe, tn.schemes.W8A8, trajectory),
+    ):
+        with pytest.raises(ModelError, match=r"unfuse_qkv_projections\(\)"):
+            ask()
+    assert bits(pipe.unet) == before
     with tn.attach(pipe, route(pipe, trajectory)):
-        return trajectory.rollout()(denoiser_of(pipe), seed, 1)
+        image(pipe)
+    pipe.unfuse_qkv_projections()
+    tn.attach(pipe, artifact).detach()
+
+
+def freeu(pipe: Any) -> dict[str, Any]:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    return {}
+
+
+def processors(pipe: Any) -> dict[str, Any]:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe.unet.set_attn_processor(AttnProcessor())
+    return {}
+
+
+def slicing(pipe: Any) -> dict[str, Any]:
+    pipe.enable_attention_slicing()
+    return {}
+
+
+def ip_adapter(pipe: Any) -> dict[str, Any]:
+    """A random IP-Adapter, loaded as a file's tensors are."""
+    draw, width = torch.Generator().manual_seed(3), small.WIDTH
+    layers: dict[str, Tensor] = {}
+    names = [n for n in pipe.unet.attn_processors if not n.endswith("attn1.processor")]
+    for number, name in enumerate(names):
+        rows = len(pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight)
+        for part in ("to_k_ip", "to_v_ip"):
+            values = torch.randn(rows, width, generator=draw) / 5
+            layers[f"{2 * number + 1}.{part}.weight"] = values
+    projection = {
+        "proj.weight": torch.randn(4 * width, width, generator=draw),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": layers}])
+    pipe.set_ip_adapter_scale(0.7)
+    return {"ip_adapter_image_embeds": [torch.ones(2, 1, width)]}
+
+
+@pytest.mark.parametrize("put", [freeu, processors, slicing, ip_adapter])
+def test_equal_to_the_same_on_the_dequantized_model(put: Any) -> None:
+    """Before or after attaching; taken out, the float model with it is left."""
+    plain, before, after = (small.stable_diffusion("StableDiffusionPipeline") for _ in range(3))
+    options = put(plain)
+    put(before)
+    with tn.attach(before, tn.schemes.W8A16), tn.attach(after, tn.schemes.W8A16):
+        put(after)
+        reference = dequantized(after)
+        put(reference)
+        expected = image(reference, **options)
+        assert gap(image(before, **options), expected) < 1e-5
+        assert gap(image(after, **options), expected) < 1e-5
+    for pipe in (before, after):
+        assert torch.equal(image(pipe, **options), image(plain, **options))
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile"])
+def test_a_compiled_denoiser(how: str) -> None:
+    """Recorded, quantized and attached to under its own names; it stays compiled."""
+    pipe = small.stable_diffusion("StableDiffusionPipeline")
+    pipe.set_progress_bar_config(disable=True)
+    trajectory = tn.record(pipe, ["a dog", "two cats"], steps=3, guidance=2.0)
+    artifact = tn.quantize(pipe, tn.schemes.W8A16, trajectory)
+    with tn.attach(pipe, artifact):
+        expected = image(pipe)
+    inner = pipe.unet
+    if how == "torch.compile":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.compile(backend="eager")
+    compiled = pipe.unet
+    found = tn.record(pipe, ["a dog", "two cats"], steps=3, guidance=2.0)
+    assert len(found.calls) == len(trajectory.calls)
+    assert denoiser_of(pipe) is inner and pipe.unet is compiled
+    again = tn.quantize(pipe, tn.schemes.W8A16, trajectory)
+    assert again.tensors.keys() == artifact.tensors.keys()
+    with tn.attach(pipe, artifact):
+        assert gap(image(pipe), expected) < 1e-4
+    torch._dynamo.reset()
