@@ -21,6 +21,10 @@ STEPWISE = re.compile(
     r"|^audio_hidden_states$|timestep|sigma"
 )
 
+# Plain arguments that make a call another pass of the same step, of the same image: guidance by a
+# model that leaves something out.
+PASSES = ("skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities")
+
 Rows = Tensor | Sequence[Tensor]  # (B, ...), or B tensors of a row each, not all of one shape
 
 
@@ -63,6 +67,11 @@ class Signature:
     def batch(self, inputs: dict[str, Any]) -> int:
         """How many rows a call has."""
         return len(self.sample(inputs))
+
+    def which(self, inputs: dict[str, Any]) -> str:
+        """Which pass of a step a call is, where it leaves something out; "": all others."""
+        found = ((name, inputs.get(name)) for name in PASSES)
+        return " ".join(f"{name}={value}" for name, value in found if value)
 
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.

@@ -39,7 +39,8 @@ class Follow:
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
-            self.clock.observe(step, count, conditions, device, sample)
+            which = self.facts.which(inputs)
+            self.clock.observe(step, count, conditions, device, sample, which)
         else:
             self.clock.observe(step, count, (), device)
 

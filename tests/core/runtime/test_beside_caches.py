@@ -152,3 +152,48 @@ def one_image(pipe: Any, trajectory: Any, seed: int) -> Tensor:
     """The latent of one image, both halves of guidance beside each other."""
     with tn.attach(pipe, route(pipe, trajectory)):
         return trajectory.rollout()(denoiser_of(pipe), seed, 1)
+
+
+# --- further passes of one step -------------------------------------------------------------------
+
+
+def guided(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(pipeline, the plain one, call): guidance by a pass that leaves something out."""
+    import diffusers
+
+    if kind == "skip-layer":
+        pipe = small.sd3()
+        places = {"skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+        return pipe, pipe, {"skip_guidance_layers": [0]} | places
+    plain = small.stable_diffusion("StableDiffusionPipeline")
+    parts = plain.components | {"requires_safety_checker": False}
+    pag = diffusers.StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"])
+    return pag, plain, {"pag_scale": 3.0}
+
+
+@pytest.mark.parametrize("kind", ["skip-layer", "perturbed"])
+def test_a_further_pass_has_features_of_its_own(kind: str) -> None:
+    """Each pass computes in the first step what it reuses: that step is the plain model's."""
+    pipe, plain, call = guided(kind)
+    pipe.set_progress_bar_config(disable=True)
+    trajectory = tn.record(plain, ["a dog", "two cats"], steps=3, guidance=3.0)
+
+    def first() -> Tensor:
+        """The latent after the first step."""
+        seen: list[Tensor] = []
+
+        def keep(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+            seen.append(given["latents"].clone())
+            return given
+
+        draw = torch.Generator().manual_seed(0)
+        pipe("a dog", num_inference_steps=3, generator=draw, output_type="latent",
+             callback_on_step_end=keep, guidance_scale=3.0, **call)  # fmt: skip
+        return seen[0]
+
+    expected = first()
+    with tn.attach(pipe, route(pipe, trajectory)) as attached:
+        assert torch.equal(first(), expected)
+        computed, reused = list(attached.counts().values())[-1]
+        passes = 2 if kind == "skip-layer" else 1
+        assert (computed, reused) == (passes, 2 * passes)
