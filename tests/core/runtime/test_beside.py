@@ -83,7 +83,7 @@ def test_offloading_after_attaching(
 ) -> None:
     model = tiny("flux")
     plain = drawn(loop, "flux", model)
-    artifact = tn.quantize(model, tn.schemes.W8A8, recorded("flux"), temporal="none")
+    artifact = tn.quantize(model, tn.schemes.W8A8, recorded("flux"), temporal="table")
     attached = tn.attach(model, artifact)
     expected = drawn(loop, "flux", model)
     offload(model, how)
