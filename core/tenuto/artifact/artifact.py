@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, SchemeError
-from ..model import denoiser_of, describe
+from ..model import check_weights, denoiser_of, describe
 from ..numerics import Scheme, layout
 from ..text import printable
 from ..work import write_tensors
@@ -41,6 +41,7 @@ class Artifact:
     def new(model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None) -> Artifact:
         """An empty artifact of `model`; schedule: {"timesteps", "steps", "guidance"}."""
         denoiser = denoiser_of(model)
+        check_weights(denoiser)
         header = {
             "format_version": VERSION,
             "family": describe(denoiser).family,
@@ -197,6 +198,7 @@ class Artifact:
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
         denoiser = denoiser_of(model)
+        check_weights(denoiser)
         kind = self.header["model_class"]
         if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(

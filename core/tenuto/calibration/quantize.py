@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +13,16 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..errors import SchemeError, TenutoError
-from ..model import Backbone, denoiser_of, describe, frozen, layers
+from ..model import (
+    Backbone,
+    check_fused,
+    check_weights,
+    denoiser_of,
+    describe,
+    frozen,
+    layers,
+    private_copy,
+)
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..runtime import quantizable
@@ -63,6 +71,8 @@ def quantize(
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
     denoiser = denoiser_of(model)
+    check_weights(denoiser)
+    check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
@@ -108,7 +118,7 @@ class Job:
         self.device = (
             torch.device(device) if device is not None else next(denoiser.parameters()).device
         )
-        self.model = copy.deepcopy(denoiser).float().to(self.device)
+        self.model = private_copy(denoiser).float().to(self.device)
         found = (
             (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
         )

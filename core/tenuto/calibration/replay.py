@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model import Leave, device_and_dtype, tensors_in, watched
+from ..model import Leave, device_and_dtype, private_copy, tensors_in, watched
 from ..sampling import Call, to_device
 from .bank import Bank, banked, cut_out
 
@@ -124,7 +123,7 @@ class Chain:
         calls: Sequence[Call],
         device: Any,
     ) -> None:
-        self.model, self.reference = model, copy.deepcopy(model)
+        self.model, self.reference = model, private_copy(model)
         self.blocks, self.calls, self.device = list(units), calls, device
         self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
         whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain

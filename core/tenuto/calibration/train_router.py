@@ -13,7 +13,14 @@ from torch import Tensor
 from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
-from ..model import denoiser_of, describe, device_and_dtype, multiply_adds
+from ..model import (
+    check_weights,
+    denoiser_of,
+    describe,
+    device_and_dtype,
+    multiply_adds,
+    refuse_cache,
+)
 from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
@@ -103,6 +110,8 @@ class RouteJob:
     ) -> None:
         if preset not in PRESETS:
             raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+        check_weights(denoiser_of(model))
+        refuse_cache(denoiser_of(model), "a search for what can be reused")
         if artifact is not None:
             artifact.check(model)
             _check_schedule(artifact, trajectory)

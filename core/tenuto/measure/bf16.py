@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import map_tensors
+from ..model import device_and_dtype, map_tensors, private_copy
+from ..text import printable
 
 NATIVE, WIDE = "native", "bf16 operands, fp32 products"
+NONE = "no bf16"  # what a reason begins with
 
 
 def bf16_arithmetic(device: torch.device) -> str:
@@ -35,7 +36,7 @@ def bf16_copy(denoiser: nn.Module, arithmetic: str = NATIVE) -> nn.Module:
     """
     weights = (p.dtype for p in denoiser.parameters() if p.is_floating_point())
     dtype = next(weights, torch.float32)
-    twin = nn.Module.to(copy.deepcopy(denoiser), torch.bfloat16)  # diffusers' own `to` warns
+    twin = nn.Module.to(private_copy(denoiser), torch.bfloat16)  # diffusers' own `to` warns
     if arithmetic == WIDE:
         for layer in twin.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -49,6 +50,24 @@ def bf16_copy(denoiser: nn.Module, arithmetic: str = NATIVE) -> nn.Module:
 
     _replace_forward(twin, forward)
     return twin
+
+
+def bf16_floor(
+    denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module | None, str]:
+    """(a copy in bf16, its arithmetic), or (None, why not) where it cannot take the call.
+
+    Some models compute in the dtype of their timesteps, which a pipeline in fp32 gives in fp32.
+    """
+    arithmetic = bf16_arithmetic(device_and_dtype(denoiser)[0])
+    twin = bf16_copy(denoiser, arithmetic)
+    try:
+        with torch.no_grad():
+            twin(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        said = str(error).strip().splitlines()[:1]
+        return None, f"{NONE}: {printable(' '.join(said), 160)}"
+    return twin, arithmetic
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, schedule_of
 from ..errors import TenutoError
-from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds
+from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds, refuse_cache
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
 from ..sampling import Sample
-from .bf16 import NATIVE, bf16_arithmetic, bf16_copy
+from .bf16 import NATIVE, bf16_arithmetic, bf16_floor
 from .comparison import Comparison
 from .encoder_states import hidden_distance
 from .environment import surroundings
@@ -147,6 +147,7 @@ def compare_all(
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
+    refuse_cache(denoiser_of(model), "a comparison with full precision")
     known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
     for artifact in known.values():
         artifact.check(model)
@@ -236,8 +237,11 @@ def _ways(
     ways: dict[str, Way] = {FULL: lambda: plain(denoiser)}
     ways |= {name: partial(attached, name) for name in artifacts}
     if floor and dtype is not torch.bfloat16:
-        twin = bf16_copy(denoiser, bf16_arithmetic(device))
-        ways[BF16] = lambda: plain(twin)
+        twin, arithmetic = bf16_floor(denoiser, *call[:2])
+        for known in facts.values():
+            known.arithmetic = arithmetic
+        if twin is not None:
+            ways[BF16] = partial(plain, twin)
     return ways
 
 

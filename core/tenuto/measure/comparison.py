@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..artifact.summary import counted
+from .bf16 import NONE
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Comparison:
 
     psnr_db {median, p5}, ssim (mean), lpips (mean): distance of the artifact's images from the
     full-precision ones; infinite PSNR means equal images, `identical_pictures` counts them.
-    bf16_floor_psnr_db: the same for images generated in bf16, None if the model is in bf16 itself.
+    bf16_floor_psnr_db: the same for images generated in bf16, None if the model is in bf16 itself
+    or cannot be run in it: then `bf16_arithmetic` has the reason.
     reuse_ratio, reuse_flops: share of the branch calls, and of the denoiser's multiply-adds, that
     was reused and not computed. int8_weight_share: of the bytes of Linear and Conv2d weights.
     seconds_per_picture {float, artifact, bf16}: medians over batches; bf16 is None where it is
@@ -125,6 +127,7 @@ class Comparison:
         said = [
             self.speed_note(),
             self.note() or "",
+            f"{self.bf16_arithmetic}." if self.bf16_arithmetic.startswith(NONE) else "",
             f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'}).",
             f"{counted(self.count, 'image')}, {counted(self.steps, 'step')}{guidance}, "
             f"{self.device}, {counted(self.threads, 'thread')}, torch {self.versions['torch']}",

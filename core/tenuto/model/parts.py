@@ -13,21 +13,30 @@ from ..errors import ModelError
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the module itself."""
+    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the module itself.
+
+    What `torch.compile` has wrapped is the module inside: its names, its hooks.
+    """
     if isinstance(model, nn.Module):
-        return model
+        return uncompiled(model)
     for name in ("transformer", "unet"):
         found = getattr(model, name, None)
         if isinstance(found, nn.Module):
-            return found
+            return uncompiled(found)
     raise ModelError(f"{type(model).__name__} has no `transformer` or `unet`.")
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` has wrapped, or `module` itself."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def encoders_of(model: Any) -> dict[str, nn.Module]:
     """The text encoders of a diffusers pipeline by name; none of a bare denoiser."""
     names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     found = {name: getattr(model, name, None) for name in names}
-    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+    return {name: uncompiled(part) for name, part in found.items() if isinstance(part, nn.Module)}
 
 
 @contextmanager

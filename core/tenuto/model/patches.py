@@ -85,6 +85,9 @@ class Swap:
         holder, key = holder_of(root, name)
         self.old: nn.Module | None = getattr(holder, key)
         self.new, self.place = new, _place_of(new)
+        for module in new.modules():  # no state of the model: offloading looks for all that is
+            held = (name for name, value in module._buffers.items() if value is not None)
+            module._non_persistent_buffers_set.update(held)
         new.__dict__["_swap"] = weakref.ref(self)
         setattr(holder, key, new)
 
@@ -98,7 +101,10 @@ class Swap:
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
         device, dtype = _place_of(self.new)
-        if (device, dtype) != self.place and device is not None and device.type != "meta":
+        cast = dtype is not None and dtype.itemsize < 2  # layerwise, of the new and of what it
+        if cast:  # shares with the old
+            dtype = self.place[1]
+        if (cast or (device, dtype) != self.place) and device is not None and device.type != "meta":
             self.old.to(device, dtype)
             self.place = device, dtype
         return self.old

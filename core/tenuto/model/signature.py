@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,16 @@ from ..errors import ModelError
 from .tree import tensors_in
 
 STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
+# Arguments that are other ones at every step, of one image too: what a ControlNet adds, the noisy
+# sound beside a noisy video, times in another unit.
+STEPWISE = re.compile(
+    r"additional_residuals?$|^(block_)?controlnet_\w*(samples|states)$|^control$"
+    r"|^audio_hidden_states$|timestep|sigma"
+)
+
+# Plain arguments that make a call another pass of the same step, of the same image: guidance by a
+# model that leaves something out.
+PASSES = ("skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities")
 
 Rows = Tensor | Sequence[Tensor]  # (B, ...), or B tensors of a row each, not all of one shape
 
@@ -57,13 +68,23 @@ class Signature:
         """How many rows a call has."""
         return len(self.sample(inputs))
 
-    def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
-        """Every other tensor: prompt embeddings, labels, masks, pooled vectors.
+    def which(self, inputs: dict[str, Any]) -> str:
+        """Which pass of a step a call is, where it leaves something out; "": all others."""
+        found = ((name, inputs.get(name)) for name in PASSES)
+        return " ".join(f"{name}={value}" for name, value in found if value)
 
+    def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
+        """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.
+
+        It says which image and which half of guidance a row is of, at every step of a run.
         Where the sample is a list, so are other arguments with a tensor a row; they stay lists.
         """
         step, batch = self.timestep(inputs), self.batch(inputs)
-        rest = [v for n, v in inputs.items() if n != self.names[0] and v is not step]
+        rest = [
+            value
+            for name, value in inputs.items()
+            if name != self.names[0] and value is not step and not STEPWISE.search(name)
+        ]
         listed = not isinstance(self.sample(inputs), Tensor)
         found: list[Rows] = []
         for value in rest:

@@ -8,14 +8,36 @@ A callback that has seen enough raises `Leave`, which ends the call of the model
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Before = Callable[[str, tuple[Any, ...], dict[str, Any]], object]
 After = Callable[[str, tuple[Any, ...], dict[str, Any], Any], object]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(call: Function) -> Function:
+    """`call`, which torch's compiler leaves out of its graphs; it is not imported for that.
+
+    It takes a second to import, and models that are not compiled do without.
+    """
+
+    @functools.wraps(call)
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return call(*args, **kwargs)
+        return torch.compiler.disable(call)(*args, **kwargs)
+
+    vars(eager)["_torchdynamo_disable"] = True  # what torch's own decorator writes
+    return eager  # type: ignore[return-value]
 
 
 class Leave(Exception):
@@ -56,6 +78,7 @@ def watched(
 
 
 def _before(call: Before, name: str) -> Callable[..., None]:
+    @outside_graphs
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call(name, args, kwargs)
 
@@ -63,6 +86,7 @@ def _before(call: Before, name: str) -> Callable[..., None]:
 
 
 def _after(call: After, name: str) -> Callable[..., None]:
+    @outside_graphs
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call(name, args, kwargs, out)
 

@@ -6,7 +6,6 @@ applied.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -17,19 +16,24 @@ from torch import nn
 
 from ..artifact import Artifact, fingerprint, same
 from ..caching import CachedBranch, CacheSchedule, apply_schedule_
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ModelError
 from ..model import (
     Attached,
     KeyMap,
     Override,
+    Replacement,
     Swap,
     adapted,
+    check_fused,
+    check_weights,
     denoiser_of,
     describe,
     encoders_of,
     key_map_of,
     layers,
     own_modules,
+    private_copy,
+    refuse_cache,
 )
 from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
@@ -147,7 +151,12 @@ def attach(
 def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
     """`attach`, by what is to be put in."""
     denoiser, made = denoiser_of(model), patches.artifact
+    _check_free(denoiser)
     plan = replacements_for(denoiser, patches, chooser=chooser)
+    if plan:
+        check_fused(denoiser)
+    if plan.policy is not None:
+        refuse_cache(denoiser, "a cache schedule")
     modules = dict(own_modules(denoiser))
     new: dict[str, nn.Module] = {
         name: plan.table(name, modules[name])
@@ -180,9 +189,16 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
     return attached
 
 
+def _check_free(denoiser: nn.Module) -> None:
+    """ModelError if layers are replaced already, or if weights are elsewhere until called."""
+    if any(isinstance(module, Replacement) for module in denoiser.modules()):
+        raise ModelError("An artifact is attached to the model already: detach() it first.")
+    check_weights(denoiser)
+
+
 def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     """A deep copy of a denoiser with `artifact` attached; the caller's stays as it is."""
-    return attach(copy.deepcopy(denoiser_of(model)), artifact, **options)
+    return attach(private_copy(denoiser_of(model)), artifact, **options)
 
 
 def _schedule(denoiser: nn.Module, policy: Policy, times: tuple[float, ...]) -> CacheSchedule:
@@ -206,6 +222,7 @@ def encoder_layers(encoder: nn.Module, artifact: Artifact, name: str) -> dict[st
     facts = artifact.header.get("encoders", {}).get(name)
     if facts is None:
         return {}
+    check_weights(encoder)
     if not same(facts["fingerprint"], fingerprint(encoder)):
         raise ArtifactError(f"The artifact was made for another {name}: the weights differ.")
     start, modules = f"{name}.", dict(layers(encoder))

@@ -7,7 +7,7 @@ timestep alone is computed once, in full precision, and the module leaves the qu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,11 +37,16 @@ class TemporalTable(Replacement):
         self.clock, self.single, self.count = clock, single, len(rows)
         self.layer = isinstance(module, nn.Linear)
         empty = torch.empty(0, dtype=self.dtype, device=device)
-        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.weight: Tensor
+        self.register_buffer("weight", empty)
         for number, values in enumerate(rows):
             self.register_buffer(f"rows_{number}", values.to(device))
         self._original: tuple[nn.Module, ...] = (module,)  # no child: its weights are out
         self.train(module.training)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The empty weight, which is no state: offloading would look for it in a state dict."""
+        yield nn.Parameter(self.weight, requires_grad=False)
 
     def rows(self) -> list[Tensor]:
         """The tables, each (T, ...)."""

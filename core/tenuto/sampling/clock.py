@@ -128,6 +128,7 @@ class Clock:
         conditions: Sequence[Rows],
         device: Any,
         sample: Rows | None = None,
+        which: str = "",
     ) -> None:
         """`tick` for a bare denoiser call; reads the device once.
 
@@ -135,6 +136,7 @@ class Clock:
         not exact. conditions: tensors with `batch` rows or one for all (prompt embeddings, labels),
         or lists of a tensor a row; rows with equal conditions are told apart by their order.
         sample: the noisy sample, (batch, ...); it shows new runs that the timesteps don't.
+        which: a pass of a step beside the usual ones; its streams are others.
         """
         value = _spread(times_of(timestep, batch))
         marks = [self._marks_of(c) for c in conditions if _has_rows(c, batch)]
@@ -150,6 +152,8 @@ class Clock:
         streams: Sequence[Hashable] = range(batch)
         if marks:
             streams, rest = _numbered(rest[:batch]), rest[batch:]
+        if which:
+            streams = [(stream, which) for stream in streams]
         if self._rises(first):
             self.begin()
         if sample is not None and not self.uneven:

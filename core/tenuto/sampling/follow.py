@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model import Signature, denoiser_of, tensors_in
+from ..model import Signature, denoiser_of, outside_graphs, tensors_in
 from .clock import Clock
 
 
@@ -22,10 +22,11 @@ class Follow:
     def __init__(self, handle: Any, clock: Clock, streams: bool = True) -> None:
         denoiser = denoiser_of(handle)
         self.clock, self.streams = clock, streams
-        self.pipeline = None if denoiser is handle else weakref.ref(handle)
+        self.pipeline = None if isinstance(handle, nn.Module) else weakref.ref(handle)
         self.facts = Signature(denoiser)
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
+    @outside_graphs
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = self.facts.inputs(args, kwargs)
         sample, count = self.facts.sample(inputs), self.facts.batch(inputs)
@@ -38,7 +39,8 @@ class Follow:
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
-            self.clock.observe(step, count, conditions, device, sample)
+            which = self.facts.which(inputs)
+            self.clock.observe(step, count, conditions, device, sample, which)
         else:
             self.clock.observe(step, count, (), device)
 

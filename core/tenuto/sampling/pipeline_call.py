@@ -237,16 +237,17 @@ class PipelineCall:
     def _using(self, denoiser: nn.Module, quiet: bool) -> Iterator[None]:
         """The pipeline with this denoiser, and without its own bar if `quiet`; both come back."""
         pipe = self.pipe
-        name = "transformer" if self.denoiser is getattr(pipe, "transformer", None) else "unet"
+        name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
         before, bar = getattr(pipe, name), pipe.__dict__.get("_progress_bar_config")
         if quiet:
             pipe.set_progress_bar_config(disable=True)
-        if denoiser is not before:
+        other = denoiser_of(before) is not denoiser  # else it stays compiled, where it is
+        if other:
             setattr(pipe, name, denoiser)
         try:
             yield
         finally:
-            if denoiser is not before:
+            if other:
                 setattr(pipe, name, before)
             if bar is None:
                 pipe.__dict__.pop("_progress_bar_config", None)

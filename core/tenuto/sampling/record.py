@@ -99,7 +99,7 @@ def record(
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
     asked, run, count = None, sample, len(prompts)
     if sample is None:
-        if denoiser is model:
+        if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
         asked = PipelineCall(model, prompts, steps, guidance, call)
         count, batch = asked.count, batch if asked.together else 1

@@ -10,7 +10,6 @@ one input share s, so that it can be folded into what comes before them.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
 from ..moments import inputs_seen, patches, shared_inputs
@@ -63,7 +63,7 @@ class AWQ:
     ) -> dict[str, QTensor]:
         """The weights of `layers`, with which the block is to give `target` (R, ...) on `bank`."""
         device = next(block.parameters()).device
-        block, done = copy.deepcopy(block), 0
+        block, done = private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(bank), generator=draw)[: self.rows]
         forms = {name: scheme.weight for name, scheme in layers.items()}

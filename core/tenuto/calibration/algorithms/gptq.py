@@ -13,7 +13,6 @@ is rounded again with all others fixed, a few times (cyclic descent, Behdin et a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
 from ...runtime.kernels.column_rounding import compensate, descend
 from ..bank import Bank
@@ -66,7 +66,7 @@ class GPTQ:
     ) -> dict[str, QTensor]:
         """The weights of `layers`; `target` is not looked at."""
         device = next(block.parameters()).device
-        whole, block, done = block, copy.deepcopy(block), 0
+        whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(bank), generator=draw)[: self.rows]
         found = RoundToNearest()(block, layers)  # what the block never calls stays like that

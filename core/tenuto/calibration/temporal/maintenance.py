@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError, SchemeError
-from ...model import Backbone, frozen
+from ...model import Backbone, cache_on, frozen, private_copy
 from ...numerics import QTensor, Scheme, schemes
 from ...progress import Progress
 from ...sampling import Trajectory
@@ -44,7 +44,8 @@ def with_time_only(denoiser: nn.Module, backbone: Backbone, trajectory: Trajecto
     if backbone.family != "generic" or backbone.temporal:
         return backbone
     try:
-        found = discover(denoiser, trajectory.calls[0])
+        plain = private_copy(denoiser) if cache_on(denoiser) else denoiser
+        found = discover(plain, trajectory.calls[0])
     except (ModelError, RuntimeError, LookupError, TypeError, ValueError) as error:
         log.warning("Time-only modules could not be discovered: %s", error)
         return backbone
