@@ -86,7 +86,7 @@ class CacheSchedule:
         return CacheSchedule(table, self.timesteps, tuple(branches))
 
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
-        """As a policy: the nearest row for each of these timesteps, over these branches."""
+        """As a policy: the same schedule for these timesteps (`at`), over these branches."""
         return self.over(branches).at(timesteps)
 
     @staticmethod
