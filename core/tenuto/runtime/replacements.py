@@ -134,7 +134,7 @@ def replacements_for(
         found = _of_artifact(denoiser, made, modules, patches)
     if patches.scheme is not None and patches.weights:
         found.schemes = _rounded(denoiser, modules, patches)
-        found.codes, found.ranges = {}, {}
+        found.codes, found.ranges, found.tables, found.rows = {}, {}, {}, {}
     found.options = {
         "wanted": patches.execution, "simulate": patches.simulate, "chooser": chooser,
     }  # fmt: skip
