@@ -77,7 +77,7 @@ def work(url: str, client: Any, number: int) -> None:
 
 
 def main() -> None:
-    """Print what is held after the warm-up, in between and in the end."""
+    """Print the resident memory after the warm-up, in between and in the end."""
     from gradio_client import Client
 
     parser = argparse.ArgumentParser()

@@ -14,7 +14,7 @@ SENTENCE = 300  # characters
 
 
 class Page(gr.Blocks):
-    """`gr.Blocks` whose listeners tell in one sentence that they were called with other values."""
+    """`gr.Blocks` whose listeners refuse wrong values in one sentence."""
 
     def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
         """gr.Error where there are too few."""
@@ -33,7 +33,7 @@ class Page(gr.Blocks):
             raise refusal(said) from error
 
     async def call_function(self, *args: Any, **options: Any) -> Any:
-        """What a listener answers; gr.Error where it fails, which alone is told to the client."""
+        """What a listener answers; gr.Error where it fails: no other reaches the client."""
         try:
             return await super().call_function(*args, **options)
         except gr.Error:

@@ -38,7 +38,7 @@ class Unsupported(scripts.Script):
 def register() -> type[scripts.Script]:
     """Registers the callbacks; the host forgets them at a reload of the page, and asks again.
 
-    SD.Next, whose callbacks take no name, gets none of them: it is told once in its log, and the
+    SD.Next, whose callbacks take no name, gets none of them: its log says so once, and the
     script that is returned says it on the page.
     """
     from modules import script_callbacks as host

@@ -345,7 +345,7 @@ assert work.load("u") is None
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of a file")
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     """As the system says it where a file may not grow; what was there is whole."""
     run = subprocess.run(

@@ -41,7 +41,7 @@ def _check(model: nn.Module, header: Mapping[str, Any], tensors: dict[str, Tenso
     for name, facts in header.get("layers", {}).items():
         layer, form = by_name.get(name), schemes[facts["scheme"]].weight
         if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
-            continue  # who attaches it is told
+            continue  # attaching refuses it
         weight = layer.weight.detach()
         if weight.is_meta or not weight.is_floating_point():
             continue

@@ -18,7 +18,7 @@ class Slot:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype  # of what is kept, where it is not the output's
-        self.handed: torch.dtype | None = None  # what is handed out then
+        self.output_dtype: torch.dtype | None = None  # what is returned then
         self.run: int | None = None
         self.stored: dict[Hashable, tuple[Any, int, Any]] = {}
         self.last: tuple[tuple[Hashable, ...], Any, Any] | None = None
@@ -32,7 +32,7 @@ class Slot:
             self.stored.clear()
             self.run = clock.run
         if self.dtype is not None:
-            self.handed = next(tensors_in(out)).dtype
+            self.output_dtype = next(tensors_in(out)).dtype
         out = map_tensors(lambda t: t.to(self.dtype or t.dtype, copy=True), out)
         self.last = (clock.streams, shape, out)
         for row, stream in enumerate(clock.streams):
@@ -51,7 +51,7 @@ class Slot:
             return None
         streams, old, out = self.last
         if streams == clock.streams and old == shape:
-            return map_tensors(lambda t: t.to(self.handed or t.dtype, copy=True), out)
+            return map_tensors(lambda t: t.to(self.output_dtype or t.dtype, copy=True), out)
         found = [self.stored.get(stream) for stream in clock.streams]
         rows = [(f[0], f[1]) for f in found if f is not None and f[2] == shape]
         if not rows or len(rows) < len(found):
@@ -59,7 +59,7 @@ class Slot:
 
         def gathered(*parts: Tensor) -> Tensor:
             whole = torch.stack([part[row] for part, (_, row) in zip(parts, rows, strict=True)])
-            return whole.to(self.handed or whole.dtype)
+            return whole.to(self.output_dtype or whole.dtype)
 
         return map_tensors(gathered, *(outputs for outputs, _ in rows))
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
 from .arguments import whole
 
 CALL = "The pipeline's own call"
+
+
+def _count(name: str, words: str) -> Any:
+    """An option that takes a whole number above 0."""
+    return Option(name, metavar="N", parser=whole(1), rich_help_panel=CALL, help=words)
+
 
 Set = Annotated[
     list[str],
@@ -27,27 +33,9 @@ Mask = Annotated[
     Path | None,
     Option("--mask", metavar="FILE", rich_help_panel=CALL, help="Where to change it, in white."),
 ]
-Height = Annotated[
-    int | None,
-    Option(
-        "--height", metavar="N", parser=whole(1), rich_help_panel=CALL,
-        help="Height in pixels (the model's).",
-    ),
-]  # fmt: skip
-Width = Annotated[
-    int | None,
-    Option(
-        "--width", metavar="N", parser=whole(1), rich_help_panel=CALL,
-        help="Width in pixels (the model's).",
-    ),
-]  # fmt: skip
-Frames = Annotated[
-    int | None,
-    Option(
-        "--frames", metavar="N", parser=whole(1), rich_help_panel=CALL,
-        help="Frames of a video (the model's).",
-    ),
-]  # fmt: skip
+Height = Annotated[int | None, _count("--height", "Height in pixels (the model's).")]
+Width = Annotated[int | None, _count("--width", "Width in pixels (the model's).")]
+Frames = Annotated[int | None, _count("--frames", "Frames of a video (the model's).")]
 Without = Annotated[
     str | None,
     Option("--negative", metavar="TEXT", rich_help_panel=CALL, help="What images should not show."),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -260,5 +261,6 @@ class QLayer(Replacement):
     def _geometry(self, layer: Any) -> Any:
         """Of a convolution: stride, padding, dilation, groups."""
 
+    @abstractmethod
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The operation in float."""

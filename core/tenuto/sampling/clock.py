@@ -134,7 +134,7 @@ class Clock:
 
         timestep: as `times_of` takes it; where its rows differ the first one counts and the step is
         not exact. conditions: tensors with `batch` rows or one for all (prompt embeddings, labels),
-        or lists of a tensor a row; rows with equal conditions are told apart by their order.
+        or lists of a tensor a row; rows with equal conditions differ by their order.
         sample: the noisy sample, (batch, ...); it shows new runs that the timesteps don't.
         which: a pass of a step beside the usual ones; its streams are others.
         """

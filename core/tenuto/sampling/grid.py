@@ -17,7 +17,7 @@ def grid_from(times: Any, first: float) -> tuple[float, ...]:
     once. A run that starts at less noise (image to image) has those from `first` on.
     """
     try:
-        raw = torch.as_tensor(times).detach().double().flatten().unique_consecutive().tolist()
+        raw = torch.as_tensor(times).detach().cpu().double().flatten().unique_consecutive().tolist()
     except (TypeError, ValueError, RuntimeError):
         return ()
     best: tuple[float, tuple[float, ...]] = (NEAR, ())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,6 @@ CPU = torch.device("cpu")
 
 def offload(model: Any, how: str) -> None:
     """One way to keep weights elsewhere; the CPU is where they are computed with, too."""
-    accelerate = pytest.importorskip("accelerate")
     if how == "model":
         accelerate.cpu_offload_with_hook(model, CPU)
     elif how == "sequential":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,8 @@ def options(cache: str) -> dict[str, Any]:
 
 
 def enable(model: Any, cache: str) -> None:
-    """A cache of diffusers on `model`, or skipped where this diffusers has it not."""
-    hooks = pytest.importorskip("diffusers.hooks")
-    config = getattr(hooks, f"{cache}Config", None)
-    if config is None:
-        pytest.skip(f"no {cache} in this diffusers")
+    """A cache of diffusers on `model`."""
+    config = getattr(diffusers, f"{cache}Config")
     model.enable_cache(config(**options(cache)))
 
 

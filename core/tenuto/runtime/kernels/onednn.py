@@ -9,6 +9,7 @@ weights), otherwise as the sum of two products of half the activation: x = floor
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -101,10 +102,11 @@ class _Packed:
         one = self._one(low, low_zero, scale, bias, torch.float32)
         return one.add_(self._one(high, high_zero, scale, None, torch.float32)).to(dtype)
 
+    @abstractmethod
     def _one(
         self, x: Tensor, zero: Any, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        raise NotImplementedError
+        """One product."""
 
     def tensors(self) -> list[Tensor]:
         """What is resident."""
