@@ -41,7 +41,7 @@ def add(bench: Bench) -> None:
         artifact: str | None, beside: bool,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""
-        return bench.draw(
+        return bench.generate(
             model, prompt, seed, steps, guidance, artifact or "", beside, lambda done, total: None
         )
 

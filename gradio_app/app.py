@@ -36,7 +36,7 @@ def build(bench: Bench) -> Any:
         gr.HTML(HEAD)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                drawing = generate.tab(bench)
+                generation = generate.tab(bench)
             with gr.Tab("Calibrate", id="calibrate"):
                 calibration = calibrate.tab(bench, first)
             with gr.Tab("Compare", id="compare"):
@@ -44,15 +44,15 @@ def build(bench: Bench) -> Any:
         watch = calibration.watch
         watch.use.click(
             lambda key: calibrate.used(bench, key), watch.key,
-            [drawing.model, drawing.artifact, drawing.chosen, tabs], **QUIET,
+            [generation.model, generation.artifact, generation.chosen, tabs], **QUIET,
         )  # fmt: skip
         tabs.select(
-            lambda one, two: _artifacts(bench, one, two), [drawing.model, comparison.model],
-            [drawing.artifact, comparison.artifacts], **QUIET,
+            lambda one, two: _artifacts(bench, one, two), [generation.model, comparison.model],
+            [generation.artifact, comparison.artifacts], **QUIET,
         )  # fmt: skip
         page.load(
             lambda: [gr.Dropdown(choices=bench.places.models())] * 3, None,
-            [drawing.model, calibration.model, comparison.model], **QUIET,
+            [generation.model, calibration.model, comparison.model], **QUIET,
         )  # fmt: skip
         page.load(
             lambda key: [

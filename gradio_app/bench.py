@@ -20,7 +20,7 @@ from .places import SHIPPED, Places, checked_name
 from .png import texts
 from .requests import CHOSEN, HOW, LINES, calibration
 from .settings import Settings
-from .studio import OnCall, Picture, Studio, Wanted, settings_of
+from .studio import Generated, OnCall, Studio, Wanted, settings_of
 
 NO_ARTIFACT = ""
 GENERATE = "generate"  # is no job, but can be stopped like one
@@ -40,7 +40,7 @@ class Bench:
 
     # --- generate -------------------------------------------------------------------------------
 
-    def draw(
+    def generate(
         self,
         model: str,
         prompt: str,
@@ -65,22 +65,22 @@ class Bench:
             given(guidance, real, "Guidance", 0, 1000),
             self.places.artifact(artifact) if artifact else None, artifact or "", beside,
         )  # fmt: skip
-        self.desk.take("picture")
+        self.desk.take("image")
         try:
-            found = self.studio.draw(wanted, on_call)
+            found = self.studio.generate(wanted, on_call)
         finally:
             self.desk.give()
             give_back()
         return self._saved(found, wanted)
 
     @disk_told()
-    def _saved(self, found: Picture, wanted: Wanted) -> dict[str, Any]:
-        from tenuto.sampling.images import picture_name, save_png
+    def _saved(self, found: Generated, wanted: Wanted) -> dict[str, Any]:
+        from tenuto.sampling.images import image_name, save_png
 
         folder, paths, infos = self.places.out / "pictures", {}, {}
         for which, picture in found.pictures.items():
             infos[which] = found.infotext(wanted, which)
-            path = picture_name(wanted.prompt, wanted.seed, folder)
+            path = image_name(wanted.prompt, wanted.seed, folder)
             save_png(picture, path, settings_of(wanted, which), infos[which])
             paths[which] = str(path)
         info = infos.get("artifact", infos.get("full", ""))
@@ -275,8 +275,8 @@ class Bench:
         """A job as plain data, for the API."""
         job = self.desk.job(key, kind)
         if job is None:  # an image is no job
-            drawing = kind == GENERATE and self.desk.busy == "picture"
-            return {"state": "running" if drawing else "none"}
+            generating = kind == GENERATE and self.desk.busy == "image"
+            return {"state": "running" if generating else "none"}
         return {
             "id": job.id, "state": job.state, "stage": job.stage, "part": job.part,
             "parts": job.parts, "done": job.done, "total": job.total, "note": job.note,

@@ -14,7 +14,7 @@ from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
 from .guard import drop
-from .measured import compared, drawn
+from .measured import compared, generated
 from .studio import defaults_of
 from .view import card
 from .viewer import AUDIBLE, QUIET, optional, show, viewer
@@ -97,15 +97,15 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     """Generate and Stop: one of them is always there to be pressed. Progress is below them."""
     go, stop, working = parts
 
-    def draw(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         return drawn_now(bench, progress, *values)
 
-    def buttons(drawing: bool) -> list[Any]:
-        pressed = [gr.Button(interactive=not drawing), gr.Button(interactive=drawing)]
-        return [*pressed, gr.HTML(visible=drawing)]
+    def buttons(generating: bool) -> list[Any]:
+        pressed = [gr.Button(interactive=not generating), gr.Button(interactive=generating)]
+        return [*pressed, gr.HTML(visible=generating)]
 
     gr.on([go.click, prompt.submit], lambda: buttons(True), None, parts, **QUIET).then(
-        draw, inputs, outputs, api_visibility="private", concurrency_id="machine",
+        on_generate, inputs, outputs, api_visibility="private", concurrency_id="machine",
         show_progress_on=[working],
     ).then(lambda: buttons(False), None, parts, **QUIET)  # fmt: skip
     stop.click(bench.studio.stop, None, None, **QUIET)
@@ -121,7 +121,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     nothing: list[Any] = [gr.skip()] * 6
     try:
         progress(0, desc="Loading the model")
-        found = bench.draw(
+        found = bench.generate(
             model, prompt, seed, steps, guidance, artifact if on else NO_ARTIFACT, beside, on_call
         )
     except Cancelled:
@@ -140,7 +140,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     else:
         ((which, path),) = pictures.items()
         pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
-        numbers = drawn(said, found["seconds"], found["steps"], bench.settings.device or "here")
+        numbers = generated(said, found["seconds"], found["steps"], bench.settings.device or "here")
     info = gr.Textbox(found["infotext"], visible=True)
     return [pair, numbers, info, *show(pair, mode)]
 

@@ -177,19 +177,19 @@ class Desk:
 
     @property
     def busy(self) -> str:
-        """What is at work: the kind of a job, "picture" for an image, or nothing."""
+        """What is at work: the kind of a job, "image" for an image, or nothing."""
         if not self._free.locked():
             return ""
-        return next((job.kind for job in self._jobs.values() if job.alive), "picture")
+        return next((job.kind for job in self._jobs.values() if job.alive), "image")
 
     def take(self, what: str) -> None:
         """Take the desk for `what`; TenutoError, which says who has it, if it is taken."""
         if not self._free.acquire(blocking=False):
-            busy = self.busy or "picture"
-            raise TenutoError(
-                f"A {NAMES.get(busy, busy)} is being {'drawn' if busy == 'picture' else 'made'}: "
-                f"wait until it is done{'' if busy == 'picture' else ', or stop it'}."
-            )
+            busy = self.busy or "image"
+            if busy == "image":
+                raise TenutoError("An image is being generated: wait until it is done.")
+            name = NAMES.get(busy, busy)
+            raise TenutoError(f"A {name} is being made: wait until it is done, or stop it.")
 
     def give(self) -> None:
         """The desk is free again."""

@@ -32,7 +32,7 @@ def compared(found: Mapping[str, Numbers]) -> str:
     return f"{table(rows, ['', 'full precision', *found])}{said}{_place(first)}"
 
 
-def drawn(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
+def generated(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
     """One image that was generated alone: there is nothing to compare it with."""
     rows = [("this image", f"{lasting(seconds)}, {steps} steps, {device}")]
     if numbers["execution"]["layers"]:

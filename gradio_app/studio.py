@@ -37,7 +37,7 @@ class Wanted:
 
 
 @dataclass
-class Picture:
+class Generated:
     """The images, "full" and "artifact" (PIL). numbers: a comparison, or the time."""
 
     pictures: dict[str, Any]
@@ -91,7 +91,7 @@ class Studio:
                 self._model = model
             return self._pipe
 
-    def draw(self, wanted: Wanted, on_call: OnCall) -> Picture:
+    def generate(self, wanted: Wanted, on_call: OnCall) -> Generated:
         """One image, or two: beside it the one that full precision draws from the same noise."""
         from tenuto.cli.checks import load_artifact
         from tenuto.cli.session import check_steps
@@ -125,13 +125,13 @@ class Studio:
             yield
 
 
-def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
+def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     from tenuto.cli.session import attached_to
-    from tenuto.sampling.images import draw
+    from tenuto.sampling.images import generate_images
 
     with attached_to(pipe, artifact, "auto") as attached:
         start = time.perf_counter()
-        images = draw(
+        images = generate_images(
             pipe, wanted.prompt, negative=None, steps=wanted.steps, guidance=wanted.guidance,
             seed=wanted.seed, count=1,
         )  # fmt: skip
@@ -140,26 +140,26 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
         counts = attached.counts() if attached else {}
     reused, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
     numbers = {"execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0}
-    return Picture({"artifact" if artifact else "full": images[0]}, seconds, numbers)
+    return Generated({"artifact" if artifact else "full": images[0]}, seconds, numbers)
 
 
-def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Picture:
+def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     import torch
 
     from tenuto.measure import ARTIFACT, FULL, compare_all
     from tenuto.sampling.images import to_images
 
     start = time.perf_counter()
-    found, drawn = compare_all(
+    found, generated = compare_all(
         pipe, {ARTIFACT: artifact}, [wanted.prompt], count=1, steps=wanted.steps,
         guidance=wanted.guidance, seed=wanted.seed, execution="auto", floor=False,
     )  # fmt: skip
     pictures = {
-        name: to_images(torch.cat(drawn[key].batches))[0]
+        name: to_images(torch.cat(generated[key].batches))[0]
         for name, key in (("full", FULL), ("artifact", ARTIFACT))
     }
     said = {"said": found[ARTIFACT].speed_note()}
-    return Picture(pictures, time.perf_counter() - start, found[ARTIFACT].to_json() | said)
+    return Generated(pictures, time.perf_counter() - start, found[ARTIFACT].to_json() | said)
 
 
 def defaults_of(model: str, artifact: Path | None = None) -> Defaults:

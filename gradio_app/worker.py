@@ -169,14 +169,14 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
     bars.plan = ["Generating"]
-    found, drawn = compare_all(
+    found, generated = compare_all(
         pipe, artifacts, lines, count=count, steps=sampling.steps,
         guidance=sampling.guidance, seed=seed, execution=request["execution"],
         batch=min(request["batch"], -(-count // 2)), on_progress=bars("Generating"),
     )  # fmt: skip
     folder, shown = Path(request["folder"]), min(count, request["shown"])
     pictures: dict[str, list[str]] = {}
-    for number, (name, kept) in enumerate(drawn.items()):
+    for number, (name, kept) in enumerate(generated.items()):
         images = to_images(torch.cat(kept.batches)[:shown])
         pictures[name] = [f"{number}-{i}.png" for i in range(shown)]
         for i, image in enumerate(images):

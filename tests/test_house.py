@@ -179,6 +179,30 @@ def test_the_library_imports_no_host_and_no_adapter() -> None:
     assert not wrong, wrong
 
 
+def test_what_is_imported_from_us_is_there() -> None:
+    """The tests of the hosts too, which run elsewhere, and imports inside of functions."""
+    wrong = []
+    for path in sources("core", "gradio_app", "comfy_nodes", "webui_ext", "benchmarks", "tests"):
+        for node, module, name in imported(tree_of(path)):
+            if module.split(".")[0] not in ("tenuto", "gradio_app") or name in ("", "*"):
+                continue
+            if module.endswith("_triton") or name.endswith("_triton"):
+                continue  # not everywhere
+            if not is_there(module, name):
+                wrong.append(f"{at(path, node)}: {module}.{name}")
+    assert not wrong, "\n".join(wrong)
+    assert is_there("tenuto.model", "patches") and is_there("tenuto.model", "layers")
+    assert not is_there("tenuto.model", "layer") and not is_there("tenuto.errors", "layers")
+
+
+def is_there(module: str, name: str) -> bool:
+    """Whether a module has `name`, or a package a module of that name."""
+    found = importlib.import_module(module)
+    if hasattr(found, name):
+        return True
+    return hasattr(found, "__path__") and bool(importlib.util.find_spec(f"{module}.{name}"))
+
+
 # --- no surprises on import ---------------------------------------------------------------------
 
 PROBE = """

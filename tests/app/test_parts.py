@@ -26,7 +26,7 @@ from gradio_app.jobs import Desk, Job
 from gradio_app.places import Places, checked_name
 from gradio_app.png import BUDGET, texts
 from gradio_app.settings import Settings
-from gradio_app.studio import Picture
+from gradio_app.studio import Generated
 from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
@@ -91,7 +91,7 @@ def test_a_prompt_that_is_too_long_or_no_text_is_refused(tmp_path: Path) -> None
     bench = Bench(Settings(tmp_path))
     for prompt, said in (("a" * 60_000, "at most 50000"), (["a"], "a text"), ("\ud800", "half a")):
         with pytest.raises(TenutoError, match=said):
-            bench.draw("demo:unet", prompt, 1, 1, None, "", False, lambda *_: None)
+            bench.generate("demo:unet", prompt, 1, 1, None, "", False, lambda *_: None)
 
 
 def png_of(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -230,12 +230,12 @@ def test_what_cannot_be_written_is_one_sentence(
 ) -> None:
     """A file in the place of a folder stands for a full disk."""
     bench = Bench(Settings(tmp_path))
-    drawn = Picture({"full": Image.new("RGB", (8, 8))}, 1.0)
-    monkeypatch.setattr(bench.studio, "draw", lambda *_: drawn)
+    drawn = Generated({"full": Image.new("RGB", (8, 8))}, 1.0)
+    monkeypatch.setattr(bench.studio, "generate", lambda *_: drawn)
     for name in ("pictures", "comparisons", "unfinished"):
         (tmp_path / name).write_text("in the way")
     for call in (
-        lambda: bench.draw("demo:unet", "a", 1, 1, None, "", False, lambda *_: None),
+        lambda: bench.generate("demo:unet", "a", 1, 1, None, "", False, lambda *_: None),
         lambda: bench.calibrate("demo:unet", "x", "w4a8", "quick", None),
         lambda: bench.compare("demo:unet", ["shipped:demo-unet.w8a8"], 1),
     ):
@@ -293,7 +293,7 @@ def test_a_job_ends_in_its_state(
     found = desk.start(job(how, tmp_path, monkeypatch), lambda job: seen.append(job.state))
     assert found.over.wait(20)
     assert (found.state, found.error, seen) == (state, error, [state])
-    desk.take("picture")  # it is free again
+    desk.take("image")  # it is free again
     assert escaped(view.status(found, ""))
 
 
@@ -304,7 +304,7 @@ def test_a_stop_takes_less_than_a_second(
     desk = Desk()
     found = desk.start(job(how, tmp_path, monkeypatch))
     with pytest.raises(TenutoError, match="calibration is being made"):
-        desk.take("picture")
+        desk.take("image")
     while found.stage != "Work":
         time.sleep(0.01)
     began = time.monotonic()
@@ -570,7 +570,7 @@ def test_a_model_that_fails_while_it_draws_is_told(
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))
-    monkeypatch.setattr(bench, "draw", out_of_memory)
+    monkeypatch.setattr(bench, "generate", out_of_memory)
     card = drawn_now(bench, lambda *args, **options: None, *["x"] * 9)[1]
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
@@ -595,7 +595,7 @@ def test_threads_do_not_pass_each_other() -> None:
 
     def come() -> None:
         try:
-            desk.take("picture")
+            desk.take("image")
             got.append(1)
         except TenutoError:
             pass

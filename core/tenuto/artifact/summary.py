@@ -130,7 +130,7 @@ def _call(schedule: dict[str, Any]) -> dict[str, Any]:
 def _given(value: Any) -> str:
     """A keyword's value as it is read: a file by its name."""
     if isinstance(value, dict) and "sha256" in value:
-        kinds = (kind for kind in ("file", "picture", "tensor", "array", "type") if kind in value)
+        kinds = (kind for kind in ("file", "image", "tensor", "array", "type") if kind in value)
         return str(next((value[kind] for kind in kinds), "?"))
     return str(value)
 

@@ -25,7 +25,7 @@ Set = Annotated[
         "be given several times.",
     ),
 ]  # fmt: skip
-Picture = Annotated[
+Image = Annotated[
     Path | None,
     Option("--image", metavar="FILE", rich_help_panel=CALL, help="The image to start from."),
 ]

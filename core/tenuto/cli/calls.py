@@ -20,7 +20,7 @@ OTHERWISE = {  # what pipelines that lack such a name call it
     "mask_image": ("mask", "control_mask"),
     "num_frames": ("video_length", "frames", "num_video_frames"),
 }
-MODES = {"mask_image": "L", "mask": "L", "control_mask": "L"}  # of pictures; else RGB
+MODES = {"mask_image": "L", "mask": "L", "control_mask": "L"}  # of images; else RGB
 
 
 def gathered(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,31 +33,31 @@ def gathered(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     ours = {k for k in OPTIONS if (command, k) != ("generate", "negative")}
     found = {k: v for k, v in options.items() if k not in ours and k != "given"}
     named = {OPTIONS[k]: v for k, v in options.items() if k in ours and v is not None}
-    call = {k: read_picture(v, k) if isinstance(v, Path) else v for k, v in named.items()}
+    call = {k: read_image(v, k) if isinstance(v, Path) else v for k, v in named.items()}
     return found | {"call": call | dict(map(_setting, options["given"]))}
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE: JSON where it is that, a picture where it is @FILE, else text."""
+    """NAME=VALUE: JSON where it is that, an image where it is @FILE, else text."""
     name, sign, value = text.partition("=")
     name = name.strip().replace("-", "_")
     if not sign or not name.isidentifier():
         raise TenutoError(f"--set takes NAME=VALUE, not {text!r}.")
     if value.startswith("@"):
-        return name, read_picture(Path(value[1:]), name)
+        return name, read_image(Path(value[1:]), name)
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
 
 
-def read_picture(path: Path, name: str = "image") -> Any:
-    """The picture in a file, for the keyword `name`; TenutoError if it is none."""
+def read_image(path: Path, name: str = "image") -> Any:
+    """The image in a file, for the keyword `name`; TenutoError if it is none."""
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
-            found = picture.convert(MODES.get(name, "RGB"))
+        with Image.open(path) as image:
+            found = image.convert(MODES.get(name, "RGB"))
     except OSError as error:
         said = error.strerror or "it is no image"
         raise TenutoError(f"Cannot read {path}: {said}.") from error
@@ -75,10 +75,10 @@ def fitted(kind: type, call: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def with_pictures(
+def with_images(
     schedule: Mapping[str, Any], call: Mapping[str, Any], folders: Iterable[Path]
 ) -> dict[str, Any]:
-    """`call` with the pictures that an artifact was calibrated with, where they are in `folders`.
+    """`call` with the images that an artifact was calibrated with, where they are in `folders`.
 
     Only a file of the same name and content is taken.
     """
@@ -89,11 +89,11 @@ def with_pictures(
         if name in call or not isinstance(file, str) or Path(file).name != file:
             continue
         for path in (folder / file for folder in folders):
-            if path.is_file() and _same(picture := read_picture(path, name), mark):
-                found[name] = picture
+            if path.is_file() and _same(image := read_image(path, name), mark):
+                found[name] = image
                 break
     return found
 
 
-def _same(picture: Any, mark: Mapping[str, Any]) -> bool:
-    return described({"picture": picture})["picture"][MARK] == mark.get(MARK)
+def _same(image: Any, mark: Mapping[str, Any]) -> bool:
+    return described({"image": image})["image"][MARK] == mark.get(MARK)

@@ -182,11 +182,11 @@ def generate(
 ) -> Answer:
     """Generate `batch` images of one prompt, with an artifact or without, as one PNG."""
     from ..measure.sheet import grid
-    from ..sampling.images import draw, picture_name, save_png
+    from ..sampling.images import generate_images, image_name, save_png
 
     bars = bars or Bars()
     check_model(model)
-    out = out or picture_name(prompt, seed)
+    out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
@@ -197,7 +197,7 @@ def generate(
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
     with attached_to(pipe, found, execution):
-        images = draw(
+        images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
         )  # fmt: skip

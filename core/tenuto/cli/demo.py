@@ -50,13 +50,13 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
     shipped = shipped_artifact(model)
     if shipped is not None:
         artifacts[SHIPPED] = shipped
-    found, drawn = compare_all(
+    found, generated = compare_all(
         pipe, artifacts, CAPTIONS, count=len(CAPTIONS), steps=sampling.steps,
         guidance=sampling.guidance, batch=BATCH, on_progress=bars("Generating"),
     )  # fmt: skip
     variants = {FULL: unchanged(found[MADE])} | found
     rows = [
-        Row(NAMES[name], row_lines(name, variant), to_images(torch.cat(drawn[name].batches)))
+        Row(NAMES[name], row_lines(name, variant), to_images(torch.cat(generated[name].batches)))
         for name, variant in variants.items()
     ]
     title = f"{PREFIX}{model}: {conditions(found[MADE])}"

@@ -28,7 +28,7 @@ from ..sampling import (
 )
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
 from ..work import MANIFEST, Lock, Work
-from .calls import fitted, with_pictures
+from .calls import fitted, with_images
 from .checks import RECORDING, damage_told, device_of
 from .console import Bars
 
@@ -89,7 +89,7 @@ def sampling_of(
         schedule = artifact.header["schedule"]
         with damage_told(file):
             usual = Defaults.read(schedule)
-            call = with_pictures(schedule, call, ((file or Path()).parent, Path()))
+            call = with_images(schedule, call, ((file or Path()).parent, Path()))
             call = repeated(schedule, call)
     return Sampling(
         usual.steps if steps is None else steps,

@@ -30,18 +30,18 @@ from .environment import surroundings
 from .lpips import lpips
 from .memory import PeakMemory, resident_weight_bytes
 from .metrics import frechet_distance, kernel_distance, psnr, ssim
-from .paired_runs import Drawn, FirstCall, Way, distances, draw_in_turns, first_call, split
+from .paired_runs import FirstCall, Generated, Way, distances, first_call, generate_in_turns, split
 from .repeat import as_calibrated
 
 __all__ = [
     "Comparison",
-    "Drawn",
+    "Generated",
     "Latency",
     "PeakMemory",
     "compare",
     "compare_all",
-    "draw_in_turns",
     "frechet_distance",
+    "generate_in_turns",
     "kernel_distance",
     "latency",
     "lpips",
@@ -138,7 +138,7 @@ def compare_all(
     execution: str = "int8",
     floor: bool = True,
     on_progress: Progress | None = None,
-) -> tuple[dict[str, Comparison], dict[str, Drawn]]:
+) -> tuple[dict[str, Comparison], dict[str, Generated]]:
     """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
     Steps, guidance and call are the first artifact's unless given; without `floor`, bf16 is left
@@ -161,21 +161,21 @@ def compare_all(
         first, seen = first_call(denoiser, sample, *batches[0], whole=given)
         facts = _facts_of(denoiser, known, first)
         ways = _ways(model, known, first, facts, execution, floor)
-        drawn = draw_in_turns(ways, sample, batches, on_progress)
+        generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {
             n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
         }
         run = surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
-    run |= {"count": sum(map(len, drawn[FULL].batches)), "batch": batch, "seed": seed}
+    run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
     return {
         name: Comparison(
-            **_distances(drawn, name),
-            **_costs(drawn, name, facts[name]),
+            **_distances(generated, name),
+            **_costs(generated, name, facts[name]),
             **run,
             encoders=states[name],
         )
         for name in known
-    }, drawn
+    }, generated
 
 
 def _facts_of(
@@ -245,9 +245,9 @@ def _ways(
     return ways
 
 
-def _distances(drawn: dict[str, Drawn], name: str) -> dict[str, Any]:
+def _distances(generated: dict[str, Generated], name: str) -> dict[str, Any]:
     """How far the artifact's images, and those in bf16, are from the full-precision ones."""
-    full, mine, floor = drawn[FULL], drawn[name], drawn.get(BF16)
+    full, mine, floor = generated[FULL], generated[name], generated.get(BF16)
     equal = distances(lambda a, b: (a == b).flatten(1).all(1), full, mine)
     return {
         "psnr_db": _spread(distances(psnr, full, mine)),
@@ -262,7 +262,9 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": percentile(values, 50), "p5": percentile(values, 5)}
 
 
-def _mean(distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn) -> float | None:
+def _mean(
+    distance: Callable[[Tensor, Tensor], Tensor], one: Generated, other: Generated
+) -> float | None:
     """The mean of `distance`, or None where it is not defined: images too small, no network."""
     try:
         return mean(distances(distance, one, other))
@@ -270,20 +272,20 @@ def _mean(distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
         return None
 
 
-def _costs(drawn: dict[str, Drawn], name: str, facts: _Facts) -> dict[str, Any]:
+def _costs(generated: dict[str, Generated], name: str, facts: _Facts) -> dict[str, Any]:
     """Time, memory and what was really executed; a simulated time gives no speed-up."""
     simulated = facts.execution["layers"].get("simulated", 0)
-    gain = None if simulated else drawn[FULL].latency.over(drawn[name].latency)
+    gain = None if simulated else generated[FULL].latency.over(generated[name].latency)
     ratio, work = facts.reuse()
-    plain = drawn.get(BF16) if facts.arithmetic == NATIVE else None  # else no time of bf16
+    plain = generated.get(BF16) if facts.arithmetic == NATIVE else None  # else no time of bf16
     return {
         "reuse_ratio": ratio,
         "reuse_flops": work,
         "int8_weight_share": facts.int8_share,
         "seconds_per_picture": {
-            "float": drawn[FULL].per_picture,
-            "artifact": drawn[name].per_picture,
-            "bf16": None if plain is None else plain.per_picture,
+            "float": generated[FULL].per_image,
+            "artifact": generated[name].per_image,
+            "bf16": None if plain is None else plain.per_image,
         },
         "speedup": None if gain is None else gain.median,
         "speedup_quartiles": None if gain is None else gain.quartiles,

@@ -22,7 +22,7 @@ FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
-class Drawn:
+class Generated:
     """What one way drew, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds.
 
     Each frame of a video is an image.
@@ -32,7 +32,7 @@ class Drawn:
     seconds: list[float] = field(default_factory=list)
 
     @property
-    def per_picture(self) -> float:
+    def per_image(self) -> float:
         """Seconds an image, the median over batches."""
         pairs = zip(self.seconds, self.batches, strict=True)
         return percentile([seconds / len(pictures) for seconds, pictures in pairs], 50)
@@ -44,7 +44,7 @@ class Drawn:
 
 
 def distances(
-    distance: Callable[[Tensor, Tensor], Tensor], one: Drawn, other: Drawn
+    distance: Callable[[Tensor, Tensor], Tensor], one: Generated, other: Generated
 ) -> list[float]:
     """`distance` of each image of `one` from its counterpart, batch by batch: large ones fit."""
     pairs = zip(one.batches, other.batches, strict=True)
@@ -56,18 +56,18 @@ def split(seed: int, count: int, batch: int) -> list[tuple[int, int]]:
     return [(s, min(batch, seed + count - s)) for s in range(seed, seed + count, batch)]
 
 
-def draw_in_turns(
+def generate_in_turns(
     ways: Mapping[str, Way],
     sample: Sample,
     batches: Sequence[tuple[int, int]],
     on_progress: Progress | None = None,
-) -> dict[str, Drawn]:
+) -> dict[str, Generated]:
     """Every way draws every batch: some batches by each way, the next ones in the opposite order.
 
     ways: what to enter to draw one way; it gives the denoiser that `sample` is called with.
     batches: (seed, size). Only the sampling is timed. TenutoError if `sample` returns no images.
     """
-    found = {name: Drawn() for name in ways}
+    found = {name: Generated() for name in ways}
     total = len(ways) * sum(size for _, size in batches)
     done = 0
     length = -(-len(batches) // ROUNDS)

@@ -1,6 +1,6 @@
 """A pipeline's keywords as an artifact's header has them, and such a header as keywords again.
 
-What is plain data can be repeated. Of pictures and tensors a header has a mark: what they were,
+What is plain data can be repeated. Of images and tensors a header has a mark: what they were,
 by their bits, so that the same can be given again.
 """
 
@@ -34,7 +34,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _described(item) for key, item in value.items()}
     if hasattr(value, "getbands"):  # PIL
-        return _mark(value.tobytes(), picture=list(value.size)) | _name_of(value)
+        return _mark(value.tobytes(), image=list(value.size)) | _name_of(value)
     if isinstance(value, Tensor):
         bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         return _mark(bits.numpy().tobytes(), tensor=list(value.shape))
@@ -47,9 +47,9 @@ def _mark(content: bytes, **what: Any) -> dict[str, Any]:
     return {MARK: hashlib.sha256(content).hexdigest()[:16]} | what
 
 
-def _name_of(picture: Any) -> dict[str, str]:
-    """The name of the file that a picture comes from; where that lies is nobody's business."""
-    path = getattr(picture, "filename", None)
+def _name_of(image: Any) -> dict[str, str]:
+    """The name of the file that an image comes from; where that lies is nobody's business."""
+    path = getattr(image, "filename", None)
     return {"file": PurePath(str(path)).name} if path else {}
 
 
@@ -63,7 +63,7 @@ def is_plain(value: Any) -> bool:
 def repeated(schedule: Mapping[str, Any], call: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keywords that an artifact with this schedule was calibrated with, changed by `call`.
 
-    TenutoError names the pictures and tensors among them that `call` does not give.
+    TenutoError names the images and tensors among them that `call` does not give.
     """
     known = schedule.get("call", {})
     if not isinstance(known, dict) or not all(isinstance(name, str) for name in known):

@@ -14,12 +14,12 @@ from ..work import whole_file
 from .pipeline_call import PipelineCall, one_by_one, wanted_prompts
 from .results import pil_of, to_images
 
-__all__ = ["draw", "picture_name", "save_png", "to_images"]
+__all__ = ["generate_images", "image_name", "save_png", "to_images"]
 
 TOGETHER = 8  # images generated at once
 
 
-def draw(
+def generate_images(
     pipe: Any,
     prompt: str,
     *,
@@ -71,7 +71,7 @@ def save_png(
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
-def picture_name(prompt: str, seed: int, folder: Path | None = None) -> Path:
+def image_name(prompt: str, seed: int, folder: Path | None = None) -> Path:
     """A file name made of the prompt that is not taken yet, in `folder`, else the current one."""
     words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     names = (f"{words}-{seed}{end}.png" for end in ("", *(f"-{n}" for n in range(2, 10_000))))

@@ -28,7 +28,7 @@ OURS = {
 PLAIN = {"use_resolution_binning": False, "clean_caption": False}  # small images, prompts as given
 GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "decoder_guidance_scale")
 TRUE_CFG = "true_cfg_scale"  # guidance in two calls, of models that are distilled or may be
-PICTURES = ("image", "mask_image", "control_image", "mask", "control_mask", "video")
+IMAGE_NAMES = ("image", "mask_image", "control_image", "mask", "control_mask", "video")
 WRONG_CALL = (TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -85,9 +85,9 @@ def wanted_prompts(
 
 
 def one_by_one(pipe: Any, call: Mapping[str, Any] | None) -> bool:
-    """Whether a pipeline is better called for one image at a time: a video, or made of a picture.
+    """Whether a pipeline is better called for one image at a time: a video, or made of an image.
 
-    A picture is given for one image, and not every pipeline takes it for several.
+    A start image is given for one image, and not every pipeline takes it for several.
     """
     video = "num_frames" in inspect.signature(type(pipe).__call__).parameters
     return video or not all(map(is_plain, described(call).values()))
@@ -217,7 +217,7 @@ class PipelineCall:
         empty = [
             name
             for name, p in self.parameters.items()
-            if name in PICTURES and p.default is None and name not in self.given
+            if name in IMAGE_NAMES and p.default is None and name not in self.given
             if "None" not in str(p.annotation)
         ]
         hint = f" It was given no {' and no '.join(empty)}." if empty else ""

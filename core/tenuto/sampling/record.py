@@ -16,7 +16,7 @@ from ..model import Signature, denoiser_of, frozen, map_tensors, watched
 from ..progress import Progress
 from .described import described
 from .pipeline_call import PipelineCall
-from .results import latents_of, pictures_of
+from .results import images_of, latents_of
 from .trajectory import Call, Sample, Trajectory
 
 
@@ -38,7 +38,7 @@ def sampler(
 
 
 def _sample(asked: PipelineCall, output: str) -> Sample:
-    taken = latents_of if output == "latent" else pictures_of
+    taken = latents_of if output == "latent" else images_of
 
     def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
         return taken(asked(denoiser, seed, batch, output))

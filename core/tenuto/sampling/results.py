@@ -37,9 +37,9 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(x, Tensor) for x in value)
 
 
-def pictures_of(results: Sequence[Any]) -> Tensor:
+def images_of(results: Sequence[Any]) -> Tensor:
     """Images (N, C, H, W), fp32 in [-1, 1]; each frame of a video is one. TenutoError: none."""
-    found = [picture for result in results for picture in _pictures(main_of(result))]
+    found = [image for result in results for image in _images(main_of(result))]
     return torch.cat(found)
 
 
@@ -49,14 +49,14 @@ def pil_of(result: Any) -> list[Any]:
     flat = list(_flat(value)) if isinstance(value, list) else []
     if flat and all(hasattr(x, "getbands") for x in flat):
         return flat
-    return to_images(pictures_of([result]))
+    return to_images(images_of([result]))
 
 
-def to_images(pictures: Tensor) -> list[Any]:
+def to_images(images: Tensor) -> list[Any]:
     """Tensors (N, 3, H, W) in [-1, 1] as PIL images."""
     from PIL import Image
 
-    values = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    values = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(value.numpy()) for value in values]
 
 
@@ -65,12 +65,12 @@ def _flat(value: list[Any]) -> Iterator[Any]:
         yield from _flat(item) if isinstance(item, list) else [item]
 
 
-def _pictures(value: Any, listed: bool = False) -> Iterator[Tensor]:
+def _images(value: Any, listed: bool = False) -> Iterator[Tensor]:
     """Images (n, C, H, W) in [-1, 1] in what a pipeline calls "pt", "np" or "pil"."""
     least = 3 if listed else 4  # of dimensions: a batch of sound has three
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _pictures(item, listed=True)
+            yield from _images(item, listed=True)
     elif hasattr(value, "getbands"):  # PIL
         yield _as_rows(torch.as_tensor(_array(value)).movedim(-1, -3).float()) / 127.5 - 1
     elif isinstance(value, Tensor) and least <= value.ndim <= 5:

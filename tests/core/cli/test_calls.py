@@ -17,7 +17,7 @@ from PIL import Image
 from tenuto import calibration, cli
 from tenuto.artifact import Artifact
 from tenuto.cli import commands
-from tenuto.cli.calls import fitted, with_pictures
+from tenuto.cli.calls import fitted, with_images
 from tenuto.model import Signature
 from tenuto.sampling import described
 from tenuto.sampling.loading import class_of
@@ -227,10 +227,10 @@ def test_only_the_same_image_is_found_again(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png")
     image.filename = "a.png"
     facts = described({"image": image, "strength": 0.5})
-    found = with_pictures({"call": facts}, {}, (tmp_path / "none", tmp_path))
+    found = with_images({"call": facts}, {}, (tmp_path / "none", tmp_path))
     assert described(found) == {"image": facts["image"]}
-    assert with_pictures({"call": facts}, {"image": 3}, (tmp_path,)) == {"image": 3}
+    assert with_images({"call": facts}, {"image": 3}, (tmp_path,)) == {"image": 3}
     for wrong in ("../a.png", str(tmp_path / "a.png"), 3, None):
         mark = {"image": facts["image"] | {"file": wrong}}
-        assert with_pictures({"call": mark}, {}, (tmp_path,)) == {}
-    assert with_pictures({"call": []}, {}, (tmp_path,)) == {}
+        assert with_images({"call": mark}, {}, (tmp_path,)) == {}
+    assert with_images({"call": []}, {}, (tmp_path,)) == {}

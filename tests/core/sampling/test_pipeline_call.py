@@ -16,10 +16,10 @@ from torch import Tensor
 import tenuto as tn
 from tenuto.model import denoiser_of
 from tenuto.sampling import PipelineCall, described, keep, kept, repeated, sampler
-from tenuto.sampling.images import draw
+from tenuto.sampling.images import generate_images
 from tenuto.sampling.pipeline_call import guidance_name
 from tenuto.sampling.record import recording
-from tenuto.sampling.results import latents_of, pictures_of, pil_of
+from tenuto.sampling.results import images_of, latents_of, pil_of
 from tenuto.work import Work
 from tests.core import tiny_pipelines as tiny
 
@@ -275,29 +275,31 @@ def test_images_in_any_form() -> None:
     pil = pil_of(diffusers.ImagePipelineOutput(images=values))
     whole = values * 2 - 1
     for result in (values, (values, None), [*values], [values.numpy().transpose(0, 2, 3, 1)]):
-        assert torch.allclose(pictures_of([result]), whole)
-    assert torch.allclose(pictures_of([(pil,)]), whole, atol=0.01)
-    assert torch.allclose(pictures_of([([pil, pil],)]), torch.cat([whole, whole]), atol=0.01)
+        assert torch.allclose(images_of([result]), whole)
+    assert torch.allclose(images_of([(pil,)]), whole, atol=0.01)
+    assert torch.allclose(images_of([([pil, pil],)]), torch.cat([whole, whole]), atol=0.01)
     frames = diffusers.pipelines.wan.pipeline_output.WanPipelineOutput(frames=videos)
-    assert torch.allclose(pictures_of([frames]), videos.flatten(0, 1) * 2 - 1)
+    assert torch.allclose(images_of([frames]), videos.flatten(0, 1) * 2 - 1)
     assert len(pil_of(frames)) == 10 and pil[0].size == (4, 6)
     assert latents_of([frames]).shape == videos.shape
     assert latents_of([[*values]]).shape == values.shape
     for sound in (numpy.zeros((2, 100)), torch.zeros(2, 2, 100)):
         with pytest.raises(tn.TenutoError, match="no images"):
-            pictures_of([(sound,)])
+            images_of([(sound,)])
 
 
 def test_images_are_generated_by_the_same_call() -> None:
     """`tenuto generate`: a start image, and the frames of a video as images."""
     pipe, _, call = asked("img2img")
-    found = draw(
+    found = generate_images(
         pipe, "a dog", negative="blur", steps=4, guidance=3.0, seed=0, count=2, call=call
     )  # fmt: skip
     assert [image.size for image in found] == [(32, 32)] * 2
     calls: list[Any] = []
     with recording(pipe.unet, calls):
-        draw(pipe, "a dog", negative=None, steps=4, guidance=3.0, seed=0, count=1, call=call)
+        generate_images(
+            pipe, "a dog", negative=None, steps=4, guidance=3.0, seed=0, count=1, call=call
+        )
     assert len(calls) == 2
 
 
@@ -316,7 +318,7 @@ def test_a_call_as_plain_data() -> None:
     }  # fmt: skip
     facts = described(call)
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["image"]["file"] == "photo.png" and facts["image"]["picture"] == [32, 32]
+    assert facts["image"]["file"] == "photo.png" and facts["image"]["image"] == [32, 32]
     assert (facts["strength"], facts["sizes"], facts["kwargs"]) == (0.5, [3, 4], {"scale": 1.0})
     assert described({"x": torch.ones(2, 3)})["x"] == facts["embeds"]
     assert described({"x": torch.zeros(2, 3)})["x"] != facts["embeds"]
