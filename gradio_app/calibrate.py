@@ -135,7 +135,7 @@ def _fields(bench: Bench, model_name: str) -> list[Any]:
     )  # fmt: skip
     reuse = gr.Slider(
         0, 80, 30, step=5, label="Cache schedule: share of branch calls to reuse, %",
-        info="0 trains no route", elem_id="calibrate-reuse",
+        info="0: no cache schedule", elem_id="calibrate-reuse",
     )  # fmt: skip
     encoder = gr.Radio(
         ENCODERS, value="", label="Text encoders", elem_id="calibrate-encoder",

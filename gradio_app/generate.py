@@ -58,7 +58,7 @@ def tab(bench: Bench) -> Generate:
             working = gr.HTML("", visible=False, elem_id="generate-working", min_height=WORKING)
             model = gr.Dropdown(
                 models, value=model_name, label="Model", allow_custom_value=True,
-                info="A model that ships, or a diffusers folder under --roots", elem_id="model",
+                info="A model that ships, or a folder in diffusers' format", elem_id="model",
             )  # fmt: skip
             artifact = gr.Dropdown(
                 choices, value=choices[-1][1], label="Artifact", allow_custom_value=True,
