@@ -10,6 +10,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch
 BIN    := .venv/bin
 COMFY  ?= .venv-comfy
+# As many tests at once as there are processors, a file on one of them; each computes on one thread then.
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -lt 8 ] && echo "$$n" || echo 8)
+AT_ONCE := -n $(JOBS) --dist loadfile
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
@@ -20,14 +23,14 @@ demo: .venv/.base
 	@echo "Pictures: $(CURDIR)/demo-out/demo.png    Numbers: $(CURDIR)/demo-out/demo.json"
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(AT_ONCE)
 	$(BIN)/python -m pytest -m slow --durations=8
 	$(MAKE) hosts
 
 # An environment of its own: ComfyUI brings other versions of what Tenuto uses, and its process must hold nothing of ours.
 hosts: $(COMFY)/.ready
 	PYTHONPATH=core OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TENUTO_COMFYUI="$(abspath $(COMFY))/ComfyUI" \
-	  $(COMFY)/venv/bin/python -m pytest -W ignore tests/hosts --durations=8
+	  $(COMFY)/venv/bin/python -m pytest -W ignore tests/hosts $(AT_ONCE) --durations=8
 
 check: .venv/.test
 	$(BIN)/ruff format --check .
