@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from tenuto.model import Attached
@@ -12,7 +12,7 @@ from tenuto.runtime import Host, Patches, replacements_for
 
 from .cache import Cache
 from .weights import Weights, unpatched
-from .wrapping import Wrapped
+from .wrapping import WRAPPED, Wrapped
 
 
 class ComfyUI(Host):
@@ -45,7 +45,7 @@ class Installed(Attached):
         for part in self.parts:
             part.eject(self.handle)
             self.handle.remove_injections(part.key)
-            for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+            for kind in WRAPPED:
                 self.handle.remove_wrappers_with_key(kind, part.key)
             self.handle.remove_callbacks_with_key(CallbacksMP.ON_DETACH, part.key)
             self.handle.remove_attachments(part.key)

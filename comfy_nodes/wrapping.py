@@ -8,21 +8,26 @@ other time: clones share their modules, and core ejects in no order that one cou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor, nn
 
-from tenuto.model import Override
+from tenuto.model import Override, patches_on
 from tenuto.sampling import Clock
+
+# A sampling run, an evaluation of its sampler, a denoiser call: one within the other.
+WRAPPED = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL)
 
 
 class Wrapped:
     """Overrides round a MODEL. A subclass says which ones, and what a sampling run opens.
 
-    `clock` follows every denoiser call; `on` is True inside of one.
+    `clock` follows every denoiser call; `on` is True inside of one. `passes`: how often each
+    prompt was computed in the evaluation of the sampler in progress; None outside of one.
     """
 
     key = "tenuto"
@@ -30,6 +35,7 @@ class Wrapped:
     def __init__(self) -> None:
         self.clock = Clock(())
         self.on = False
+        self.passes: Counter[Hashable] | None = None
         self.placed: weakref.WeakKeyDictionary[nn.Module, list[Override]]
         self.placed = weakref.WeakKeyDictionary()
 
@@ -51,10 +57,8 @@ class Wrapped:
     def apply(self, model: Any) -> Any:
         """A clone of `model` with the patches; another of the same kind before it is replaced."""
         made = model.clone()
-        for kind, call in (
-            (WrappersMP.OUTER_SAMPLE, self.sampling),
-            (WrappersMP.APPLY_MODEL, self.calling),
-        ):
+        calls = self.sampling, self.evaluating, self.calling
+        for kind, call in zip(WRAPPED, calls, strict=True):
             made.remove_wrappers_with_key(kind, self.key)
             made.add_wrapper_with_key(kind, self.key, call)
         made.remove_callbacks_with_key(CallbacksMP.ON_DETACH, self.key)
@@ -91,6 +95,14 @@ class Wrapped:
         finally:
             close()
 
+    def evaluating(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the sampler: guidance calls the denoiser as often as it likes."""
+        before, self.passes = self.passes, Counter()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.passes = before
+
     def calling(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One denoiser call: `x` (B, ...) at `t` (B,) sigmas, several prompts in one or apart."""
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
@@ -102,13 +114,24 @@ class Wrapped:
             self.on = before
 
     def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
-        """Move the clock. A stream is a prompt's id and an image's place in its share of rows."""
-        self.clock.observe(times, batch, (), device)
-        ids = options.get("uuids") or ()
-        if ids and batch % len(ids) == 0 and options.get("context_window") is None:
-            self.clock.streams = tuple((i, row) for i in ids for row in range(batch // len(ids)))
-        else:
+        """Move the clock. A stream is an image of a prompt in one pass of the evaluation.
+
+        That is: the prompt's id, which patches are on, how many such passes came before, and the
+        image's place in its share of the rows.
+        """
+        ids, on = options.get("uuids") or (), patches_on(options)
+        fits = ids and batch % len(ids) == 0 and options.get("context_window") is None
+        if not fits or self.passes is None:
             self.clock.begin()  # windows show other frames to the same prompt: nothing is reused
+        self.clock.observe(times, batch, (), device)
+        if not fits or self.passes is None:
+            return
+        streams: list[Hashable] = []
+        for prompt in ids:
+            count = self.passes[prompt, on]
+            self.passes[prompt, on] += 1
+            streams += [(prompt, on, count, row) for row in range(batch // len(ids))]
+        self.clock.streams = tuple(streams)
 
 
 def timesteps(sampling: Any, sigmas: Tensor) -> Tensor:

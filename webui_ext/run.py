@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenuto.model import patches_on
 from tenuto.sampling import Clock
 
 log = logging.getLogger("tenuto")
@@ -60,7 +61,7 @@ class Run:
         self.call += 1
         times = kwargs["timesteps"] if "timesteps" in kwargs else args[1]
         options = kwargs.get("transformer_options") or {}
-        self.tag = tuple(options.get("cond_or_uncond") or ())
+        self.tag = tuple(options.get("cond_or_uncond") or ()), patches_on(options)
         flat = torch.as_tensor(times).detach().reshape(-1)
         first, spread = float(flat[0]), 0.0
         if len(flat) > 1 and flat.stride(0):

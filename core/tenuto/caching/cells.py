@@ -129,7 +129,8 @@ class RunTable:
         if rows is None:
             if len(self._known) > 8:
                 self._known.clear()
-            rows = self._known[clock.grid] = self.schedule.at(clock.grid).table.tolist()
+            found = self.schedule.at(clock.grid, round(len(clock.grid) / clock.per_step))
+            rows = self._known[clock.grid] = found.table.tolist()
         return rows[clock.place][branch]
 
 

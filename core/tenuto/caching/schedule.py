@@ -42,8 +42,10 @@ class CacheSchedule:
         """Share of cells that are reused, over all steps (CUR of HarmoniCa, arXiv 2410.01723)."""
         return 1 - float(self.table.float().mean())
 
-    def at(self, timesteps: Sequence[float]) -> CacheSchedule:
+    def at(self, timesteps: Sequence[float], steps: int | None = None) -> CacheSchedule:
         """The same schedule for a run at other timesteps.
+
+        steps: how many the run has, where that is not one a timestep: KDPM2 has two in a step.
 
         Where they are its own, one by one, it stays. Else each branch reuses the same share of the
         steps, in the same part of the run and no more steps in a row; of fewer than `SHORTEST`
@@ -54,7 +56,7 @@ class CacheSchedule:
             return self
         if self.rows(times) == list(range(len(self.timesteps))):
             return CacheSchedule(self.table, times, self.branches)
-        if len(times) < SHORTEST or bool(self.table.all()):
+        if (len(times) if steps is None else steps) < SHORTEST or bool(self.table.all()):
             return CacheSchedule.full(times, self.branches)
         table = resampled(self.table, places_of(times, self.timesteps))
         return CacheSchedule(table, times, self.branches)

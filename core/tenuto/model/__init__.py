@@ -7,6 +7,7 @@ from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_ca
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
+from .passes import patches_on
 from .patches import Attached, Override, Replacement, Swap, override_
 from .signature import Rows, Signature, is_listed, times_of
 from .tree import map_leaves, map_tensors, tensors_in
@@ -44,6 +45,7 @@ __all__ = [
     "override_",
     "own_modules",
     "own_parameters",
+    "patches_on",
     "private_copy",
     "refuse_cache",
     "swapped",

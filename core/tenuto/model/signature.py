@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .passes import which_pass
 from .tree import tensors_in
 
 STEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
@@ -20,10 +21,6 @@ STEPWISE = re.compile(
     r"additional_residuals?$|^(block_)?controlnet_\w*(samples|states)$|^control$"
     r"|^audio_hidden_states$|timestep|sigma"
 )
-
-# Plain arguments that make a call another pass of the same step, of the same image: guidance by a
-# model that leaves something out.
-PASSES = ("skip_layers", "spatio_temporal_guidance_blocks", "isolate_modalities")
 
 Rows = Tensor | Sequence[Tensor]  # (B, ...), or B tensors of a row each, not all of one shape
 
@@ -70,8 +67,7 @@ class Signature:
 
     def which(self, inputs: dict[str, Any]) -> str:
         """Which pass of a step a call is, where it leaves something out; "": all others."""
-        found = ((name, inputs.get(name)) for name in PASSES)
-        return " ".join(f"{name}={value}" for name, value in found if value)
+        return which_pass(inputs)
 
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.

@@ -29,7 +29,7 @@ class Clock:
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
     run: a number that grows with every new sampling run; stored features never cross runs.
     grid: the timesteps of the run from its first one on, () where the host does not say them;
-    place: the nearest of them.
+    place: the nearest of them; per_step: how many of them a step of the scheduler has.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
@@ -45,6 +45,7 @@ class Clock:
         self.run = 0
         self.grid: tuple[float, ...] = ()
         self.place = 0
+        self.per_step = 1.0
         self._offered: Any = None
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
@@ -63,7 +64,7 @@ class Clock:
         memo[id(self)] = clone
         clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
         clone.streams, clone.run, clone.uneven = self.streams, self.run, self.uneven
-        clone.grid, clone.place = self.grid, self.place
+        clone.grid, clone.place, clone.per_step = self.grid, self.place, self.per_step
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -105,10 +106,16 @@ class Clock:
             abs(self.timesteps[step] - timestep) <= self._slack
         )
         self.index = torch.tensor([step], device=device)
+        place = self._place(timestep)
+        self.place = place if self.grid else 0
+
+    def _place(self, timestep: float) -> int:
+        """Which step of the run that is: of the run's own, else of the calibrated ones."""
         if not self.grid and self._offered is not None:
             self.grid = grid_from(self._offered, timestep)
         if self.grid:
-            self.place = min(range(len(self.grid)), key=lambda i: abs(self.grid[i] - timestep))
+            return min(range(len(self.grid)), key=lambda i: abs(self.grid[i] - timestep))
+        return self._step(timestep)
 
     def _step(self, timestep: float) -> int:
         return self.nearest(timestep) if self.timesteps else 0
@@ -165,7 +172,7 @@ class Clock:
         self, step: float, streams: Sequence[Hashable], marks: list[int], values: list[int]
     ) -> None:
         """Begin a run where the samples of a call are not of the one in progress."""
-        row, count = self._step(step), len(values) // max(1, len(marks))
+        row, count = self._place(step), len(values) // max(1, len(marks))
         found = [
             Seen(step, row, mark, values_of(values[i * count : (i + 1) * count]))
             for i, mark in enumerate(marks)

@@ -37,6 +37,7 @@ class Follow:
             times = getattr(scheduler, "timesteps", None)
             if self.clock.starts(scheduler, times, times=times):
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
+                self.clock.per_step = _per_step(times, scheduler)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             which = self.facts.which(inputs)
@@ -66,3 +67,14 @@ def _turns(times: Any) -> bool:
         return False
     steps = times.detach().cpu().flatten().double().diff()
     return bool((steps > 0).any() and (steps < 0).any())
+
+
+def _per_step(times: Any, scheduler: Any) -> float:
+    """How many of a scheduler's timesteps a step has: two of KDPM2's, one of Heun's.
+
+    One that comes twice in a row counts once.
+    """
+    steps = getattr(scheduler, "num_inference_steps", None)
+    if not isinstance(times, Tensor) or not isinstance(steps, int) or steps < 1:
+        return 1.0
+    return max(1.0, len(times.detach().flatten().unique_consecutive()) / steps)

@@ -22,7 +22,8 @@ LIKE = 0.5  # the least correlation of two samples of one run, over one large st
 class Seen:
     """The last sample of a stream.
 
-    time, row: its timestep and calibrated step. mark: a hash of it. values: some of it, fp32 (n,).
+    time, row: its timestep and which step of the run that is. mark: a hash of it. values: some of
+    it, fp32 (n,).
     place: timesteps of the run before this one. twice: whether the timestep was called more than
     once; paired: whether every timestep between the first and this one was.
     doubt: whether the run may be two that take turns.
