@@ -14,13 +14,18 @@ from .schedule import CacheSchedule
 
 
 class Slot:
-    """Stored outputs of one branch, by stream. Another run, shape or an unknown stream computes."""
+    """Stored outputs of one branch, by stream. Another run, shape or an unknown stream computes.
+
+    The first dimension need not be the batch: frames are folded into it, or tokens. Such outputs
+    are handed out only for the streams of one call, all of them in its order.
+    """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype  # of what is kept, where it is not the output's
         self.output_dtype: torch.dtype | None = None  # what is returned then
         self.run: int | None = None
         self.stored: dict[Hashable, tuple[Any, int, Any]] = {}
+        self.calls: dict[tuple[Hashable, ...], tuple[Any, Any]] = {}  # of outputs without rows
         self.last: tuple[tuple[Hashable, ...], Any, Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
@@ -30,11 +35,17 @@ class Slot:
         """Keep `out`, (B, ...) or such tensors in a container, for the streams of the call."""
         if self.run != clock.run:
             self.stored.clear()
+            self.calls.clear()
             self.run = clock.run
         if self.dtype is not None:
             self.output_dtype = next(tensors_in(out)).dtype
         out = map_tensors(lambda t: t.to(self.dtype or t.dtype, copy=True), out)
         self.last = (clock.streams, shape, out)
+        if any(not t.ndim or len(t) != len(clock.streams) for t in tensors_in(out)):
+            for streams in [s for s in self.calls if not {*s}.isdisjoint(clock.streams)]:
+                del self.calls[streams]
+            self.calls[clock.streams] = (shape, out)
+            return
         for row, stream in enumerate(clock.streams):
             self.stored[stream] = (out, row, shape)
 
@@ -44,12 +55,16 @@ class Slot:
             self.last = (*self.last[:2], map_tensors(Tensor.detach, self.last[2]))
         for stream, (out, row, shape) in self.stored.items():
             self.stored[stream] = (map_tensors(Tensor.detach, out), row, shape)
+        for streams, (shape, out) in self.calls.items():
+            self.calls[streams] = (shape, map_tensors(Tensor.detach, out))
 
     def find(self, clock: Clock, shape: Any) -> Any:
         """What is stored for the streams of the call, or None where any is missing."""
         if self.run != clock.run or self.last is None:
             return None
         streams, old, out = self.last
+        if streams != clock.streams and clock.streams in self.calls:
+            streams, (old, out) = clock.streams, self.calls[clock.streams]
         if streams == clock.streams and old == shape:
             return map_tensors(lambda t: t.to(self.output_dtype or t.dtype, copy=True), out)
         found = [self.stored.get(stream) for stream in clock.streams]
@@ -66,16 +81,19 @@ class Slot:
     def bytes(self) -> int:
         """What is stored now."""
         kept = {id(out): out for out, _, _ in self.stored.values()}
+        kept |= {id(out): out for _, out in self.calls.values()}
         return sum(t.numel() * t.element_size() for out in kept.values() for t in tensors_in(out))
 
 
-def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int = 0) -> Any:
     """What a branch's input must share with an earlier one: shape without batch, dtype, device.
 
-    Of its first tensor, by place or by name.
+    Of its first tensor, by place or by name. batch: how many samples the call has; its first
+    dimension may be that many times something, which must be equal too.
     """
     first = next(tensors_in((args, kwargs)))
-    return tuple(first.shape[1:]), first.dtype, first.device
+    share = len(first) / batch if batch and first.ndim else 1.0
+    return share, tuple(first.shape[1:]), first.dtype, first.device
 
 
 class CachedBranch:
@@ -93,7 +111,7 @@ class CachedBranch:
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.keeps:
             return original(*args, **kwargs)
-        shape = shape_of(args, kwargs)
+        shape = shape_of(args, kwargs, len(self.clock.streams))
         if self.may_reuse():
             found = self.slot.find(self.clock, shape)
             if found is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import watched
+from ..model import tensors_in, watched
 from ..numerics import Format, covering
 from ..sampling import Trajectory
 from ..work import Work
@@ -51,7 +51,7 @@ def extremes(
     found |= {f"{n}.high": torch.full((steps,), -torch.inf) for n in names}
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        low, high = torch.aminmax(args[0].detach())
+        low, high = torch.aminmax(next(tensors_in((args, kwargs))).detach())
         lows, highs = found[f"{name}.low"], found[f"{name}.high"]
         lows[row] = min(float(lows[row]), float(low))
         highs[row] = max(float(highs[row]), float(high))

@@ -24,26 +24,43 @@ class Bank:
     template: (args, kwargs) in which a tensor is `Rows(key)`; tensors: key -> (R, ...); fixed: the
     tensors that are the same in every call. steps: int64 (R,), the calibrated step of each row.
     counted: (R, L), 1 where a token matters, or None.
+    calls: where a call cannot be taken apart (frames in its batch, two times a sample), each row is
+    a whole call, with its own template here and tensors (R, rows of the call, ...).
     """
 
-    template: tuple[tuple[Any, ...], dict[str, Any]]
+    template: Template
     tensors: dict[int, Tensor]
     fixed: dict[int, Tensor]
     steps: Tensor
     counted: Tensor | None = None
+    calls: tuple[Template, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the block for the rows `index` (int64)."""
+        """Arguments of the block for the rows `index` (int64); see `parts`."""
         index = index.to(self.steps.device)  # where the other tensors are
-        chosen = {k: t.index_select(0, index) for k, t in self.tensors.items()} | self.fixed
-        return _filled(self.template, {k: t.to(device) for k, t in chosen.items()})
+        chosen = {k: self.of(t, index) for k, t in self.tensors.items()} | self.fixed
+        template = self.calls[int(index)] if self.calls else self.template
+        return _filled(template, {k: t.to(device) for k, t in chosen.items()})
+
+    def of(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """The rows `index` of a tensor of the bank, or of what the block answered to it."""
+        found = tensor.index_select(0, index.to(tensor.device))
+        return found.squeeze(0) if self.calls else found
+
+    def parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
+        """`index` in parts that one call of the block takes: `size` rows, or one whole call."""
+        yield from index.split(1 if self.calls else size)
 
     def chunks(self, size: int) -> Iterator[Tensor]:
-        """Row numbers in order, `size` at a time."""
-        yield from torch.arange(len(self)).split(size)
+        """Row numbers in order, `size` at a time; see `parts`."""
+        yield from self.parts(torch.arange(len(self)), size)
+
+    def enough(self, rows: int) -> int:
+        """How many rows of the bank are `rows` rows of the block's input, at least one."""
+        return max(1, rows // self.tensors[0].shape[1]) if self.calls else rows
 
     def advance(self, hidden: Tensor) -> Bank:
         """The bank of the next block of a chain: its first argument is this block's output."""
@@ -74,6 +91,7 @@ def _cut(value: Any, found: list[Tensor]) -> Any:
     return map_tensors(cut, value)
 
 
+Template = tuple[tuple[Any, ...], dict[str, Any]]
 Seen = tuple[Any, list[Tensor], int]
 
 
@@ -84,14 +102,8 @@ def cut_out(arguments: tuple[tuple[Any, ...], dict[str, Any]], row: int) -> Seen
 
 
 def banked(block: str, found: Sequence[Seen]) -> Bank:
-    """The calls that `block` got as one bank; see `inputs_of`."""
-    shapes = [tuple(t.shape[1:] for t in cut) for _, cut, _ in found]
-    usual = Counter(shapes).most_common(1)[0][0]
-    kept = [f for f, s in zip(found, shapes, strict=True) if s == usual]
-    if len(kept) < len(found):
-        log.warning(
-            "%d of %d calls have other shapes and are left out", len(found) - len(kept), len(found)
-        )
+    """The calls that `block` got as one bank, row by row; ModelError where they have no rows."""
+    kept = _alike(found, [tuple(t.shape[1:] for t in cut) for _, cut, _ in found])
     template = kept[0][0]
     if any(t != template for t, _, _ in kept):
         raise ModelError(f"{block} is called with other numbers at every step: round to nearest.")
@@ -104,6 +116,36 @@ def banked(block: str, found: Sequence[Seen]) -> Bank:
             tensors[key] = torch.cat(rows)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
     return Bank(template, tensors, fixed, torch.cat(steps))
+
+
+def banked_by_call(found: Sequence[Seen]) -> Bank:
+    """The same with a whole call as each row, whatever its tensors have as a first dimension."""
+    kept = _alike(found, [tuple(t.shape for t in cut) for _, cut, _ in found])
+    tensors, fixed = {}, {}
+    for key, column in enumerate(zip(*(cut for _, cut, _ in kept), strict=True)):
+        if key and all(torch.equal(t, column[0]) for t in column):
+            fixed[key] = column[0]
+        else:
+            tensors[key] = torch.stack(column)
+    steps = torch.tensor([row for _, _, row in kept])
+    return Bank(kept[0][0], tensors, fixed, steps, calls=tuple(t for t, _, _ in kept))
+
+
+def _alike(found: Sequence[Seen], shapes: Sequence[Any]) -> list[Seen]:
+    """The calls of the most frequent shapes, with a word in the log where that is not all."""
+    usual = Counter(shapes).most_common(1)[0][0]
+    kept = [f for f, s in zip(found, shapes, strict=True) if s == usual]
+    if len(kept) < len(found):
+        log.warning(
+            "%d of %d calls have other shapes and are left out", len(found) - len(kept), len(found)
+        )
+    return kept
+
+
+def fits(call: Seen, bank: Bank) -> bool:
+    """Whether a bank of rows has those of `call`: the shapes of its tensors but for the first."""
+    known = bank.tensors | bank.fixed
+    return all(t.shape[1:] == known[key].shape[1:] for key, t in enumerate(call[1]))
 
 
 def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tensor] | None:

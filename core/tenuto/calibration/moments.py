@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model import Leave, watched
+from ..model import Leave, tensors_in, watched
 from .bank import Bank
 
 CHUNK = 32  # rows of the bank in one call of the block
+TRIED = 4  # chunks in which a layer must have been called
 
 
 def inputs_seen(
@@ -26,7 +27,7 @@ def inputs_seen(
     """name -> the input of that layer, as it came, for `rows` of the bank, a chunk at a time.
 
     The first chunk tells how often the layers are called; others are left after the last call.
-    Tokens that do not count are zero.
+    A layer that a chunk does not call (an expert) is not in it. Tokens that do not count are zero.
     """
     found: dict[str, Tensor] = {}
     calls, last = 0, 0
@@ -34,12 +35,13 @@ def inputs_seen(
 
     def note(name: str, args: Any, kwargs: Any) -> None:
         nonlocal calls
-        x, calls = _counted(args[0].detach(), counted), calls + 1
+        x = next(tensors_in((args, kwargs))).detach()
+        x, calls = _counted(x, counted), calls + 1
         found[name] = torch.cat((found[name], x)) if name in found else x
         if calls == last:
             raise Leave
 
-    for index in rows.split(CHUNK):
+    for index in bank.parts(rows, CHUNK):
         args, kwargs = bank.rows(index, device)
         counted = None if bank.counted is None else bank.counted[index].to(device)
         calls = 0
@@ -71,16 +73,21 @@ def shared_inputs(
 ) -> list[list[str]]:
     """The layers `names` in the order in which they run, those with the same input together.
 
-    A layer that the block does not call is left out.
+    A layer that the block does not call is left out. One row tells, or as many as it takes until
+    each was called: an expert gets some tokens only.
     """
     order: list[tuple[Tensor, str]] = []
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        order.append((args[0], name))
+        order.append((next(tensors_in((args, kwargs))), name))
 
-    args, kwargs = bank.rows(torch.arange(1), device)
-    with watched(block, names, before=note):
-        block(*args, **kwargs)
+    several = torch.arange(1, min(len(bank), TRIED * CHUNK))
+    for index in (torch.arange(1), *bank.parts(several, CHUNK)):
+        args, kwargs = bank.rows(index, device)
+        with watched(block, names, before=note):
+            block(*args, **kwargs)
+        if {name for _, name in order} == set(names):
+            break
     groups: list[list[str]] = []
     last: Tensor | None = None
     for x, name in order:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model import Leave, device_and_dtype, private_copy, tensors_in, watched
 from ..sampling import Call, to_device
-from .bank import Bank, banked, cut_out
+from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits
 
 log = logging.getLogger("tenuto")
 
@@ -40,23 +40,62 @@ def run_to(denoiser: nn.Module, block: str, call: Call, device: Any) -> tuple[An
 
 
 @torch.no_grad()
-def inputs_of(denoiser: nn.Module, block: str, calls: Sequence[Call], device: Any) -> Bank:
+def inputs_of(
+    denoiser: nn.Module,
+    block: str,
+    calls: Sequence[Call],
+    device: Any,
+    by_call: bool | None = None,
+) -> Bank:
     """What `block` gets in `calls` of `denoiser`, kept on the CPU.
 
     The first tensor says how many rows a call has. What all rows share, such as the embedding of
-    a timestep, is given to each where it changes from call to call.
+    a timestep, is given to each where it changes from call to call. Where a call cannot be taken
+    apart into rows, see `_by_row`, the bank has whole calls; by_call: it has, or has not.
     Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
     """
     found = []
     for call in calls:
         args, kwargs = run_to(denoiser, block, call, device)
         found.append(cut_out((tuple(args), dict(kwargs)), call.row))
-    bank = banked(block, found)
+    module = denoiser.get_submodule(block)
+    bank = None if by_call else _by_row(module, block, found, device, by_call is None)
+    bank = bank or banked_by_call(found)
     known = [call.counted for call in calls]
     rows = [t for t in known if t is not None]
     if len(rows) == len(known) and sum(map(len, rows)) == len(bank):  # and no call was left out
         bank.counted = torch.cat(rows)
     return bank
+
+
+def _by_row(
+    module: nn.Module, block: str, found: Sequence[Seen], device: Any, sure: bool
+) -> Bank | None:
+    """The bank of rows; None where the block answers otherwise to rows than to whole calls.
+
+    The first dimension is not always the batch: video models fold frames into it, others have a
+    second time for the rows that stay clean. sure: the first and the last row are tried together.
+    """
+    try:
+        bank = banked(block, found)
+    except ModelError:
+        return None
+    if not sure or len(bank) < 2:
+        return bank
+    first, *_, last = [f for f in found if fits(f, bank)] * 2
+    answers = [outputs(module, banked_by_call([call]), device)[0] for call in (first, last)]
+    index = torch.tensor([0, len(bank) - 1])
+    args, kwargs = bank.rows(index, device)
+    try:
+        rows = first_tensor(module(*args, **kwargs)).cpu()
+    except (RuntimeError, ValueError, LookupError, AssertionError):
+        return None  # they do not even fit
+    ends = torch.stack((answers[0][0], answers[1][-1]))
+    if rows.shape != ends.shape:
+        return None
+    slack = 1e-3 if rows.dtype in (torch.float32, torch.float64) else 3e-2
+    gap = (rows.double() - ends.double()).flatten(1).norm(dim=1)
+    return bank if bool((gap <= slack * ends.double().flatten(1).norm(dim=1)).all()) else None
 
 
 @torch.no_grad()
@@ -66,7 +105,7 @@ def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor
     for index in bank.chunks(size):
         args, kwargs = bank.rows(index, device)
         found.append(first_tensor(block(*args, **kwargs)).cpu())
-    return torch.cat(found)
+    return torch.stack(found) if bank.calls else torch.cat(found)
 
 
 def first_tensor(out: Any) -> Tensor:
@@ -137,7 +176,8 @@ class Chain:
         stale = not self.linear and self.target is None
         if self.student is None or self.teacher is None or stale:
             self.student = inputs_of(self.model, block, self.calls, self.device)
-            self.teacher = inputs_of(self.reference, block, self.calls, self.device)
+            by_call = bool(self.student.calls)
+            self.teacher = inputs_of(self.reference, block, self.calls, self.device, by_call)
         if self.target is None:
             reference = self.reference.get_submodule(block)
             self.target = outputs(reference, self.teacher, self.device)

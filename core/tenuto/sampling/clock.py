@@ -147,6 +147,7 @@ class Clock:
         """
         value = _spread(times_of(timestep, batch))
         marks = [self._marks_of(c) for c in conditions if _has_rows(c, batch)]
+        marks = marks or [_row_hash(c) for c in _folded(conditions, batch)]
         parts = [_row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))] if marks else []
         if sample is not None:
             parts += [_row_hash(sample), some_values(sample).flatten()]
@@ -214,6 +215,15 @@ def _has_rows(condition: Rows, batch: int) -> bool:
     if isinstance(condition, Tensor):
         return bool(condition.ndim) and condition.shape[0] in (1, batch)
     return len(condition) == batch
+
+
+def _folded(conditions: Sequence[Rows], batch: int) -> list[Tensor]:
+    """Conditions with several rows a sample, such as a prompt for every frame: (batch, rows, ...).
+
+    Of three dimensions or more: others are places of tokens, which are no sample's.
+    """
+    found = (c for c in conditions if isinstance(c, Tensor) and c.ndim > 2)
+    return [c.unflatten(0, (batch, -1)) for c in found if len(c) and len(c) % batch == 0]
 
 
 def _row_hash(x: Rows) -> Tensor:

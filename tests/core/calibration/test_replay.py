@@ -113,12 +113,14 @@ class ScaledBlock(nn.Module):
 
 
 @pytest.mark.parametrize("tensor", [True, False])
-def test_what_has_no_rows_and_changes_is_refused(tensor: bool) -> None:
+def test_what_has_no_rows_and_changes_is_replayed_call_by_call(tensor: bool) -> None:
     """Taken from the first call, it would be wrong for all others and nobody would know."""
     calls = [Call(0, i, float(i), {"x": torch.ones(2, 4), "t": torch.tensor(i)}) for i in (1, 2)]
     denoiser = ByNumber(tensor)
-    with pytest.raises(ModelError, match=r"layers\.0"):
-        inputs_of(denoiser, "layers.0", calls, "cpu")
+    bank = inputs_of(denoiser, "layers.0", calls, "cpu")
+    found = outputs(denoiser.get_submodule("layers.0"), bank, "cpu")
+    assert len(bank) == 2 and bank.steps.tolist() == [1, 2] and bank.enough(5) == 2
+    assert torch.equal(found.flatten(0, 1), watched(denoiser, "layers.0", calls)[1])
     assert len(inputs_of(denoiser, "layers.0", [calls[0], calls[0]], "cpu")) == 4
 
 

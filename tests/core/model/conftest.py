@@ -576,6 +576,13 @@ def unknown(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="session")
+def odd() -> Callable[[str], Case]:
+    """Any one of both, by its name."""
+    every = FAMILIES | UNKNOWN
+    return lambda name: Case(name, every[name], built(every[name]))
+
+
+@pytest.fixture(scope="session")
 def covered() -> set[str]:
     """The names of the families in `FAMILIES`."""
     return {name.split()[0] for name in FAMILIES}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...model import override_
+from ...model import override_, tensors_in
 from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
 from ..replay import first_tensor, outputs
@@ -109,7 +109,8 @@ class AdaRound:
             for step in range(self.iterations):
                 if on_progress:
                     on_progress(step, self.iterations, "rounding")
-                index = torch.randint(len(bank), (self.batch,), generator=draw)
+                size = (bank.enough(self.batch),)
+                index = torch.randint(len(bank), size, generator=draw)
                 with torch.enable_grad():  # the caller may well be in no_grad
                     fit.gradients(index, step)
                 optimizer.step()
@@ -170,7 +171,8 @@ class _Fit:
     def _backward(self, index: Tensor, exponent: float | None) -> None:
         for rounding in self.roundings:
             rounding.alpha.grad = None
-        for place, rows in enumerate(index.chunk(self.parts)):
+        size = -(-len(index) // self.parts)
+        for place, rows in enumerate(self.bank.parts(index, size)):
             loss = self._error(rows) * len(rows) / len(index)
             if place == 0 and exponent is not None:
                 for rounding in self.roundings:
@@ -184,14 +186,15 @@ class _Fit:
         for rounding in self.roundings:
             rounding.soften()
         args, kwargs = self.bank.rows(rows, device)
-        wanted = self.target.index_select(0, rows.to(self.target.device)).to(device)
+        wanted = self.bank.of(self.target, rows).to(device)
         return (first_tensor(self.block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
 
 
 def _forward(rounding: Rounding) -> Callable[..., Tensor]:
     """A layer's forward with the soft weight."""
 
-    def forward(original: Callable[..., Tensor], module: Any, x: Tensor, *args: Any) -> Tensor:
+    def forward(original: Callable[..., Tensor], module: Any, *args: Any, **named: Any) -> Tensor:
+        x = next(tensors_in((args, named)))
         if isinstance(module, nn.Conv2d):
             return module._conv_forward(x, rounding.soft, module.bias)
         return F.linear(x, rounding.soft, module.bias)

@@ -65,7 +65,7 @@ class AWQ:
         device = next(block.parameters()).device
         block, done = private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(bank), generator=draw)[: self.rows]
+        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)]
         forms = {name: scheme.weight for name, scheme in layers.items()}
         found = {  # what the block never calls stays like that
             name: rounded(weight_of(block, name), forms[name], torch.ones((), device=device))
@@ -99,8 +99,9 @@ class AWQ:
         size, count = torch.zeros((), device=device), 0
         layer = block.get_submodule(name)
         for seen in inputs_seen(block, [name], bank, rows, device):
-            x = patches(layer, seen[name]).flatten(0, 1).float()
-            size, count = size + x.abs().sum(0), count + len(x)
+            if name in seen:
+                x = patches(layer, seen[name]).flatten(0, 1).float()
+                size, count = size + x.abs().sum(0), count + len(x)
         return size / max(1, count)
 
     def _candidates(
@@ -134,9 +135,9 @@ def _put(block: nn.Module, name: str, q: QTensor) -> None:
 def _error(block: nn.Module, bank: Bank, rows: Tensor, target: Tensor, device: Any) -> float:
     """Squared distance of the block's outputs from `target`, relative and token by token."""
     total = 0.0
-    for index in rows.split(CHUNK):
+    for index in bank.parts(rows, CHUNK):
         args, kwargs = bank.rows(index, device)
-        wanted = target.index_select(0, index).to(device)
+        wanted = bank.of(target, index).to(device)
         gap = first_tensor(block(*args, **kwargs)) - wanted
         share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
         if bank.counted is not None:

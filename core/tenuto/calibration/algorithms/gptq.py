@@ -24,7 +24,7 @@ from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
 from ...runtime.kernels.column_rounding import compensate, descend
 from ..bank import Bank
-from ..moments import inputs_seen, patches, shared_inputs
+from ..moments import CHUNK, inputs_seen, patches, shared_inputs
 from . import Effort
 from .nearest import RoundToNearest, weight_of
 
@@ -68,18 +68,21 @@ class GPTQ:
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(bank), generator=draw)[: self.rows]
+        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)]
         found = RoundToNearest()(block, layers)  # what the block never calls stays like that
         for group in shared_inputs(block, list(layers), bank, device):
             if on_progress:
                 on_progress(done, len(layers), "compensating")
-            gram, cross = self._moments(whole, block, group, bank, rows, device)
+            moments = self._moments(whole, block, group, bank, rows, device)
+            done += len(group)
+            if moments is None:
+                continue  # none of these rows came to it
+            gram, cross = moments
             for name in group:
                 weight = weight_of(whole, name)
                 found[name] = self.weight(weight, layers[name].weight, gram, cross[name])
                 layer: Any = block.get_submodule(name)
                 layer.weight.data.copy_(found[name].dequantize())
-            done += len(group)
         return found
 
     def _moments(
@@ -90,24 +93,35 @@ class GPTQ:
         bank: Bank,
         rows: Tensor,
         device: Any,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A (G, K, K) of the inputs that the layers share, and B (G, N / G, K) of each."""
-        first = whole.get_submodule(group[0])
-        gram: Any = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """A (G, K, K) of the inputs that the layers share, and B (G, N / G, K) of each.
+
+        None where no input came. What tokens an expert gets, the quantized gate decides: where the
+        two blocks' inputs are not the same tokens, it aims at its own outputs on its own inputs.
+        """
+        first, name = whole.get_submodule(group[0]), group[0]
+        gram: Any = None
         cross: dict[str, Any] = dict.fromkeys(group, 0.0)
-        now = inputs_seen(block, group[:1], bank, rows, device)
-        was = inputs_seen(whole, group[:1], bank, rows, device) if self.asymmetric else now
-        for seen in now:
-            x = patches(first, seen[group[0]])  # (G, R, K)
-            gram = gram + x.mT @ x
-            if self.asymmetric:
-                old = patches(first, next(was)[group[0]])
-                for name in group:
-                    y = old @ _by_group(weight_of(whole, name), len(x)).mT  # (G, R, N / G)
-                    cross[name] = cross[name] + y.mT @ x
-        if not self.asymmetric:
+        now = inputs_seen(block, [name], bank, rows, device)
+        was = inputs_seen(whole, [name], bank, rows, device) if self.asymmetric else None
+        paired = Paired() if self.asymmetric else None
+        for index, seen in zip(bank.parts(rows, CHUNK), now, strict=True):
+            old = None if was is None else next(was).get(name)
+            if paired is not None:
+                paired.note(len(index), seen.get(name), old)
+            if name not in seen:
+                continue
+            x = patches(first, seen[name])  # (G, R, K)
+            gram = x.mT @ x if gram is None else gram + x.mT @ x
+            if not paired or old is None:
+                continue
+            old = patches(first, old)
+            for n in group:
+                y = old @ _by_group(weight_of(whole, n), len(x)).mT  # (G, R, N / G)
+                cross[n] = cross[n] + y.mT @ x
+        if gram is not None and not paired:
             cross = {n: _by_group(weight_of(whole, n), len(gram)) @ gram for n in group}
-        return gram, cross
+        return None if gram is None else (gram, cross)
 
     def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
         """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
@@ -141,6 +155,24 @@ class GPTQ:
         for _ in range(self.sweeps):
             levels = descended(levels, gram.float(), cross.float(), *grid)
         return levels[:, order.argsort()]
+
+
+class Paired:
+    """Whether two blocks' inputs of a layer have been the same tokens: so many of every row."""
+
+    def __init__(self) -> None:
+        self.share: float | None = None
+        self.holds = True
+
+    def note(self, rows: int, one: Tensor | None, other: Tensor | None) -> None:
+        """One chunk of `rows` rows; None: the layer was not called."""
+        tokens = [0 if x is None else x.shape[:-1].numel() for x in (one, other)]
+        share = tokens[0] / rows
+        self.share = share if self.share is None else self.share
+        self.holds &= tokens[0] == tokens[1] and share == self.share == int(share)
+
+    def __bool__(self) -> bool:
+        return self.holds
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:

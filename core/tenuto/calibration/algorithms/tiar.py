@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import watched
+from ...model import tensors_in, watched
 from ...numerics import Format, QTensor, Scheme
 from ..bank import Bank
 from ..replay import outputs
@@ -119,7 +119,7 @@ def _seen(
     found: dict[str, Tensor] = {}
 
     def note(name: str, args: Any, kwargs: Any) -> None:
-        x = args[0].detach().flatten(0, -2).double()
+        x = next(tensors_in((args, kwargs))).detach().flatten(0, -2).double()
         found[name] = torch.cat((found[name], x)) if name in found else x
 
     with watched(block, names, before=note), _weights(block, weights):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from ...caching import Slot, shape_of
-from ...model import Override, map_tensors, override_
+from ...model import Override, map_tensors, override_, tensors_in
 from ...runtime import QConv2d, QLayer
 from ...sampling import Clock
 
@@ -57,7 +57,8 @@ class Soft:
         mixer.slots.append(self.slot)
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mixer, shape = self.mixer, shape_of(args, kwargs)
+        mixer = self.mixer
+        shape = shape_of(args, kwargs, len(mixer.clock.streams))
         out = original(*args, **kwargs)
         if mixer.apart:
             return out
@@ -102,11 +103,12 @@ def mixed(
             patches.pop().remove()
 
 
-def straight_through(original: Any, layer: Any, x: Tensor, *args: Any) -> Tensor:
+def straight_through(original: Any, layer: Any, *args: Any, **named: Any) -> Tensor:
     """A quantized layer whose gradient is that of the layer with its dequantized weight."""
+    x = next(tensors_in((args, named)))
     if torch.is_grad_enabled() and x.requires_grad:
         return _StraightThrough.apply(x, layer, original)
-    return original(x, *args)
+    return original(*args, **named)
 
 
 class _StraightThrough(torch.autograd.Function):

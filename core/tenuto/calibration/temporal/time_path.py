@@ -121,8 +121,9 @@ class TimePath(nn.Module):
 
         def note(name: str, args: Any, kwargs: Any) -> None:
             lows, highs = low[layers[name]], high[layers[name]]
-            lows[row] = torch.minimum(lows[row], args[0].amin().cpu())
-            highs[row] = torch.maximum(highs[row], args[0].amax().cpu())
+            x = next(tensors_in((args, kwargs)))
+            lows[row] = torch.minimum(lows[row], x.amin().cpu())
+            highs[row] = torch.maximum(highs[row], x.amax().cpu())
 
         device, _ = device_and_dtype(twin)
         with watched(twin, layers, before=note):
