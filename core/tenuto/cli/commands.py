@@ -125,6 +125,7 @@ def train_router(
     artifact: Path | None = None,
     speedup: float | None = None,
     reuse: float | None = None,
+    whole: bool = False,
     preset: str = "quick",
     iterations: int | None = None,
     prompts: Path | None = None,
@@ -156,12 +157,13 @@ def train_router(
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(
             pipe, trajectory, reuse=reuse, speedup=speedup, artifact=base, preset=preset,
-            iterations=iterations, seed=seed, work=work, on_progress=bars("Training the router"),
+            iterations=iterations, seed=seed, whole=whole, work=work,
+            on_progress=bars("Training the router"),
         )  # fmt: skip
-        whole = router if base is None else base | router
-        whole.save(out)
+        made = router if base is None else base | router
+        made.save(out)
     bars.close()
-    return Answer(about(str(out), whole, out.stat().st_size), next=compare_line(model, out))
+    return Answer(about(str(out), made, out.stat().st_size), next=compare_line(model, out))
 
 
 def generate(

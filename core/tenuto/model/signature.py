@@ -73,6 +73,10 @@ class Signature:
         found = ((name, inputs.get(name)) for name in PASSES)
         return " ".join(f"{name}={value}" for name, value in found if value)
 
+    def fills(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call fills a cache of the model's own, which the calls after it read."""
+        return inputs.get("kv_cache_mode") == "extract"
+
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.
 
