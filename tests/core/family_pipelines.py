@@ -531,9 +531,10 @@ def kandinsky3() -> Ready:
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), num_vq_embeddings=12,
         norm_num_groups=4, vq_embed_dim=4, norm_type="spatial",
     )  # fmt: skip
+    model = denoiser("unet kandinsky 3", block_out_channels=(8,) * 4)
     pipe = pipeline(
         "Kandinsky3Pipeline", tokenizer=tiny.t5_tokenizer(), text_encoder=tiny.t5(),
-        unet=denoiser("unet kandinsky 3", block_out_channels=(8, 8, 8, 8)), movq=movq,
+        unet=model, movq=movq,
         scheduler=_class("DDPMScheduler")(),
     )  # fmt: skip
     return Ready(pipe, call={"height": 64, "width": 64}, guidance=2.0)

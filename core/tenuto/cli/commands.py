@@ -31,6 +31,7 @@ from .checks import (
     comparison_prompts,
     damage_told,
     load_artifact,
+    with_encoders,
 )
 from .console import Answer, Bars
 from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
@@ -73,7 +74,7 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
-    pipe = pipeline(model, sampling, bars)
+    pipe = with_encoders(pipeline(model, sampling, bars), text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work):
