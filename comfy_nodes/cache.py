@@ -78,6 +78,7 @@ class Cache(Wrapped):
         schedule = self.policy(times, self.branches)
         clock = Clock(schedule.timesteps)
         names, rows, model = schedule.branches, schedule.table.t().tolist(), self.denoiser()
+        assert model is not None  # it is running
         cells = {
             name: for_branch(CachedBranch(clock, computed), name, model)
             for name, computed in zip(names, rows, strict=True)
