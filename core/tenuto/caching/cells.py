@@ -164,31 +164,31 @@ class CallSlot(Slot):
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype)
-        self.calls: dict[tuple[Hashable, ...], Slot] = {}
+        self.slots: dict[tuple[Hashable, ...], Slot] = {}
 
     def store(self, clock: Clock, shape: Any, out: Any) -> None:
         """Keep `out` for the streams of the call, in their order; what is older of them goes."""
         if self.run != clock.run:
-            self.calls.clear()
+            self.slots.clear()
             self.run = clock.run
-        for old in [old for old in self.calls if not {*old}.isdisjoint(clock.streams)]:
-            del self.calls[old]
-        found = self.calls[clock.streams] = Slot(self.dtype)
+        for old in [old for old in self.slots if not {*old}.isdisjoint(clock.streams)]:
+            del self.slots[old]
+        found = self.slots[clock.streams] = Slot(self.dtype)
         found.store(clock, shape, out)
 
     def find(self, clock: Clock, shape: Any) -> Any:
         """What the last call of just these streams returned, or None."""
-        known = self.calls.get(clock.streams) if self.run == clock.run else None
+        known = self.slots.get(clock.streams) if self.run == clock.run else None
         return None if known is None else known.find(clock, shape)
 
     def detach_(self) -> None:
         """Detach what is stored from the graph that made it."""
-        for slot in self.calls.values():
+        for slot in self.slots.values():
             slot.detach_()
 
     def bytes(self) -> int:
         """What is stored now."""
-        return sum(slot.bytes() for slot in self.calls.values())
+        return sum(slot.bytes() for slot in self.slots.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallSlot:
         return CallSlot(self.dtype)
