@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CachedBranch
+from tenuto.caching import CachedBranch, for_branch
 from tenuto.errors import ModelError
-from tenuto.model import Override, describe, key_map_of, override_
+from tenuto.model import WHOLE, Override, describe, key_map_of, override_
 from tenuto.runtime import Policy
 from tenuto.sampling import Clock
 
@@ -21,10 +22,13 @@ from .wrapping import Wrapped
 
 @dataclass
 class Run:
-    """One sampling run. computed, reused: how often each cell was, int (T, N)."""
+    """One sampling run. computed, reused: how often each cell was, int (T, N).
+
+    cells: by the host's names of what the run's table has columns of; names: the canonical ones.
+    """
 
     clock: Clock
-    cells: list[CachedBranch]
+    cells: dict[str, CachedBranch]
     names: tuple[str, ...]
     computed: Tensor
     reused: Tensor
@@ -53,7 +57,7 @@ class Cache(Wrapped):
         if keys is None:  # what its parts hand out is not known to be theirs alone
             raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
         self.branches = tuple(b.name for b in describe(denoiser).branches)
-        self.canonical = tuple(map(keys.canonical, self.branches))
+        self.keys, self.denoiser = keys, weakref.ref(denoiser)
         self.policy = policy
         self.run: Run | None = None
         self.last: Run | None = None
@@ -66,22 +70,30 @@ class Cache(Wrapped):
         def close() -> None:
             self.last, self.run = self.run or self.last, before
             if self.last is not None:
-                self.last.cells = []  # what was stored goes with the run
+                self.last.cells = {}  # what was stored goes with the run
 
         return close
 
     def _run(self, times: Sequence[float]) -> Run:
         schedule = self.policy(times, self.branches)
         clock = Clock(schedule.timesteps)
-        cells = [CachedBranch(clock, rows) for rows in schedule.table.t().tolist()]
+        names, rows, model = schedule.branches, schedule.table.t().tolist(), self.denoiser()
+        assert model is not None  # it is running
+        cells = {
+            name: for_branch(CachedBranch(clock, computed), name, model)
+            for name, computed in zip(names, rows, strict=True)
+        }
         count = torch.zeros(schedule.table.shape, dtype=torch.int64)
         seconds = [0.0] * len(schedule.timesteps)
-        return Run(clock, cells, self.canonical, count, count.clone(), seconds)
+        named = tuple(map(self.keys.canonical, names))
+        return Run(clock, cells, named, count, count.clone(), seconds)
 
     def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
-        """One a branch."""
-        modules = map(denoiser.get_submodule, self.branches)
-        return [override_(m, BranchCall(self, number)) for number, m in enumerate(modules)]
+        """One a branch, and one for the whole call."""
+        return [
+            override_(denoiser.get_submodule(name), BranchCall(self, name))
+            for name in (*self.branches, WHOLE.name)
+        ]
 
     def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
         """The clock is the run's own."""
@@ -103,16 +115,16 @@ class Cache(Wrapped):
 class BranchCall:
     """The forward of one branch: under the run's table inside a call of ours, else its own."""
 
-    def __init__(self, owner: Cache, number: int) -> None:
-        self.owner, self.number = owner, number
+    def __init__(self, owner: Cache, name: str) -> None:
+        self.owner, self.name = owner, name
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = self.owner.run
-        if run is None or not self.owner.on:
+        cell = run.cells.get(self.name) if run is not None and self.owner.on else None
+        if run is None or cell is None:
             return original(*args, **kwargs)
-        cell = run.cells[self.number]
         before = cell.counts[1]
         out = cell(original, module, *args, **kwargs)
         count = run.reused if cell.counts[1] > before else run.computed
-        count[run.clock.step, self.number] += 1
+        count[run.clock.step, list(run.cells).index(self.name)] += 1
         return out

@@ -132,4 +132,5 @@ def plan_of(denoiser: nn.Module, chosen: Chosen, made: Replacements) -> Plan | N
     schedule = chosen.limit(schedule) if chosen.limit is not None else schedule
     if bool(schedule.table.all()):
         return None
-    return Plan(branches, schedule.over(branches), limits=chosen.limits)
+    schedule = schedule.over(branches)
+    return Plan(schedule.branches, schedule, limits=chosen.limits)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenuto.caching import CachedBranch, CacheSchedule
+from tenuto.caching import CachedBranch, CacheSchedule, for_branch
 from tenuto.model import Override, override_
 from tenuto.runtime import Policy
 from tenuto.sampling import Clock
@@ -101,7 +101,7 @@ class Cache:
     def overrides(self, denoiser: nn.Module) -> list[Override]:
         """One a branch that is ever reused."""
         return [
-            override_(denoiser.get_submodule(name), call)
+            override_(denoiser.get_submodule(name), for_branch(call, name, denoiser))
             for name, call in zip(self.plan.branches, self.calls, strict=True)
             if call.keeps
         ]

@@ -69,13 +69,13 @@ def qwen_tokenizer() -> Any:
     return found
 
 
-def clip(projected: bool = False) -> nn.Module:
+def clip(projected: bool = False, positions: int = 16) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=128, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=WIDTH, bos_token_id=0,
-        eos_token_id=1, pad_token_id=1,
+        num_attention_heads=2, max_position_embeddings=positions, projection_dim=WIDTH,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return randomized((CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
 

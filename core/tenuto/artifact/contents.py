@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..caching import CacheSchedule, Facts, RouterScores
 from ..errors import ArtifactError, TenutoError
+from ..model import WHOLE
 from ..numerics import Format, Scheme, ends
 from .artifact import Artifact
 
@@ -45,12 +46,13 @@ class StepMap:
     def blocks(self) -> list[str]:
         """The block of every branch: what its name says less the kind."""
         parts = (name.rpartition(".") for name in self.branches)
-        return ["".join(p) if p[2].isdigit() or not p[0] else p[0] for p in parts]
+        found = ("".join(p) if p[2].isdigit() or not p[0] else p[0] for p in parts)
+        return [name or WHOLE.kind for name in found]
 
     def kinds(self) -> list[str]:
         """The kind of every branch: its last word that is no number, put plainly."""
         parts = (name.split(".") for name in self.branches)
-        last = [next((w for w in reversed(p) if not w.isdigit()), "") for p in parts]
+        last = [next((w for w in reversed(p) if not w.isdigit()), "") or WHOLE.kind for p in parts]
         return [KINDS.get(word, word) for word in last]
 
 

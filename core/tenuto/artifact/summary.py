@@ -11,6 +11,7 @@ from typing import Any
 
 from ..caching import CacheSchedule
 from ..errors import TenutoError
+from ..model import WHOLE
 from ..text import printable
 from .artifact import SECTIONS, Artifact
 from .contents import schedule_of
@@ -181,7 +182,7 @@ def _route(artifact: Artifact) -> CacheSchedule | None:
 
 
 def _short(name: str) -> str:
-    return printable(name.replace("transformer_blocks.", "").replace("blocks.", ""))
+    return printable((name or WHOLE.kind).replace("transformer_blocks.", "").replace("blocks.", ""))
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,7 +2,7 @@
 
 from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
-from .cells import CachedBranch, Slot, apply_schedule_, shape_of
+from .cells import CachedBranch, Slot, apply_schedule_, for_branch, shape_of
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
@@ -24,6 +24,7 @@ __all__ = [
     "apply_schedule_",
     "at_share",
     "candidates",
+    "for_branch",
     "interval_for",
     "late_interval_for",
     "made",

@@ -20,7 +20,8 @@ def reuse_for(speedup: float, counts: Mapping[str, int], steps: int) -> float:
     What lies outside the branches is always computed, and so is the first step. Multiply-adds are
     not time: what a run gains on a machine is for `compare` to measure.
     """
-    share = sum(count for name, count in counts.items() if name) / counts[""]
+    inside = sum(count for name, count in counts.items() if name) or counts[""]  # or whole calls
+    share = inside / counts[""]
     most = 1 / (1 - share * (1 - 1 / steps))
     if not 1 < speedup <= most:
         raise TenutoError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Override, map_tensors, override_, tensors_in
+from ..model import WHOLE, Override, Signature, map_tensors, override_, tensors_in
 from ..sampling import Clock
 from .schedule import CacheSchedule
 
@@ -111,7 +111,7 @@ class CachedBranch:
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.keeps:
             return original(*args, **kwargs)
-        shape = shape_of(args, kwargs, len(self.clock.streams))
+        shape = self.shape(args, kwargs)
         if self.may_reuse():
             found = self.slot.find(self.clock, shape)
             if found is not None:
@@ -121,6 +121,10 @@ class CachedBranch:
         self.counts[0] += 1
         self.slot.store(self.clock, shape, map_tensors(Tensor.detach, out))
         return out
+
+    def shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call must share with an earlier one."""
+        return shape_of(args, kwargs, len(self.clock.streams))
 
     def may_reuse(self) -> bool:
         """Whether the schedule reuses here."""
@@ -167,7 +171,67 @@ class ScheduledBranch(CachedBranch):
 def apply_schedule_(denoiser: nn.Module, schedule: CacheSchedule, clock: Clock) -> list[Override]:
     """Put `schedule` on `denoiser`: one override per branch. The clock must follow the denoiser."""
     table = RunTable(schedule, clock)
+    cells = [ScheduledBranch(table, number) for number in range(len(schedule.branches))]
     return [
-        override_(denoiser.get_submodule(name), ScheduledBranch(table, number))
-        for number, name in enumerate(schedule.branches)
+        override_(denoiser.get_submodule(name), for_branch(cell, name, denoiser))
+        for name, cell in zip(schedule.branches, cells, strict=True)
     ]
+
+
+class CallSlot(Slot):
+    """Stored outputs of whole calls, by the streams of each: lists and packed rows have no rows."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype)
+        self.slots: dict[tuple[Hashable, ...], Slot] = {}
+
+    def store(self, clock: Clock, shape: Any, out: Any) -> None:
+        """Keep `out` for the streams of the call, in their order; what is older of them goes."""
+        if self.run != clock.run:
+            self.slots.clear()
+            self.run = clock.run
+        for old in [old for old in self.slots if not {*old}.isdisjoint(clock.streams)]:
+            del self.slots[old]
+        found = self.slots[clock.streams] = Slot(self.dtype)
+        found.store(clock, shape, out)
+
+    def find(self, clock: Clock, shape: Any) -> Any:
+        """What the last call of just these streams returned, or None."""
+        known = self.slots.get(clock.streams) if self.run == clock.run else None
+        return None if known is None else known.find(clock, shape)
+
+    def detach_(self) -> None:
+        """Detach what is stored from the graph that made it."""
+        for slot in self.slots.values():
+            slot.detach_()
+
+    def bytes(self) -> int:
+        """What is stored now."""
+        return sum(slot.bytes() for slot in self.slots.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallSlot:
+        return CallSlot(self.dtype)
+
+
+class CallShape:
+    """What a whole call must share with an earlier one: the sample's shape, of a list each one's.
+
+    A call that fills a cache of the model's own for calls after it is like no other.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.facts = Signature(denoiser)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = self.facts.inputs(args, kwargs)
+        if self.facts.fills(inputs):
+            return object()
+        sample = tuple(tensors_in(self.facts.sample(inputs)))
+        return tuple((tuple(x.shape), x.dtype, x.device) for x in sample)
+
+
+def for_branch(cell: Any, name: str, denoiser: nn.Module) -> Any:
+    """`cell`, which has a `slot` and a `shape`, for the branch `name`; changed for whole calls."""
+    if name == WHOLE.name:
+        cell.slot, cell.shape = CallSlot(cell.slot.dtype), CallShape(denoiser)
+    return cell

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from ..model import WHOLE
 from .resample import places_of, resampled
 
 SHORTEST = 9  # steps of a run below which nothing is reused, unless it was calibrated so
@@ -19,7 +20,8 @@ class CacheSchedule:
     """What to compute (True) and what to reuse from before (False).
 
     table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that a
-    run of other steps gets a table of its own (`at`). branches: N names. Row 0 always computes.
+    run of other steps gets a table of its own (`at`). branches: N names, of any modules; or the
+    whole call alone, `(WHOLE.name,)`. Row 0 always computes.
     """
 
     table: Tensor
@@ -34,6 +36,8 @@ class CacheSchedule:
                 f"A schedule of {tuple(self.table.shape)} does not fit {len(self.timesteps)} steps "
                 f"and {len(self.branches)} branches."
             )
+        if WHOLE.name in self.branches and len(self.branches) > 1:
+            raise TenutoError("A cache schedule is of the whole call or of branches, not of both.")
         if not bool(self.table[0].all()):
             raise TenutoError("The first step of a schedule computes every branch.")
 
@@ -79,8 +83,11 @@ class CacheSchedule:
         return self.at(even)
 
     def over(self, branches: Sequence[str]) -> CacheSchedule:
-        """The same with a column for each of `branches`: those that it does not name compute."""
-        if tuple(branches) == self.branches:
+        """The same with a column for each of `branches`: those that it does not name compute.
+
+        One of the whole call stays so: there is nothing of it that a branch could reuse.
+        """
+        if self.branches in (tuple(branches), (WHOLE.name,)):
             return self
         table = torch.ones(len(self.timesteps), len(branches), dtype=torch.bool)
         for column, name in enumerate(self.branches):

@@ -24,6 +24,8 @@ def activation_ranges(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(scale, zero_point) of the input of every layer in `forms`, fp32 (T,) per step, else (1,).
 
+    A step that did not call a layer (an expert) has the range of all that did; a layer that none
+    called has none.
     What was seen is a unit of `work` of its own, and the recording is replayed once.
     """
     if not forms:
@@ -35,8 +37,13 @@ def activation_ranges(
     found = {}
     for name, form in forms.items():
         low, high = kept[f"{name}.low"], kept[f"{name}.high"]
+        least, most = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        if least > most:
+            continue
+        idle = low > high
+        low, high = low.where(~idle, least), high.where(~idle, most)
         if not form.per_step:
-            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+            low, high = least, most
         found[name] = covering(low, high, form)
     return found
 

@@ -229,6 +229,9 @@ class Job:
         forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
         forms = {n: form for n, form in forms.items() if not form.dynamic}
         self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
+        for name in forms.keys() - self.ranges.keys():  # never called: they stay as they are
+            self.weights.pop(name)
+            self.plan.pop(name)
 
     def described(self) -> dict[str, Any]:
         """What a header says of the quantized layers: schemes, recipe, layers."""

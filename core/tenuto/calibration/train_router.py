@@ -14,6 +14,7 @@ from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import (
+    WHOLE,
     check_weights,
     denoiser_of,
     describe,
@@ -70,6 +71,7 @@ def train_router(
     iterations: int | None = None,
     seed: int = 0,
     sample: Sample | None = None,
+    whole: bool = False,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -79,6 +81,8 @@ def train_router(
     guidance of `artifact`, else its own.
     reuse: the share of (step, branch) cells to reuse. speedup: how many times fewer multiply-adds
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
+    whole: reuse whole calls of the denoiser, not its branches: a reused step computes nothing. The
+    steps are then what the policies make of measured costs, and no router is trained.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are all measured on held-out seeds
     against the un-cached run. The best becomes the route, every score is kept, and the router's
@@ -93,6 +97,8 @@ def train_router(
         trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
     job = RouteJob(model, trajectory, made, preset, seed)
     job.plan_for(iterations, sample)
+    if whole:
+        job.take_whole()
     job.budget(reuse, speedup)
     return job.run(work, on_progress)
 
@@ -135,6 +141,10 @@ class RouteJob:
         if sample is not None:
             self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
 
+    def take_whole(self) -> None:
+        """Whole calls are what is reused, not the branches."""
+        self.branches, self.counts = (WHOLE.name,), {WHOLE.name: self.counts[""]}
+
     def budget(self, reuse: float | None, speedup: float | None) -> None:
         """The share to reuse: of cells, or of multiply-adds where a speedup is asked."""
         if reuse is not None and speedup is not None:
@@ -159,19 +169,26 @@ class RouteJob:
             ).denoiser
         notes = parts(on_progress, self.sizes())
         costs = self.measure_costs(work, notes)
-        router = self.train(gain(*costs), work, notes)
-        cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS}
+        router = None if self.whole else self.train(gain(*costs), work, notes)
+        cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS if router}
         tables = cuts | self.candidates(costs[0])
         scores = self.measure(tables, work, notes)
-        best, mine = (min(some, key=lambda name: scores[name]) for some in (scores, cuts))
-        result.tensors = {
-            "route/table": tables[best].table,
-            "route/router": tables[mine].table.clone(),
-            "route/logits": router.logits,
-            "route/costs": costs[0],
-        }
+        best = min(scores, key=lambda name: scores[name])
+        result.tensors = {"route/table": tables[best].table, "route/costs": costs[0]}
+        if router is not None:
+            mine = min(cuts, key=lambda name: scores[name])
+            result.tensors["route/router"] = tables[mine].table.clone()
+            result.tensors["route/logits"] = router.logits
         result.header["route"] = self.facts(best, tables[best], scores, router)
         return result
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole calls are reused: the policies alone choose the steps, nothing is trained.
+
+        A call has no gradient to weigh against another branch's.
+        """
+        return self.branches == (WHOLE.name,)
 
     def about(self) -> dict[str, Any]:
         """What decides the result, for the manifest of the work."""
@@ -192,10 +209,10 @@ class RouteJob:
     def sizes(self) -> dict[str, int]:
         """What each part takes, in tenths of a denoiser call of one batch."""
         steps, plan = len(self.times), self.plan
-        count = len(SPREADS) + len(self.candidates(Tensor([1.0] * steps)))
+        count = len(SPREADS) * (not self.whole) + len(self.candidates(Tensor([1.0] * steps)))
         calls = {
             "costs": steps * (steps + 3) / 2,
-            "router": plan.router.iterations * steps * PASSES,
+            "router": 0 if self.whole else plan.router.iterations * steps * PASSES,
             "reference": plan.batches * steps,
             "candidates": count * plan.batches * steps * (1 - self.reuse),
         }
@@ -250,10 +267,15 @@ class RouteJob:
         return scores
 
     def facts(
-        self, best: str, table: CacheSchedule, scores: dict[str, float], router: Router
+        self, best: str, table: CacheSchedule, scores: dict[str, float], router: Router | None
     ) -> dict[str, Any]:
         """The header of the route."""
-        return {
+        trained: dict[str, Any] = {}
+        if router is not None:
+            trained["router"] = dataclasses.asdict(self.plan.router) | {
+                "reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed,
+            }  # fmt: skip
+        return trained | {
             "policy": best,
             "timesteps": list(self.times),
             "branches": list(self.branches),
@@ -262,8 +284,6 @@ class RouteJob:
             "scores": {name: float(f"{score:.6g}") for name, score in scores.items()},
             "asked": self.asked,
             "preset": self.preset,
-            "router": dataclasses.asdict(self.plan.router)
-            | {"reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed},
             "device": device_and_dtype(self.denoiser)[0].type,
             "calibration": self.trajectory.about(),
         }

@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..artifact import Artifact
 from ..calibration import Preset, effort
 from ..errors import ArtifactError, TenutoError
+from ..model import encoders_of
 from ..numerics import Scheme, named
 from ..sampling.loading import PREFIX, prompts
 from ..text import printable
@@ -143,3 +144,10 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise TenutoError(f"There is no device {name!r} here.") from error
     return device
+
+
+def with_encoders(pipe: Any, width: str | None) -> Any:
+    """`pipe`; TenutoError if its text encoders are to be quantized and it has none."""
+    if width is not None and not encoders_of(pipe):
+        raise TenutoError(f"{type(pipe).__name__} has no text encoder: leave --text-encoder out.")
+    return pipe

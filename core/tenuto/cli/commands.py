@@ -31,6 +31,7 @@ from .checks import (
     comparison_prompts,
     damage_told,
     load_artifact,
+    with_encoders,
 )
 from .console import Answer, Bars
 from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
@@ -73,7 +74,7 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
-    pipe = pipeline(model, sampling, bars)
+    pipe = with_encoders(pipeline(model, sampling, bars), text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work):
@@ -125,6 +126,7 @@ def train_router(
     artifact: Path | None = None,
     speedup: float | None = None,
     reuse: float | None = None,
+    whole: bool = False,
     preset: str = "quick",
     iterations: int | None = None,
     prompts: Path | None = None,
@@ -156,12 +158,13 @@ def train_router(
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(
             pipe, trajectory, reuse=reuse, speedup=speedup, artifact=base, preset=preset,
-            iterations=iterations, seed=seed, work=work, on_progress=bars("Training the router"),
+            iterations=iterations, seed=seed, whole=whole, work=work,
+            on_progress=bars("Training the router"),
         )  # fmt: skip
-        whole = router if base is None else base | router
-        whole.save(out)
+        made = router if base is None else base | router
+        made.save(out)
     bars.close()
-    return Answer(about(str(out), whole, out.stat().st_size), next=compare_line(model, out))
+    return Answer(about(str(out), made, out.stat().st_size), next=compare_line(model, out))
 
 
 def generate(

@@ -120,6 +120,13 @@ Speedup = Annotated[
         help="Reduce the denoiser's work by this factor; not together with --reuse.",
     ),
 ]  # fmt: skip
+Whole = Annotated[
+    bool,
+    Option(
+        "--whole", rich_help_panel=TRAINING,
+        help="Reuse whole calls of the denoiser instead of its branches.",
+    ),
+]  # fmt: skip
 Reuse = Annotated[
     float | None,
     Option(

@@ -95,6 +95,7 @@ def train_router(
     artifact: o.Base = None,
     speedup: o.Speedup = None,
     reuse: o.Reuse = None,
+    whole: o.Whole = False,
     preset: o.Preset = "quick",
     iterations: o.Iterations = None,
     steps: o.Steps = None,

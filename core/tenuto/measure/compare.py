@@ -22,7 +22,7 @@ from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds, refuse
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
-from ..sampling import Sample
+from ..sampling import Sample, one_by_one
 from .bf16 import NATIVE, bf16_arithmetic, bf16_floor
 from .comparison import Comparison
 from .encoder_states import hidden_distance
@@ -108,11 +108,11 @@ def compare(
     A pipeline draws `prompts` (else the shipped "evaluation" list) at the artifact's own steps and
     guidance, and is called as it was for calibration, unless `steps`, `guidance` and `call` (as in
     `record`) say otherwise; pictures have to be given again. Each frame of a video counts as an
-    image. A bare denoiser takes `sample(denoiser, seed, batch)`, which runs one trajectory; its
-    steps are counted, `guidance` is only noted. The three take turns, a few batches each, so that
-    times are compared side by side. `device` moves the model there for the call. `execution` is
-    that of `attach`: "int8" measures the artifact's own arithmetic. The model is as it was
-    afterwards, whatever happens.
+    image, and videos come one at a time, like what is made of an image. A bare denoiser takes
+    `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
+    only noted. The three take turns, a few batches each, so that times are compared side by side.
+    `device` moves the model there for the call. `execution` is that of `attach`: "int8" measures
+    the artifact's own arithmetic. The model is as it was afterwards, whatever happens.
     """
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
@@ -156,6 +156,7 @@ def compare_all(
     if sample is None:
         schedule = next(iter(known.values())).header["schedule"]
         steps, guidance, call, sample = as_calibrated(model, schedule, lines, steps, guidance, call)
+        batch = 1 if one_by_one(model, call) else batch
     denoiser, batches = denoiser_of(model), split(seed, count, batch)
     with _on(model, device), frozen(denoiser), torch.no_grad():
         first, seen = first_call(denoiser, sample, *batches[0], whole=given)

@@ -1,7 +1,7 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
-from .backbone import Backbone, Branch, computes_as_torch, layers
+from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers
 from .families import describe, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
@@ -14,6 +14,7 @@ from .tree import map_leaves, map_tensors, tensors_in
 from .watch import Leave, outside_graphs, watched
 
 __all__ = [
+    "WHOLE",
     "Attached",
     "Backbone",
     "Branch",

@@ -15,11 +15,15 @@ class Branch:
     """A unit of caching: a module whose output can be reused from an earlier step.
 
     kind: "attention", "cross-attention", "feed-forward", "resnet" or "block". block: its block.
+    Of every denoiser the whole call is one too (`WHOLE`), whatever it is made of.
     """
 
     name: str
     kind: str
     block: str
+
+
+WHOLE = Branch("", "whole call", "")  # of no Backbone's branches: a schedule names it alone
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class KeyMap:
     def module(self, name: str) -> tuple[str, ...]:
         """The host's module (or modules, one an output) of a canonical one; ModelError if none."""
         place = self.places.get(f"{name}.weight")
+        if not name:
+            return ("",)  # the model itself
         if name in self.modules:
             return self.modules[name]
         if place is None:

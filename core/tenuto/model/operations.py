@@ -35,5 +35,5 @@ def multiply_adds(
         module(*args, **kwargs)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(module).__name__
-    found = {name: flops.get(f"{root}.{name}", 0) // 2 for name in names}
+    found = {name: flops.get(f"{root}.{name}", 0) // 2 for name in names if name}
     return {"": counter.get_total_flops() // 2} | found

@@ -69,6 +69,10 @@ class Signature:
         """Which pass of a step a call is, where it leaves something out; "": all others."""
         return which_pass(inputs)
 
+    def fills(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call fills a cache of the model's own, which the calls after it read."""
+        return inputs.get("kv_cache_mode") == "extract"
+
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.
 

@@ -29,6 +29,8 @@ PLAIN = {"use_resolution_binning": False, "clean_caption": False}  # small image
 GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "decoder_guidance_scale")
 TRUE_CFG = "true_cfg_scale"  # guidance in two calls, of models that are distilled or may be
 IMAGE_NAMES = ("image", "mask_image", "control_image", "mask", "control_mask", "video")
+ONE_TEXT = ("system_prompt", "chi_prompt")  # what stands before every prompt
+LABELS = "class_labels"  # of DiT, one an image
 WRONG_CALL = (TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -62,8 +64,10 @@ def check_names(kind: type, given: Mapping[str, Any]) -> None:
 
 
 def is_of_prompts(name: str, value: Any) -> bool:
-    """Whether `value` has a row for each prompt: texts, embeddings and masks of prompts."""
-    if "prompt" not in name:
+    """Whether `value` has a row for each image: texts, embeddings and masks of prompts, labels."""
+    if name == LABELS:
+        return isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.ndim > 0)
+    if "prompt" not in name or name in ONE_TEXT:
         return False
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(item, str | Tensor) for item in value)
@@ -132,7 +136,7 @@ class PipelineCall:
         embeds = [
             len(value)
             for name, value in self.given.items()
-            if name.endswith("prompt_embeds") and is_of_prompts(name, value)
+            if name.endswith(("prompt_embeds", LABELS)) and is_of_prompts(name, value)
         ]
         if self.prompts and not wanted_prompts(self.pipe, self.prompts, self.given):
             if "prompt" not in self.parameters:
@@ -225,7 +229,7 @@ class PipelineCall:
 
     def _rows(self, name: str, value: Any, images: range) -> Any:
         """`value` for these images."""
-        if isinstance(value, str) and "prompt" in name and self.count:
+        if isinstance(value, str) and "prompt" in name and name not in ONE_TEXT and self.count:
             return [value] * len(images)
         if not is_of_prompts(name, value):
             return copy.copy(value) if isinstance(value, list | dict) else value  # some write to it

@@ -529,3 +529,36 @@ def test_the_header_tells_how_it_was_made(tiny: Any, recorded: Any) -> None:
     eight = [e for n, e in errors.items() if header["layers"][n]["scheme"] == "w8a8"]
     four = [e for n, e in errors.items() if header["layers"][n]["scheme"] == "w4a8"]
     assert 0 < max(eight) < min(four) < 0.5
+
+
+class Experts(nn.Module):
+    """One layer runs at every step, one at late steps alone, one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.late, self.never = (nn.Linear(8, 8) for _ in range(3))
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), self.always)])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        return self.late(x) if float(timestep[0]) < 500 else x
+
+
+def test_stored_ranges_of_layers_that_a_step_or_none_calls(one_thread: None) -> None:
+    """An expert's are those of the steps that called it; what never ran stays in float."""
+    torch.manual_seed(0)
+    model = Experts().eval()
+
+    def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
+        x = torch.randn(batch, 8, generator=torch.Generator().manual_seed(seed))
+        for t in (900.0, 600.0, 300.0, 100.0):
+            x = x - 0.1 * denoiser(x, torch.full((batch,), t))
+        return x
+
+    trajectory = record(model, sample=sample, batch=2, runs=1)
+    found = quantize(model, schemes.W8A8_STATIC, trajectory)
+    found.validate()
+    scale = found.section("ranges")["late.scale"]
+    assert bool(scale.isfinite().all()) and float(scale[0]) >= float(scale[2:].max())
+    assert "never" not in found.header["layers"] and "weights/never.qdata" not in found.tensors
+    assert "never" in quantize(model, schemes.W8A8, trajectory).header["layers"]

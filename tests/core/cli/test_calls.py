@@ -202,6 +202,10 @@ def test_a_pipeline_without_prompts(
     assert done[0] == 0, done[2]
     calibration = Artifact.load("a.safetensors").header["made"]["calibration"]
     assert (calibration["runs"], calibration["batch"]) == (2, 1)
+    refused = answer(
+        capfd, "quantize", folder, "--text-encoder", "w8", *call, "--out", "b.safetensors"
+    )
+    assert refused[0] == 2 and "has no text encoder: leave --text-encoder out" in refused[2]
     code, out, err = answer(
         capfd, "compare", folder, "--artifact", "a.safetensors", "--count", "2", "--json",
         "--image", "mine/photo.png",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tenuto import describe
 from tenuto.caching.cells import apply_schedule_
 from tenuto.caching.schedule import CacheSchedule
-from tenuto.model import Swap, families, tensors_in, watched
+from tenuto.model import WHOLE, Swap, families, tensors_in, watched
 from tenuto.model.backbone import Backbone, layers
 from tenuto.runtime import TemporalTable
 from tenuto.sampling import Clock
@@ -150,6 +150,28 @@ def test_reuse_in_a_family(known: Any) -> None:
 
 def test_reuse_in_the_fallback(unknown: Any) -> None:
     check_reuse(unknown)
+
+
+def test_whole_calls_of_a_family(known: Any) -> None:
+    """Computed ones are exact, a reused one is the last of the same streams, and not another's."""
+    batch = len(next(tensors_in(known.inputs())))
+    streams = [range(batch), range(9, 9 + batch)]  # two passes of each step
+    times = dict(enumerate(TIMES))
+    plain = {(i, n): tensors(known(seed=9 * n + i, t=t)) for i, t in times.items() for n in (0, 1)}
+    for table in ([True] * 4, [True, False, True, False]):
+        clock = Clock(TIMES)
+        schedule = CacheSchedule.steps(table, TIMES, (WHOLE.name,))
+        patches = apply_schedule_(known.model, schedule, clock)
+        try:
+            for i, t in times.items():
+                for n in (0, 1):
+                    clock.tick(t, streams[n])
+                    found = tensors(known(seed=9 * n + i, t=t))
+                    assert equal(found, plain[i if table[i] else i - 1, n])
+        finally:
+            for patch in patches:
+                patch.remove()
+    assert equal(tensors(known(seed=0, t=TIMES[0])), plain[0, 0])
 
 
 # --- time-only modules ----------------------------------------------------------------------------
@@ -321,7 +343,7 @@ def shares(model: nn.Module) -> tuple[float, float, float]:
             count["reused"] += weight.numel()
         elif name.startswith(time) or mixes:
             count["modulation"] += weight.numel()
-        elif any(fnmatch.fnmatchcase(owner, pattern) for pattern in backbone.keep):
+        elif any(fnmatch.fnmatchcase(owner, p) for p in (*backbone.keep, "*.image_cond*")):
             count["kept"] += weight.numel()
         else:
             count["else"] += weight.numel()

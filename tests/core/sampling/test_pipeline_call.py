@@ -21,6 +21,7 @@ from tenuto.sampling.pipeline_call import guidance_name
 from tenuto.sampling.record import recording
 from tenuto.sampling.results import images_of, latents_of, pil_of
 from tenuto.work import Work
+from tests.core import family_pipelines as families
 from tests.core import tiny_pipelines as tiny
 
 asked = cache(tiny.asked)
@@ -227,6 +228,18 @@ def test_one_negative_prompt_is_for_all_images() -> None:
     plain = tn.record(pipe, tiny.PROMPTS[2:], steps=1)
     assert torch.allclose(states[0], states[1])
     assert torch.allclose(states[0], plain.calls[0].inputs["encoder_hidden_states"][1], atol=1e-5)
+
+
+def test_what_stands_before_every_prompt_is_one_text_and_labels_are_one_an_image() -> None:
+    """Lumina 2 puts a text before each prompt; DiT has no prompt, but a class for each image."""
+    lumina = families.lumina2()
+    call = lumina.call | {"system_prompt": "draw"}
+    found = tn.record(lumina.model, tiny.PROMPTS, steps=1, batch=3, call=call, guidance=1.0)
+    assert len(found.calls) == 1
+    dit = families.dit()
+    found = tn.record(dit.model, steps=1, call={"class_labels": [1, 7]}, guidance=2.0)
+    labels = [call.inputs["class_labels"].tolist() for call in found.calls]
+    assert labels == [[1, 1000], [7, 1000]]
 
 
 class Variations(diffusers.StableDiffusionPipeline):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenuto.artifact import Artifact
 from tenuto.errors import ArtifactError
+from tenuto.model import describe
 
 LONG = tuple(range(999, 0, -90))  # 12 steps: runs of fewer than nine reuse nothing
 WHAT = {"route": (None, 0.5), "weights": ("W8A8", 1.1), "both": ("W8A8_STATIC", 0.5)}
@@ -115,6 +117,27 @@ def test_the_table_is_what_is_reused(bench: Any, artifact: Any, settings: Any) -
     for name, column in zip(made.header["route"]["branches"], table.t(), strict=True):
         if not bool(column.all()):
             assert counts[name] == [int(column.sum()), int((~column).sum())], name
+
+
+def test_whole_calls_are_reused(bench: Any, artifact: Any, settings: Any) -> None:
+    """A route of the whole call: what it does not compute does not run at all."""
+    handle, made = bench.fresh(), artifact(bench.family, None)
+    rows = torch.tensor([True, False] * len(made.header["route"]["timesteps"]))[:, None]
+    rows = rows[: len(made.header["route"]["timesteps"])]
+    route = made.header["route"] | {"branches": [""]}
+    made = Artifact(made.header | {"route": route}, {"route/table": rows})
+    plain, calls = bench.run(handle, settings()), []
+    block = describe(bench.host.denoiser(handle)).blocks[0]
+    with bench.on(handle, made) as attached:
+        module = bench.host.denoiser(attached.handle).get_submodule(block)
+        hook = module.register_forward_pre_hook(lambda *_: calls.append(1))
+        try:
+            found = bench.run(attached.handle, settings())
+        finally:
+            hook.remove()
+        assert bench.counts(attached) == {"": [int(rows.sum()), int((~rows).sum())]}
+    assert len(calls) == int(rows.sum()) and not torch.equal(found, plain)
+    assert torch.equal(bench.run(handle, settings()), plain)
 
 
 def test_batched_equals_split(bench: Any, made: Any, settings: Any) -> None:

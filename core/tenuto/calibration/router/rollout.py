@@ -144,7 +144,8 @@ class Tape:
 
         def call(original: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             place, self.place = self.place, self.place + 1
-            if clock.step < self.row - 1:
+            facts = self.guide.facts
+            if clock.step < self.row - 1 and not facts.fills(facts.inputs(args, kwargs)):
                 return copy.deepcopy(self.outputs[place])
             out = original(*args, **kwargs)
             if clock.step == self.row:

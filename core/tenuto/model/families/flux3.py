@@ -14,8 +14,8 @@ SHARED = (("attn.to_q", "attn.to_k", "attn.to_v", "ff.linear_in"),)
 def describe(module: Any) -> Backbone:
     """Blocks of the text, of the image, then joint ones; attention and feed-forward are parallel.
 
-    The blocks of a condition image run only where there is one: they are no blocks here, and stay
-    in full precision. Modulations have a row a token and a text at t = 0: nothing is time-only.
+    The blocks of a condition image run only where there is one: they are no blocks here, and get 8
+    bits. Modulations have a row a token and a text at t = 0: nothing is time-only.
     """
     blocks = members(module, "txt_mode_blocks", "mode_blocks.image", "single_transformer_blocks")
     return Backbone(
@@ -25,7 +25,6 @@ def describe(module: Any) -> Backbone:
         subsets=sharing(module, blocks, *SHARED),
         ends=(
             "x_embedders.*", "context_embedder", "*timestep_embedder.*", "*_stream_modulations.*",
-            "norm_out.*", "proj_out",
+            "norm_out.*", "proj_out", "*.image_cond", "*.image_cond.*",
         ),
-        keep=("*.image_cond", "*.image_cond.*"),
     )  # fmt: skip
