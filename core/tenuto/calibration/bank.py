@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..model import map_leaves, map_tensors
+from ..model import map_leaves
 
 log = logging.getLogger("tenuto")
 
@@ -23,7 +23,8 @@ class Bank:
 
     template: (args, kwargs) in which a tensor is `Rows(key)`; tensors: key -> (R, ...); fixed: the
     tensors that are the same in every call. steps: int64 (R,), the calibrated step of each row.
-    counted: (R, L), 1 where a token matters, or None.
+    counted: (R, L), 1 where a token matters, or None. inner: keys of tensors whose rows are along
+    the second axis of what the block gets.
     """
 
     template: tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,6 +32,7 @@ class Bank:
     fixed: dict[int, Tensor]
     steps: Tensor
     counted: Tensor | None = None
+    inner: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -38,8 +40,20 @@ class Bank:
     def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for the rows `index` (int64)."""
         index = index.to(self.steps.device)  # where the other tensors are
-        chosen = {k: t.index_select(0, index) for k, t in self.tensors.items()} | self.fixed
-        return _filled(self.template, {k: t.to(device) for k, t in chosen.items()})
+        chosen = {k: t.index_select(0, index) for k, t in self.tensors.items()}
+        turned = {k: t.transpose(0, 1) if k in self.inner else t for k, t in chosen.items()}
+        moved = {k: t.to(device) for k, t in (turned | self.fixed).items()}
+        return _filled(self.template, moved)
+
+    def part(self, index: Tensor) -> Bank:
+        """The rows `index` (int64) alone."""
+        index = index.to(self.steps.device)
+        return replace(
+            self,
+            tensors={k: t.index_select(0, index) for k, t in self.tensors.items()},
+            steps=self.steps[index],
+            counted=None if self.counted is None else self.counted[index.cpu()],
+        )
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Row numbers in order, `size` at a time."""
@@ -65,13 +79,38 @@ def _filled(value: Any, tensors: dict[int, Tensor]) -> Any:
 
 
 def _cut(value: Any, found: list[Tensor]) -> Any:
-    """`value` with each tensor taken out into `found`."""
+    """`value` with each tensor taken out into `found`, and what remembers earlier calls left out.
 
-    def cut(x: Tensor) -> Rows:
+    A cache of keys and values grows at every call of a block, which is called again and again with
+    the same inputs: what it was filled with in one call would be looked at in the next.
+    """
+
+    def cut(x: Any, name: str) -> Any:
+        if is_cache(x):
+            if x.get_seq_length():
+                raise ModelError(
+                    f"A block is called with keys and values of earlier calls{_in(name)}: its "
+                    "inputs cannot be replayed, so round to nearest."
+                )
+            return None
+        if not isinstance(x, Tensor):
+            return x
         found.append(x.detach().cpu())
         return Rows(len(found) - 1)
 
-    return map_tensors(cut, value)
+    return map_leaves(cut, value)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a cache of keys and values of transformers."""
+    return callable(getattr(value, "get_seq_length", None)) and callable(
+        getattr(value, "update", None)
+    )
+
+
+def _in(name: str) -> str:
+    key = name.strip(".").rpartition(".")[2]
+    return f", in {key}" if key else ""
 
 
 Seen = tuple[Any, list[Tensor], int]
@@ -85,6 +124,8 @@ def cut_out(arguments: tuple[tuple[Any, ...], dict[str, Any]], row: int) -> Seen
 
 def banked(block: str, found: Sequence[Seen]) -> Bank:
     """The calls that `block` got as one bank; see `inputs_of`."""
+    inner = _inner([cut for _, cut, _ in found])
+    found = [(form, _turned(cut, inner), row) for form, cut, row in found]
     shapes = [tuple(t.shape[1:] for t in cut) for _, cut, _ in found]
     usual = Counter(shapes).most_common(1)[0][0]
     kept = [f for f, s in zip(found, shapes, strict=True) if s == usual]
@@ -103,7 +144,24 @@ def banked(block: str, found: Sequence[Seen]) -> Bank:
         else:
             tensors[key] = torch.cat(rows)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
-    return Bank(template, tensors, fixed, torch.cat(steps))
+    return Bank(template, tensors, fixed, torch.cat(steps), inner=inner)
+
+
+def _inner(calls: Sequence[list[Tensor]]) -> tuple[int, ...]:
+    """Keys of tensors with rows along their second axis: (3, B, ...), places of Qwen-VL's."""
+    sizes = [len(cut[0]) for cut in calls]
+    if all(n in (1, 3) for n in sizes):
+        return ()
+    found = zip(*calls, strict=False)
+    return tuple(
+        key
+        for key, column in enumerate(found)
+        if all(t.ndim > 2 and t.shape[:2] == (3, n) for t, n in zip(column, sizes, strict=True))
+    )
+
+
+def _turned(cut: list[Tensor], inner: tuple[int, ...]) -> list[Tensor]:
+    return [t.transpose(0, 1) if key in inner else t for key, t in enumerate(cut)]
 
 
 def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tensor] | None:

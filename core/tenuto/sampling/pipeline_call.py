@@ -225,7 +225,7 @@ class PipelineCall:
 
     def _rows(self, name: str, value: Any, images: range) -> Any:
         """`value` for these images."""
-        if isinstance(value, str) and "prompt" in name and self.count:
+        if isinstance(value, str) and "prompt" in name and "system" not in name and self.count:
             return [value] * len(images)
         if not is_of_prompts(name, value):
             return copy.copy(value) if isinstance(value, list | dict) else value  # some write to it
