@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..model import map_leaves, map_tensors
+from ..model import map_leaves
 
 log = logging.getLogger("tenuto")
 
@@ -23,7 +23,8 @@ class Bank:
 
     template: (args, kwargs) in which a tensor is `Rows(key)`; tensors: key -> (R, ...); fixed: the
     tensors that are the same in every call. steps: int64 (R,), the calibrated step of each row.
-    counted: (R, L), 1 where a token matters, or None.
+    counted: (R, L), 1 where a token matters, or None. inner: keys of tensors whose rows are along
+    the second axis of what the block gets.
     calls: where a call cannot be taken apart (frames in its batch, two times a sample), each row is
     a whole call, with its own template here and tensors (R, rows of the call, ...).
     """
@@ -34,6 +35,7 @@ class Bank:
     steps: Tensor
     counted: Tensor | None = None
     calls: tuple[Template, ...] = ()
+    inner: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -41,9 +43,10 @@ class Bank:
     def rows(self, index: Tensor, device: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the block for the rows `index` (int64); see `parts`."""
         index = index.to(self.steps.device)  # where the other tensors are
-        chosen = {k: self.of(t, index) for k, t in self.tensors.items()} | self.fixed
-        template = self.calls[int(index)] if self.calls else self.template
-        return _filled(template, {k: t.to(device) for k, t in chosen.items()})
+        chosen = {k: self.of(t, index) for k, t in self.tensors.items()}
+        turned = {k: t.transpose(0, 1) if k in self.inner else t for k, t in chosen.items()}
+        moved = {k: t.to(device) for k, t in (turned | self.fixed).items()}
+        return _filled(self.calls[int(index)] if self.calls else self.template, moved)
 
     def of(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The rows `index` of a tensor of the bank, or of what the block answered to it."""
@@ -53,6 +56,17 @@ class Bank:
     def parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
         """`index` in parts that one call of the block takes: `size` rows, or one whole call."""
         yield from index.split(1 if self.calls else size)
+
+    def part(self, index: Tensor) -> Bank:
+        """The rows `index` (int64) alone."""
+        index = index.to(self.steps.device)
+        return replace(
+            self,
+            tensors={k: t.index_select(0, index) for k, t in self.tensors.items()},
+            steps=self.steps[index],
+            counted=None if self.counted is None else self.counted[index.cpu()],
+            calls=tuple(self.calls[i] for i in index.tolist()) if self.calls else (),
+        )
 
     def chunks(self, size: int) -> Iterator[Tensor]:
         """Row numbers in order, `size` at a time; see `parts`."""
@@ -82,13 +96,38 @@ def _filled(value: Any, tensors: dict[int, Tensor]) -> Any:
 
 
 def _cut(value: Any, found: list[Tensor]) -> Any:
-    """`value` with each tensor taken out into `found`."""
+    """`value` with each tensor taken out into `found`, and what remembers earlier calls left out.
 
-    def cut(x: Tensor) -> Rows:
+    A cache of keys and values grows at every call of a block, which is called again and again with
+    the same inputs: what it was filled with in one call would be looked at in the next.
+    """
+
+    def cut(x: Any, name: str) -> Any:
+        if is_cache(x):
+            if x.get_seq_length():
+                raise ModelError(
+                    f"A block is called with keys and values of earlier calls{_in(name)}: its "
+                    "inputs cannot be replayed, so round to nearest."
+                )
+            return None
+        if not isinstance(x, Tensor):
+            return x
         found.append(x.detach().cpu())
         return Rows(len(found) - 1)
 
-    return map_tensors(cut, value)
+    return map_leaves(cut, value)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a cache of keys and values of transformers."""
+    return callable(getattr(value, "get_seq_length", None)) and callable(
+        getattr(value, "update", None)
+    )
+
+
+def _in(name: str) -> str:
+    key = name.strip(".").rpartition(".")[2]
+    return f", in {key}" if key else ""
 
 
 Template = tuple[tuple[Any, ...], dict[str, Any]]
@@ -103,6 +142,8 @@ def cut_out(arguments: tuple[tuple[Any, ...], dict[str, Any]], row: int) -> Seen
 
 def banked(block: str, found: Sequence[Seen]) -> Bank:
     """The calls that `block` got as one bank, row by row; ModelError where they have no rows."""
+    inner = _inner([cut for _, cut, _ in found])
+    found = [(form, _turned(cut, inner), row) for form, cut, row in found]
     kept = _alike(found, [tuple(t.shape[1:] for t in cut) for _, cut, _ in found])
     template = kept[0][0]
     if any(t != template for t, _, _ in kept):
@@ -115,7 +156,24 @@ def banked(block: str, found: Sequence[Seen]) -> Bank:
         else:
             tensors[key] = torch.cat(rows)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
-    return Bank(template, tensors, fixed, torch.cat(steps))
+    return Bank(template, tensors, fixed, torch.cat(steps), inner=inner)
+
+
+def _inner(calls: Sequence[list[Tensor]]) -> tuple[int, ...]:
+    """Keys of tensors with rows along their second axis: (3, B, ...), places of Qwen-VL's."""
+    sizes = [len(cut[0]) for cut in calls]
+    if all(n in (1, 3) for n in sizes):
+        return ()
+    found = zip(*calls, strict=False)
+    return tuple(
+        key
+        for key, column in enumerate(found)
+        if all(t.ndim > 2 and t.shape[:2] == (3, n) for t, n in zip(column, sizes, strict=True))
+    )
+
+
+def _turned(cut: list[Tensor], inner: tuple[int, ...]) -> list[Tensor]:
+    return [t.transpose(0, 1) if key in inner else t for key, t in enumerate(cut)]
 
 
 def banked_by_call(found: Sequence[Seen]) -> Bank:
@@ -144,8 +202,8 @@ def _alike(found: Sequence[Seen], shapes: Sequence[Any]) -> list[Seen]:
 
 def fits(call: Seen, bank: Bank) -> bool:
     """Whether a bank of rows has those of `call`: the shapes of its tensors but for the first."""
-    known = bank.tensors | bank.fixed
-    return all(t.shape[1:] == known[key].shape[1:] for key, t in enumerate(call[1]))
+    known, cut = bank.tensors | bank.fixed, _turned(call[1], bank.inner)
+    return all(t.shape[1:] == known[key].shape[1:] for key, t in enumerate(cut))
 
 
 def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tensor] | None:

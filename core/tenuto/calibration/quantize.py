@@ -205,11 +205,23 @@ class Job:
             if algorithm.needs_inputs:
                 bank, target = on_device(*chain.data(unit), self.device)
             seed = _seed(self.seed, unit)
-            done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
+            done = self._rounded(algorithm, root, group, (bank, target), seed, note)
             for name, q in done.items():
                 full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
                 found |= q.tensors(full)
         return found
+
+    def _rounded(
+        self,
+        algorithm: Any,
+        root: nn.Module,
+        group: dict[str, Scheme],
+        data: tuple[Any, Any],
+        seed: int,
+        note: Progress,
+    ) -> dict[str, QTensor]:
+        """The weights of a group of layers of one unit. data: its bank and target, or None."""
+        return algorithm(root, group, *data, seed=seed, on_progress=note)
 
     def _take(self, names: list[str], tensors: dict[str, Tensor]) -> None:
         """Put quantized weights into the copy, as their float values."""

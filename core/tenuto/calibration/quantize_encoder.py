@@ -1,7 +1,8 @@
 """Text encoders in 8 or 4 bits: their weights alone; inputs stay in float, as encoders are run.
 
 Calibration is on prompts, exactly as the pipeline gives them to the encoder: its templates, padding
-and masks, and the empty prompt.
+and masks, and the empty prompt; on general captions beside the user's own, see `held_out.py`. What
+counts are the states that the pipeline reads: blocks after the last one are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -11,30 +12,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
-from ..model import describe, encoders_of, frozen
-from ..numerics import Recipe, Scheme, schemes
+from ..model import Backbone, describe, encoders_of, frozen
+from ..numerics import QTensor, Recipe, Rule, Scheme, schemes
 from ..progress import Progress, parts
 from ..sampling import (
     BATCH,
+    HELD_OUT,
     Call,
     Trajectory,
+    cosines,
     described,
     encoder_calls,
     schedule_of_run,
+    state_count,
+    states_read,
     unprompted,
 )
 from ..work import Work, digest
 from .algorithms import by_name, names
+from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
+from .held_out import apart, better, calibration_prompts, captions, with_weights
 from .presets import recipe_for
 from .quantize import Job
 
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
 WHOLE = 100_000  # what one encoder is worth in the progress
+PART = WHOLE // 20  # what measuring it is worth, before and after
 
 
 def encoder_scheme(width: str, method: str) -> Scheme:
@@ -73,13 +82,17 @@ def quantize_encoder(
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
     width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq".
+    The shipped list "general" is calibrated on too, but for a part that is held out: of calibrated
+    and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
     denoiser computes one call. `work`, resuming and Cancelled are as in `quantize`.
     """
     scheme = encoder_scheme(width, method)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    calls = encoder_calls(pipe, prompts, steps=steps, call=call)
-    about = {"method": method, "prompts": len(prompts), "seed": seed}
+    general, held = captions()
+    lines = calibration_prompts(prompts)
+    calls = encoder_calls(pipe, lines, steps=steps, call=call, held_out=held)
+    about = {"method": method, "prompts": len(prompts), "general": len(general), "seed": seed}
     times = schedule_of_run(pipe, prompts, steps, guidance, unprompted(call))
     schedule = Trajectory(times, [], seed, 1, 1, steps, guidance, call=described(call)).schedule()
     artifact = Artifact.new(pipe, schedule, {"encoder": about})
@@ -110,25 +123,106 @@ def encoder_job(
     """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
     scheme, algorithm = _chosen(width, method)
     backbone = describe(encoder)
-    rules = (
+    unread = _unread(encoder, backbone, calls)
+    rules = [
         replace(rule, algorithm=rule.scheme and algorithm)
         for rule in recipe_for(scheme, backbone, algorithm).rules
-    )
-    trajectory = Trajectory((0.0,), list(calls), seed, BATCH, len(calls), 1)
-    job = Job(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
+    ]
+    rules[-1:-1] = [Rule(f"{block}.*", scheme, RoundToNearest()) for block in unread]
+    trajectory = Trajectory((0.0, 0.0), list(calls), seed, BATCH, len(calls), 1)
+    job = EncoderJob(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
     job.maintain("none", Tiar())
     inputs = {
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
     with frozen(job.model):
-        job.run(Work(work, inputs), on_progress)
+        job.run_measured(Work(work, inputs), encoder, on_progress)
     return job
 
 
+class EncoderJob(Job):
+    """The quantization of a text encoder: what it has not seen has a say, and is measured."""
+
+    facts: dict[str, Any]
+
+    def run_measured(self, work: Work, source: nn.Module, on_progress: Progress | None) -> None:
+        """`run`, and how far the states that are read are from those of `source`, before and after.
+
+        Where calibrated weights are no better than nearest ones on what was held out, those stay.
+        """
+        calls = [call for call in self.trajectory.calls if call.row == HELD_OUT]
+        self.facts = {"read": list(self.trajectory.calls[0].read)}
+        if not calls:
+            self.run(work, on_progress)
+            return
+        notes = parts(on_progress, {"before": PART, "blocks": WHOLE, "after": PART})
+        notes["before"](0, 1, "held-out captions")
+
+        def states() -> list[list[Tensor]]:
+            return [row for call in calls for row in states_read(self.model, call)]
+
+        full, plain = states(), self._plain()
+        rounded = cosines(full, with_weights(self.model, plain, source, states))
+        self.run(work, notes["blocks"])
+        notes["after"](0, 1, "held-out captions")
+        found, least = _mean(cosines(full, states())), _mean(rounded)
+        if found < least:
+            self._take([*plain], {k: t for n, q in plain.items() for k, t in q.tensors(n).items()})
+            found = least
+        same = sum(_equal(q, plain[name]) for name, q in self.weights.items())
+        self.facts["held_out"] = {
+            "captions": len(full), "cosine": found, "nearest": least, "layers_nearest": same,
+        }  # fmt: skip
+        notes["after"](1, 1, "held-out captions")
+
+    def _plain(self) -> dict[str, QTensor]:
+        """Every layer rounded to nearest."""
+        layers = {name: rule.scheme for name, rule in self.plan.items() if rule.scheme is not None}
+        return RoundToNearest()(self.model, layers)
+
+    def _rounded(
+        self,
+        algorithm: Any,
+        root: nn.Module,
+        group: dict[str, Scheme],
+        data: tuple[Any, Any],
+        seed: int,
+        note: Progress,
+    ) -> dict[str, QTensor]:
+        if data[0] is None:
+            return super()._rounded(algorithm, root, group, data, seed, note)
+        seen, held = apart(*data)
+        found = super()._rounded(algorithm, root, group, seen, seed, note)
+        return found if held is None else better(root, found, group, held)
+
+    def described(self) -> dict[str, Any]:
+        """What a header says: the layers, what the pipeline reads, what was measured there."""
+        return super().described() | self.facts
+
+
+def _unread(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
+    """Blocks after the last hidden state that the pipeline reads."""
+    read = calls[0].read
+    places = [place for place in read if isinstance(place, int)]
+    if not read or len(places) < len(read) or max(places) >= len(backbone.blocks):
+        return []
+    of_blocks = state_count(encoder, calls[0]) == len(backbone.blocks) + 1
+    return list(backbone.blocks[max(places) :]) if of_blocks else []
+
+
+def _equal(one: QTensor, other: QTensor) -> bool:
+    return torch.equal(one.dequantize(), other.dequantize())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(f"{sum(values) / len(values):.6g}")
+
+
 def _mark(call: Call) -> str:
-    """What an encoder is asked, as a short text."""
-    return digest(call.inputs["input_ids"].tolist())
+    """What an encoder is asked, and what of its answer counts, as a short text."""
+    mask = None if call.counted is None else call.counted.tolist()
+    return digest([call.inputs["input_ids"].tolist(), mask, call.row, call.read])
 
 
 def fill(artifact: Artifact, name: str, encoder: nn.Module, job: Job) -> None:

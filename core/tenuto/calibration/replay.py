@@ -108,6 +108,26 @@ def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor
     return torch.stack(found) if bank.calls else torch.cat(found)
 
 
+@torch.no_grad()
+def token_error(
+    block: nn.Module, bank: Bank, rows: Tensor, target: Tensor, device: Any, size: int = 32
+) -> float:
+    """Squared distance of the block's outputs from `target`, relative and token by token.
+
+    The sum over the `rows` of the bank (int64) and their tokens that count.
+    """
+    total = 0.0
+    for index in bank.parts(rows, size):
+        args, kwargs = bank.rows(index, device)
+        wanted = bank.of(target, index).to(device)
+        gap = first_tensor(block(*args, **kwargs)) - wanted
+        share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+        if bank.counted is not None:
+            share = share * bank.counted[index].to(share)
+        total += float(share.sum())
+    return total
+
+
 def first_tensor(out: Any) -> Tensor:
     """The main output of a block: the tensor itself or the first one of a tuple."""
     return next(tensors_in(out))

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..artifact import Artifact
 from ..model import Swap, device_and_dtype, encoders_of
 from ..runtime import encoder_layers, percentile
-from ..sampling import Call, encoder_calls, to_device
+from ..sampling import Call, cosines, encoder_calls, states_read
 from .bf16 import bf16_arithmetic, bf16_copy
+
+States = list[list[Tensor]]  # by row of a call and state: (T, D)
 
 
 def hidden_distance(
@@ -43,44 +45,39 @@ def states_distance(
     """How far the states of `encoder` with other `layers` are from its own, over their tokens.
 
     cosine {mean, p5, min}, relative_l2, the same two of the first row alone (the empty prompt), and
-    bf16 {cosine, relative_l2}: what half precision does. Of the state before the last layer where
-    the pipeline asks for all states, else of the last one; of the tokens that a mask leaves.
+    bf16 {cosine, relative_l2}: what half precision does. Of the states that the pipeline reads, and
+    of the tokens that a mask leaves.
     """
-    full = [_states(encoder, call) for call in calls]
+    full = _states(encoder, calls)
     twin = bf16_copy(encoder, bf16_arithmetic(device_and_dtype(encoder)[0]))
-    floor = _distance(full, [_states(twin, call) for call in calls])
+    floor = _distance(full, _states(twin, calls))
     del twin
     swaps = [Swap(encoder, *pair) for pair in layers.items()]
     try:
-        low = [_states(encoder, call) for call in calls]
+        low = _states(encoder, calls)
     finally:
         for swap in reversed(swaps):
             swap.remove()
-    empty = _distance([full[0][:1]], [low[0][:1]])
+    empty = _distance(full[:1], low[:1])
     return _distance(full, low) | {
         "empty": {"cosine": empty["cosine"]["mean"], "relative_l2": empty["relative_l2"]},
         "bf16": {"cosine": floor["cosine"]["mean"], "relative_l2": floor["relative_l2"]},
     }
 
 
-def _states(encoder: nn.Module, call: Call) -> Tensor:
-    """What the pipeline reads, (B, L, D) in fp32 on the CPU; zero where the mask says nothing."""
-    device, dtype = device_and_dtype(encoder)
-    out = encoder(**to_device(call.inputs, device, dtype))
-    several = getattr(out, "hidden_states", None)
-    state = (several[-2] if several is not None else out[0]).float().cpu()
-    return state if call.counted is None else state * call.counted[..., None]
+def _states(encoder: nn.Module, calls: Sequence[Call]) -> States:
+    return [row for call in calls for row in states_read(encoder, call)]
 
 
-def _distance(full: list[Tensor], low: list[Tensor]) -> dict[str, Any]:
-    a, b = (torch.cat([t.flatten(0, 1) for t in some]) for some in (full, low))
-    counted = a.any(1)
-    a, b = a[counted].double(), b[counted].double()
-    cosine = nn.functional.cosine_similarity(a, b).tolist()
+def _distance(full: States, low: States) -> dict[str, Any]:
+    """Over all tokens and states; the relative L2 is the mean of that of each state."""
+    cosine = cosines(full, low)
+    pairs = zip(zip(*full, strict=True), zip(*low, strict=True), strict=True)
+    each = [(torch.cat(a).double(), torch.cat(b).double()) for a, b in pairs]
     return {
         "cosine": {
             "mean": sum(cosine) / len(cosine), "p5": percentile(cosine, 5), "min": min(cosine),
         },
-        "relative_l2": float((a - b).norm() / a.norm()),
+        "relative_l2": sum(float((a - b).norm() / a.norm()) for a, b in each) / len(each),
         "tokens": len(cosine),
     }  # fmt: skip

@@ -56,9 +56,11 @@ class QTensor:
 
     @staticmethod
     def nearest(weight: Tensor, form: Format) -> QTensor:
-        """A weight (N, ...) at the nearest codes: no data needed."""
+        """A weight (N, ...) at the nearest codes: no data needed, and every column's scale is 1."""
         grid = Grid.of(weight, form)
-        return QTensor.of(grid.nearest(weight), grid)
+        columns = weight.shape[1:].numel()
+        channel = torch.ones(columns, device=weight.device) if form.smooth else None
+        return QTensor.of(grid.nearest(weight), grid, channel)
 
     def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""

@@ -2,9 +2,10 @@
 
 from .clock import Clock
 from .described import MARK, described, repeated
-from .encoder_calls import BATCH, calls_of, encoder_calls
+from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
 from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wanted_prompts
+from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
@@ -12,6 +13,7 @@ from .visited import schedule_of_run
 
 __all__ = [
     "BATCH",
+    "HELD_OUT",
     "MARK",
     "Call",
     "Clock",
@@ -21,6 +23,7 @@ __all__ = [
     "Trajectory",
     "calls_of",
     "check_names",
+    "cosines",
     "described",
     "encoder_calls",
     "keep",
@@ -30,6 +33,8 @@ __all__ = [
     "repeated",
     "sampler",
     "schedule_of_run",
+    "state_count",
+    "states_read",
     "to_device",
     "unprompted",
     "wanted_prompts",

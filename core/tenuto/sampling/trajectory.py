@@ -18,7 +18,8 @@ Sample = Callable[[nn.Module, int, int], Tensor]
 class Call:
     """One call of a denoiser or a text encoder: its arguments by name (on the CPU), step and run.
 
-    counted: (B, L), 1 where a token is looked at by what follows; None: all are.
+    counted: (B, L), 1 where a token is looked at by what follows; None: all are. read: what the
+    pipeline reads of a text encoder: numbers of hidden states, names of entries; (): the first.
     """
 
     run: int
@@ -26,6 +27,7 @@ class Call:
     timestep: float
     inputs: dict[str, Any]
     counted: Tensor | None = None
+    read: tuple[int | str, ...] = ()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import tenuto as tn
-from tenuto.calibration import algorithms
+from tenuto.calibration import algorithms, held_out
 from tenuto.calibration.algorithms.awq import AWQ
 from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.algorithms.nearest import RoundToNearest
@@ -21,10 +22,19 @@ from tenuto.measure.encoder_states import hidden_distance
 from tenuto.model.families import describe
 from tenuto.numerics.qtensor import QTensor, layout
 from tenuto.numerics.scheme import Scheme, schemes
+from tenuto.resources import prompts as shipped
 from tenuto.runtime.layers import QLayer
 from tenuto.sampling.encoder_calls import encoder_calls
 
 LINES = ("a photo of a lemon", "a school bus", "two goldfish")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_captions() -> Iterator[None]:
+    """Six general captions in place of 48, and two that are held out in place of 16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "prompts", lambda name: shipped(name)[:8])
+        yield
 
 
 @pytest.fixture(scope="module", params=["transformer", "unet"])

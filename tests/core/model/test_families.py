@@ -23,7 +23,7 @@ MODEL_OF = {
     "pixart": "pixart", "dit": "dit", "unet": "unet", "sd3": "sd3", "flux": "flux",
     "generic": "home",
 }  # fmt: skip
-ENCODERS = {"t5", "clip"}
+ENCODERS = {"t5", "clip", "language_model"}
 
 
 @pytest.fixture(params=MODEL_OF.values())

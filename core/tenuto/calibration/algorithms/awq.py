@@ -22,11 +22,9 @@ from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
 from ..moments import inputs_seen, patches, shared_inputs
-from ..replay import first_tensor
+from ..replay import token_error
 from . import Effort
 from .nearest import weight_of
-
-CHUNK = 32  # rows of the bank in one call of the block
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class AWQ:
         def error(tried: dict[str, QTensor]) -> float:
             for name, q in tried.items():
                 _put(block, name, q)
-            return _error(block, bank, rows, target, device)
+            return token_error(block, bank, rows, target, device)
 
         for group in shared_inputs(block, list(layers), bank, device):
             size = self._size(block, group[0], bank, rows, device)
@@ -130,17 +128,3 @@ def rounded(weight: Tensor, form: Format, scale: Tensor) -> QTensor:
 def _put(block: nn.Module, name: str, q: QTensor) -> None:
     layer: Any = block.get_submodule(name)
     layer.weight.data.copy_(q.dequantize())
-
-
-def _error(block: nn.Module, bank: Bank, rows: Tensor, target: Tensor, device: Any) -> float:
-    """Squared distance of the block's outputs from `target`, relative and token by token."""
-    total = 0.0
-    for index in bank.parts(rows, CHUNK):
-        args, kwargs = bank.rows(index, device)
-        wanted = bank.of(target, index).to(device)
-        gap = first_tensor(block(*args, **kwargs)) - wanted
-        share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-        if bank.counted is not None:
-            share = share * bank.counted[index].to(share)
-        total += float(share.sum())
-    return total

@@ -4,7 +4,8 @@ A family file has `CLASSES` (class names, never classes: nothing is imported) an
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
 `key_map(module) -> KeyMap` too, or None where a class of that name is another family's.
 `generic.py` serves what no family covers. Another distribution adds a family as an entry point of
-the group "tenuto.families" that names such a module; those here go first.
+the group "tenuto.families" that names such a module. The most derived class that a family names
+decides; of one class, the family here goes first.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def families() -> dict[str, ModuleType]:
 
 
 def _covering(module: nn.Module, attribute: str) -> Iterator[ModuleType]:
-    """The families that list the class of `module`, or one that it derives from."""
-    kinds = {cls.__name__ for cls in type(module).__mro__}
-    yield from (f for f in families().values() if kinds & set(getattr(f, attribute, ())))
-    further = (entry.load() for entry in _installed(tuple(sys.path)))
-    yield from (f for f in further if kinds & set(getattr(f, attribute, ())))
+    """The families that list the class of `module`, then those of what it derives from."""
+    for kind in (cls.__name__ for cls in type(module).__mro__):
+        yield from (f for f in families().values() if kind in getattr(f, attribute, ()))
+        further = (entry.load() for entry in _installed(tuple(sys.path)))
+        yield from (f for f in further if kind in getattr(f, attribute, ()))
 
 
 @functools.lru_cache(maxsize=1)

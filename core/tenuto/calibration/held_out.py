@@ -1,0 +1,106 @@
+"""Captions that calibration does not see: the better of calibrated and nearest, layer by layer.
+
+What is fitted to some prompts can be worse on others than no calibration at all. A part of the
+shipped list "general" is always calibrated on, and the rest of it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import private_copy
+from ..numerics import QTensor, Scheme
+from ..resources import prompts
+from ..sampling import HELD_OUT
+from .algorithms.nearest import RoundToNearest, weight_of
+from .bank import Bank
+from .replay import token_error
+
+EVERY = 4  # one caption of so many is held out: 16 of 64
+MOST = 160  # prompts of a user's that are calibrated on beside the general ones
+
+Data = tuple[Bank, Tensor]
+
+
+def captions() -> tuple[list[str], list[str]]:
+    """Those of the list "general" that are always calibrated on, and those that are held out."""
+    lines = prompts("general")
+    held = lines[EVERY - 1 :: EVERY]
+    return [line for line in lines if line not in held], list(held)
+
+
+def calibration_prompts(own: Sequence[str]) -> list[str]:
+    """What an encoder is calibrated on: `own`, at most `MOST` evenly of them, and general ones.
+
+    None of them is held out.
+    """
+    general, held = captions()
+    known = [line for line in dict.fromkeys(own) if line not in held]
+    count = min(MOST, len(known))
+    some = [known[i * len(known) // count] for i in range(count)]
+    return list(dict.fromkeys([*some, *general]))
+
+
+def apart(bank: Bank, target: Tensor) -> tuple[Data, Data | None]:
+    """What an algorithm may see of a block's inputs and outputs, and what is held out, if any."""
+    held = bank.steps == HELD_OUT
+    if not held.any():
+        return (bank, target), None
+    seen, unseen = ((which.nonzero()[:, 0]) for which in (~held, held))
+    return (bank.part(seen), target[seen]), (bank.part(unseen), target[unseen])
+
+
+@torch.no_grad()
+def better(
+    block: nn.Module, found: Mapping[str, QTensor], layers: Mapping[str, Scheme], held: Data
+) -> dict[str, QTensor]:
+    """`found`, with layers rounded to nearest that bring the block nearer to its target so.
+
+    One layer after another, in the order of `found`, each with what was decided before it. held:
+    inputs and outputs of the block that calibration has not seen.
+    """
+    device = next(block.parameters()).device
+    plain = RoundToNearest()(block, dict(layers))
+    block, (bank, target) = private_copy(block), held
+    rows = torch.arange(len(bank))
+
+    def put(names: Mapping[str, QTensor]) -> None:
+        for name, q in names.items():
+            weight_of(block, name).data.copy_(q.dequantize())
+
+    def error() -> float:
+        return token_error(block, bank, rows, target, device)
+
+    put(plain)
+    least, best = error(), plain
+    put(found)
+    calibrated = error()
+    if calibrated <= least:
+        least, best = calibrated, dict(found)
+    put(best)
+    for name in found:
+        tried = plain[name] if best[name] is found[name] else found[name]
+        put({name: tried})
+        wrong = error()
+        if wrong < least:
+            least, best = wrong, best | {name: tried}
+        else:
+            put({name: best[name]})
+    return best
+
+
+def with_weights(
+    model: nn.Module, weights: Mapping[str, QTensor], source: nn.Module, measured: Callable[[], Any]
+) -> Any:
+    """What `measured` gives while `model` has such `weights`; then it has those of `source`."""
+    for name, q in weights.items():
+        weight_of(model, name).data.copy_(q.dequantize())
+    try:
+        return measured()
+    finally:
+        for name in weights:
+            weight_of(model, name).data.copy_(weight_of(source, name).data)
