@@ -4,7 +4,14 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, calls_of, encoder_calls
 from .follow import Follow
-from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wanted_prompts
+from .pipeline_call import (
+    PipelineCall,
+    check_names,
+    check_needed,
+    one_by_one,
+    unprompted,
+    wanted_prompts,
+)
 from .record import record, sampler, to_device
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
@@ -21,6 +28,7 @@ __all__ = [
     "Trajectory",
     "calls_of",
     "check_names",
+    "check_needed",
     "described",
     "encoder_calls",
     "keep",
