@@ -38,12 +38,13 @@ def add(bench: Bench) -> None:
 
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
-        artifact: str | None, beside: bool,
+        artifact: str | None, beside: bool, call: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.generate(
-            model, prompt, seed, steps, guidance, artifact or "", beside, lambda done, total: None
-        )
+            model, prompt, seed, steps, guidance, artifact or "", beside,
+            lambda done, total: None, call,
+        )  # fmt: skip
 
     def calibrate(options: dict[str, Any]) -> dict[str, Any]:
         """Start a calibration: model, name, scheme, preset, reuse and what `Calibrate` has more."""
@@ -81,11 +82,11 @@ KINDS = {str: "a text", bool: "true or false", dict: "an object of options"}
 CALIBRATE = {
     "model": "demo:transformer", "name": "my-artifact", "scheme": "w8a8", "preset": "quick",
     "reuse": None, "steps": None, "guidance": None, "seed": 0, "iterations": None, "prompts": "",
-    "text_encoder": None, "method": None, "rounding": None,
+    "text_encoder": None, "method": None, "rounding": None, "call": None,
 }  # fmt: skip
 COMPARE = {
     "model": "demo:transformer", "artifacts": [], "count": 8, "steps": None, "guidance": None,
-    "seed": 10_000, "execution": "int8", "prompts": "",
+    "seed": 10_000, "execution": "int8", "prompts": "", "call": None,
 }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with the three tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, compare, generate
+    from . import api, calibrate, calibrate_fields, compare, generate
+    from .call_fields import shown
     from .page import Page
     from .viewer import QUIET
 
@@ -57,17 +58,21 @@ def build(bench: Bench) -> Any:
         page.load(
             lambda key: [
                 *calibrate.seen(bench, bench.desk.job(key, "calibrate")),
-                *calibrate.filled(bench.desk.job(key, "calibrate")),
+                *calibrate_fields.filled(bench, bench.desk.job(key, "calibrate")),
             ],
-            watch.key, [*watch.outputs, *calibration.fields], **QUIET,
+            watch.key, [*watch.outputs, *calibration.fields, calibration.own.accordion], **QUIET,
         )  # fmt: skip
         page.load(
             lambda key: [
                 *compare.seen(bench.desk.job(key, "compare")),
                 *compare.filled(bench, bench.desk.job(key, "compare")),
             ],
-            comparison.key, [*comparison.outputs, *comparison.fields, comparison.chosen], **QUIET,
+            comparison.key,
+            [*comparison.outputs, *comparison.fields, comparison.own.accordion, comparison.chosen],
+            **QUIET,
         )  # fmt: skip
+        for part in (generation, calibration, comparison):
+            page.load(lambda name: shown(bench, name), part.model, part.own.outputs, **QUIET)
     return page
 
 
@@ -76,7 +81,7 @@ def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
     import gradio as gr
 
     from .compare import refreshed
-    from .generate import artifact_choices
+    from .fields import artifact_choices
 
     return [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
 

@@ -12,15 +12,16 @@ from typing import Any
 from tenuto.errors import TenutoError
 from tenuto.work import whole_file, write_text
 
+from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words
-from .infotext import LONGEST, parsed
+from .infotext import LONGEST
 from .jobs import DONE, FAILED, Desk, Job
 from .memory import give_back
+from .pictures import saved
 from .places import SHIPPED, Places, checked_name
-from .png import texts
 from .requests import CHOSEN, HOW, LINES, calibration
 from .settings import Settings
-from .studio import Generated, OnCall, Studio, Wanted, settings_of
+from .studio import OnCall, Studio, Wanted
 
 NO_ARTIFACT = ""
 GENERATE = "generate"  # is no job, but can be stopped like one
@@ -50,20 +51,24 @@ class Bench:
         artifact: str,
         beside: bool,
         on_call: OnCall,
+        call: Any = None,
     ) -> dict[str, Any]:
         """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
 
-        seed: None takes one by chance.
+        seed: None takes one by chance. call: what else the pipeline takes.
         """
-        prompt = words(prompt, "The prompt", LONGEST)
-        if not prompt:
+        prompt, folder = words(prompt, "The prompt", LONGEST), self.places.model(model)
+        if not prompted(folder):
+            prompt = ""
+        elif not prompt:
             raise TenutoError("Say what to generate: the prompt is empty.")
         wanted = Wanted(
-            self.places.model(model), model, prompt,
+            folder, model, prompt,
             given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
             whole(steps, "The number of steps", 1, 1000),
             given(guidance, real, "Guidance", 0, 1000),
             self.places.artifact(artifact) if artifact else None, artifact or "", beside,
+            checked(folder, call, self.places.inputs), self.places.inputs,
         )  # fmt: skip
         self.desk.take("image")
         try:
@@ -71,38 +76,7 @@ class Bench:
         finally:
             self.desk.give()
             give_back()
-        return self._saved(found, wanted)
-
-    @disk_told()
-    def _saved(self, found: Generated, wanted: Wanted) -> dict[str, Any]:
-        from tenuto.sampling.images import image_name, save_png
-
-        folder, paths, infos = self.places.out / "pictures", {}, {}
-        for which, picture in found.pictures.items():
-            infos[which] = found.infotext(wanted, which)
-            path = image_name(wanted.prompt, wanted.seed, folder)
-            save_png(picture, path, settings_of(wanted, which), infos[which])
-            paths[which] = str(path)
-        info = infos.get("artifact", infos.get("full", ""))
-        return {
-            "pictures": paths, "numbers": found.numbers, "seconds": found.seconds, "infotext": info,
-            "artifact": wanted.artifact_name, "steps": wanted.steps,
-        }  # fmt: skip
-
-    @disk_told()
-    def restored(self, path: str | Path) -> dict[str, Any]:
-        """The settings in a PNG that was dropped; TenutoError where there are none."""
-        said = texts(Path(path)).get("parameters", "")
-        found = parsed(said)
-        if not found:
-            raise TenutoError("This image does not say how it was made.")
-        if "model" in found and found["model"] not in self.places.models():
-            del found["model"]  # another program's, or not here
-        if "artifact" in found and found["artifact"] not in self.places.artifacts(
-            str(found.get("model", ""))
-        ):
-            del found["artifact"]
-        return found
+        return saved(self.places, found)
 
     @disk_told()
     def added(self, path: str | Path, name: str) -> str:
@@ -138,10 +112,12 @@ class Bench:
         text_encoder: str | None = None,
         method: str | None = None,
         rounding: str | None = None,
+        call: Any = None,
     ) -> Job:
         """Start a calibration; TenutoError if it is refused. The same request resumes.
 
-        text_encoder, method and rounding are those of `tenuto quantize`.
+        text_encoder, method and rounding are those of `tenuto quantize`; call is what else the
+        pipeline takes.
         """
         name = checked_name(name)
         chosen: dict[str, Any] = dict(
@@ -150,9 +126,9 @@ class Bench:
         how: dict[str, Any] = dict(
             zip(HOW, (reuse, steps, guidance, seed, iterations, prompts), strict=True)
         )
-        request = calibration(self.places, model, chosen, how)
-        begun = self.places.request(name)
-        if begun is not None and dict.fromkeys(chosen) | begun != request:  # it may be older
+        request = calibration(self.places, model, chosen, how, call)
+        begun, lacking = self.places.request(name), dict.fromkeys(chosen) | {"call": {}}
+        if begun is not None and lacking | begun != request:  # it may be older
             raise TenutoError(
                 f"{name} was begun with other settings: resume it, discard it or choose another "
                 "name."
@@ -162,13 +138,14 @@ class Bench:
     def resume(self, name: str) -> Job:
         """Go on with an unfinished calibration. What was kept of it is checked like a new one."""
         name = checked_name(name)
-        kept = self.places.request(name)
-        if kept is None:
+        known = self.places.request(name)
+        if known is None:
             raise TenutoError(f"There is no unfinished calibration {name!r}.")
-        chosen = {key: kept.get(key) for key in CHOSEN}  # an older request lacks some
+        chosen = {key: known.get(key) for key in CHOSEN}  # an older request lacks some
         try:
-            how = {key: kept[key] for key in HOW}
-            request = calibration(self.places, kept["shown_model"], chosen, how)
+            how = {key: known[key] for key in HOW}
+            call = known.get("call", {})
+            request = calibration(self.places, known["shown_model"], chosen, how, call)
         except KeyError as error:
             raise TenutoError(f"What was asked of {name} is damaged: discard it.") from error
         return self._started(name, request)
@@ -181,6 +158,7 @@ class Bench:
         files = {
             "out": str(out), "first": str(self.places.aside(name, ".safetensors")),
             "prompts": None if file is None else str(file), "device": self.settings.device,
+            "inputs": str(self.places.inputs),
         }  # fmt: skip
         job = Job("calibrate", request | files, self.places.aside(name, ".log"))
         self.places.keep_request(name, request)
@@ -230,18 +208,21 @@ class Bench:
         seed: float | None = None,
         execution: str = "int8",
         prompts: str = "",
+        call: Any = None,
     ) -> Job:
-        """Start a comparison; TenutoError if it is refused."""
+        """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes."""
         from tenuto.runtime import check_execution
 
         check_execution(execution)
         listed = isinstance(artifacts, list | tuple)
         if not artifacts or not listed or not all(isinstance(name, str) for name in artifacts):
             raise TenutoError("Choose one artifact or more to compare with full precision.")
-        lines = words(prompts, "The list of prompts", LINES)
+        lines, inputs = words(prompts, "The list of prompts", LINES), self.places.inputs
         files = {name: str(self.places.artifact(name)) for name in dict.fromkeys(artifacts)}
+        place = self.places.model(model)
         request = {
-            "model": self.places.model(model), "shown_model": model,
+            "model": place, "shown_model": model, "inputs": str(inputs),
+            "call": kept(checked(place, call, inputs), inputs),
             "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
             "names": {name.removeprefix(SHIPPED): name for name in files},
             "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from tenuto.calibration import PRESETS, WIDTHS, algorithms
 from tenuto.errors import TenutoError
 
 from .bench import Bench
-from .generate import artifact_choices
+from .calibrate_fields import asked, calibration_fields
+from .call_fields import CallFields
+from .fields import artifact_choices, noticed
 from .jobs import DONE, FAILED, Job
-from .view import loss_curve, status, step_map
-from .viewer import AUDIBLE, QUIET, optional
+from .view import loss_curve, notice, status, step_map
+from .viewer import AUDIBLE, QUIET
 
 IDLE = "Choose a model and what becomes of it, name the artifact and press Start."
-SCHEMES = [
-    ("W8A8: 8-bit weights and inputs", "w8a8"), ("W4A8: 4-bit weights, 8-bit inputs", "w4a8"),
-    ("W8A16: 8-bit weights only", "w8a16"), ("W4A16: 4-bit weights only", "w4a16"),
-    ("none: the denoiser keeps its weights", ""),
-]  # fmt: skip
-ENCODERS = [("Leave as they are", ""), *((f"{width[1:]} bits", width) for width in WIDTHS)]
-EFFORTS = {
-    "quick": "quick: a few minutes for a small model", "standard": "standard: four times the data",
-    "thorough": "thorough: for the final file",
-}  # fmt: skip
 STEADY = 0.5  # seconds between two looks at a job
 
 
@@ -50,6 +40,7 @@ class Watch:
     use: gr.Button
     download: gr.DownloadButton
     log: gr.DownloadButton
+    refused: gr.HTML
 
     @property
     def outputs(self) -> list[Any]:
@@ -62,11 +53,12 @@ class Watch:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """The components that the app wires to other tabs. after: the artifact's name and its model."""
+    """The components that the app wires to other tabs."""
 
     watch: Watch
     model: gr.Dropdown
     fields: list[Any]
+    own: CallFields
 
 
 def tab(bench: Bench, model_name: str) -> Calibrate:
@@ -75,12 +67,13 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
     timer = gr.Timer(STEADY, active=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            fields = _fields(bench, model_name)
+            fields, own = calibration_fields(bench, model_name)
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="calibrate-start")
                 stop = gr.Button(
                     "Stop", variant="stop", interactive=False, elem_id="calibrate-stop"
                 )
+            refused = noticed("calibrate-refused")
             with gr.Group():
                 unfinished = gr.Dropdown(
                     bench.places.unfinished(), value=None, label="Unfinished calibrations",
@@ -102,11 +95,11 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
             loss = gr.HTML("", elem_id="calibrate-loss")
     watch = Watch(
         key, timer, said, start, stop, resume, discard, sure, unfinished, shown, loss, use,
-        download, log,
+        download, log, refused,
     )  # fmt: skip
     _wire(bench, watch, fields)
     _wire_discard(bench, watch, yes, no)
-    return Calibrate(watch, fields[0], fields)
+    return Calibrate(watch, fields[0], fields, own)
 
 
 def _sure() -> tuple[gr.Row, gr.Button, gr.Button]:
@@ -118,79 +111,27 @@ def _sure() -> tuple[gr.Row, gr.Button, gr.Button]:
     return sure, yes, no
 
 
-def _fields(bench: Bench, model_name: str) -> list[Any]:
-    """What can be chosen; the order is that of `Bench.calibrate`."""
-    model = gr.Dropdown(
-        bench.places.models(), value=model_name, label="Model", allow_custom_value=True,
-        elem_id="calibrate-model",
-    )  # fmt: skip
-    name = gr.Textbox(
-        "my-artifact", label="Name of the artifact", max_lines=1, elem_id="calibrate-name",
-        info="A file NAME.safetensors in the output folder",
-    )  # fmt: skip
-    scheme = gr.Dropdown(SCHEMES, value="w8a8", label="Scheme", elem_id="calibrate-scheme")
-    preset = gr.Radio(
-        [(EFFORTS.get(name, name), name) for name in PRESETS], value="quick", label="Preset",
-        elem_id="calibrate-preset",
-    )  # fmt: skip
-    reuse = gr.Slider(
-        0, 80, 30, step=5, label="Cache schedule: share of branch calls to reuse, %",
-        info="0: no cache schedule", elem_id="calibrate-reuse",
-    )  # fmt: skip
-    encoder = gr.Radio(
-        ENCODERS, value="", label="Text encoders", elem_id="calibrate-encoder",
-        info="Their weights alone, beside the rest or by themselves",
-    )  # fmt: skip
-    *rest, method, rounding = _options()
-    return [model, name, scheme, preset, reuse, *rest, encoder, method, rounding]
-
-
-def _options() -> list[Any]:
-    """What is rarely changed; the order is that of `Bench.calibrate`."""
-    with gr.Accordion("All options", open=False):
-        steps = optional("Steps", "the model's own", "calibrate-steps")
-        guidance = optional("Guidance", "the model's own", "calibrate-guidance")
-        seed = gr.Number(0, label="First seed", elem_id="calibrate-seed")
-        iterations = optional(
-            "Training iterations of the router", "the preset's", "calibrate-iterations"
-        )
-        prompts = gr.Textbox(
-            "", label="Calibration prompts, one a line (those that ship)", lines=3,
-            elem_id="calibrate-prompts",
-        )  # fmt: skip
-        rounding = gr.Dropdown(
-            [("the preset's choice", ""), *algorithms.names("denoiser")], value="",
-            label="How 4-bit weights round", elem_id="calibrate-rounding",
-            info="Of the denoiser, where the scheme has such weights",
-        )  # fmt: skip
-        method = gr.Dropdown(
-            list(algorithms.names("encoder")), value="gptq", label="How text encoders round",
-            elem_id="calibrate-method", info="Where they are quantized",
-        )  # fmt: skip
-    return [steps, guidance, seed, iterations, prompts, method, rounding]
-
-
 def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
     """Buttons, the clock that looks at the job, and the look at it when the page is loaded."""
 
-    def started(begin: Callable[[], Job]) -> str:
+    def started(begin: Callable[[], Job]) -> list[Any]:
         try:
-            return begin().id
+            return [begin().id, ""]
         except TenutoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            return [gr.skip(), notice("It is not started.", str(error))]
 
-    def start(*values: Any) -> str:
-        return started(lambda: bench.calibrate(*asked(*values)))
+    def start(*values: Any) -> list[Any]:
+        return started(lambda: bench.calibrate(*asked(bench, *values)))
 
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
 
     shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
-    watch.start.click(start, fields, watch.key, **AUDIBLE).success(**shown)
+    told = [watch.key, watch.refused]
+    watch.start.click(start, fields, told, **AUDIBLE).then(**shown)
     watch.resume.click(
-        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, watch.key,
-        **AUDIBLE,
-    ).success(**shown)  # fmt: skip
+        lambda name: started(lambda: bench.resume(name or "")), watch.unfinished, told, **AUDIBLE,
+    ).then(**shown)  # fmt: skip
     watch.stop.click(lambda key: bench.stop(key, "calibrate"), watch.key, None, **QUIET).then(
         **shown
     )
@@ -204,48 +145,22 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
 def _wire_discard(bench: Bench, watch: Watch, yes: gr.Button, no: gr.Button) -> None:
     """Discard asks first."""
 
-    def discarded(name: str | None) -> None:
+    def discarded(name: str | None) -> str:
         try:
             if name:
                 bench.discard(name)
         except TenutoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            return notice("It is not discarded.", str(error))
+        return ""
 
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
 
     watch.discard.click(lambda: gr.Row(visible=True), None, watch.sure, **QUIET)
     no.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
-    yes.click(discarded, watch.unfinished, None, **AUDIBLE).then(
+    yes.click(discarded, watch.unfinished, watch.refused, **AUDIBLE).then(
         look, watch.key, watch.outputs, **QUIET
     )
-
-
-def asked(*values: Any) -> list[Any]:
-    """What `Bench.calibrate` is asked for, from the fields: what was not chosen is None."""
-    model, name, scheme, preset, reuse, *rest, encoder, method, rounding = values
-    share = reuse / 100 if reuse else None
-    method = method if encoder else None  # its field shows one all the time
-    return [
-        model, name, scheme or None, preset, share, *rest, encoder or None, method, rounding or None
-    ]  # fmt: skip
-
-
-def filled(job: Job | None) -> list[Any]:
-    """The fields of the calibration that runs, the inverse of `asked`: updates for its fields."""
-    if job is None or not job.alive:
-        return [gr.skip()] * 13
-    wanted = job.request
-    shown = {
-        name: "" if wanted[name] is None else f"{wanted[name]:g}"
-        for name in ("steps", "guidance", "iterations")
-    }
-    return [
-        wanted["shown_model"], Path(wanted["out"]).stem, wanted["scheme"] or "", wanted["preset"],
-        round(100 * (wanted["reuse"] or 0)), shown["steps"], shown["guidance"], wanted["seed"],
-        shown["iterations"], wanted["prompts_text"], wanted["text_encoder"] or "",
-        wanted["method"] or "gptq", wanted["rounding"] or "",
-    ]  # fmt: skip
 
 
 def seen(bench: Bench, job: Job | None) -> list[Any]:

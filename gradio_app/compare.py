@@ -14,11 +14,16 @@ from tenuto.runtime import EXECUTIONS
 
 from .bench import COUNT, Bench
 from .calibrate import STEADY
+from .call import OPTIONS, as_fields
+from .call_fields import CallFields, call_fields, given, watch
+from .call_fields import filled as own_filled
+from .fields import noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
-from .view import status
-from .viewer import AUDIBLE, QUIET, Viewer, optional, show, viewer
+from .view import notice, status
+from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
 
+CHOSEN = 8  # fields before those of the pipeline's own settings
 IDLE = "Choose a model and one artifact or more, and press Compare."
 
 
@@ -32,6 +37,7 @@ class Compare:
     outputs: list[Any]
     fields: list[Any]
     chosen: gr.State
+    own: CallFields
 
 
 def tab(bench: Bench, model_name: str) -> Compare:
@@ -56,7 +62,9 @@ def tab(bench: Bench, model_name: str) -> Compare:
             with gr.Row():
                 go = gr.Button("Compare", variant="primary", elem_id="compare-start")
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop")
+            refused = noticed("compare-refused")
             rest = _options()
+            own = call_fields("compare")
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML(status(None, IDLE), elem_id="compare-status")
             numbers = gr.HTML("", elem_id="compare-numbers")
@@ -70,9 +78,10 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 log = gr.DownloadButton("Download the log", visible=False)
     outputs = [timer, said, go, stop, numbers, chooser, which, number, file, log]
     looks = [view.pair, prompt, *view.outputs]
-    fields = [model, artifacts, count, *rest]
-    made = Compare(key, model, artifacts, outputs, fields, gr.State(model_name))
-    _wire(bench, made, (timer, go, stop))
+    fields = [model, artifacts, count, *rest, *own.fields]
+    made = Compare(key, model, artifacts, outputs, fields, gr.State(model_name), own)
+    _wire(bench, made, (timer, go, stop, refused))
+    watch(bench, model, own)
     _pictures(bench, key, which, number, view, looks)
     return made
 
@@ -92,13 +101,14 @@ def _options() -> list[Any]:
 
 
 def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
-    timer, go, stop = parts
+    timer, go, stop, refused = parts
 
-    def start(*values: Any) -> str:
+    def start(*values: Any) -> list[Any]:
+        chosen, own = values[:CHOSEN], values[CHOSEN:]
         try:
-            return bench.compare(*values).id
+            return [bench.compare(*chosen, call=given(bench, chosen[0], own)).id, ""]
         except TenutoError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            return [gr.skip(), notice("It is not started.", str(error))]
 
     def look(key: str) -> list[Any]:
         return seen(bench.desk.job(key, "compare"))
@@ -109,16 +119,16 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
         return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), name]
 
     shown = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
-    go.click(start, made.fields, made.key, **AUDIBLE).success(**shown)
+    go.click(start, made.fields, [made.key, refused], **AUDIBLE).then(**shown)
     stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
     timer.tick(**shown)
     made.model.input(chosen, [made.model, made.chosen], [made.artifacts, made.chosen], **QUIET)
 
 
 def filled(bench: Bench, job: Job | None) -> list[Any]:
-    """The fields of the comparison that runs: updates for `Compare.fields` and `chosen`."""
+    """The comparison that runs: updates for its fields, the accordion and `chosen`."""
     if job is None or not job.alive:
-        return [gr.skip()] * 9
+        return [gr.skip()] * (CHOSEN + len(OPTIONS) + 3)
     asked = job.request
     model, names = asked["shown_model"], list(asked["names"].values())
     artifacts = gr.Dropdown(
@@ -127,7 +137,8 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
     )  # fmt: skip
     shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
     rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
-    return [model, artifacts, asked["count"], *shown, *rest, model]
+    own = as_fields(asked["call"], bench.places.inputs)
+    return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), model]
 
 
 def seen(job: Job | None) -> list[Any]:

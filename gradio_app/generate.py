@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,11 +12,13 @@ import gradio as gr
 from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
-from .guard import drop
+from .call_fields import CallFields, call_fields, given, watch
+from .fields import artifact_choices, noticed, optional, shown_number
 from .measured import compared, generated
+from .restore import aside
 from .studio import defaults_of
-from .view import card
-from .viewer import AUDIBLE, QUIET, optional, show, viewer
+from .view import card, notice
+from .viewer import AUDIBLE, QUIET, Pair, show, viewer
 
 IDLE = card("idle", "No image yet.", "Write a prompt and press Generate.")
 WORKING = 76  # pixels of the place where progress is shown
@@ -36,11 +37,7 @@ class Generate:
     model: gr.Dropdown
     artifact: gr.Dropdown
     chosen: gr.State
-
-
-def artifact_choices(bench: Bench, model: str) -> list[tuple[str, str]]:
-    """What can be generated with, and full precision."""
-    return [("none: full precision", NO_ARTIFACT), *((n, n) for n in bench.places.artifacts(model))]
+    own: CallFields
 
 
 def tab(bench: Bench) -> Generate:
@@ -60,6 +57,7 @@ def tab(bench: Bench) -> Generate:
                 models, value=model_name, label="Model", allow_custom_value=True,
                 info="A model that ships, or a folder in diffusers' format", elem_id="model",
             )  # fmt: skip
+            refused = noticed("model-refused")
             artifact = gr.Dropdown(
                 choices, value=choices[-1][1], label="Artifact", allow_custom_value=True,
                 elem_id="artifact",
@@ -74,8 +72,9 @@ def tab(bench: Bench) -> Generate:
                 steps_of = gr.Number(steps, label="Steps", step=1, elem_id="steps")
                 guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
             chosen = gr.State((model_name, choices[-1][1]))
-            fields = [prompt, seed, steps_of, guidance_of, model, artifact, chosen]
-            _aside(bench, model, artifact, chosen, fields)
+            own = call_fields("generate")
+            fields = [prompt, seed, steps_of, guidance_of, model, artifact, chosen, *own.outputs]
+            aside(bench, model, artifact, chosen, fields)
         with gr.Column(scale=3, min_width=320):
             view = viewer("generate", "Image")
             numbers = gr.HTML(IDLE, elem_id="numbers")
@@ -85,12 +84,13 @@ def tab(bench: Bench) -> Generate:
             )  # fmt: skip
     inputs = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside, view.mode]
     outputs = [view.pair, numbers, infotext, *view.outputs]
-    _wire(bench, [go, stop, working], prompt, inputs, outputs)
+    _wire(bench, [go, stop, working], prompt, [*inputs, *own.fields], outputs)
+    watch(bench, model, own)
     dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
-    told, asked = [artifact, steps_of, guidance_of, chosen], [model, artifact, chosen]
+    told, asked = [artifact, steps_of, guidance_of, chosen, refused], [model, artifact, chosen]
     model.input(lambda *now: _model_chosen(bench, *now), asked, told, **AUDIBLE)
     artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told[1:], **AUDIBLE)
-    return Generate(model, artifact, chosen)
+    return Generate(model, artifact, chosen, own)
 
 
 def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outputs: Any) -> None:
@@ -113,17 +113,18 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
 
 def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     """What the image side shows after a press of Generate: generated, stopped or failed."""
-    model, prompt, seed, steps, guidance, artifact, on, beside, mode = values
+    model, prompt, seed, steps, guidance, artifact, on, beside, mode, *own = values
 
     def on_call(done: int, total: int) -> None:
         progress((done, total), desc="Generating", unit="calls")
 
-    nothing: list[Any] = [gr.skip()] * 6
+    nothing: list[Any] = [gr.skip()] * 7
     try:
         progress(0, desc="Loading the model")
         found = bench.generate(
-            model, prompt, seed, steps, guidance, artifact if on else NO_ARTIFACT, beside, on_call
-        )
+            model, prompt, seed, steps, guidance, artifact if on else NO_ARTIFACT, beside, on_call,
+            given(bench, model, own),
+        )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
     except TenutoError as error:
@@ -135,100 +136,36 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     pictures, said = found["pictures"], found["numbers"]
     if len(pictures) == 2:
         names = [FULL, found["artifact"]]
-        pair = {"a": pictures["full"], "b": pictures["artifact"], "names": names}
+        pair: Pair = {"a": pictures["full"], "b": pictures["artifact"], "names": names}
         numbers = compared({found["artifact"]: said})
     else:
         ((which, path),) = pictures.items()
         pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
         numbers = generated(said, found["seconds"], found["steps"], bench.settings.device or "here")
+    pair["frames"] = found["frames"]
     info = gr.Textbox(found["infotext"], visible=True)
     return [pair, numbers, info, *show(pair, mode)]
-
-
-def _aside(
-    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, chosen: gr.State, fields: list[Any]
-) -> None:
-    """What is used less often: settings out of an image, an artifact from elsewhere."""
-    with gr.Accordion("Restore settings, add an artifact", open=False):
-        dropped = gr.File(
-            label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
-            elem_id="restore",
-        )  # fmt: skip
-        upload = gr.File(
-            label="Add an artifact to the output folder", file_types=[".safetensors"], height=110,
-            elem_id="add-artifact",
-        )  # fmt: skip
-        said = gr.HTML("", elem_id="aside-said")
-    restored, new = [dropped, said, *fields], [upload, said, artifact, chosen]
-    dropped.upload(lambda path: _restored(bench, path), dropped, restored, **QUIET)
-    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
-
-
-def _restored(bench: Bench, path: str | None) -> list[Any]:
-    nothing: list[Any] = [gr.skip()] * 7
-    if path is None:
-        return [None, "", *nothing]
-    try:
-        found = bench.restored(path)
-    except TenutoError as error:
-        return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
-    finally:
-        drop(Path(path))
-    names = ("prompt", "seed", "steps", "guidance", "model", "artifact")
-    found["guidance"] = shown_number(found.get("guidance"))
-    values = [found.get(name, gr.skip()) for name in names]
-    if "model" in found:
-        values[5] = gr.Dropdown(
-            choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
-        )
-    chosen = (found["model"], found.get("artifact", "")) if "model" in found else gr.skip()
-    missing = "" if "model" in found else " Its model is not here."
-    return [None, card("done", "Restored.", f"{', '.join(found)}.{missing}"), *values, chosen]
-
-
-def shown_number(value: float | None) -> str:
-    """A number in a field that may be empty."""
-    return "" if value is None else f"{value:.10g}"
-
-
-def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
-    if path is None:
-        return [None, "", gr.skip(), gr.skip()]
-    try:
-        name = bench.added(path, path)
-    except TenutoError as error:
-        return [
-            None,
-            card("failed", f"{Path(path).name} is not added.", str(error)),
-            *[gr.skip()] * 2,
-        ]
-    finally:
-        drop(Path(path))
-    new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
-    return [None, card("done", "Added.", f"{name} is chosen."), new, (model, name)]
 
 
 def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
     """Artifacts, steps and guidance for a model, if it is another than before."""
     if before and name == before[0]:
-        return [gr.skip()] * 4
+        return [gr.skip()] * 5
     try:
         steps, guidance = defaults_of(bench.places.model(name))
     except TenutoError as error:
-        gr.Warning(str(error))
-        return [gr.skip()] * 4
+        return [*[gr.skip()] * 4, notice("This model cannot be used.", str(error))]
     new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
-    return [new, steps, shown_number(guidance), (name, NO_ARTIFACT)]
+    return [new, steps, shown_number(guidance), (name, NO_ARTIFACT), ""]
 
 
 def _artifact_chosen(bench: Bench, model: str, name: str, before: Any) -> list[Any]:
     """Steps and guidance that an artifact was made for, if it is another than before."""
     if before and (model, name) == tuple(before):
-        return [gr.skip()] * 3
+        return [gr.skip()] * 4
     try:
         file = bench.places.artifact(name) if name else None
         steps, guidance = defaults_of(bench.places.model(model), file)
-        return [steps, shown_number(guidance), (model, name)]
+        return [steps, shown_number(guidance), (model, name), ""]
     except TenutoError as error:
-        gr.Warning(str(error))
-        return [gr.skip()] * 3
+        return [*[gr.skip()] * 3, notice("This artifact cannot be used.", str(error))]

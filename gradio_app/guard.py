@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,26 @@ def sweep(page: Any, kept: float) -> None:
                 continue
             drop(file)
         page.upload_file_set.discard(name)
+
+
+def uploaded(file: Path) -> bool:
+    """Whether a file lies in the app's own temporary folder, links followed, and is there."""
+    from gradio.utils import get_upload_folder
+
+    try:
+        found = file.resolve()
+        return found.is_relative_to(Path(get_upload_folder()).resolve()) and found.is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False  # a zero in its name, links in a circle
+
+
+def fresh(name: str) -> Path:
+    """A new place for a file in that folder; Gradio removes it once it is a day old."""
+    from gradio.utils import get_upload_folder
+
+    folder = Path(get_upload_folder()) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    return folder / name
 
 
 def drop(file: Path) -> None:

@@ -4,9 +4,10 @@
     Steps: 20, Sampler: DDIM, CFG scale: 2, Seed: 7, Size: 64x64, Model: demo:transformer
 
 The prompt's lines come first, then perhaps "Negative prompt:", then one line of "Name: value"; a
-value that holds a comma, a colon or a line break is a JSON string. Lines end with "\\n" and with
-nothing else. A prompt that these rules would not give back, as it has a line "Negative prompt:",
-is written once more, as the value "Tenuto prompt".
+value that holds a comma, a colon or a line break is a JSON string. Lines end as `lines_of` says. A
+prompt that these rules would not give back, as it has a line "Negative prompt:", is written once
+more, as the value "Tenuto prompt". What else the pipeline was called with is JSON, as the value
+"Tenuto call".
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import json
 import math
 from typing import Any
 
+from tenuto.text import lines_of
+
 LONGEST = 50_000  # characters of a prompt
-ALL = 8 * LONGEST  # of an infotext, which may have the prompt twice, once escaped
+LONGEST_CALL = 10_000  # of the pipeline's own settings, as JSON
+ALL = 8 * (LONGEST + LONGEST_CALL)  # of an infotext, which may have both twice, once escaped
 PAIRS = 100  # values that are looked at
 NEGATIVE = "Negative prompt:"
 NUMBERS = {"steps": (1, 1000), "guidance": (0, 1000), "seed": (0, 2**53)}  # least, most
-WHOLE = "Tenuto prompt"
+WHOLE, CALL, NEGATIVE_OF = "Tenuto prompt", "Tenuto call", "negative_prompt"
 FIELDS = {
     "Steps": "steps",
     "CFG scale": "guidance",
@@ -31,7 +35,11 @@ FIELDS = {
 
 
 def written(settings: dict[str, Any]) -> str:
-    """The infotext of an image. settings: prompt, steps, guidance, seed, model, sampler, size."""
+    """The infotext of an image.
+
+    settings: prompt, steps, guidance, seed and model; perhaps artifact, sampler, size, call.
+    """
+    call = settings.get("call") or {}
     values = [
         ("Steps", settings["steps"]),
         ("Sampler", settings.get("sampler")),
@@ -40,13 +48,17 @@ def written(settings: dict[str, Any]) -> str:
         ("Size", settings.get("size")),
         ("Model", settings["model"]),
         ("Tenuto artifact", settings.get("artifact")),
+        (CALL, json.dumps(call, ensure_ascii=False) if call else None),
         ("Version", settings.get("version")),
     ]
-    prompt = settings["prompt"].strip()
-    text = f"{prompt}\n{_line(values)}"
+    prompt, negative = settings["prompt"].strip(), call.get(NEGATIVE_OF)
+    above = f"{prompt}\n" if prompt else ""
+    if isinstance(negative, str) and negative.strip():
+        above += f"{NEGATIVE} {negative.strip()}\n"  # as other programs look for it
+    text = f"{above}{_line(values)}"
     if parsed(text).get("prompt", "") == prompt:
         return text
-    return f"{prompt}\n{_line([*values, (WHOLE, prompt)])}"
+    return f"{above}{_line([*values, (WHOLE, prompt)])}"
 
 
 def _line(values: list[tuple[str, Any]]) -> str:
@@ -55,17 +67,18 @@ def _line(values: list[tuple[str, Any]]) -> str:
 
 def _quoted(value: Any) -> str:
     text = str(value)
-    plain = text == text.strip() and not set(text) & set(',:"\n')
+    plain = text == text.strip() and not set(text) & set(',:"\r\n')
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def parsed(text: str) -> dict[str, Any]:
     """The settings in an infotext, as far as the app has them; the rest is left out."""
-    lines = text[:ALL].strip().split("\n")  # other separators of lines may be in a prompt
+    lines = lines_of(text[:ALL].strip()) or [""]
     pairs = dict(_pairs(lines[-1]))
     body = lines[:-1] if "Steps" in pairs else lines
     end = next((i for i, line in enumerate(body) if line.startswith(NEGATIVE)), len(body))
-    prompt = "\n".join(body[:end]).strip()
+    prompt = "".join(body[:end]).strip()
+    negative = "".join(body[end:]).strip().removeprefix(NEGATIVE).strip()
     if "Steps" in pairs:
         prompt = pairs.get(WHOLE, prompt).strip()
     found: dict[str, Any] = {"prompt": prompt} if prompt else {}
@@ -75,7 +88,17 @@ def parsed(text: str) -> dict[str, Any]:
             value = _number(value, *NUMBERS[field], whole=field != "guidance")
         if value is not None:
             found[field] = value
-    return found
+    other = {} if WHOLE in pairs or not negative else {NEGATIVE_OF: negative}
+    call = _object(pairs[CALL]) if CALL in pairs else other
+    return found | {"call": call} if call and "Steps" in pairs else found
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(text: str, least: float, most: float, whole: bool) -> float | int | None:

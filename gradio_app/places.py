@@ -44,12 +44,18 @@ def inside(path: Path, folder: Path) -> bool:
 class Places:
     """The output folder and the roots of models.
 
-    out/NAME.safetensors are artifacts, out/images what was generated, out/comparisons what was
-    compared; out/unfinished has the request of every calibration that is not done.
+    out/NAME.safetensors are artifacts, out/pictures what was generated, out/inputs the images that
+    this was made from, out/comparisons what was compared; out/unfinished has the request of every
+    calibration that is not done.
     """
 
     out: Path
     roots: tuple[Path, ...] = ()
+
+    @property
+    def inputs(self) -> Path:
+        """The folder of start images and masks that were used."""
+        return self.out / "inputs"
 
     # --- models ---------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ WARM = 2  # calls that `compare_all` makes for each way without counting them, a
 
 @dataclass(frozen=True)
 class Wanted:
-    """One image. model: what `load` takes; name: as the user knows it. artifact: its file."""
+    """One image, or a video. model: what `load` takes; name: as the user knows it.
+
+    artifact: its file. call: the pipeline's own keywords, images opened. described: the same as
+    plain data. inputs: where the images lie that an artifact was calibrated with.
+    """
 
     model: str
     name: str
@@ -34,34 +38,42 @@ class Wanted:
     artifact: Path | None = None
     artifact_name: str = ""
     beside: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Path | None = None
 
 
 @dataclass
 class Generated:
-    """The images, "full" and "artifact" (PIL). numbers: a comparison, or the time."""
+    """The images, "full" and "artifact": frames (PIL), one unless it is a video.
 
-    pictures: dict[str, Any]
+    numbers: a comparison, or the time. used: what was wanted, and what the artifact or the model
+    has where it was left open.
+    """
+
+    pictures: dict[str, list[Any]]
     seconds: float
+    used: Wanted
     numbers: dict[str, Any] = field(default_factory=dict)
     sampler: str = ""
 
-    def infotext(self, wanted: Wanted, which: str) -> str:
+    def infotext(self, settings: Mapping[str, Any], which: str) -> str:
         """The settings of one of the images as A1111 writes them."""
         from tenuto.version import __version__
 
-        size = "x".join(map(str, self.pictures[which].size))
-        return written(settings_of(wanted, which) | {
+        size = "x".join(map(str, self.pictures[which][0].size))
+        return written({
+            **settings,
             "sampler": self.sampler, "size": size, "version": f"tenuto {__version__}",
         })  # fmt: skip
 
 
-def settings_of(wanted: Wanted, which: str) -> dict[str, Any]:
-    """What a PNG says of itself."""
+def settings_of(wanted: Wanted, which: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PNG says of itself. call: as plain data."""
     used = wanted.artifact_name if which == "artifact" else None
     return {
         "model": wanted.name, "prompt": wanted.prompt, "steps": wanted.steps,
         "guidance": wanted.guidance, "seed": wanted.seed, "artifact": used,
-    }  # fmt: skip
+    } | ({"call": dict(call)} if call else {})  # fmt: skip
 
 
 class Studio:
@@ -94,12 +106,18 @@ class Studio:
     def generate(self, wanted: Wanted, on_call: OnCall) -> Generated:
         """One image, or two: beside it the one that full precision draws from the same noise."""
         from tenuto.cli.checks import load_artifact
-        from tenuto.cli.session import check_steps
+        from tenuto.cli.session import sampling_of
 
         self._stop.clear()
         artifact = None if wanted.artifact is None else load_artifact(wanted.artifact)
+        sampling = sampling_of(
+            wanted.model, steps=wanted.steps, guidance=wanted.guidance, call=wanted.call,
+            device=self.settings.device, artifact=artifact, file=wanted.artifact,
+            images=wanted.inputs,
+        )  # fmt: skip
         pipe = self.pipe(wanted.model)
-        check_steps(pipe, wanted.steps)
+        sampling.checked(pipe)
+        wanted = replace(wanted, guidance=sampling.guidance, call=sampling.called(pipe))
         beside = wanted.beside and artifact is not None
         calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
         with self._watched(pipe, calls, on_call):
@@ -133,14 +151,14 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
         start = time.perf_counter()
         images = generate_images(
             pipe, wanted.prompt, negative=None, steps=wanted.steps, guidance=wanted.guidance,
-            seed=wanted.seed, count=1,
+            seed=wanted.seed, count=1, call=wanted.call,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         execution = attached.execution() if attached else {"mode": "float", "layers": {}}
         counts = attached.counts() if attached else {}
     reused, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
     numbers = {"execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0}
-    return Generated({"artifact" if artifact else "full": images[0]}, seconds, numbers)
+    return Generated({"artifact" if artifact else "full": images}, seconds, wanted, numbers)
 
 
 def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
@@ -152,14 +170,15 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     start = time.perf_counter()
     found, generated = compare_all(
         pipe, {ARTIFACT: artifact}, [wanted.prompt], count=1, steps=wanted.steps,
-        guidance=wanted.guidance, seed=wanted.seed, execution="auto", floor=False,
+        guidance=wanted.guidance, call=wanted.call, seed=wanted.seed, execution="auto", floor=False,
     )  # fmt: skip
     pictures = {
-        name: to_images(torch.cat(generated[key].batches))[0]
+        name: to_images(torch.cat(generated[key].batches))
         for name, key in (("full", FULL), ("artifact", ARTIFACT))
     }
     said = {"said": found[ARTIFACT].speed_note()}
-    return Generated(pictures, time.perf_counter() - start, found[ARTIFACT].to_json() | said)
+    numbers = found[ARTIFACT].to_json() | said
+    return Generated(pictures, time.perf_counter() - start, wanted, numbers)
 
 
 def defaults_of(model: str, artifact: Path | None = None) -> Defaults:

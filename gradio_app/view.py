@@ -7,6 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tenuto.artifact.summary import worded
+from tenuto.text import printable
+
 from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
 
 TITLES = 4000  # cells of a map that still get a tooltip each
@@ -33,6 +36,12 @@ def card(state: str, title: str, text: str, more: str = "") -> str:
         f'<div class="tenuto-card tenuto-{escape(state)}" data-state="{escape(state)}">'
         f'<div role="status" aria-live="polite">{said}</div>{more}</div>'
     )
+
+
+def notice(title: str, text: str) -> str:
+    """Why something that was asked for is refused, beside what was pressed; read out at once."""
+    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    return f'<div class="tenuto-card tenuto-failed" data-state="refused" role="alert">{said}</div>'
 
 
 def status(job: Job | None, idle: str) -> str:
@@ -68,6 +77,8 @@ def what_of(job: Job) -> str:
         if asked.get("text_encoder"):  # an older request lacks it
             parts.append(f"text encoders in {asked['text_encoder']}")
         parts += [asked["preset"], f"to {Path(asked['out']).name}"]
+    call = {name: printable(worded(value), 40) for name, value in asked.get("call", {}).items()}
+    parts += [f"{name} {value}" for name, value in call.items()]
     return f'<div class="tenuto-small tenuto-what">{escape(", ".join(parts))}</div>'
 
 

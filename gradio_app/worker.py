@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tenuto.cli.console import Bars
 from tenuto.errors import Cancelled, TenutoError
 from tenuto.progress import Progress
 
+from .call import kept, recalled
 from .infotext import written
 
 GRACE = 10.0  # seconds after the end of the input until the process ends itself
@@ -130,7 +132,7 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     bars.plan += ["Recording", "Training the router"] * route
     model, names = request["model"], ("preset", "steps", "guidance", "seed", "device")
     common: dict[str, Any] = {key: request[key] for key in names}
-    common["prompts"] = _path(request["prompts"])
+    common |= {"prompts": _path(request["prompts"]), "call": _call(request)}
     text = ""
     if (scheme or encoder) and not (route and first.exists()):
         target = first if route else out
@@ -150,12 +152,10 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
 
 def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     """Draw in full precision, with every artifact and in bf16; all of it goes into a folder."""
-    import torch
-
     from tenuto.cli.checks import comparison_prompts, load_artifact
     from tenuto.cli.session import pipeline, sampling_of
     from tenuto.measure import compare_all
-    from tenuto.sampling.images import save_png, to_images
+    from tenuto.sampling import one_by_one, wanted_prompts
     from tenuto.work import write_text
 
     files = {name: Path(path) for name, path in request["artifacts"].items()}
@@ -165,37 +165,69 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     lines = comparison_prompts(model, _path(request["prompts"]), count)
     sampling = sampling_of(
         model, steps=request["steps"], guidance=request["guidance"], device=request["device"],
-        artifact=artifacts[first], file=files[first],
+        artifact=artifacts[first], file=files[first], call=_call(request),
+        images=Path(request["inputs"]),
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
+    call = sampling.called(pipe)
+    batch = 1 if one_by_one(pipe, call) else min(request["batch"], -(-count // 2))
     bars.plan = ["Generating"]
     found, generated = compare_all(
-        pipe, artifacts, lines, count=count, steps=sampling.steps,
-        guidance=sampling.guidance, seed=seed, execution=request["execution"],
-        batch=min(request["batch"], -(-count // 2)), on_progress=bars("Generating"),
+        pipe, artifacts, lines, count=count, steps=sampling.steps, call=call,
+        guidance=sampling.guidance, seed=seed, execution=request["execution"], batch=batch,
+        on_progress=bars("Generating"),
     )  # fmt: skip
-    folder, shown = Path(request["folder"]), min(count, request["shown"])
-    pictures: dict[str, list[str]] = {}
-    for number, (name, kept) in enumerate(generated.items()):
-        images = to_images(torch.cat(kept.batches)[:shown])
-        pictures[name] = [f"{number}-{i}.png" for i in range(shown)]
-        for i, image in enumerate(images):
-            prompt = lines[(seed + i) % len(lines)]
-            settings = {
-                "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
-                "steps": sampling.steps, "guidance": sampling.guidance,
-                "artifact": request["names"].get(name),
-            }  # fmt: skip
-            said = settings | {"drawn": name}
-            save_png(image, folder / pictures[name][i], said, written(settings))
-    prompts = [lines[(seed + i) % len(lines)] for i in range(shown)]
+    used = replace(sampling, call=call)
+    prompts, pictures = _saved(request, generated, wanted_prompts(pipe, lines, call), used)
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
         "numbers": {name: comparison.to_json() for name, comparison in found.items()},
         "text": {name: str(comparison) for name, comparison in found.items()},
     }  # fmt: skip
+    folder = Path(request["folder"])
     write_text(folder / "comparison.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     return data | {"folder": str(folder)}
+
+
+def _saved(
+    request: dict[str, Any], generated: Any, lines: Sequence[str], sampling: Any
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Write the images that can be looked at; returns their prompts, and file names by way."""
+    import torch
+
+    from tenuto.sampling.images import save_png, to_images
+
+    folder, count, seed = Path(request["folder"]), request["count"], request["seed"]
+    call = kept(sampling.call, Path(request["inputs"]))
+    prompts, pictures = list[str](), dict[str, list[str]]()
+    for number, (name, way) in enumerate(generated.items()):
+        every = torch.cat(way.batches)
+        places = picked(count, len(every) // count, request["shown"])
+        pictures[name] = [f"{number}-{i}.png" for i in range(len(places))]
+        prompts = [str(lines[(seed + i) % len(lines)]) if lines else "" for _, i in places]
+        images = to_images(every[[place for place, _ in places]])
+        for file, image, prompt, (_, i) in zip(
+            pictures[name], images, prompts, places, strict=True
+        ):
+            settings = {
+                "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
+                "steps": sampling.steps, "guidance": sampling.guidance,
+                "artifact": request["names"].get(name),
+            } | ({"call": call} if call else {})  # fmt: skip
+            save_png(image, folder / file, settings | {"drawn": name}, written(settings))
+    return prompts, pictures
+
+
+def picked(count: int, frames: int, most: int) -> list[tuple[int, int]]:
+    """Which of `count` images are shown, or which frames of videos: (place among all, number)."""
+    each = max(1, min(frames, most // count))
+    found = [(i * frames + k * frames // each, i) for i in range(count) for k in range(each)]
+    return found[:most]
+
+
+def _call(request: dict[str, Any]) -> dict[str, Any]:
+    """What else the pipeline is called with."""
+    return recalled(request["call"], Path(request["inputs"]))
 
 
 def _path(value: str | None) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .errors import TenutoError
+from .text import prompts_of
 
 HERE = Path(__file__).resolve().parent
 PLACES = (HERE / "assets", HERE.parents[1] / "assets")  # installed; a clone or editable install
@@ -26,8 +27,7 @@ def asset(name: str) -> Path:
 
 def prompts(name: str = "default") -> tuple[str, ...]:
     """The lines of the shipped prompt list `prompts/NAME.txt`."""
-    text = asset(f"prompts/{name}.txt").read_text(encoding="utf-8")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(prompts_of(asset(f"prompts/{name}.txt").read_text(encoding="utf-8")))
 
 
 def found(package: str) -> dict[str, ModuleType]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 LIMIT = 200  # characters: longer than any name that is meant to be read
 
 
@@ -14,3 +17,16 @@ def printable(words: object, limit: int = LIMIT) -> str:
     parts = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     shown = "".join(parts)
     return shown if max(len(text), len(shown)) <= limit else f"{shown[: limit - 3]}..."
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, each with its end: "\\n", "\\r\\n" or "\\r".
+
+    Nothing else ends one, unlike for `str.splitlines`: U+2028 or a form feed is part of a prompt.
+    """
+    return LINE.findall(text)
+
+
+def prompts_of(text: str) -> list[str]:
+    """The prompts in a text that has one a line; empty lines are left out."""
+    return [line for line in map(str.strip, lines_of(text)) if line]

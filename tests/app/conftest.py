@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.core import tiny_pipelines
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -114,9 +117,14 @@ def start(
 
 @pytest.fixture(scope="session")
 def models(tiny_pixart_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for --roots that holds one model, `mine/tiny`."""
+    """A folder for --roots: `mine/tiny`, `mine/inpaint` from an image, `mine/video` from one."""
     root = tmp_path_factory.mktemp("roots")
     shutil.copytree(tiny_pixart_folder, root / "mine" / "tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = "StableDiffusionInpaintPipeline"
+        tiny_pipelines.stable_diffusion(kind).save_pretrained(root / "mine" / "inpaint")
+        tiny_pipelines.video_diffusion().save_pretrained(root / "mine" / "video")
     return root
 
 

@@ -21,7 +21,7 @@ NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/job", "/s
 TINY = "mine/tiny"
 GENERATE = {
     "model": TINY, "prompt": "a red dog", "seed": 3, "steps": 1, "guidance": 2.0, "artifact": "",
-    "beside": False,
+    "beside": False, "call": {},
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "generate": GENERATE, "resume": {"name": "none"}, "job": {"kind": "compare"},
@@ -117,6 +117,43 @@ def posted(app: Any, name: str, body: bytes) -> str:
             return found.read().decode()
     except urllib.error.HTTPError as error:
         return f"{error.code} {error.read().decode()}"
+
+
+def test_a_call_of_an_older_program_still_works(app: Any, client: Any) -> None:
+    """By name or by place, without what was added since."""
+    old = {name: value for name, value in GENERATE.items() if name != "call"}
+    found = answer(client, "generate", **old)
+    assert isinstance(found, dict), found
+    said = posted(app, "generate", json.dumps({"data": list(old.values())}).encode())
+    assert said.startswith("event: complete"), said
+
+
+CALLS = [
+    ({"height": "x"}, "The height is a number"), ({"width": 1e9}, "The width is a number"),
+    ({"height": [1]}, "The height is"), ({"colour": 1}, "takes no colour"),
+    ({"hieght": 8}, "did you mean height?"), ({"a b": 1}, "name of a setting"),
+    ({"prompt": "x"}, "prompt follows from"), ({"eta": 10**400}, "eta is a number from"),
+    ({"eta": {"a": [1e300]}}, "eta is a number from"),
+    ({"negative_prompt": "x" * 20_000}, "at most 10000"),
+    ({"negative_prompt": "\ud800"}, "half a character"),
+    ({"image": {"path": "/etc/hostname"}}, "takes no image"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "words"), CALLS, ids=range(len(CALLS)))
+def test_a_call_that_cannot_be_gets_one_sentence(
+    app: Any, client: Any, call: dict[str, Any], words: str
+) -> None:
+    """From each function that takes one, and nothing is begun."""
+    asked = {"model": TINY, "call": call}
+    shipped = asked | {"model": "demo:unet", "artifacts": ["shipped:demo-unet.w8a8"]}
+    for name, given in (
+        ("generate", GENERATE | {"call": call}),
+        ("calibrate", {"options": asked | {"name": "x"}}), ("compare", {"options": shipped}),
+    ):  # fmt: skip
+        said = answer(client, name, **given)
+        assert sentence(said) and words in said, (name, said)
+    assert not (app.out / "unfinished" / "x.json").exists()
 
 
 @pytest.mark.parametrize("name", [*GOOD, "about"])

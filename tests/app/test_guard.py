@@ -131,7 +131,7 @@ def test_uploads_that_nobody_uses_are_removed(start: Any) -> None:
 def test_an_upload_goes_when_it_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else: a path of the output folder is no upload."""
     from gradio_app.bench import Bench
-    from gradio_app.generate import _added, _restored
+    from gradio_app.restore import _added, _restored
     from gradio_app.settings import Settings
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))

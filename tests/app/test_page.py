@@ -38,6 +38,13 @@ def settled(page: Any) -> list[str]:
     return now
 
 
+def open_all(tab: Any) -> None:
+    """What is folded in a tab, but for where files are dropped."""
+    for name in ("All options", "The pipeline's own settings"):
+        for more in tab.page.get_by_text(name).locator("visible=true").all():
+            more.click()
+
+
 def number(page: Any, place: str, value: str) -> None:
     page.fill(f"{place} input", value)
     page.keyboard.press("Tab")
@@ -51,8 +58,7 @@ def test_looking_at_lists_changes_nothing(app: Any, visit: Any) -> None:
     page.fill("#guidance textarea, #guidance input", "3.5")
     for name in TABS:
         tab.show(name)
-        for more in page.get_by_text("All options").locator("visible=true").all():
-            more.click()
+        open_all(tab)
         before = settled(page)
         assert len(before) > 5
         lists = page.locator(", ".join(f"{place} input" for place in LISTS))
@@ -97,6 +103,9 @@ def started(tab: Any, name: str) -> None:
     page.get_by_role("option", name="W4A8").click()
     page.fill("#calibrate-reuse input[type=number]", "45")
     page.fill("#calibrate-name textarea, #calibrate-name input", name)
+    page.get_by_text("The pipeline's own settings").locator("visible=true").click()
+    page.fill("#calibrate-negative textarea", "blur")
+    page.fill("#calibrate-more textarea", "clip_skip = 1")
     page.click("#calibrate-start")
     page.wait_for_selector("#calibrate-status [data-state=running]", timeout=10_000)
 
@@ -106,7 +115,10 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     tab = visit(app)
     page = tab.page
     started(tab, "seen-again")
-    said = "demo:unet, w4a8, 45% reuse, quick, to seen-again.safetensors"
+    said = (
+        "demo:unet, w4a8, 45% reuse, quick, to seen-again.safetensors, negative_prompt blur, "
+        "clip_skip 1"
+    )
     assert said in tab.text("#calibrate-status")
     page.reload()
     page.wait_for_selector("#generate")
@@ -117,6 +129,8 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     assert page.input_value("#calibrate-scheme input").startswith("W4A8")
     assert page.input_value("#calibrate-reuse input[type=number]") == "45"
     assert page.input_value("#calibrate-name textarea, #calibrate-name input") == "seen-again"
+    assert page.input_value("#calibrate-negative textarea") == "blur"
+    assert page.input_value("#calibrate-more textarea") == "clip_skip = 1"
 
     page.click("#calibrate-stop")
     page.wait_for_selector("#calibrate-status [data-state=stopped]", timeout=10_000)
@@ -154,6 +168,50 @@ def test_a_reload_shows_the_comparison_that_runs(app: Any, visit: Any) -> None:
     page.click("#compare-stop")
     page.wait_for_selector("#compare-status [data-state=stopped]", timeout=10_000)
     assert said in tab.text("#compare-status")
+
+
+def test_one_message_is_seen_at_a_time(app: Any, visit: Any) -> None:
+    """The newest of what goes wrong with the server itself; refusals are beside their button."""
+    tab = visit(app)
+    page = tab.page
+    count = 0
+
+    def failed(route: Any) -> None:
+        nonlocal count
+        count += 1
+        route.fulfill(status=500, json={"error": f"It failed, {count}."})
+
+    tab.show("Compare")
+    page.route("**/gradio_api/queue/join*", failed)
+    for number_ in (1, 2, 3):
+        page.click("#compare-start")
+        page.get_by_text(f"It failed, {number_}.").wait_for(state="visible")
+    seen = [t.inner_text() for t in page.get_by_test_id("toast-text").all() if t.is_visible()]
+    assert seen == ["It failed, 3."]
+    tab.complaints.clear()  # the console names the answers of this test
+
+
+def test_refusals_are_beside_their_button(app: Any, visit: Any) -> None:
+    """One at a time, and gone when it works; no message covers the page."""
+    tab = visit(app)
+    page = tab.page
+    tab.show("Compare")
+    page.wait_for_selector("#compare-call")
+    open_all(tab)
+    for line, said in (("colour = 1", "takes no colour"), ("nonsense", "are lines NAME = VALUE")):
+        page.fill("#compare-more textarea", line)
+        page.click("#compare-start")
+        page.wait_for_function(
+            "said => document.querySelector('#compare-refused').innerText.includes(said)", arg=said
+        )
+        assert page.locator("#compare-refused [role=alert]").count() == 1
+    assert page.get_by_test_id("toast-body").count() == 0
+    page.fill("#compare-more textarea", "")
+    page.click("#compare-start")
+    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#compare-refused", state="hidden")
+    page.click("#compare-stop")
+    page.wait_for_selector("#compare-status [data-state=stopped]", timeout=10_000)
 
 
 @pytest.mark.parametrize("width", [1280, 1400, 1920])

@@ -23,16 +23,18 @@ from gradio_app.bench import Bench
 from gradio_app.given import given, real, whole
 from gradio_app.infotext import parsed, written
 from gradio_app.jobs import Desk, Job
+from gradio_app.pictures import restored
 from gradio_app.places import Places, checked_name
 from gradio_app.png import BUDGET, texts
 from gradio_app.settings import Settings
-from gradio_app.studio import Generated
+from gradio_app.studio import Generated, Wanted
 from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
 from tenuto.sampling.images import save_png
 from tenuto.work import Work
 
+OWN = [None, None, "", "", "", "", ""]  # fields of the pipeline's own settings, left empty
 SETTINGS = {
     "prompt": 'two lines,\nand "Steps: 9"', "steps": 20, "guidance": 2.5, "seed": 2**40,
     "model": "demo:unet", "artifact": "my, own", "sampler": "DDIM", "size": "64x64",
@@ -71,6 +73,7 @@ PROMPTS = {
     "30,000 and a negative line": '\u732b "x"\n' * 5000 + "Negative prompt: \\n",
     "escapes": 'a \\n \\u2028 "quoted", {b}: [c]',
     "control characters": "a\x1b[2Jb\x07c\x7f",
+    "carriage returns and a negative line": "a\rNegative prompt: b\r\nc",
     "the field itself": 'a\nTenuto prompt: "b", Steps: 3',
 }
 
@@ -83,7 +86,7 @@ def test_every_prompt_comes_back(name: str, tmp_path: Path) -> None:
     found = parsed(texts(tmp_path / "x.png")["parameters"])
     names = ("prompt", "steps", "guidance", "seed", "model", "artifact")
     assert found == {n: settings[n] for n in names}
-    assert Bench(Settings(tmp_path)).restored(tmp_path / "x.png")["prompt"] == settings["prompt"]
+    assert restored(Places(tmp_path), tmp_path / "x.png")["prompt"] == settings["prompt"]
 
 
 def test_a_prompt_that_is_too_long_or_no_text_is_refused(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_another_programs_infotext() -> None:
     )  # fmt: skip
     assert parsed(text) == {
         "prompt": "a cat, (masterpiece:1.2) <lora:x:1>\non snow", "steps": 28, "guidance": 7,
-        "seed": 1234, "model": "sd15",
+        "seed": 1234, "model": "sd15", "call": {"negative_prompt": "bad, ugly\nhands"},
     }  # fmt: skip
 
 
@@ -230,7 +233,8 @@ def test_what_cannot_be_written_is_one_sentence(
 ) -> None:
     """A file in the place of a folder stands for a full disk."""
     bench = Bench(Settings(tmp_path))
-    drawn = Generated({"full": Image.new("RGB", (8, 8))}, 1.0)
+    wanted = Wanted("demo:unet", "demo:unet", "a", 1, 1, None)
+    drawn = Generated({"full": [Image.new("RGB", (8, 8))]}, 1.0, wanted)
     monkeypatch.setattr(bench.studio, "generate", lambda *_: drawn)
     for name in ("pictures", "comparisons", "unfinished"):
         (tmp_path / name).write_text("in the way")
@@ -340,7 +344,7 @@ def test_the_time_left_is_of_this_part() -> None:
 
 def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not chosen is None; how text encoders round counts only where there are any."""
-    from gradio_app.calibrate import asked
+    from gradio_app.calibrate_fields import asked
 
     monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["done"])
     bench = Bench(Settings(tmp_path))
@@ -349,7 +353,19 @@ def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):  # fmt: skip
         options = ["", "", 0, "", ""]
         job = bench.calibrate(
-            *asked("demo:unet", "x", scheme, "quick", reuse, *options, encoder, method, rounding)
+            *asked(
+                bench,
+                "demo:unet",
+                "x",
+                scheme,
+                "quick",
+                reuse,
+                *options,
+                encoder,
+                method,
+                rounding,
+                *OWN,
+            )
         )
         assert job.over.wait(20)
         found = [job.request[k] for k in ("scheme", "reuse", "text_encoder", "method", "rounding")]
@@ -361,22 +377,40 @@ def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked with these values, filled with the same; nothing is filled when it is over."""
-    from gradio_app import calibrate, compare
+    from gradio_app import calibrate_fields as calibrate
+    from gradio_app import compare
 
+    own = [None, None, "48", "64", "", "blur", "clip_skip = 1"]  # as they are read
     monkeypatch.setattr(jobs, "WORKER", FAKE + BEHAVIOUR["deaf"])
     bench = Bench(Settings(tmp_path))
     for values in (
-        ["demo:unet", "mine", "w4a8", "standard", 45, "6", "2.5", 3, "40", "a\nb", "w4", "awq", ""],
-        ["demo:transformer", "other", "", "quick", 0, "", "", 0, "", "", "w8", "gptq", ""],
+        [
+            "demo:unet",
+            "mine",
+            "w4a8",
+            "standard",
+            45,
+            "6",
+            "2.5",
+            3,
+            "40",
+            "a\nb",
+            "w4",
+            "awq",
+            "",
+            *own,
+        ],
+        ["demo:transformer", "other", "", "quick", 0, "", "", 0, "", "", "w8", "gptq", "", *OWN],
     ):
-        job = bench.calibrate(*calibrate.asked(*values))
-        assert calibrate.filled(job) == values
+        job = bench.calibrate(*calibrate.asked(bench, *values))
+        *filled, accordion = calibrate.filled(bench, job)
+        assert filled == values and getattr(accordion, "open", False) is (values[-7:] != OWN)
         bench.stop(job.id, "calibrate")
-        assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(job))
+        assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(bench, job))
     values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb"]
     job = bench.compare(*values)
-    model, artifacts, *rest, chosen = compare.filled(bench, job)
-    assert [model, artifacts.value, *rest] == values and chosen == "demo:unet"
+    model, artifacts, *rest, _, chosen = compare.filled(bench, job)
+    assert [model, artifacts.value, *rest] == [*values, *OWN] and chosen == "demo:unet"
     bench.desk.close()
 
 
@@ -389,9 +423,10 @@ def test_a_request_of_an_older_version_goes_on(
     wanted = {"model": "demo:unet", "name": "x", "scheme": "w4a8", "preset": "quick"}
     job = bench.calibrate(**wanted, reuse=None)
     assert job.over.wait(20)
-    new, ours = {"text_encoder", "method", "rounding"}, {"out", "first", "prompts", "device"}
+    new = {"text_encoder", "method", "rounding", "call"}
+    ours = {"out", "first", "prompts", "device", "inputs"}
     old = {name: value for name, value in job.request.items() if name not in new | ours}
-    assert len(old) == len(job.request) - 7
+    assert len(old) == len(job.request) - 9
     for begin in (lambda: bench.resume("x"), lambda: bench.calibrate(**wanted, reuse=None)):
         bench.places.keep_request("x", old)
         assert begin().over.wait(20)
@@ -412,7 +447,9 @@ def test_resume_opens_models_below_the_roots_only(
     job = bench.calibrate("mine", "x", "w4a8", "quick", None)
     assert job.over.wait(20)
     request = {
-        k: v for k, v in job.request.items() if k not in ("out", "first", "prompts", "device")
+        k: v
+        for k, v in job.request.items()
+        if k not in ("out", "first", "prompts", "device", "inputs")
     }
     bench.places.keep_request("x", request | {"model": str(tmp_path / "elsewhere")})
     job = bench.resume("x")
@@ -421,6 +458,7 @@ def test_resume_opens_models_below_the_roots_only(
     for change in (
         {"shown_model": str(tmp_path / "elsewhere")}, {"shown_model": ["mine"]}, {"seed": "x"},
         {"preset": "best"}, {"prompts_text": [1]}, {"scheme": {"a": 1}}, {"steps": -1},
+        {"call": {"a colour": 1}}, {"call": [1]},
     ):  # fmt: skip
         bench.places.keep_request("x", request | change)
         with pytest.raises(TenutoError):
@@ -571,7 +609,7 @@ def test_a_model_that_fails_while_it_draws_is_told(
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
-    card = drawn_now(bench, lambda *args, **options: None, *["x"] * 9)[1]
+    card = drawn_now(bench, lambda *args, **options: None, "demo:unet", *["x"] * 8, *OWN)[1]
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 

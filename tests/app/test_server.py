@@ -355,6 +355,20 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: 
     assert "Unknown: colour" in refused(client.predict, {"colour": 1}, api_name="/compare")
 
 
+def test_no_address_is_fetched(app: Any, client: Any) -> None:
+    """A file that is said to be elsewhere: Gradio itself would ask for it."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        other.settimeout(1)
+        address = f"http://127.0.0.1:{other.getsockname()[1]}/x.png"
+        file = {"path": address, "meta": {"_type": "gradio.FileData"}}
+        options = {"model": "mine/inpaint", "call": {"image": file}}
+        assert "not fetched" in refused(lambda: generated(client, **options))
+        with pytest.raises(TimeoutError):
+            other.accept()
+
+
 def test_a_killed_worker_is_told_and_goes_on(app: Any, client: Any) -> None:
     """Out of memory, say: the app lives, the job failed, and Resume ends it."""
     options = {

@@ -23,12 +23,15 @@ COMMANDS = ("quantize", "train_router")
 NEW = ("text_encoder", "method", "rounding")  # what requests of the first version lack
 
 
+CALL = {"height": 48, "negative_prompt": "blur"}
+
+
 def request(folder: Path, **changes: Any) -> dict[str, Any]:
     asked = {
         "model": "demo:unet", "preset": "quick", "steps": 3, "guidance": None, "seed": 0,
         "device": "cpu", "prompts": None, "scheme": None, "reuse": None, "iterations": None,
         "out": str(folder / "x.safetensors"), "first": str(folder / "first.safetensors"),
-        **dict.fromkeys(NEW),
+        **dict.fromkeys(NEW), "call": CALL, "inputs": str(folder / "inputs"),
     }  # fmt: skip
     return asked | changes
 
@@ -59,6 +62,7 @@ def test_what_the_commands_are_told(
     def given(command: str, *args: Any, **options: Any) -> dict[str, Any]:
         bound = signatures[command].bind(*args, **options)  # TypeError if it cannot be called so
         bound.apply_defaults()
+        assert bound.arguments["call"] == CALL
         assert bound.arguments["model"] == "demo:unet" and bound.arguments["steps"] == 3
         return bound.arguments
 
@@ -87,6 +91,14 @@ def test_what_the_commands_are_told(
         calls.clear()
         assert calibrate(wanted, bars) == {"text": "", "name": "x"}
         assert (bars.plan, calls) == (plan, told)
+
+
+def test_frames_that_are_shown() -> None:
+    """(Place, number of the prompt): all images, or as many frames of each video."""
+    assert worker.picked(3, 1, 24) == [(0, 0), (1, 1), (2, 2)]
+    assert worker.picked(30, 1, 24) == [(i, i) for i in range(24)]
+    assert worker.picked(2, 5, 4) == [(0, 0), (2, 0), (5, 1), (7, 1)]
+    assert worker.picked(1, 3, 24) == [(0, 0), (1, 0), (2, 0)]
 
 
 @pytest.mark.slow

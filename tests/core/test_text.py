@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenuto.errors import ArtifactError
-from tenuto.text import printable
+from tenuto.text import lines_of, printable, prompts_of
 
 
 @pytest.mark.parametrize("words", ["transformer_blocks.0.attn1", "Ein Bär, ein Hund", "犬と猫", ""])
@@ -36,3 +36,14 @@ def test_words_at_the_limit_are_whole() -> None:
 def test_an_artifact_error_is_one_line() -> None:
     text = str(ArtifactError("a\nb\x1b[2J" + "c" * 10**6))
     assert text.startswith(r"a\nb\x1b[2Jccc") and len(text) <= 1000
+
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # lines end at these for `str.splitlines`
+
+
+def test_a_line_ends_at_a_line_end_alone() -> None:
+    text = f"one{SEPARATORS}more\r\ntwo\rthree\n\n four "
+    assert lines_of(text) == [f"one{SEPARATORS}more\r\n", "two\r", "three\n", "\n", " four "]
+    assert "".join(lines_of(text)) == text
+    assert prompts_of(text) == [f"one{SEPARATORS}more", "two", "three", "four"]
+    assert lines_of("") == prompts_of("\n \r\n") == []

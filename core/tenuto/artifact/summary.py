@@ -54,7 +54,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         ("model", f"{printable(header['model_class'])} ({header['family']}), {parameters}"),
         ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
     ]
-    rows += [("call", f"{name} {_given(value)}") for name, value in _call(schedule).items()]
+    rows += [("call", f"{name} {worded(value)}") for name, value in _call(schedule).items()]
     for name, held in facts["sections"].items():
         rows.append((name, f"{mib(held['bytes'])} in {counted(held['tensors'], 'tensor')}"))
         rows += [(name, line) for line in _temporal_lines(header) if name == "temporal"]
@@ -128,7 +128,7 @@ def _call(schedule: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _given(value: Any) -> str:
+def worded(value: Any) -> str:
     """A keyword's value as it is read: a file by its name."""
     if isinstance(value, dict) and "sha256" in value:
         kinds = (kind for kind in ("file", "image", "tensor", "array", "type") if kind in value)

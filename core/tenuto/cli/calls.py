@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import TenutoError
 from ..sampling import MARK, described
+from ..text import printable
 
 OPTIONS = {
     "image": "image", "mask": "mask_image", "height": "height", "width": "width",
@@ -34,32 +36,39 @@ def gathered(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: v for k, v in options.items() if k not in ours and k != "given"}
     named = {OPTIONS[k]: v for k, v in options.items() if k in ours and v is not None}
     call = {k: read_image(v, k) if isinstance(v, Path) else v for k, v in named.items()}
-    return found | {"call": call | dict(map(_setting, options["given"]))}
+    return found | {"call": call | dict(map(_given, options["given"]))}
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE: JSON where it is that, an image where it is @FILE, else text."""
+def _given(text: str) -> tuple[str, Any]:
+    """What --set takes: `setting`, or an image where the value is @FILE."""
+    name, value = setting(text, "--set takes NAME=VALUE")
+    if isinstance(value, str) and value.startswith("@"):
+        return name, read_image(Path(value[1:]), name)
+    return name, value
+
+
+def setting(text: str, what: str) -> tuple[str, Any]:
+    """NAME=VALUE: a name and JSON, or text where it is no JSON; TenutoError begins with `what`."""
     name, sign, value = text.partition("=")
     name = name.strip().replace("-", "_")
     if not sign or not name.isidentifier():
-        raise TenutoError(f"--set takes NAME=VALUE, not {text!r}.")
-    if value.startswith("@"):
-        return name, read_image(Path(value[1:]), name)
+        raise TenutoError(f"{what}, not {printable(text, 60)!r}.")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 def read_image(path: Path, name: str = "image") -> Any:
-    """The image in a file, for the keyword `name`; TenutoError if it is none."""
-    from PIL import Image
+    """The image in a file, upright, for the keyword `name`; TenutoError if it is none."""
+    from PIL import Image, ImageOps
 
+    damaged = (SyntaxError, ValueError, LookupError, struct.error, Image.DecompressionBombError)
     try:
         with Image.open(path) as image:
-            found = image.convert(MODES.get(name, "RGB"))
-    except OSError as error:
-        said = error.strerror or "it is no image"
+            found = ImageOps.exif_transpose(image).convert(MODES.get(name, "RGB"))
+    except (OSError, *damaged) as error:
+        said = getattr(error, "strerror", None) or "it is no image"
         raise TenutoError(f"Cannot read {path}: {said}.") from error
     found.filename = path.name  # type: ignore[attr-defined]  # for the header
     return found

@@ -16,7 +16,7 @@ from ..errors import ArtifactError, TenutoError
 from ..model import encoders_of
 from ..numerics import Scheme, named
 from ..sampling.loading import PREFIX, prompts
-from ..text import printable
+from ..text import printable, prompts_of
 from ..work import MANIFEST
 
 RECORDING = "recording"  # the folder of the recording inside the work folder
@@ -66,12 +66,11 @@ def _foreign(work: Path) -> Iterator[Path]:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a prompts file; TenutoError if there are none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        found = prompts_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TenutoError(f"Cannot read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise TenutoError(f"{path} is not a text file in UTF-8.") from error
-    found = [line for line in lines if line]
     if not found:
         raise TenutoError(f"{path} holds no prompt: write one a line.")
     return found

@@ -18,6 +18,7 @@ from ..sampling import (
     PipelineCall,
     Trajectory,
     check_names,
+    check_needed,
     described,
     keep,
     kept,
@@ -78,18 +79,19 @@ def sampling_of(
     artifact: Artifact | None = None,
     file: Path | None = None,
     call: Mapping[str, Any] | None = None,
+    images: Path | None = None,
 ) -> Sampling:
     """Steps, guidance, call: as asked, else those of `artifact` (in `file`), else the model's own.
 
-    Pictures that the artifact was calibrated with are looked for beside it and in the current
-    folder.
+    Images that the artifact was calibrated with are looked for beside it, and in `images`, else
+    the current folder.
     """
     usual, call = defaults(model), dict(call or {})
     if artifact is not None:
         schedule = artifact.header["schedule"]
         with damage_told(file):
             usual = Defaults.read(schedule)
-            call = with_images(schedule, call, ((file or Path()).parent, Path()))
+            call = with_images(schedule, call, ((file or Path()).parent, images or Path()))
             call = repeated(schedule, call)
     return Sampling(
         usual.steps if steps is None else steps,
@@ -107,15 +109,22 @@ def pipeline(
     file: Path | None = None,
 ) -> Any:
     """The model, loaded and checked; `artifact` (in `file`) fits it."""
-    kind = class_of(model) if sampling.call else None
-    if kind is not None:
-        check_names(kind, fitted(kind, sampling.call))  # loading takes its time
+    check_call(model, sampling.call)  # loading takes its time
     pipe = loaded(model, sampling.device, bars)
     sampling.checked(pipe)
     if artifact is not None:
         with damage_told(file), attach(pipe, artifact):
             pass  # it fits
     return pipe
+
+
+def check_call(model: str, call: Mapping[str, Any]) -> None:
+    """TenutoError unless such a model's pipeline takes a call, as far as its class tells."""
+    kind = class_of(model)
+    if kind is not None:
+        found = fitted(kind, call)
+        check_names(kind, found)
+        check_needed(kind, found)
 
 
 def loaded(model: str, device: torch.device, bars: Bars) -> Any:

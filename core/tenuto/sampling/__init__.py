@@ -4,7 +4,14 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
-from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wanted_prompts
+from .pipeline_call import (
+    PipelineCall,
+    check_names,
+    check_needed,
+    one_by_one,
+    unprompted,
+    wanted_prompts,
+)
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
 from .storage import keep, kept
@@ -23,6 +30,7 @@ __all__ = [
     "Trajectory",
     "calls_of",
     "check_names",
+    "check_needed",
     "cosines",
     "described",
     "encoder_calls",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .results import pil_of, to_images
 __all__ = ["generate_images", "image_name", "save_png", "to_images"]
 
 TOGETHER = 8  # images generated at once
+FRAME = 125  # milliseconds that a frame of a video is shown
 
 
 def generate_images(
@@ -52,11 +53,16 @@ def generate_images(
 
 
 def save_png(
-    picture: Any, path: Path, settings: dict[str, Any], parameters: str | None = None
+    picture: Any,
+    path: Path,
+    settings: dict[str, Any],
+    parameters: str | None = None,
+    more: Sequence[Any] = (),
 ) -> None:
     """Write a PNG whole or not at all, with `settings` as JSON in the text field "tenuto".
 
-    parameters: the text field of that name, in which other programs look for settings.
+    parameters: the text field of that name, in which other programs look for settings. more: the
+    frames that follow on `picture`, the first: the PNG moves, `FRAME` milliseconds a frame.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -64,9 +70,11 @@ def save_png(
     text.add_itxt("tenuto", json.dumps(settings, ensure_ascii=False))
     if parameters is not None:
         text.add_text("parameters", parameters)
+    moving: dict[str, Any] = {"save_all": True, "append_images": list(more), "loop": 0}
+    options = moving | {"duration": FRAME} if more else {}
     try:
         with whole_file(path) as part:
-            picture.save(part, format="PNG", pnginfo=text)
+            picture.save(part, format="PNG", pnginfo=text, **options)
     except OSError as error:
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
 

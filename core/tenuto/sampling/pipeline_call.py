@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -61,6 +61,30 @@ def check_names(kind: type, given: Mapping[str, Any]) -> None:
         near = get_close_matches(strange[0], known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise TenutoError(f"{kind.__name__} takes no {', '.join(strange)}{hint}.")
+
+
+def check_needed(kind: type, given: Iterable[str]) -> None:
+    """TenutoError names what a call of such a pipeline must have and is not given.
+
+    Prompts, steps and guidance are taken for given.
+    """
+    parameters = inspect.signature(kind.__call__).parameters
+    known = {name: p for name, p in parameters.items() if name != "self"}
+    _check_given(kind.__name__, known, {*given, *OURS, *GUIDANCE, TRUE_CFG})
+
+
+def _check_given(
+    title: str, parameters: Mapping[str, inspect.Parameter], given: Container[str]
+) -> None:
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name not in given
+    ]
+    if missing:
+        raise TenutoError(f"{title} needs {', '.join(missing)}: pass it in the call.")
 
 
 def is_of_prompts(name: str, value: Any) -> bool:
@@ -164,17 +188,8 @@ class PipelineCall:
 
     def _check_required(self) -> None:
         """TenutoError names what has no default and is not given."""
-        given = {*self.fixed, *(("prompt",) if self.prompts else ())}
-        given |= {"generator", "output_type", "return_dict"}
-        missing = [
-            name
-            for name, p in self.parameters.items()
-            if p.default is p.empty
-            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-            and name not in given
-        ]
-        if missing:
-            raise TenutoError(f"{self.title} needs {', '.join(missing)}: pass it in the call.")
+        ours = OURS if self.prompts else OURS.keys() - {"prompt"}
+        _check_given(self.title, self.parameters, {*self.fixed, *ours})
 
     def __call__(
         self, denoiser: nn.Module, seed: int, batch: int, output: str, quiet: bool = True

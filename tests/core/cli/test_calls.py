@@ -17,7 +17,9 @@ from PIL import Image
 from tenuto import calibration, cli
 from tenuto.artifact import Artifact
 from tenuto.cli import commands
-from tenuto.cli.calls import fitted, with_images
+from tenuto.cli.calls import fitted, read_image, with_images
+from tenuto.cli.checks import read_prompts
+from tenuto.errors import TenutoError
 from tenuto.model import Signature
 from tenuto.sampling import described
 from tenuto.sampling.loading import class_of
@@ -211,6 +213,37 @@ def test_a_pipeline_without_prompts(
         "--image", "mine/photo.png",
     )  # fmt: skip
     assert code == 0 and json.loads(out)["count"] == 4, err
+
+
+def test_what_a_pipeline_needs_is_told_before_it_is_loaded(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenuto.cli.session.load", None)
+    (here / "m").mkdir()
+    (here / "m" / "model_index.json").write_text('{"_class_name": "StableVideoDiffusionPipeline"}')
+    code, out, err = answer(capfd, "generate", "m", "--prompt", "a", "--frames", 3)
+    assert (code, out) == (2, "") and "StableVideoDiffusionPipeline needs image: " in err
+
+
+def test_an_image_is_read_upright_or_not_at_all(tmp_path: Path) -> None:
+    """As its file says how the camera was held; damage of any kind is one sentence."""
+    exif = Image.Exif()
+    exif[274] = 6  # turned to the right
+    tiny.picture(16, 8).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (8, 16)
+    tiny.picture().save(tmp_path / "b.png")
+    whole = (tmp_path / "b.png").read_bytes()
+    for number, data in enumerate((whole[:-40], whole[:60] + b"x" * 40 + whole[100:], b"", b"x")):
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(data)
+        with pytest.raises(TenutoError, match=rf"^Cannot read .*{number}.png: .*\.$"):
+            read_image(file)
+
+
+def test_a_prompt_may_hold_other_separators(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a red\u2028dog\x0c, old\ntwo cats", encoding="utf-8")
+    assert read_prompts(file) == ["a red\u2028dog\x0c, old", "two cats"]
 
 
 class Control:

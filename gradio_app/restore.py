@@ -1,0 +1,84 @@
+"""What is used less often in Generate: settings out of an image, an artifact from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tenuto.errors import TenutoError
+
+from .bench import Bench
+from .call import as_fields
+from .call_fields import filled
+from .fields import artifact_choices, shown_number
+from .guard import drop
+from .pictures import restored
+from .view import card
+from .viewer import QUIET
+
+NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact")
+FIELDS = 15  # those of `NAMES`, the model that was seen last, the pipeline's own
+
+
+def aside(
+    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, chosen: gr.State, fields: list[Any]
+) -> None:
+    """The components. fields: what is restored."""
+    with gr.Accordion("Restore settings, add an artifact", open=False):
+        dropped = gr.File(
+            label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
+            elem_id="restore",
+        )  # fmt: skip
+        upload = gr.File(
+            label="Add an artifact to the output folder", file_types=[".safetensors"], height=110,
+            elem_id="add-artifact",
+        )  # fmt: skip
+        said = gr.HTML("", elem_id="aside-said")
+    new = [upload, said, artifact, chosen]
+    dropped.upload(lambda path: _restored(bench, path), dropped, [dropped, said, *fields], **QUIET)
+    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
+
+
+def _restored(bench: Bench, path: str | None) -> list[Any]:
+    nothing: list[Any] = [gr.skip()] * FIELDS
+    if path is None:
+        return [None, "", *nothing]
+    try:
+        found = restored(bench.places, path)
+    except TenutoError as error:
+        return [None, card("failed", f"{Path(path).name}: nothing restored.", str(error)), *nothing]
+    finally:
+        drop(Path(path))
+    call = found.pop("call", {})
+    own = as_fields(call, bench.places.inputs)
+    there = [name.replace("_", " ") for name in call if name not in own.lost]
+    said = ", ".join([*found, *there])
+    said += "." if "model" in found else ". Its model is not here."
+    said += f" Choose again: {', '.join(own.lost.values())}." if own.lost else ""
+    found["guidance"] = shown_number(found.get("guidance"))
+    values = [found.get(name, gr.skip()) for name in NAMES]
+    if "model" in found:
+        values[5] = gr.Dropdown(
+            choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
+        )
+    chosen = (found["model"], found.get("artifact", "")) if "model" in found else gr.skip()
+    return [None, card("done", "Restored.", said), *values, chosen, *filled(own)]
+
+
+def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
+    if path is None:
+        return [None, "", gr.skip(), gr.skip()]
+    try:
+        name = bench.added(path, path)
+    except TenutoError as error:
+        return [
+            None,
+            card("failed", f"{Path(path).name} is not added.", str(error)),
+            *[gr.skip()] * 2,
+        ]
+    finally:
+        drop(Path(path))
+    new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
+    return [None, card("done", "Added.", f"{name} is chosen."), new, (model, name)]
