@@ -14,9 +14,11 @@ from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import (
+    Describe,
     check_weights,
     denoiser_of,
     describe,
+    describing,
     device_and_dtype,
     multiply_adds,
     refuse_cache,
@@ -70,6 +72,7 @@ def train_router(
     iterations: int | None = None,
     seed: int = 0,
     sample: Sample | None = None,
+    describe: Describe | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -82,10 +85,11 @@ def train_router(
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are all measured on held-out seeds
     against the un-cached run. The best becomes the route, every score is kept, and the router's
-    own table stays beside it.
+    own table stays beside it. describe: as in `quantize`.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
+    describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)
     known = None if made is None else made.header["schedule"]
     if not isinstance(trajectory, Trajectory):

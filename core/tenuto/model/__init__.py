@@ -6,6 +6,7 @@ from .families import describe, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
+from .own_family import Describe, describing, own_family
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .patches import Attached, Override, Replacement, Swap, override_
 from .signature import Rows, Signature, is_listed, times_of
@@ -16,6 +17,7 @@ __all__ = [
     "Attached",
     "Backbone",
     "Branch",
+    "Describe",
     "KeyMap",
     "Leave",
     "Override",
@@ -30,6 +32,7 @@ __all__ = [
     "computes_as_torch",
     "denoiser_of",
     "describe",
+    "describing",
     "device_and_dtype",
     "encoders_of",
     "frozen",
@@ -42,6 +45,7 @@ __all__ = [
     "multiply_adds",
     "outside_graphs",
     "override_",
+    "own_family",
     "own_modules",
     "own_parameters",
     "private_copy",

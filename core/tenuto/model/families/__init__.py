@@ -4,7 +4,8 @@ A family file has `CLASSES` (class names, never classes: nothing is imported) an
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
 `key_map(module) -> KeyMap` too, or None where a class of that name is another family's.
 `generic.py` serves what no family covers. Another distribution adds a family as an entry point of
-the group "tenuto.families" that names such a module; those here go first.
+the group "tenuto.families" that names such a module; those here go first. What a user says of one
+module (`describing`) goes before all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ...errors import ModelError
 from ...resources import found
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap
+from ..own_family import own_family
 from ..signature import STEP_NAMES
 
 
@@ -66,6 +68,9 @@ def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
 
 def describe(module: nn.Module) -> Backbone:
     """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
+    own = own_family(module)
+    if own is not None:
+        return own
     for family in _covering(module, "CLASSES"):
         return family.describe(module)
     keys = key_map_of(module)
