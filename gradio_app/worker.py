@@ -167,7 +167,7 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         model, steps=request["steps"], guidance=request["guidance"], device=request["device"],
         artifact=artifacts[first], file=files[first],
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
+    pipe = pipeline(model, sampling, bars, artifacts[first], files[first], use="compare")
     bars.plan = ["Generating"]
     found, generated = compare_all(
         pipe, artifacts, lines, count=count, steps=sampling.steps,

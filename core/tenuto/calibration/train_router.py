@@ -101,6 +101,16 @@ def train_router(
     return job.run(work, on_progress)
 
 
+def calls_of_search(plan: RoutePreset, steps: int, reuse: float, tables: int) -> dict[str, float]:
+    """Denoiser calls of one batch that each part of a search takes, over so many tables."""
+    return {
+        "costs": steps * (steps + 3) / 2,
+        "router": plan.router.iterations * steps * PASSES,
+        "reference": plan.batches * steps,
+        "candidates": tables * plan.batches * steps * (1 - reuse),
+    }
+
+
 class RouteJob:
     """One search for a route."""
 
@@ -195,14 +205,8 @@ class RouteJob:
 
     def sizes(self) -> dict[str, int]:
         """What each part takes, in tenths of a denoiser call of one batch."""
-        steps, plan = len(self.times), self.plan
-        count = len(SPREADS) + len(self.candidates(Tensor([1.0] * steps)))
-        calls = {
-            "costs": steps * (steps + 3) / 2,
-            "router": plan.router.iterations * steps * PASSES,
-            "reference": plan.batches * steps,
-            "candidates": count * plan.batches * steps * (1 - self.reuse),
-        }
+        count = len(SPREADS) + len(self.candidates(Tensor([1.0] * len(self.times))))
+        calls = calls_of_search(self.plan, len(self.times), self.reuse, count)
         return {name: round(10 * count) for name, count in calls.items()}
 
     def measure_costs(self, work: Work, notes: Notes) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import Backbone, Branch, computes_as_torch, layers
-from .families import describe, key_map_of
+from .families import describe, hosts_of, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
@@ -37,6 +37,7 @@ __all__ = [
     "encoders_of",
     "frozen",
     "holder_of",
+    "hosts_of",
     "is_listed",
     "key_map_of",
     "layers",

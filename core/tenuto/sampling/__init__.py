@@ -4,8 +4,17 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, calls_of, encoder_calls
 from .follow import Follow
-from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wanted_prompts
+from .pipeline_call import (
+    PipelineCall,
+    check_names,
+    check_steps,
+    guidance_name,
+    one_by_one,
+    unprompted,
+    wanted_prompts,
+)
 from .record import record, sampler, to_device
+from .skeleton import Skeleton, skeleton
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
 from .visited import schedule_of_run
@@ -18,11 +27,14 @@ __all__ = [
     "Follow",
     "PipelineCall",
     "Sample",
+    "Skeleton",
     "Trajectory",
     "calls_of",
     "check_names",
+    "check_steps",
     "described",
     "encoder_calls",
+    "guidance_name",
     "keep",
     "kept",
     "one_by_one",
@@ -30,6 +42,7 @@ __all__ = [
     "repeated",
     "sampler",
     "schedule_of_run",
+    "skeleton",
     "to_device",
     "unprompted",
     "wanted_prompts",

@@ -61,6 +61,14 @@ def check_names(kind: type, given: Mapping[str, Any]) -> None:
         raise TenutoError(f"{kind.__name__} takes no {', '.join(strange)}{hint}.")
 
 
+def check_steps(pipe: Any, steps: int) -> None:
+    """TenutoError unless the pipeline can be sampled in so many steps."""
+    config = getattr(getattr(pipe, "scheduler", None), "config", None)
+    most = getattr(config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
+
+
 def is_of_prompts(name: str, value: Any) -> bool:
     """Whether `value` has a row for each prompt: texts, embeddings and masks of prompts."""
     if "prompt" not in name:

@@ -66,6 +66,20 @@ def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
         return None
 
 
+def hosts_of(module: nn.Module) -> tuple[str, ...]:
+    """The classes of hosts that take an artifact of `module`: by a key map, or under equal names.
+
+    `SAME_IN_HOSTS` of a family file lists the classes that a host has under the same names;
+    `OTHER_TIME` says that its key map fits, but hosts count time the other way.
+    """
+    family = next(_covering(module, "CLASSES"), None)
+    if own_family(module) is not None or getattr(family, "OTHER_TIME", False):
+        return ()
+    if type(module).__name__ in getattr(family, "SAME_IN_HOSTS", ()):
+        return (type(module).__name__,)
+    return tuple(getattr(family, "HOSTS", ()))
+
+
 def describe(module: nn.Module) -> Backbone:
     """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
     own = own_family(module)
