@@ -96,7 +96,7 @@ class Check:
         yield "quantized", f"{self._share('quantized')} of the weights: {made or 'no layer'}"
         for facts in self.floats:
             share = percent(facts["weights"], self.weights["all"])
-            yield "in float", f"{counted(facts['layers'], 'layer')} ({share}): {facts['why']}"
+            yield "in float", f"{counted(facts['layers'], 'part')} ({share}): {facts['why']}"
         yield "time-only", self._time_only()
         kinds = ", ".join(f"{n} {WHOLE if k == 'block' else k}" for k, n in self.branches.items())
         parts = f"{counted(self.blocks, 'block')}: {kinds or 'nothing'}"
@@ -130,7 +130,7 @@ class Check:
             known = "" if free is None else f"; {gib(free)} are free"
             yield "memory", f"about {gib(self.memory['needed'])} on {self.memory['on']}{known}"
         for use, facts in self.time.get("uses", {}).items():
-            took = f"about {duration(facts['seconds'])}"
+            took = f"at least {duration(facts['seconds'])}"
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"
         if self.time.get("how"):
             yield "estimated", self.time["how"]
