@@ -168,7 +168,7 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         artifact=artifacts[first], file=files[first], call=_call(request),
         images=Path(request["inputs"]),
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, artifacts[first], files[first])
+    pipe = pipeline(model, sampling, bars, artifacts[first], files[first], use="compare")
     call = sampling.called(pipe)
     batch = 1 if one_by_one(pipe, call) else min(request["batch"], -(-count // 2))
     bars.plan = ["Generating"]

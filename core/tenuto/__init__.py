@@ -2,7 +2,7 @@
 
 from .artifact import Artifact
 from .caching import CacheSchedule
-from .calibration import quantize, quantize_encoder, train_router
+from .calibration import Check, check, quantize, quantize_encoder, train_router
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
 from .measure import compare
 from .model import describe
@@ -17,6 +17,7 @@ __all__ = [
     "ArtifactError",
     "CacheSchedule",
     "Cancelled",
+    "Check",
     "Format",
     "ModelError",
     "Recipe",
@@ -27,6 +28,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "attach",
+    "check",
     "compare",
     "demo",
     "describe",

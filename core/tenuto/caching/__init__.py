@@ -7,11 +7,12 @@ from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
 from .router_scores import RouterScores
-from .schedule import CacheSchedule
+from .schedule import SHORTEST, CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
 __all__ = [
     "POWERS",
+    "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
     "Facts",

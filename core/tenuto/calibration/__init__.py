@@ -1,6 +1,7 @@
 """All that is learnt: quantization, text encoders, the cache router."""
 
 from . import algorithms
+from .check import ENCODERS, USES, Check, check
 from .given import prompts_needed
 from .presets import Preset, effort, recipe_for
 from .quantize import quantize
@@ -9,10 +10,14 @@ from .replay import outputs
 from .train_router import PRESETS, train_router
 
 __all__ = [
+    "ENCODERS",
     "PRESETS",
+    "USES",
     "WIDTHS",
+    "Check",
     "Preset",
     "algorithms",
+    "check",
     "effort",
     "encoder_job",
     "encoder_scheme",

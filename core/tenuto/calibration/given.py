@@ -59,6 +59,14 @@ def prompts_needed(scheme: Scheme | Recipe, effort: Preset, rounding: str | None
     One run shows every step, which is all that the timestep decides. More are only of use where an
     algorithm rounds on what layers see, or where the ranges of activations are stored.
     """
+    every = needs_every_prompt(scheme, effort, rounding)
+    return effort.prompts if every else min(effort.batch, effort.prompts)
+
+
+def needs_every_prompt(
+    scheme: Scheme | Recipe, effort: Preset, rounding: str | None = None
+) -> bool:
+    """Whether an algorithm looks at inputs of layers, or ranges of activations are stored."""
     if isinstance(scheme, Recipe):
         schemes = [rule.scheme for rule in scheme.rules if rule.scheme is not None]
         algorithms = [rule.algorithm for rule in scheme.rules]
@@ -67,7 +75,7 @@ def prompts_needed(scheme: Scheme | Recipe, effort: Preset, rounding: str | None
         algorithms = [effort.rounding(rounding)] if scheme.weight.bits < 8 else []
     seen = any(getattr(algorithm, "needs_inputs", False) for algorithm in algorithms)
     stored = any(s.activation is not None and not s.activation.dynamic for s in schemes)
-    return effort.prompts if seen or stored else min(effort.batch, effort.prompts)
+    return seen or stored
 
 
 def _kind(given: Any) -> str:

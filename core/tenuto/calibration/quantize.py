@@ -15,17 +15,18 @@ from ..artifact import Artifact
 from ..errors import SchemeError, TenutoError
 from ..model import (
     Backbone,
+    Describe,
     check_fused,
-    check_weights,
     denoiser_of,
-    describe,
+    describing,
     frozen,
     layers,
     private_copy,
 )
+from ..model import describe as backbone_of
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
-from ..runtime import quantizable
+from ..runtime import check_free, quantizable
 from ..sampling import Trajectory
 from ..work import Work
 from .activation_ranges import activation_ranges
@@ -54,6 +55,7 @@ def quantize(
     seed: int = 0,
     rounding: str | None = None,
     temporal: str = "auto",
+    describe: Describe | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -64,20 +66,22 @@ def quantize(
     rounding: how weights below 8 bits round, where `scheme` is no recipe: an algorithm's name,
     such as "gptq"; None: as the preset does. temporal: what becomes of the modules that depend on
     the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
-    "auto"; see `maintenance.py`.
+    "auto"; see `maintenance.py`. describe: what the model is made of, where no family file says
+    it or says it otherwise; see `describing`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
+    describing(model, describe)
     denoiser = denoiser_of(model)
-    check_weights(denoiser)
+    check_free(denoiser)
     check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
-    backbone = with_time_only(denoiser, describe(denoiser), trajectory)
+    backbone = with_time_only(denoiser, backbone_of(denoiser), trajectory)
     if isinstance(scheme, Recipe):
         if rounding is not None:
             raise SchemeError("A recipe says itself how weights round.")

@@ -15,9 +15,11 @@ from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import (
     WHOLE,
+    Describe,
     check_weights,
     denoiser_of,
     describe,
+    describing,
     device_and_dtype,
     multiply_adds,
     refuse_cache,
@@ -72,6 +74,7 @@ def train_router(
     seed: int = 0,
     sample: Sample | None = None,
     whole: bool = False,
+    describe: Describe | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -86,10 +89,11 @@ def train_router(
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are all measured on held-out seeds
     against the un-cached run. The best becomes the route, every score is kept, and the router's
-    own table stays beside it.
+    own table stays beside it. describe: as in `quantize`.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
+    describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)
     known = None if made is None else made.header["schedule"]
     if not isinstance(trajectory, Trajectory):
@@ -101,6 +105,21 @@ def train_router(
         job.take_whole()
     job.budget(reuse, speedup)
     return job.run(work, on_progress)
+
+
+def calls_of_search(
+    plan: RoutePreset, steps: int, reuse: float, tables: int, whole: bool = False
+) -> dict[str, float]:
+    """Denoiser calls of one batch that each part of a search takes, over so many tables.
+
+    whole: of whole calls, for which no router is trained.
+    """
+    return {
+        "costs": steps * (steps + 3) / 2,
+        "router": 0 if whole else plan.router.iterations * steps * PASSES,
+        "reference": plan.batches * steps,
+        "candidates": tables * plan.batches * steps * (1 - reuse),
+    }
 
 
 class RouteJob:
@@ -208,14 +227,9 @@ class RouteJob:
 
     def sizes(self) -> dict[str, int]:
         """What each part takes, in tenths of a denoiser call of one batch."""
-        steps, plan = len(self.times), self.plan
-        count = len(SPREADS) * (not self.whole) + len(self.candidates(Tensor([1.0] * steps)))
-        calls = {
-            "costs": steps * (steps + 3) / 2,
-            "router": 0 if self.whole else plan.router.iterations * steps * PASSES,
-            "reference": plan.batches * steps,
-            "candidates": count * plan.batches * steps * (1 - self.reuse),
-        }
+        count = len(SPREADS) * (not self.whole)
+        count += len(self.candidates(Tensor([1.0] * len(self.times))))
+        calls = calls_of_search(self.plan, len(self.times), self.reuse, count, self.whole)
         return {name: round(10 * count) for name, count in calls.items()}
 
     def measure_costs(self, work: Work, notes: Notes) -> tuple[Tensor, Tensor]:

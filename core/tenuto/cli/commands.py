@@ -22,6 +22,7 @@ from ..runtime import attach
 from ..sampling import described, one_by_one
 from ..sampling.loading import PREFIX, check_model
 from .app import app
+from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
@@ -36,7 +37,7 @@ from .checks import (
 from .console import Answer, Bars
 from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
 
-__all__ = ["app", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
+__all__ = ["app", "check", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
 
 ENCODERS = "encoders"  # the folder of the text encoders inside the work folder
 
@@ -74,7 +75,8 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
-    pipe = with_encoders(pipeline(model, sampling, bars), text_encoder)
+    pipe = pipeline(model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder)
+    pipe = with_encoders(pipe, text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work):
@@ -152,7 +154,7 @@ def train_router(
         model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact,
         call=call,
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, base, artifact)
+    pipe = pipeline(model, sampling, bars, base, artifact, use="train-router")
     with work_kept_until_done(work):
         batch = PRESETS[preset].batch
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
@@ -245,7 +247,7 @@ def compare(
         model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, found, artifact)
+    pipe = pipeline(model, sampling, bars, found, artifact, use="compare")
     given = sampling.called(pipe)
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,

@@ -79,6 +79,12 @@ class Bars:
         half = (most - 1) // 2
         return note if len(note) <= most else f"{note[: most - 1 - half]}…{note[-half:]}"
 
+    def note(self, sentence: str) -> None:
+        """One line that is worth a word before the work begins."""
+        if self.stream is not None:
+            self.close()
+            print(f"tenuto: note: {sentence}", file=self.stream)
+
     def close(self) -> None:
         """Finish the bar in progress."""
         if self._bar is not None:

@@ -181,6 +181,14 @@ Execution = Annotated[
     ),
 ]  # fmt: skip
 
+Run = Annotated[
+    bool,
+    Option(
+        "--run", rich_help_panel=SAMPLING,
+        help="Load the model and time its first call of the denoiser.",
+    ),
+]  # fmt: skip
+
 # --- generate, compare, inspect and demo ----------------------------------------------------------
 
 Prompt = Annotated[

@@ -12,6 +12,7 @@ from ..measure import FIRST_SEED
 from ..version import __version__
 from . import call_options as c
 from . import options as o
+from . import run as runner
 from .arguments import spelled
 from .run import run
 
@@ -53,6 +54,29 @@ def demo(
 ) -> int:
     """Calibrate a model that ships, and show what that does to eight images."""
     return run("demo", locals())
+
+
+@program.command(epilog="example: tenuto check demo:transformer --scheme w4a8")
+def check(
+    model: o.Model,
+    scheme: o.Scheme = None,
+    text_encoder: o.TextEncoder = None,
+    preset: o.Preset = "quick",
+    steps: o.Steps = None,
+    guidance: o.Guidance = None,
+    image: c.Image = None,
+    mask: c.Mask = None,
+    height: c.Height = None,
+    width: c.Width = None,
+    frames: c.Frames = None,
+    negative: c.Without = None,
+    given: c.Set = [],  # noqa: B006
+    device: o.Device = None,
+    run: o.Run = False,
+    as_json: o.Json = False,
+) -> int:
+    """Say in seconds what works with a model, what does not, and what it takes."""
+    return runner.run("check", locals())
 
 
 @program.command(

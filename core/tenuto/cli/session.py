@@ -11,20 +11,25 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact, fingerprint
+from ..calibration import ENCODERS, Check, check
 from ..errors import TenutoError
 from ..model import denoiser_of
+from ..numerics import Scheme
 from ..runtime import attach
 from ..sampling import (
     PipelineCall,
+    Skeleton,
     Trajectory,
     check_names,
     check_needed,
+    check_steps,
     described,
     keep,
     kept,
     one_by_one,
     record,
     repeated,
+    skeleton,
     wanted_prompts,
 )
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
@@ -107,11 +112,26 @@ def pipeline(
     bars: Bars,
     artifact: Artifact | None = None,
     file: Path | None = None,
+    *,
+    use: str | None = None,
+    scheme: Scheme | None = None,
+    encoder: str | None = None,
 ) -> Any:
-    """The model, loaded and checked; `artifact` (in `file`) fits it."""
+    """The model, loaded and checked; `artifact` (in `file`) fits it.
+
+    use: one of `calibration.USES`; the model is checked for it, before it is loaded where that can
+    be. For "quantize": to this scheme and its text encoders to this width; what is None is not.
+    """
     check_call(model, sampling.call)  # loading takes its time
+    uses = () if use is None else (use,)
+    if use == "quantize":
+        uses = (use,) * (scheme is not None) + (ENCODERS,) * (encoder is not None)
+    found = checked(model, sampling, scheme, encoder is not None) if uses else None
+    _refused(found, uses, bars)
     pipe = loaded(model, sampling.device, bars)
     sampling.checked(pipe)
+    if uses and found is None:
+        _refused(checked(pipe, sampling, scheme, encoder is not None), uses, bars)
     if artifact is not None:
         with damage_told(file), attach(pipe, artifact):
             pass  # it fits
@@ -127,18 +147,38 @@ def check_call(model: str, call: Mapping[str, Any]) -> None:
         check_needed(kind, found)
 
 
+def checked(
+    model: Any, sampling: Sampling, scheme: Scheme | None, encoder: bool, **options: Any
+) -> Check | None:
+    """What `check` says of a model that is to be sampled like this.
+
+    model: a pipeline, or a name: it is not loaded, and None is returned where only that tells.
+    """
+    given = skeleton(model) if isinstance(model, str) else model
+    if given is None:
+        return None
+    call = sampling.called(given.pipe if isinstance(given, Skeleton) else given)
+    return check(
+        given, scheme=scheme or "w8a8", text_encoder=encoder, steps=sampling.steps,
+        guidance=sampling.guidance, call=call, device=sampling.device, **options,
+    )  # fmt: skip
+
+
+def _refused(found: Check | None, uses: tuple[str, ...], bars: Bars) -> None:
+    """TenutoError with what stops one of `uses`; what does not is worth a line each."""
+    if found is None:
+        return
+    for use in uses:
+        found.refuse(use)
+    for sentence in found.warnings(*uses):
+        bars.note(sentence)
+
+
 def loaded(model: str, device: torch.device, bars: Bars) -> Any:
     """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
     wide = model.startswith(PREFIX) or device.type == "cpu"
     silence(bars.watched)
     return load(model, device, torch.float32 if wide else torch.bfloat16)
-
-
-def check_steps(pipe: Any, steps: int) -> None:
-    """TenutoError unless the model can be sampled in so many steps."""
-    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
-    if most is not None and steps > most:
-        raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
 
 
 def silence(watched: bool) -> None:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, schedule_of
 from ..errors import TenutoError
-from ..model import denoiser_of, device_and_dtype, frozen, multiply_adds, refuse_cache
+from ..model import (
+    Describe,
+    denoiser_of,
+    describing,
+    device_and_dtype,
+    frozen,
+    multiply_adds,
+    refuse_cache,
+)
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
@@ -34,23 +42,10 @@ from .paired_runs import FirstCall, Generated, Way, distances, first_call, gener
 from .repeat import as_calibrated
 
 __all__ = [
-    "Comparison",
-    "Generated",
-    "Latency",
-    "PeakMemory",
-    "compare",
-    "compare_all",
-    "frechet_distance",
-    "generate_in_turns",
-    "kernel_distance",
-    "latency",
-    "lpips",
-    "multiply_adds",
-    "percentile",
-    "psnr",
-    "resident_weight_bytes",
-    "ssim",
-]
+    "Comparison", "Generated", "Latency", "PeakMemory", "compare", "compare_all",
+    "frechet_distance", "generate_in_turns", "kernel_distance", "latency", "lpips",
+    "multiply_adds", "percentile", "psnr", "resident_weight_bytes", "ssim",
+]  # fmt: skip
 
 FIRST_SEED = 10_000  # far from the seeds of calibration
 FULL, ARTIFACT, BF16 = "full precision", "artifact", "bf16"
@@ -101,6 +96,7 @@ def compare(
     batch: int = 8,
     device: torch.device | str | None = None,
     execution: str = "int8",
+    describe: Describe | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Draw `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -112,8 +108,10 @@ def compare(
     `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
     only noted. The three take turns, a few batches each, so that times are compared side by side.
     `device` moves the model there for the call. `execution` is that of `attach`: "int8" measures
-    the artifact's own arithmetic. The model is as it was afterwards, whatever happens.
+    the artifact's own arithmetic; so is `describe`. The model is as it was afterwards, whatever
+    happens.
     """
+    describing(model, describe)
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
@@ -186,10 +184,8 @@ def _facts_of(
     schedules = [schedule_of(artifact) for artifact in artifacts.values()]
     branches = {name for schedule in schedules if schedule for name in schedule.branches}
     work = multiply_adds(denoiser, *call, names=sorted(branches))
-    size, arithmetic = (
-        resident_weight_bytes(denoiser),
-        bf16_arithmetic(device_and_dtype(denoiser)[0]),
-    )
+    size = resident_weight_bytes(denoiser)
+    arithmetic = bf16_arithmetic(device_and_dtype(denoiser)[0])
     return {name: _Facts(work, size, arithmetic) for name in artifacts}
 
 

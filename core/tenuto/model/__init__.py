@@ -2,10 +2,11 @@
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers
-from .families import describe, key_map_of
+from .families import describe, hosts_of, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
+from .own_family import Describe, describing, own_family
 from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
 from .passes import patches_on
 from .patches import Attached, Override, Replacement, Swap, override_
@@ -18,6 +19,7 @@ __all__ = [
     "Attached",
     "Backbone",
     "Branch",
+    "Describe",
     "KeyMap",
     "Leave",
     "Override",
@@ -32,10 +34,12 @@ __all__ = [
     "computes_as_torch",
     "denoiser_of",
     "describe",
+    "describing",
     "device_and_dtype",
     "encoders_of",
     "frozen",
     "holder_of",
+    "hosts_of",
     "is_listed",
     "key_map_of",
     "layers",
@@ -44,6 +48,7 @@ __all__ = [
     "multiply_adds",
     "outside_graphs",
     "override_",
+    "own_family",
     "own_modules",
     "own_parameters",
     "patches_on",

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from .own_family import described_like
 from .patches import Override
 
 GROUPS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
@@ -39,6 +40,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     if getattr(twin, "_cache_config", None) is not None:
         vars(twin)["_cache_config"] = None
         vars(twin).pop("_run_decoder_stack", None)  # SeaCache's, on Cosmos
+    described_like(twin, model)
     return twin
 
 

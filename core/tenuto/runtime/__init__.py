@@ -1,6 +1,6 @@
 """An artifact applied to a model: `attach`, quantized layers, tables, kernels and hosts."""
 
-from .attachment import Tenuto, attach, encoder_layers, quantized
+from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
 from .host import Host, InPlace, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
@@ -26,6 +26,7 @@ __all__ = [
     "Tenuto",
     "attach",
     "check_execution",
+    "check_free",
     "default_recipe",
     "encoder_layers",
     "follow_input",

@@ -19,6 +19,7 @@ from ..caching import CachedBranch, CacheSchedule, apply_schedule_
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Attached,
+    Describe,
     KeyMap,
     Override,
     Replacement,
@@ -28,6 +29,7 @@ from ..model import (
     check_weights,
     denoiser_of,
     describe,
+    describing,
     encoders_of,
     key_map_of,
     layers,
@@ -122,6 +124,7 @@ def attach(
     simulate: bool = False,
     route: bool = True,
     chooser: Chooser | None = None,
+    describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
@@ -135,9 +138,11 @@ def attach(
     calls of very different sizes may then differ by an input's rounding. simulate: compute
     quantized layers in float, with the same codes. route: apply the cache schedule too. chooser:
     what decides under "auto" in place of the process's own. The text encoders of a pipeline get
-    what the artifact has of them; a bare denoiser has none.
+    what the artifact has of them; a bare denoiser has none. describe: what a model without a family
+    file is made of, as for `quantize`; once is enough, the module is remembered.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
+    describing(model, describe)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -151,7 +156,7 @@ def attach(
 def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
     """`attach`, by what is to be put in."""
     denoiser, made = denoiser_of(model), patches.artifact
-    _check_free(denoiser)
+    check_free(denoiser)
     plan = replacements_for(denoiser, patches, chooser=chooser)
     if plan:
         check_fused(denoiser)
@@ -189,7 +194,7 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
     return attached
 
 
-def _check_free(denoiser: nn.Module) -> None:
+def check_free(denoiser: nn.Module) -> None:
     """ModelError if layers are replaced already, or if weights are elsewhere until called."""
     if any(isinstance(module, Replacement) for module in denoiser.modules()):
         raise ModelError("An artifact is attached to the model already: detach() it first.")

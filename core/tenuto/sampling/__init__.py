@@ -8,12 +8,15 @@ from .pipeline_call import (
     PipelineCall,
     check_names,
     check_needed,
+    check_steps,
+    guidance_name,
     one_by_one,
     unprompted,
     wanted_prompts,
 )
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
+from .skeleton import Skeleton, skeleton
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
 from .visited import schedule_of_run
@@ -27,13 +30,16 @@ __all__ = [
     "Follow",
     "PipelineCall",
     "Sample",
+    "Skeleton",
     "Trajectory",
     "calls_of",
     "check_names",
     "check_needed",
+    "check_steps",
     "cosines",
     "described",
     "encoder_calls",
+    "guidance_name",
     "keep",
     "kept",
     "one_by_one",
@@ -41,6 +47,7 @@ __all__ = [
     "repeated",
     "sampler",
     "schedule_of_run",
+    "skeleton",
     "state_count",
     "states_read",
     "to_device",

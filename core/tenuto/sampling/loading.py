@@ -82,7 +82,7 @@ def prompts(name: str = "default") -> list[str]:
 
 def defaults(model: Any) -> Defaults:
     """Steps and guidance of a model, by name, folder or pipeline, as its `tenuto.json` has them."""
-    folder = _folder_of(model)
+    folder = folder_of(model)
     try:
         facts = json.loads((folder / "tenuto.json").read_text(encoding="utf-8")) if folder else {}
         return Defaults.read(facts)
@@ -92,7 +92,8 @@ def defaults(model: Any) -> Defaults:
         raise ModelError(f"{folder}/tenuto.json is not readable: {error}.") from error
 
 
-def _folder_of(model: Any) -> Path | None:
+def folder_of(model: Any) -> Path | None:
+    """The folder of a model, by name, folder or pipeline; None where it has none."""
     if not isinstance(model, str | Path):
         model = getattr(model, "name_or_path", None) or ""
     if str(model).startswith(PREFIX):
@@ -123,7 +124,7 @@ def check_model(model: str) -> None:
 
 def class_of(model: str) -> type | None:
     """The class of diffusers that loading such a model gives; None where only loading tells."""
-    folder = _folder_of(model)
+    folder = folder_of(model)
     try:
         facts = json.loads((folder / "model_index.json").read_text("utf-8")) if folder else {}
         name = str(facts.get("_class_name"))
@@ -131,7 +132,7 @@ def class_of(model: str) -> type | None:
         return None
     import diffusers
 
-    with _without_advice():
+    with quiet_loading():
         found = getattr(diffusers, name, None)
     return found if isinstance(found, type) else None
 
@@ -159,7 +160,7 @@ def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
     kind = {"dtype" if new else "torch_dtype": dtype or torch.float32}
     kind |= {"use_safetensors": True, "local_files_only": local}
     try:
-        with _without_advice():
+        with quiet_loading():
             pipe = DiffusionPipeline.from_pretrained(str(source), **_shared(source, kind), **kind)
     except Exception as error:  # diffusers, transformers and the hub each have their own
         where = "Cannot load" if local else "There is no such folder, and the hub does not give"
@@ -184,8 +185,8 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Without transformers' advice to install torchvision: drawing reads no picture."""
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' advice to install torchvision: sampling reads no picture."""
 
     def other(record: logging.LogRecord) -> bool:
         return "requires torchvision" not in record.getMessage()

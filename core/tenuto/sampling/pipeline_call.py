@@ -87,6 +87,14 @@ def _check_given(
         raise TenutoError(f"{title} needs {', '.join(missing)}: pass it in the call.")
 
 
+def check_steps(pipe: Any, steps: int) -> None:
+    """TenutoError unless the pipeline can be sampled in so many steps."""
+    config = getattr(getattr(pipe, "scheduler", None), "config", None)
+    most = getattr(config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise TenutoError(f"This model samples in at most {most} steps, not {steps}.")
+
+
 def is_of_prompts(name: str, value: Any) -> bool:
     """Whether `value` has a row for each image: texts, embeddings and masks of prompts, labels."""
     if name == LABELS:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tenuto import attach, cli
 from tenuto.artifact.artifact import Artifact
 from tenuto.artifact.compact import expanded
+from tenuto.cli import commands
 from tenuto.cli.console import Bars
 from tenuto.sampling.loading import load
 
@@ -241,7 +242,9 @@ def test_what_only_the_model_tells_is_refused_without_a_trace(
         ["train-router", str(tiny_pixart_folder), "--speedup", "50", "--out", "o.safetensors"]
     )
     assert code == 2
-    assert "not 50" in one_sentence(capfd.readouterr().err)
+    note, *said = capfd.readouterr().err.splitlines(keepends=True)
+    assert note.startswith("tenuto: note: 4 steps are few")
+    assert "not 50" in one_sentence("".join(said))
     assert tree(here) == before
 
 
@@ -315,7 +318,8 @@ def test_inspect_shows_header_and_facts(made: Path, capfd: pytest.CaptureFixture
 
 
 def test_help_has_an_example_for_each_command(capfd: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "quantize", "train-router", "generate", "compare", "inspect", "app"):
+    for name in commands.__all__:
+        command = name.replace("_", "-")
         assert cli.main([command, "--help"]) == 0
         text = capfd.readouterr().out
         assert f"example: tenuto {command}" in " ".join(text.split())

@@ -5,7 +5,8 @@ A family file has `CLASSES` (class names, never classes: nothing is imported) an
 `key_map(module) -> KeyMap` too, or None where a class of that name is another family's.
 `generic.py` serves what no family covers. Another distribution adds a family as an entry point of
 the group "tenuto.families" that names such a module. The most derived class that a family names
-decides; of one class, the family here goes first.
+decides; of one class, the family here goes first. What a user says of one module (`describing`)
+goes before all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ...errors import ModelError
 from ...resources import found
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap
+from ..own_family import own_family
 from ..signature import STEP_NAMES
 
 
@@ -65,8 +67,25 @@ def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
         return None
 
 
+def hosts_of(module: nn.Module) -> tuple[str, ...]:
+    """The classes of hosts that take an artifact of `module`: by a key map, or under equal names.
+
+    `SAME_IN_HOSTS` of a family file lists the classes that a host has under the same names;
+    `OTHER_TIME` says that its key map fits, but hosts count time the other way.
+    """
+    family = next(_covering(module, "CLASSES"), None)
+    if own_family(module) is not None or getattr(family, "OTHER_TIME", False):
+        return ()
+    if type(module).__name__ in getattr(family, "SAME_IN_HOSTS", ()):
+        return (type(module).__name__,)
+    return tuple(getattr(family, "HOSTS", ()))
+
+
 def describe(module: nn.Module) -> Backbone:
     """What `module` is made of, in its own names; ModelError if nothing in it can be quantized."""
+    own = own_family(module)
+    if own is not None:
+        return own
     for family in _covering(module, "CLASSES"):
         return family.describe(module)
     keys = key_map_of(module)

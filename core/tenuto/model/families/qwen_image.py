@@ -7,6 +7,7 @@ from typing import Any
 from ..backbone import Backbone, has, members, parts, present, sharing
 
 CLASSES = ("QwenImageTransformer2DModel", "QwenImage21Transformer2DModel")
+SAME_IN_HOSTS = CLASSES[:1]  # in ComfyUI; in its 2.1 two layers of the feed-forward are one
 KINDS = {"attn": "attention", "img_mlp": "feed-forward", "txt_mlp": "feed-forward"}
 SHARED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),

@@ -1,0 +1,44 @@
+"""`tenuto check`: what calibration would make of a model, and what would stop it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from ..sampling.loading import check_model
+from .checks import check_quantization
+from .console import Answer, Bars
+from .session import checked, loaded, sampling_of
+
+
+def check(
+    model: str,
+    *,
+    scheme: str | None = None,
+    text_encoder: str | None = None,
+    preset: str = "quick",
+    steps: int | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    run: bool = False,
+    bars: Bars | None = None,
+) -> Answer:
+    """Say what works with a model and what does not; `run` times one call of the denoiser.
+
+    A folder or a demo model is not loaded for it, unless it runs.
+    """
+    bars = bars or Bars()
+    wanted, _ = check_quantization(scheme, preset, text_encoder=text_encoder)
+    check_model(model)
+    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
+    encoder = text_encoder is not None
+    found = None if run else checked(model, sampling, wanted, encoder, preset=preset)
+    if found is None:
+        pipe = loaded(model, sampling.device, bars)
+        found = checked(pipe, sampling, wanted, encoder, preset=preset, run=run)
+    assert found is not None
+    what = f"--scheme {scheme or 'w8a8'}"
+    line = f"tenuto quantize {shlex.quote(model)} {what} --out quantized.safetensors"
+    return Answer(str(found), found.to_json(), next="" if found.stopping("quantize") else line)

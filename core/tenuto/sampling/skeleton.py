@@ -1,0 +1,165 @@
+"""A diffusers folder as a pipeline without weights: what can be asked of it before it is loaded.
+
+Every model is built from its config.json on the meta device, which takes no memory and no more
+than seconds whatever its size; sizes come from the headers of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import SHORT, ModelError
+from .loading import check_model, class_of, folder_of, quiet_loading
+
+CONFIG, INDEX = "config.json", "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
+NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+DENOISERS = ("transformer", "unet")
+BUILT = ("transformer", "unet", "text_encoder", "controlnet")  # parts whose names begin like this
+
+
+@dataclass
+class Skeleton:
+    """A pipeline that cannot run.
+
+    pipe: of the real class, with its scheduler and its models on the meta device. stored: bytes of
+    weights that the folder has of every part. complaints: one sentence on each part that cannot be
+    loaded as it lies there.
+    """
+
+    folder: Path
+    pipe: Any
+    stored: dict[str, int] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+
+def skeleton(model: str) -> Skeleton | None:
+    """The pipeline in a folder, or the demo model of that name, without its weights.
+
+    None where only loading tells: a hub id, a pipeline that is not of diffusers, a denoiser that
+    cannot be built like this. ModelError if the folder is none, or names what is not installed.
+    """
+    check_model(model)
+    folder, kind = folder_of(model), class_of(model)
+    if folder is None or kind is None:
+        return None
+    pipe: Any = object.__new__(kind)  # its __init__ reads configurations that nobody asks for
+    found = Skeleton(folder, pipe)
+    for name, (library, cls) in _parts(folder):
+        place, ours = folder / name, library in LIBRARIES
+        built = ours and name.startswith(BUILT)
+        vars(pipe)[name] = None
+        if ours and not (place / CONFIG).is_file() and (built or name == "vae"):
+            found.complaints.append(f"{place} has no {CONFIG}: the model's folder is incomplete.")
+        elif built:
+            vars(pipe)[name] = _model(place, library, cls)
+            if name in DENOISERS and vars(pipe)[name] is None:
+                return None
+        elif name == "scheduler" and ours:
+            vars(pipe)[name] = _scheduler(place, cls)
+        if (place / CONFIG).is_file():
+            _weigh(found, name, needed=built)
+    return found
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(name, (library, class)) of every part that model_index.json says there is."""
+    try:
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        rows = [(name, row) for name, row in index.items() if isinstance(row, list)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX} is not readable: {error}.") from error
+    for name, row in rows:
+        if len(row) == 2 and all(isinstance(part, str) for part in row) and name.isidentifier():
+            yield name, (row[0], row[1])
+
+
+def _class(library: str, name: str) -> Any:
+    import diffusers
+    import transformers
+
+    with quiet_loading():
+        found = getattr({"diffusers": diffusers, "transformers": transformers}[library], name, None)
+    if not isinstance(found, type):
+        raise ModelError(f"This version of {library} has no {name}: a newer one may.")
+    return found
+
+
+def _scheduler(folder: Path, name: str) -> Any:
+    """None where it cannot be made: what then is wrong, loading says."""
+    with suppress(Exception):  # as each library has its own
+        return _class("diffusers", name).from_pretrained(str(folder), local_files_only=True)
+    return None
+
+
+def _model(folder: Path, library: str, name: str) -> nn.Module | None:
+    """The model that `folder` has the configuration of, on the meta device.
+
+    Its parameters alone where its buffers are needed to make it; None where that fails too.
+    """
+    from accelerate import init_empty_weights
+
+    kind: Any = _class(library, name)
+    for empty in (torch.device("meta"), init_empty_weights()):
+        with warnings.catch_warnings(), quiet_loading(), suppress(Exception), empty:
+            warnings.simplefilter("ignore")
+            if library == "diffusers":
+                made = kind.from_config(kind.load_config(str(folder), local_files_only=True))
+            else:
+                config = kind.config_class.from_pretrained(str(folder), local_files_only=True)
+                made = kind(config)
+            if isinstance(made, nn.Module):
+                return made.eval()
+    return None
+
+
+def _weigh(found: Skeleton, name: str, needed: bool) -> None:
+    """Note the bytes of a part's weights, and what is wrong with its files."""
+    folder = found.folder / name
+    try:
+        found.stored[name] = sum(size for _, size in _tensors(folder))
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        found.complaints.append(f"The weights in {folder} cannot be read: {error}."[:SHORT])
+        return
+    if needed and not found.stored[name]:
+        said = f"{folder} has no weights in safetensors, and nothing else is read."
+        found.complaints.append(said)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of each tensor of the safetensors files that the loader would read."""
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                count = 1
+                for size in part.get_shape():
+                    count *= size
+                yield key, count * _bytes(part.get_dtype())
+
+
+def _bytes(dtype: str) -> int:
+    """Of one value of a type as safetensors writes it: F32, BF16, F8_E4M3, I8, BOOL."""
+    bits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
+    return max(1, int(bits or 8) // 8)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that an index names, else the one file, else what there is (variants such as fp16)."""
+    for name in NAMES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            return sorted(folder / Path(name).name for name in names)
+    one = [folder / name for name in NAMES if (folder / name).is_file()]
+    return one or sorted(folder.glob("*.safetensors"))
