@@ -3,6 +3,8 @@
 from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, Slot, apply_schedule_, shape_of
+from .forecast import ForecastCalls
+from .forecast_plan import Forecast, ForecastPlan, Programme
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
@@ -15,8 +17,12 @@ __all__ = [
     "CacheSchedule",
     "CachedBranch",
     "Facts",
+    "Forecast",
+    "ForecastCalls",
+    "ForecastPlan",
     "Interval",
     "LateInterval",
+    "Programme",
     "RandomTable",
     "RouterScores",
     "Slot",

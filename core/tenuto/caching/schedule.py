@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
-from .resample import places_of, resampled
+from ..sampling import places_of
+from .resample import resampled
 
 SHORTEST = 9  # steps of a run below which nothing is reused, unless it was calibrated so
 

@@ -171,7 +171,7 @@ class RouteJob:
             "route/costs": costs[0],
         }
         result.header["route"] = self.facts(best, tables[best], scores, router)
-        return result
+        return result.add_forecast(trajectory.kernel)
 
     def about(self) -> dict[str, Any]:
         """What decides the result, for the manifest of the work."""

@@ -170,6 +170,7 @@ def generate(
     prompt: str,
     negative: str | None = None,
     artifact: Path | None = None,
+    speedup: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
@@ -186,6 +187,8 @@ def generate(
 
     bars = bars or Bars()
     check_model(model)
+    if speedup is not None and artifact is None:
+        raise TenutoError("--speedup skips calls by the forecast of an artifact: give --artifact.")
     out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
@@ -196,7 +199,7 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution):
+    with attached_to(pipe, found, execution, speedup):
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
@@ -205,7 +208,7 @@ def generate(
     settings = {
         "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
         "guidance": sampling.guidance, "seed": seed, "batch": batch,
-        "artifact": artifact and artifact.name,
+        "artifact": artifact and artifact.name, "speedup": speedup,
     } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
     save_png(grid(images), out, settings)
     quoted = shlex.quote(model)
@@ -221,6 +224,7 @@ def compare(
     model: str,
     *,
     artifact: Path,
+    speedup: float | None = None,
     prompts: Path | None = None,
     count: int = 64,
     steps: int | None = None,
@@ -247,7 +251,7 @@ def compare(
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
         call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
-        on_progress=bars("Comparing"),
+        speedup=speedup,        on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
     use = f"tenuto generate {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"

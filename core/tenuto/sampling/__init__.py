@@ -4,6 +4,8 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, calls_of, encoder_calls
 from .follow import Follow
+from .grid import places_of
+from .output_kernel import OutputKernel
 from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wanted_prompts
 from .record import record, sampler, to_device
 from .storage import keep, kept
@@ -16,6 +18,7 @@ __all__ = [
     "Call",
     "Clock",
     "Follow",
+    "OutputKernel",
     "PipelineCall",
     "Sample",
     "Trajectory",
@@ -26,6 +29,7 @@ __all__ = [
     "keep",
     "kept",
     "one_by_one",
+    "places_of",
     "record",
     "repeated",
     "sampler",

@@ -17,6 +17,7 @@ from ..progress import Progress
 from .described import described
 from .pipeline_call import PipelineCall
 from .results import images_of, latents_of
+from .step_outputs import StepOutputs
 from .trajectory import Call, Sample, Trajectory
 
 
@@ -111,10 +112,17 @@ def record(
     left = count if count and runs is None else (runs or 2) * batch
     runs = -(-left // batch)
     calls: list[Call] = []
+    outputs = StepOutputs(None if sample is not None else model)
     for i in range(runs):
         if on_progress:
             on_progress(i, runs, "recording")
-        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i):
+        before = len(calls)
+        with (
+            frozen(denoiser),
+            torch.no_grad(),
+            recording(denoiser, calls, i),
+            outputs.run(lambda start=before: _last(calls, start)),
+        ):
             run(denoiser, seed + i * batch, min(batch, left - i * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
@@ -122,7 +130,10 @@ def record(
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
     calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
-    known = Trajectory(times, calls, seed, batch, runs, len(times), guidance, prompts, sample)
+    known = Trajectory(
+        times, calls, seed, batch, runs, len(times), guidance, prompts, sample,
+        kernel=outputs.kernel(),
+    )  # fmt: skip
     return known if asked is None else again(known, asked, steps, call)
 
 
@@ -137,6 +148,11 @@ def again(
         latent=_sample(asked, "latent"),
         call=described(call),
     )
+
+
+def _last(calls: list[Call], start: int) -> float | None:
+    """The timestep of the last call of the run that began with call `start`."""
+    return calls[-1].timestep if len(calls) > start else None
 
 
 def _row(times: tuple[float, ...], timestep: float) -> int:
