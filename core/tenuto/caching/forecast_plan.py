@@ -57,7 +57,7 @@ class Forecast:
             if len(self.known) > 8:
                 self.known.clear()
             programme = Programme(self.kernel.at(times))
-            wanted = int(len(times) / self.speedup)
+            wanted = int(len(times) / self.speedup + 1e-6)
             self.known[times] = programme.plan(max(wanted, min(programme.errors)))
         return self.known[times]
 
