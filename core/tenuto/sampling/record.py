@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,9 +48,14 @@ def _sample(asked: PipelineCall, output: str) -> Sample:
 
 
 @contextmanager
-def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[list[Call]]:
-    """Append every call of `denoiser` to `calls`, as it was before the call."""
-    facts = Signature(denoiser)
+def recording(
+    denoiser: nn.Module, calls: list[Call], run: int = 0, outputs: StepOutputs | None = None
+) -> Iterator[list[Call]]:
+    """Append every call of `denoiser` to `calls`, as it was before the call.
+
+    outputs: gets what is made of the calls' outputs, step by step.
+    """
+    facts, start = Signature(denoiser), len(calls)
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
@@ -58,7 +63,11 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
         kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
         calls.append(Call(run, 0, step, kept))
 
-    with watched(denoiser, before=keep):
+    def last() -> float | None:
+        return calls[-1].timestep if len(calls) > start else None
+
+    seen = nullcontext() if outputs is None else outputs.run(last)
+    with watched(denoiser, before=keep), seen:
         yield calls
 
 
@@ -116,13 +125,7 @@ def record(
     for i in range(runs):
         if on_progress:
             on_progress(i, runs, "recording")
-        before = len(calls)
-        with (
-            frozen(denoiser),
-            torch.no_grad(),
-            recording(denoiser, calls, i),
-            outputs.run(lambda start=before: _last(calls, start)),
-        ):
+        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i, outputs):
             run(denoiser, seed + i * batch, min(batch, left - i * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
@@ -148,11 +151,6 @@ def again(
         latent=_sample(asked, "latent"),
         call=described(call),
     )
-
-
-def _last(calls: list[Call], start: int) -> float | None:
-    """The timestep of the last call of the run that began with call `start`."""
-    return calls[-1].timestep if len(calls) > start else None
 
 
 def _row(times: tuple[float, ...], timestep: float) -> int:
