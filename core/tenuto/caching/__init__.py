@@ -4,16 +4,18 @@ from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, Slot, apply_schedule_, shape_of
 from .forecast import ForecastCalls
-from .forecast_plan import Forecast, ForecastPlan, Programme
+from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
 from .router_scores import RouterScores
-from .schedule import CacheSchedule
+from .schedule import SHORTEST, CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
 __all__ = [
+    "MOST",
     "POWERS",
+    "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
     "Facts",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import TenutoError
 from ..sampling import OutputKernel
+from .schedule import SHORTEST
 
 TAPS = 3
 RIDGE = 1e-6  # of the mean of the kernel's diagonal, toward linear extrapolation
@@ -28,8 +29,7 @@ FADING = 0.85  # of the drift over a computed step, in a run of 20
 LONGEST = 12  # calls skipped in a row, at most, in runs of more than 24 steps
 EXACT = 24
 RANK = 64  # of a kernel: what is left beyond is rounding
-SHORTEST = 9  # steps of a run below which nothing is skipped
-MOST = 200  # and above which
+MOST = 200  # steps of a run above which nothing is skipped, as below `SHORTEST`
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
-from tenuto.artifact import Artifact
+from tenuto.artifact import Artifact, kernel_of
+from tenuto.artifact.contents import curve
+from tenuto.artifact.plots import figure
+from tenuto.artifact.summary import about
 from tenuto.caching import Forecast, ForecastCalls, Programme
 from tenuto.errors import ArtifactError, TenutoError
 from tenuto.model import denoiser_of, override_
@@ -393,3 +396,20 @@ def test_half_of_the_calls_of_a_trained_model_is_nearer_than_reuse() -> None:
         reused = float((generated() - full).square().mean())
     assert error < reused / 10
     assert -10 * math.log10(error) > 45
+
+
+def test_the_curve_is_plotted(artifact: Artifact) -> None:
+    bare = Artifact(
+        {k: v for k, v in artifact.header.items() if k not in ("layers", "temporal")},
+        {k: v for k, v in artifact.tensors.items() if k.startswith("forecast/")},
+    )
+    found = curve(bare.header, bare.tensors)
+    assert found is not None and found.steps == 12
+    kept = kernel_of(bare)
+    assert kept is not None
+    assert found.errors[6] == Programme(kept).plan(6).error
+    drawn = figure(bare.header, bare.tensors, "a")
+    (axes,) = drawn.axes
+    assert axes.get_lines()[0].get_xdata().tolist() == sorted(found.errors)
+    text = about("a.safetensors", artifact, 1)
+    assert "2 x: 6 calls of 12" in text
