@@ -1,6 +1,6 @@
 """The artifact: one safetensors file, its checks and its translations."""
 
-from .artifact import SECTIONS, Artifact, tabled
+from .artifact import SECTIONS, Artifact, kernel_of, tabled
 from .compact import compact
 from .contents import StepMap, measured, policy_of, schedule_of, step_map
 from .fingerprint import fingerprint, same, versions
@@ -14,6 +14,7 @@ __all__ = [
     "canonicalized",
     "compact",
     "fingerprint",
+    "kernel_of",
     "localized",
     "measured",
     "policy_of",

@@ -1,7 +1,7 @@
 """The artifact: one safetensors file with a JSON header. Data, not patches.
 
-Tensors are called "section/canonical.name.part"; the sections are weights, ranges, temporal, route
-and encoder. Everything is checked before anything is allocated.
+Tensors are called "section/canonical.name.part"; the sections are weights, ranges, temporal, route,
+encoder and forecast. Everything is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, SchemeError
+from ..errors import ArtifactError, SchemeError, TenutoError
 from ..model import check_weights, denoiser_of, describe
 from ..numerics import Scheme, layout
+from ..sampling import OutputKernel
 from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
 from .forms import check_forms, wanted
 from .header import KEY, VERSION, WRONG, check_fingerprint, opened
 
-SECTIONS = ("weights", "ranges", "temporal", "route", "encoder")
+SECTIONS = ("weights", "ranges", "temporal", "route", "encoder", "forecast")
 STEPWISE = ("ranges/", "temporal/")
 LARGEST = 2.0**20  # of any number in a file: features in half precision end before
 WORDS = 80  # characters of a name in a sentence
@@ -62,6 +63,13 @@ class Artifact:
             return Artifact.load(given)
         raise ArtifactError(f"An artifact or its file is expected, not {type(given).__name__}.")
 
+    def add_forecast(self, kernel: OutputKernel | None) -> Artifact:
+        """This with the section that says which calls may be skipped, where there is a kernel."""
+        if kernel is not None:
+            self.header["forecast"] = kernel.about()
+            self.tensors["forecast/kernel"] = kernel.values
+        return self
+
     def section(self, name: str) -> dict[str, Tensor]:
         """The tensors of one section, without its name in front."""
         return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}
@@ -75,6 +83,10 @@ class Artifact:
         taken |= {"weights", "ranges", "temporal"} if whole else set()
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
         header = self.header | other.header
+        mine, theirs = (a.header.get("forecast", {}).get("images", 0) for a in (self, other))
+        if mine > theirs > 0:  # of more images
+            header["forecast"] = self.header["forecast"]
+            other = Artifact(other.header, other.tensors | _kernel(self))
         header["made"] = self.header["made"] | other.header["made"]
         for key in ("temporal", "compact"):  # of the weights
             if whole and key not in other.header:
@@ -118,6 +130,7 @@ class Artifact:
                 self._check_layer(layer, tuple(facts["shape"]), schemes[facts["scheme"]], name)
             for encoder, facts in self.header.get("encoders", {}).items():
                 self._check_encoder(encoder, facts, name)
+            kernel_of(self)
             for module, facts in tabled(self.header).items():
                 if wanted(bool, facts["single"]) and len(facts["outputs"]) != 1:
                     raise ValueError("a single tensor is one")
@@ -228,6 +241,23 @@ def _check_floats(key: str, found: Tensor, name: str) -> None:
     """The bytes of 8-bit floats: one that is no number is refused."""
     if bool((found & 0x7F == 0x7F).any()):
         raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} has codes of no number.")
+
+
+def _kernel(artifact: Artifact) -> dict[str, Tensor]:
+    return {k: v for k, v in artifact.tensors.items() if k.startswith("forecast/")}
+
+
+def kernel_of(artifact: Artifact) -> OutputKernel | None:
+    """The kernel of the outputs, from which a forecast is planned; None where there is none."""
+    facts, values = artifact.header.get("forecast"), artifact.tensors.get("forecast/kernel")
+    if facts is None and values is None:
+        return None
+    try:
+        if facts is None or values is None or values.dtype is not torch.float64:
+            raise ValueError("header and tensor belong together")
+        return OutputKernel.of(values, facts)
+    except (TenutoError, *WRONG) as error:
+        raise ArtifactError("The artifact is damaged: its forecast has no kernel.") from error
 
 
 def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caching import CacheSchedule, Facts, RouterScores
+from ..caching import MOST, SHORTEST, CacheSchedule, Facts, Programme, RouterScores
 from ..errors import ArtifactError, TenutoError
 from ..model import WHOLE
 from ..numerics import Format, Scheme, ends
+from ..sampling import OutputKernel
 from .artifact import Artifact
 
 KINDS = {  # what a branch is called last, and what it is
@@ -77,6 +78,15 @@ class Gaps:
     note: str
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What a forecast is predicted to cost. errors: by the number of calls that are skipped."""
+
+    errors: dict[int, float]
+    steps: int
+    note: str
+
+
 def step_map(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepMap | None:
     """The route of an artifact, or None where it has none."""
     facts, table = header.get("route"), tensors.get("route/table")
@@ -133,6 +143,21 @@ def gaps(header: Mapping[str, Any]) -> Gaps | None:
     said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     note = f"{len(rows)} module{'s' if len(rows) > 1 else ''} ({said})"
     return Gaps(errors.mean(0), errors.amax(0), times, note)
+
+
+def curve(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Curve | None:
+    """The predicted error of a forecast over its budget; None where an artifact has none."""
+    facts, values = header.get("forecast"), tensors.get("forecast/kernel")
+    if facts is None or values is None:
+        return None
+    kernel = OutputKernel.of(values, facts)
+    steps = len(kernel.timesteps)
+    if not SHORTEST <= steps <= MOST:
+        return None
+    found = Programme(kernel).errors
+    errors = {steps - calls: error for calls, error in found.items() if calls < steps}
+    images = f"{kernel.images} image{'s' if kernel.images > 1 else ''}"
+    return Curve(errors, steps, f"kernel of {images}, {steps} steps")
 
 
 def _activation(header: Mapping[str, Any], layer: str) -> Format:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..text import printable
-from .contents import Band, Gaps, StepMap
+from .contents import Band, Curve, Gaps, StepMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,6 +170,28 @@ def gaps_panel(errors: Gaps) -> Panel:
         if len(lines) > 1:
             _legend(axes, [(name, colour) for name, _, colour in lines])
         _steps(axes, errors.timesteps, 10)
+
+    return CURVES, fill
+
+
+def curve_panel(curve: Curve) -> Panel:
+    """The predicted error of a forecast over the calls that it skips, on a logarithmic scale."""
+    places = sorted(curve.errors)
+    values = [max(curve.errors[place], 1e-16) for place in places]
+
+    def fill(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.plot(places, values, color=BLUE, **_curve(len(places)))
+        axes.set_ylim(*_powers(values))
+        axes.grid(axis="y", color=LINE, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.minorticks_off()
+        axes.set_xlim(-0.5, curve.steps - 0.5)
+        shares = range(0, 100, 10)
+        axes.set_xticks([share * curve.steps / 100 for share in shares], [f"{s}%" for s in shares])
+        _heading(axes, "Forecast: predicted squared error of the result", curve.note)
+        where: dict[str, Any] = {"ha": "right", "va": "top"}
+        _say(axes, "calls skipped", (0, 0), (-8, -4), size=8, color=FAINT, **where)
 
     return CURVES, fill
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import TenutoError
-from .contents import StepMap, band, gaps, step_map
+from .contents import StepMap, band, curve, gaps, step_map
 from .panels import (
     EDGE,
     FAINT,
@@ -22,6 +22,7 @@ from .panels import (
     Panel,
     across,
     band_panel,
+    curve_panel,
     fit,
     gaps_panel,
     map_panel,
@@ -56,15 +57,18 @@ def figure(
     panels: list[Panel] = [] if route is None else [map_panel(route)]
     panels += [] if ranges is None else [band_panel(ranges)]
     panels += [] if errors is None else [gaps_panel(errors)]
+    budget = curve(header, tensors)
+    panels += [] if budget is None else [curve_panel(budget)]
     if not panels:
         raise TenutoError(
             f"There is nothing to plot in {title}: it has no cache schedule, no activation range "
-            "per step and no temporal features."
+            "per step, no temporal features and no forecast."
         )
     schedule, guidance = header["schedule"], header["schedule"].get("guidance")
     said = f"{header['model_class']}, {len(schedule['timesteps'])} steps"
     said += "" if guidance is None else f", guidance {float(guidance):g}"
-    steps = max(len(facts.timesteps) for facts in (route, ranges, errors) if facts is not None)
+    counts = [len(facts.timesteps) for facts in (route, ranges, errors) if facts is not None]
+    steps = max([*counts, 0 if budget is None else budget.steps])
     return _composed(title, said, panels, steps)
 
 

@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ..caching import CacheSchedule
+from ..caching import CacheSchedule, Forecast
 from ..errors import TenutoError
 from ..model import WHOLE
 from ..text import printable
-from .artifact import SECTIONS, Artifact
+from .artifact import SECTIONS, Artifact, kernel_of
 from .contents import schedule_of
 
 MAP_ROWS = 120  # branches that a step map shows
 LINE = 500  # characters of a line of the table
 WIDTH = 80  # columns of a table
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0)  # of which a forecast's error is told
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         kinds = ", ".join(f"{n} in {scheme}" for scheme, n in count.items())
         rows.append((name, f"{kinds}; weight error up to {_worst(encoder):.3f}"))
     rows += [("route", line) for line in _route_lines(header)]
+    rows += [("forecast", line) for line in _forecast_lines(artifact)]
     rows += [("made", line) for line in _made_lines(header)]
     rows = [(printable(name), printable(value, LINE)) for name, value in rows]
     return "\n".join([*table(rows), *step_map(artifact)])
@@ -116,6 +118,20 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
     for name, score in sorted(route.get("scores", {}).items(), key=lambda row: _order(row[1])):
         shown = f"{score:.4g}" if isinstance(score, int | float) else json.dumps(score)
         yield f"  {printable(shown, 40):>10}  {name}"
+
+
+def _forecast_lines(artifact: Artifact) -> Iterator[str]:
+    """What the forecast was measured on, and the error that it predicts for a few speedups."""
+    kernel = kernel_of(artifact)
+    if kernel is None:
+        return
+    steps = len(kernel.timesteps)
+    yield f"for any --speedup, from {counted(kernel.images, 'image')} of {counted(steps, 'step')}"
+    for speedup in SPEEDUPS:
+        plan = Forecast(kernel, speedup).plan(kernel.timesteps)
+        if plan.calls < steps:
+            how = f"{counted(plan.calls, 'call')} of {steps}, predicted error {plan.error:.1e}"
+            yield f"  {speedup:g} x: {how}"
 
 
 def _order(score: Any) -> float:

@@ -2,7 +2,9 @@
 
 from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
-from .cells import CachedBranch, Slot, apply_schedule_, for_branch, shape_of
+from .cells import CachedBranch, CallShape, Slot, apply_schedule_, for_branch, shape_of
+from .forecast import ForecastCalls
+from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
@@ -11,13 +13,19 @@ from .schedule import SHORTEST, CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
 __all__ = [
+    "MOST",
     "POWERS",
     "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
+    "CallShape",
     "Facts",
+    "Forecast",
+    "ForecastCalls",
+    "ForecastPlan",
     "Interval",
     "LateInterval",
+    "Programme",
     "RandomTable",
     "RouterScores",
     "Slot",

@@ -222,12 +222,13 @@ class CallShape:
     def __init__(self, denoiser: nn.Module) -> None:
         self.facts = Signature(denoiser)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: bool = False) -> Any:
         inputs = self.facts.inputs(args, kwargs)
         if self.facts.fills(inputs):
             return object()
-        sample = tuple(tensors_in(self.facts.sample(inputs)))
-        return tuple((tuple(x.shape), x.dtype, x.device) for x in sample)
+        sample = self.facts.sample(inputs)
+        first = int(rows and isinstance(sample, Tensor))  # of a tensor each row may stand alone
+        return tuple((tuple(x.shape[first:]), x.dtype, x.device) for x in tensors_in(sample))
 
 
 def for_branch(cell: Any, name: str, denoiser: nn.Module) -> Any:

@@ -7,26 +7,9 @@ twenty, and a fifth of thirty.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def places_of(timesteps: Sequence[float], known: Sequence[float]) -> Tensor:
-    """Where `timesteps` are among the `known` ones, as fractional rows 0 ... T - 1: float64 (n,).
-
-    known: in executed order, falling or rising.
-    """
-    sign = -1.0 if known[0] >= known[-1] else 1.0
-    old = torch.tensor(known, dtype=torch.float64) * sign
-    new = torch.tensor(timesteps, dtype=torch.float64).mul(sign).clamp(old[0], old[-1])
-    right = torch.searchsorted(old, new).clamp(1, max(1, len(old) - 1))
-    if len(old) == 1:
-        return torch.zeros(len(new), dtype=torch.float64)
-    left = right - 1
-    share = (new - old[left]) / (old[right] - old[left]).clamp_min(1e-12)
-    return left + share.clamp(0, 1)
 
 
 def resampled(table: Tensor, places: Tensor) -> Tensor:

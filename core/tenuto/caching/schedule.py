@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import TenutoError
 from ..model import WHOLE
-from .resample import places_of, resampled
+from ..sampling import places_of
+from .resample import resampled
 
 SHORTEST = 9  # steps of a run below which nothing is reused, unless it was calibrated so
 

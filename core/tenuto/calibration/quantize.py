@@ -103,7 +103,7 @@ def quantize(
     job.maintain(choice, chosen.temporal)
     with frozen(job.model):
         job.run(Work(work, inputs), on_progress)
-    return job.fill(artifact, preset)
+    return job.fill(artifact, preset).add_forecast(trajectory.kernel)
 
 
 class Job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
 from ..work import Work
 from .given import trajectory_of
-from .router.harmonica import HarmoniCa
+from .router.effort import PRESETS, calls_of_search
 from .router.iepo import gain
 from .router.logits import Router
 from .router.rollout import errors, references, step_costs
@@ -37,29 +36,8 @@ from .router.rollout import errors, references, step_costs
 HELD_OUT = 5_000  # first seed of the images that candidates are measured on
 DEFAULT_REUSE = 0.3
 SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
-PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
 
 Notes = dict[str, Progress]  # of the parts of a search
-
-
-@dataclass(frozen=True)
-class RoutePreset:
-    """Effort. router: settings of the training; batches: that each candidate is measured on."""
-
-    router: HarmoniCa
-    batches: int
-
-    @property
-    def batch(self) -> int:
-        """Images a batch, everywhere."""
-        return self.router.batch
-
-
-PRESETS = {
-    "quick": RoutePreset(HarmoniCa(iterations=24, batch=1), 4),
-    "standard": RoutePreset(HarmoniCa(iterations=48, batch=2), 4),
-    "thorough": RoutePreset(HarmoniCa(iterations=100, batch=8, lr=0.1, joint=0.4), 8),
-}
 
 
 def train_router(
@@ -105,21 +83,6 @@ def train_router(
         job.take_whole()
     job.budget(reuse, speedup)
     return job.run(work, on_progress)
-
-
-def calls_of_search(
-    plan: RoutePreset, steps: int, reuse: float, tables: int, whole: bool = False
-) -> dict[str, float]:
-    """Denoiser calls of one batch that each part of a search takes, over so many tables.
-
-    whole: of whole calls, for which no router is trained.
-    """
-    return {
-        "costs": steps * (steps + 3) / 2,
-        "router": 0 if whole else plan.router.iterations * steps * PASSES,
-        "reference": plan.batches * steps,
-        "candidates": tables * plan.batches * steps * (1 - reuse),
-    }
 
 
 class RouteJob:
@@ -199,7 +162,7 @@ class RouteJob:
             result.tensors["route/router"] = tables[mine].table.clone()
             result.tensors["route/logits"] = router.logits
         result.header["route"] = self.facts(best, tables[best], scores, router)
-        return result
+        return result.add_forecast(trajectory.kernel)
 
     @property
     def whole(self) -> bool:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..artifact import Artifact
-from ..artifact.summary import about, counted, facts_of, mib
+from ..artifact.summary import about, counted, facts_of
 from ..errors import TenutoError
-from ..measure import FIRST_SEED, resident_weight_bytes
-from ..model import denoiser_of
-from ..runtime import attach
+from ..measure import FIRST_SEED
 from ..sampling import described, one_by_one
 from ..sampling.loading import PREFIX, check_model
+from .answers import compare_line, quantized_lines
 from .app import app
 from .check import check
 from .checks import (
@@ -101,26 +100,6 @@ def quantize(
     return Answer(text, next=compare_line(model, out))
 
 
-def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
-    """What was made: size, layers by scheme, and how they execute here."""
-    before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
-    with attach(pipe, artifact, route=False, execution="int8") as attached:
-        execution, encoders = attached.execution(), attached.encoders()
-    layers = facts_of(artifact, size)["layers_by_scheme"]
-    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
-    if layers:
-        how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
-        found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
-        found.append(f"Here they run as {how}.")
-    found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
-    return [*found, f"Calibrated on {counted(count, 'prompt')}."]
-
-
-def compare_line(model: str, artifact: Path) -> str:
-    """The command that measures what was just made."""
-    return f"tenuto compare {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
-
-
 def train_router(
     model: str,
     *,
@@ -175,6 +154,7 @@ def generate(
     prompt: str,
     negative: str | None = None,
     artifact: Path | None = None,
+    speedup: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
@@ -191,6 +171,8 @@ def generate(
 
     bars = bars or Bars()
     check_model(model)
+    if speedup is not None and artifact is None:
+        raise TenutoError("--speedup skips calls by the forecast of an artifact: give --artifact.")
     out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
@@ -201,7 +183,7 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution):
+    with attached_to(pipe, found, execution, speedup):
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
@@ -210,7 +192,7 @@ def generate(
     settings = {
         "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
         "guidance": sampling.guidance, "seed": seed, "batch": batch,
-        "artifact": artifact and artifact.name,
+        "artifact": artifact and artifact.name, "speedup": speedup,
     } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
     save_png(grid(images), out, settings)
     quoted = shlex.quote(model)
@@ -226,6 +208,7 @@ def compare(
     model: str,
     *,
     artifact: Path,
+    speedup: float | None = None,
     prompts: Path | None = None,
     count: int = 64,
     steps: int | None = None,
@@ -252,7 +235,7 @@ def compare(
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
         call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
-        on_progress=bars("Comparing"),
+        speedup=speedup,        on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
     use = f"tenuto generate {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"

@@ -127,6 +127,14 @@ Whole = Annotated[
         help="Reuse whole calls of the denoiser instead of its branches.",
     ),
 ]  # fmt: skip
+SkipCalls = Annotated[
+    float | None,
+    Option(
+        "--speedup", metavar="X", parser=real(1, math.inf),
+        help="Skip denoiser calls, so that a run has X times fewer: 2 skips half of them. In place "
+        "of the artifact's cache schedule; it needs its forecast.",
+    ),
+]  # fmt: skip
 Reuse = Annotated[
     float | None,
     Option(

@@ -147,6 +147,7 @@ def generate(
     prompt: o.Prompt,
     negative: o.Negative = None,
     artifact: o.WithArtifact = None,
+    speedup: o.SkipCalls = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     image: c.Image = None,
@@ -171,6 +172,7 @@ def generate(
 def compare(
     model: o.Model,
     artifact: o.Artifact,
+    speedup: o.SkipCalls = None,
     prompts: o.OtherPrompts = None,
     count: o.Count = 64,
     steps: o.Steps = None,

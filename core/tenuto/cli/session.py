@@ -194,9 +194,13 @@ def silence(watched: bool) -> None:
         disable_progress_bars()
 
 
-def attached_to(pipe: Any, artifact: Artifact | None, execution: str) -> Any:
+def attached_to(
+    pipe: Any, artifact: Artifact | None, execution: str, speedup: float | None = None
+) -> Any:
     """A context in which `artifact`, if there is one, is attached."""
-    return nullcontext() if artifact is None else attach(pipe, artifact, execution=execution)
+    if artifact is None:
+        return nullcontext()
+    return attach(pipe, artifact, execution=execution, speedup=speedup)
 
 
 def recorded(

@@ -97,6 +97,7 @@ def compare(
     device: torch.device | str | None = None,
     execution: str = "int8",
     describe: Describe | None = None,
+    speedup: float | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Draw `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -106,16 +107,16 @@ def compare(
     `record`) say otherwise; pictures have to be given again. Each frame of a video counts as an
     image, and videos come one at a time, like what is made of an image. A bare denoiser takes
     `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
-    only noted. The three take turns, a few batches each, so that times are compared side by side.
-    `device` moves the model there for the call. `execution` is that of `attach`: "int8" measures
-    the artifact's own arithmetic; so is `describe`. The model is as it was afterwards, whatever
-    happens.
+    only noted. The three take turns, a few batches each: times are compared side by side. `device`
+    moves the model there for the call. `execution` is that of `attach`: "int8" measures the
+    artifact's own arithmetic; so are `describe` and `speedup`. The model is as it was afterwards,
+    whatever happens.
     """
     describing(model, describe)
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
-        on_progress=on_progress,
+        speedup=speedup, on_progress=on_progress,
     )  # fmt: skip
     return found[ARTIFACT]
 
@@ -134,6 +135,7 @@ def compare_all(
     batch: int = 8,
     device: torch.device | str | None = None,
     execution: str = "int8",
+    speedup: float | None = None,
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:
@@ -159,7 +161,8 @@ def compare_all(
     with _on(model, device), frozen(denoiser), torch.no_grad():
         first, seen = first_call(denoiser, sample, *batches[0], whole=given)
         facts = _facts_of(denoiser, known, first)
-        ways = _ways(model, known, first, facts, execution, floor)
+        put_on = partial(attach, model, execution=execution, speedup=speedup)
+        ways = _ways(model, known, first, facts, put_on, floor)
         generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {
             n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
@@ -208,16 +211,16 @@ def _ways(
     artifacts: Mapping[str, Artifact],
     call: FirstCall,
     facts: Mapping[str, _Facts],
-    execution: str,
+    put_on: Callable[[Artifact], Tenuto],
     floor: bool,
 ) -> dict[str, Way]:
-    """The ways to draw; each makes one call on entry that is not timed: it packs weights."""
+    """The ways to generate; each makes one call on entry that is not timed: it packs weights."""
     denoiser = denoiser_of(model)
     device, dtype = device_and_dtype(denoiser)
 
     @contextmanager
     def attached(name: str) -> Iterator[nn.Module]:
-        found = attach(model, artifacts[name], execution=execution)
+        found = put_on(artifacts[name])
         with found, PeakMemory(device) as peak:
             denoiser(*call[0], **call[1])
             before = found.counts()

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact, fingerprint, same
-from ..caching import CachedBranch, CacheSchedule, apply_schedule_
+from ..caching import CachedBranch, CacheSchedule, ForecastCalls, apply_schedule_
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Attached,
@@ -33,6 +33,7 @@ from ..model import (
     encoders_of,
     key_map_of,
     layers,
+    override_,
     own_modules,
     private_copy,
     refuse_cache,
@@ -108,12 +109,16 @@ class Tenuto(Attached):
         return sum(low) / max(1, self._total)
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, reused] calls of every branch, by canonical name, since it was attached."""
+        """[computed, reused] calls of every branch, by canonical name, since it was attached.
+
+        Under a forecast: [computed, forecast] calls of the denoiser, "".
+        """
         keys = self.keys
         named = {m: keys.canonical(n) if keys else n for n, m in self.denoiser.named_modules()}
         patches = [p for p in self.patches if isinstance(p, Override)]
         calls = [(named[p.module], p.call) for p in patches]
-        return {name: list(call.counts) for name, call in calls if isinstance(call, CachedBranch)}
+        counted = (CachedBranch, ForecastCalls)
+        return {name: list(call.counts) for name, call in calls if isinstance(call, counted)}
 
 
 def attach(
@@ -123,6 +128,7 @@ def attach(
     execution: str = "auto",
     simulate: bool = False,
     route: bool = True,
+    speedup: float | None = None,
     chooser: Chooser | None = None,
     describe: Describe | None = None,
 ) -> Tenuto:
@@ -136,20 +142,24 @@ def attach(
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
     for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
     calls of very different sizes may then differ by an input's rounding. simulate: compute
-    quantized layers in float, with the same codes. route: apply the cache schedule too. chooser:
-    what decides under "auto" in place of the process's own. The text encoders of a pipeline get
-    what the artifact has of them; a bare denoiser has none. describe: what a model without a family
-    file is made of, as for `quantize`; once is enough, the module is remembered.
+    quantized layers in float, with the same codes. route: apply the cache schedule too. speedup:
+    in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
+    forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
+    adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
+    The text encoders of a pipeline get what the artifact has of them; a bare denoiser has none.
+    describe: what a model without a family file is made of, as for `quantize`; once is enough.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
-        patches = Patches(scheme=artifact, execution=execution, simulate=simulate)
+        patches = Patches(scheme=artifact, execution=execution, simulate=simulate, speedup=speedup)
     else:
         made = Artifact.of(artifact)
-        patches = Patches(made, route=route, execution=execution, simulate=simulate)
+        patches = Patches(
+            made, route=route, execution=execution, simulate=simulate, speedup=speedup
+        )
     return install(model, patches, chooser)
 
 
@@ -160,7 +170,7 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
     plan = replacements_for(denoiser, patches, chooser=chooser)
     if plan:
         check_fused(denoiser)
-    if plan.policy is not None:
+    if plan.policy is not None or plan.forecast is not None:
         refuse_cache(denoiser, "a cache schedule")
     modules = dict(own_modules(denoiser))
     new: dict[str, nn.Module] = {
@@ -180,7 +190,7 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         raise ArtifactError("A cache policy needs the timesteps of an artifact.")
     try:
         if times:
-            streams = plan.policy is not None
+            streams = plan.policy is not None or plan.forecast is not None
             attached.patches.append(Follow(model, plan.clock, streams=streams))
         attached.patches += [Swap(denoiser, *pair) for pair in new.items()]
         for encoder, replaced in encoders.values():
@@ -188,6 +198,9 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         if plan.policy is not None:
             schedule = _schedule(denoiser, plan.policy, times)
             attached.patches += apply_schedule_(denoiser, schedule, plan.clock)
+        if plan.forecast is not None:
+            calls = ForecastCalls(plan.clock, plan.forecast, denoiser)
+            attached.patches.append(override_(denoiser, calls))
     except BaseException:
         attached.detach()
         raise

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artifact import Artifact, localized, schedule_of, tabled
-from ..caching import CacheSchedule
+from ..artifact import Artifact, kernel_of, localized, schedule_of, tabled
+from ..caching import CacheSchedule, Forecast
 from ..errors import ArtifactError, ModelError, SchemeError
 from ..model import describe, key_map_of, own_modules
 from ..model import layers as layers_of
@@ -41,7 +41,8 @@ class Patches:
     artifact's; skip: patterns of layers that stay in full precision then, by the host's names or
     the canonical ones; convolutions: whether they are quantized too. weights: False leaves all
     layers and tables alone. route: the artifact's cache schedule; policy: another one; limit:
-    what is made of it at the timesteps of a run. execution and simulate: as in `attach`.
+    what is made of it at the timesteps of a run. speedup: whole calls are forecast instead, by the
+    artifact's kernel. execution and simulate: as in `attach`.
     """
 
     artifact: Artifact | None = None
@@ -52,6 +53,7 @@ class Patches:
     route: bool = True
     policy: Policy | None = None
     limit: Callable[[CacheSchedule], CacheSchedule] | None = None
+    speedup: float | None = None
     execution: str = "auto"
     simulate: bool = False
 
@@ -61,8 +63,8 @@ class Replacements:
     """Of one model, by its own names.
 
     schemes: of its quantized layers. codes, ranges: tensors of an artifact. tables: header facts
-    of time-only modules; rows: their tensors. policy: of the cache, or None. clock: whoever puts
-    the replacements in moves it. options: of every layer.
+    of time-only modules; rows: their tensors. policy: of the cache, or None. forecast: of whole
+    calls, in its place. clock: whoever puts the replacements in moves it. options: of every layer.
     """
 
     schemes: Mapping[str, Scheme]
@@ -71,6 +73,7 @@ class Replacements:
     tables: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     policy: Policy | None = None
+    forecast: Forecast | None = None
     clock: Clock = field(default_factory=lambda: Clock(()))
     options: Mapping[str, Any] = field(default_factory=dict)
     memo: Memo = field(default_factory=Memo)
@@ -138,6 +141,8 @@ def replacements_for(
     found.options = {
         "wanted": patches.execution, "simulate": patches.simulate, "chooser": chooser,
     }  # fmt: skip
+    if patches.speedup is not None:
+        found.policy, found.forecast = None, _forecast(patches)
     if found.policy is not None and patches.limit is not None:
         found.policy = _limited(found.policy, patches.limit)
     return found
@@ -201,6 +206,17 @@ def _rounded(denoiser: nn.Module, layers: Mapping[str, Any], patches: Patches) -
     if not chosen:
         raise ModelError("No layer of the model is left to quantize.")
     return chosen
+
+
+def _forecast(patches: Patches) -> Forecast:
+    """What skips whole calls; ArtifactError where no kernel was recorded."""
+    kernel = None if patches.artifact is None else kernel_of(patches.artifact)
+    if kernel is None or patches.speedup is None:
+        raise ArtifactError(
+            "A speedup needs an artifact with a forecast: calibrate again with a pipeline whose "
+            "sampler adds no noise of its own."
+        )
+    return Forecast(kernel, patches.speedup)
 
 
 def _limited(policy: Policy, limit: Callable[[CacheSchedule], CacheSchedule]) -> Policy:

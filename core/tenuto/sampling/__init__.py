@@ -4,6 +4,8 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
+from .grid import places_of
+from .output_kernel import OutputKernel
 from .pipeline_call import (
     PipelineCall,
     check_names,
@@ -28,6 +30,7 @@ __all__ = [
     "Call",
     "Clock",
     "Follow",
+    "OutputKernel",
     "PipelineCall",
     "Sample",
     "Skeleton",
@@ -43,6 +46,7 @@ __all__ = [
     "keep",
     "kept",
     "one_by_one",
+    "places_of",
     "record",
     "repeated",
     "sampler",

@@ -6,6 +6,7 @@ in the batch and tells when a new run begins. Nothing counts calls, nothing is m
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class Clock:
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
         self._falls = self.timesteps[:1] >= self.timesteps[-1:]  # with the noise
         self.uneven = False  # whether the host's scheduler is of second order, or rises in a run
+        self.stochastic = False  # whether it adds noise of its own at every step
         pairs = zip(self.timesteps, self.timesteps[1:], strict=False)
         self._doubled = any(abs(a - b) <= self._slack for a, b in pairs)  # so was the calibrated
         self._time: float | None = None
@@ -65,6 +67,7 @@ class Clock:
         clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
         clone.streams, clone.run, clone.uneven = self.streams, self.run, self.uneven
         clone.grid, clone.place, clone.per_step = self.grid, self.place, self.per_step
+        clone.stochastic = self.stochastic
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -91,6 +94,11 @@ class Clock:
         self._offered = times
         self.begin()
         return True
+
+    @property
+    def time(self) -> float:
+        """The timestep of the last call; NaN before the first one of a run."""
+        return math.nan if self._time is None else self._time
 
     def nearest(self, timestep: float) -> int:
         """The calibrated step nearest to `timestep`."""

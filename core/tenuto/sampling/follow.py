@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..model import Signature, denoiser_of, outside_graphs, tensors_in
 from .clock import Clock
+from .noise import is_stochastic
 
 
 class Follow:
@@ -38,6 +39,7 @@ class Follow:
             if self.clock.starts(scheduler, times, times=times):
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
                 self.clock.per_step = _per_step(times, scheduler)
+                self.clock.stochastic = is_stochastic(scheduler)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             which = self.facts.which(inputs)

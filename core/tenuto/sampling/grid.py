@@ -1,10 +1,12 @@
-"""The timesteps of a run, from those of its scheduler, in the unit that the denoiser gets."""
+"""The timesteps of a run: in the unit that the denoiser gets, and where they are among others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SCALES = ((1.0, False), (1e-3, False), (1e-3, True))  # t, t / 1000, 1 - t / 1000
 NEAR = 5e-3  # of the span: half precision rounds timesteps
@@ -29,3 +31,19 @@ def grid_from(times: Any, first: float) -> tuple[float, ...]:
         if gap < best[0]:
             best = gap, tuple(found[start:])
     return best[1]
+
+
+def places_of(timesteps: Sequence[float], known: Sequence[float]) -> Tensor:
+    """Where `timesteps` are among the `known` ones, as fractional rows 0 ... T - 1: float64 (n,).
+
+    known: in executed order, falling or rising.
+    """
+    sign = -1.0 if known[0] >= known[-1] else 1.0
+    old = torch.tensor(known, dtype=torch.float64) * sign
+    new = torch.tensor(timesteps, dtype=torch.float64).mul(sign).clamp(old[0], old[-1])
+    right = torch.searchsorted(old, new).clamp(1, max(1, len(old) - 1))
+    if len(old) == 1:
+        return torch.zeros(len(new), dtype=torch.float64)
+    left = right - 1
+    share = (new - old[left]) / (old[right] - old[left]).clamp_min(1e-12)
+    return left + share.clamp(0, 1)

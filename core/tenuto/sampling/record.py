@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from ..progress import Progress
 from .described import described
 from .pipeline_call import PipelineCall
 from .results import images_of, latents_of
+from .step_outputs import StepOutputs
 from .trajectory import Call, Sample, Trajectory
 
 
@@ -47,9 +48,14 @@ def _sample(asked: PipelineCall, output: str) -> Sample:
 
 
 @contextmanager
-def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[list[Call]]:
-    """Append every call of `denoiser` to `calls`, as it was before the call."""
-    facts = Signature(denoiser)
+def recording(
+    denoiser: nn.Module, calls: list[Call], run: int = 0, outputs: StepOutputs | None = None
+) -> Iterator[list[Call]]:
+    """Append every call of `denoiser` to `calls`, as it was before the call.
+
+    outputs: gets what is made of the calls' outputs, step by step.
+    """
+    facts, start = Signature(denoiser), len(calls)
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
@@ -57,7 +63,11 @@ def recording(denoiser: nn.Module, calls: list[Call], run: int = 0) -> Iterator[
         kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
         calls.append(Call(run, 0, step, kept))
 
-    with watched(denoiser, before=keep):
+    def last() -> float | None:
+        return calls[-1].timestep if len(calls) > start else None
+
+    seen = nullcontext() if outputs is None else outputs.run(last)
+    with watched(denoiser, before=keep), seen:
         yield calls
 
 
@@ -111,10 +121,11 @@ def record(
     left = count if count and runs is None else (runs or 2) * batch
     runs = -(-left // batch)
     calls: list[Call] = []
+    outputs = StepOutputs(None if sample is not None else model)
     for i in range(runs):
         if on_progress:
             on_progress(i, runs, "recording")
-        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i):
+        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i, outputs):
             run(denoiser, seed + i * batch, min(batch, left - i * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
@@ -122,7 +133,10 @@ def record(
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
     calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
-    known = Trajectory(times, calls, seed, batch, runs, len(times), guidance, prompts, sample)
+    known = Trajectory(
+        times, calls, seed, batch, runs, len(times), guidance, prompts, sample,
+        kernel=outputs.kernel(),
+    )  # fmt: skip
     return known if asked is None else again(known, asked, steps, call)
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..work import Work
+from .output_kernel import OutputKernel
 from .pipeline_call import PipelineCall
 from .record import again
 from .trajectory import Call, Trajectory
 
 UNIT = "trajectory"
+KERNEL = "kernel"
 ABOUT = "about"  # JSON as uint8, beside the tensors
 PLAIN = (str, int, float, bool, type(None))
 
@@ -40,6 +42,9 @@ def keep(work: Work, trajectory: Trajectory) -> bool:
         "guidance": trajectory.guidance,
         "prompts": trajectory.prompts,
     }
+    kernel = trajectory.kernel
+    if kernel is not None:
+        about["kernel"], store.tensors[KERNEL] = kernel.about(), kernel.values
     text = bytearray(json.dumps(about).encode())
     work.save(UNIT, store.tensors | {ABOUT: torch.frombuffer(text, dtype=torch.uint8)})
     return True
@@ -62,6 +67,7 @@ def kept(
     known = Trajectory(
         tuple(about["timesteps"]), calls, about["seed"], about["batch"], about["runs"],
         about["steps"], about["guidance"], tuple(about["prompts"]),
+        kernel=OutputKernel.of(tensors[KERNEL], about["kernel"]) if "kernel" in about else None,
     )  # fmt: skip
     return again(known, PipelineCall(pipe, prompts, steps, guidance, call), about["steps"], call)
 

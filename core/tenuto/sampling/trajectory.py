@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import TenutoError
+from .output_kernel import OutputKernel
 
 Sample = Callable[[nn.Module, int, int], Tensor]
 
@@ -38,7 +39,8 @@ class Trajectory:
     for: image-to-image visits fewer, second-order schedulers more, and rounding makes equal ones.
     call: how the pipeline was called beside that, as `described` says. sample: `sample(denoiser,
     seed, batch)` runs one trajectory and returns the images, float (batch, C, H, W) in [-1, 1], a
-    video as its frames (batch * F, C, H, W); latent: the same, but final latents.
+    video as its frames (batch * F, C, H, W); latent: the same, but final latents. kernel: of the
+    outputs, where a pipeline was recorded whose scheduler says what it takes them for.
     """
 
     timesteps: tuple[float, ...]
@@ -52,6 +54,7 @@ class Trajectory:
     sample: Sample | None = field(default=None, repr=False)
     latent: Sample | None = field(default=None, repr=False)
     call: dict[str, Any] = field(default_factory=dict)
+    kernel: OutputKernel | None = field(default=None, repr=False)
 
     def rollout(self) -> Sample:
         """The function that runs one trajectory and returns what is measured: latents if it can."""

@@ -1,0 +1,127 @@
+"""`ForecastCalls`: a denoiser's forward that computes a call, or forecasts it from earlier ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import map_tensors, tensors_in
+from ..sampling import Clock
+from .cells import CallShape
+from .forecast_plan import TAPS, Forecast, ForecastPlan
+
+NEAR = 1 / 2000  # of the largest timestep: a step further off is not the planned one
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One computed call: its step in the plan, its rows by stream, what it returned (a copy)."""
+
+    step: int
+    rows: dict[Hashable, int]
+    streams: tuple[Hashable, ...]
+    shape: Any
+    out: Any
+
+
+class ForecastCalls:
+    """Calls of a denoiser under a plan for the run in progress. The clock must follow it.
+
+    forecast: makes the plan for the timesteps of a run. Where streams, shapes or timesteps are not
+    those that the plan needs, the call computes. What is returned is new: hosts add to it in place.
+    """
+
+    def __init__(self, clock: Clock, forecast: Forecast, denoiser: nn.Module) -> None:
+        self.clock, self.forecast, self.shape = clock, forecast, CallShape(denoiser)
+        self.counts = [0, 0]  # computed, forecast
+        self.run: int | None = None
+        self.plan = ForecastPlan.full(())
+        self.known: list[Computed] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForecastCalls:
+        made = copy.copy(self)
+        made.clock, made.counts = copy.deepcopy(self.clock, memo), list(self.counts)
+        made.run, made.known = None, []
+        return made
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        shape = self.shape(args, kwargs, rows=True)
+        step = self.step()
+        if step is not None and not self.plan.computed[step]:
+            found = self._forecast(step, shape)
+            if found is not None:
+                self.counts[1] += 1
+                return found
+        out = original(*args, **kwargs)
+        self.counts[0] += 1
+        if step is not None and not all(self.plan.computed):
+            self._keep(step, shape, out)
+        return out
+
+    def step(self) -> int | None:
+        """The step of the plan at which the clock is; None where it is at none of them."""
+        clock = self.clock
+        times = clock.grid or clock.timesteps
+        if clock.run != self.run or times != self.plan.timesteps:
+            self.run, self.known = clock.run, []
+            self.plan = self.forecast.plan(times, clock.stochastic, clock.per_step)
+        place = clock.place if clock.grid else clock.step
+        largest = max((abs(t) for t in times), default=0.0)
+        if not times or abs(times[place] - clock.time) > largest * NEAR:
+            return None
+        return place
+
+    def _keep(self, step: int, shape: Any, out: Any) -> None:
+        """Remember a computed call; a second one of the same step and streams replaces it."""
+        streams = self.clock.streams
+        kept = map_tensors(lambda t: t.detach().clone(), out)
+        new = Computed(step, {s: i for i, s in enumerate(streams)}, streams, shape, kept)
+        rest = [c for c in self.known if c.step != step or c.rows.keys() - new.rows.keys()]
+        steps = sorted({c.step for c in rest} | {step}, reverse=True)[:TAPS]
+        self.known = [new, *(c for c in rest if c.step in steps)]
+
+    def _forecast(self, step: int, shape: Any) -> Any:
+        """The output of the call, or None where a tap of one of its streams is missing."""
+        taps = [self._tap(tap, shape) for tap in self.plan.taps[step]]
+        if any(tap is None for tap in taps):
+            return None
+        weights = self.plan.weights[step]
+
+        def combined(*tensors: Tensor) -> Tensor:
+            first = tensors[0]
+            if not first.is_floating_point():
+                return first.clone()
+            total = first.float() * weights[0]
+            for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+                total.add_(tensor.float(), alpha=weight)
+            return total.to(first.dtype)
+
+        try:
+            return map_tensors(combined, *taps)
+        except (ValueError, RuntimeError):  # outputs of another form than before
+            return None
+
+    def _tap(self, step: int, shape: Any) -> Any:
+        """What the streams of the call returned at an earlier step, in its own order."""
+        streams = self.clock.streams
+        found = [c for c in self.known if c.step == step and c.shape == shape]
+        whole = next((c.out for c in found if c.streams == streams), None)
+        if whole is not None:
+            return whole
+        rows = [next((c for c in found if s in c.rows), None) for s in streams]
+        if not rows or any(c is None for c in rows):
+            return None
+        there = [(c, c.rows[s]) for c, s in zip(rows, streams, strict=True) if c is not None]
+        outs = [c.out for c, _ in there]
+        if any(t.ndim == 0 for out in outs for t in tensors_in(out)):
+            return None
+
+        def gathered(*parts: Tensor) -> Tensor:
+            return torch.stack([t[row] for t, (_, row) in zip(parts, there, strict=True)])
+
+        return map_tensors(gathered, *outs)

@@ -1,0 +1,33 @@
+"""What the commands say of what they made, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Artifact
+from ..artifact.summary import counted, facts_of, mib
+from ..measure import resident_weight_bytes
+from ..model import denoiser_of
+from ..runtime import attach
+
+
+def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
+    """What was made: size, layers by scheme, and how they execute here."""
+    before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
+    with attach(pipe, artifact, route=False, execution="int8") as attached:
+        execution, encoders = attached.execution(), attached.encoders()
+    layers = facts_of(artifact, size)["layers_by_scheme"]
+    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
+    if layers:
+        how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
+        found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
+        found.append(f"Here they run as {how}.")
+    found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
+    return [*found, f"Calibrated on {counted(count, 'prompt')}."]
+
+
+def compare_line(model: str, artifact: Path) -> str:
+    """The command that measures what was just made."""
+    return f"tenuto compare {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
