@@ -1,6 +1,6 @@
 """Renders the images of docs/app.md again: every tab, light and dark, at work.
 
-    python tests/app/screenshots.py        takes about three minutes
+    python tests/app/screenshots.py        takes about four minutes
 
 The one of the window is from `tests/app/desktop.py docs/app-window.jpg`.
 """
@@ -8,6 +8,7 @@ The one of the window is from `tests/app/desktop.py docs/app-window.jpg`.
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -27,6 +28,16 @@ WIDTH, HEIGHT, LARGEST = 1180, 900, 150_000
 LOOKS = ("light", "dark")
 
 
+def from_image(folder: Path) -> Path:
+    """A copy of the shipped U-Net model whose pipeline starts from an image."""
+    copy = folder / "models" / "unet-from-image"
+    shutil.copytree(ROOT / "assets" / "demo-unet", copy)
+    index = copy / "model_index.json"
+    facts = json.loads(index.read_text("utf-8"))
+    index.write_text(json.dumps(facts | {"_class_name": "StableDiffusionImg2ImgPipeline"}), "utf-8")
+    return copy
+
+
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """The app's address."""
@@ -35,7 +46,8 @@ def served(folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tenuto.cli", "app", "--no-browser", "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "core")}
-    process = subprocess.Popen([*command, "--out", "demo"], cwd=folder, env=environment)
+    command += ["--out", "demo", "--roots", str(from_image(folder).parent)]
+    process = subprocess.Popen(command, cwd=folder, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -80,6 +92,25 @@ def generate(pages: dict[str, Any]) -> None:
         page.wait_for_selector("#generate-slider img", timeout=60_000)
         page.wait_for_selector("#numbers table")
         kept(page, f"generate-{look}")
+
+
+def call(pages: dict[str, Any], folder: Path) -> None:
+    """The pipeline's own settings: another image from the first one."""
+    image = min((folder / "demo" / "pictures").glob("a-goldfish*.png"))
+    for look, page in pages.items():
+        page.fill("#prompt textarea", "a lemon")
+        page.click("#model input")
+        page.get_by_role("option", name="unet-from-image").click()
+        page.get_by_text("The pipeline's own settings").locator("visible=true").click()
+        page.wait_for_selector("#generate-image-from")
+        page.set_input_files("#generate-image-from input[type=file]", image)
+        page.wait_for_selector("#generate-image-from img")
+        page.fill("#generate-more textarea", "strength = 0.7")
+        page.click("#generate")
+        page.wait_for_selector("#generate-image img", timeout=60_000)
+        kept(page, f"call-{look}")
+        page.reload()
+        page.wait_for_selector("#generate")
 
 
 def calibrate(pages: dict[str, Any]) -> None:
@@ -145,8 +176,10 @@ def main() -> None:
             page.goto(f"{url}/?__theme={look}")
             page.wait_for_selector("#generate")
             pages[look] = page
-        for step in (generate, calibrate, compare):
-            step(pages)
+        generate(pages)
+        call(pages, Path(folder))
+        calibrate(pages)
+        compare(pages)
         browser.close()
 
 

@@ -87,6 +87,12 @@ def test_a_file_is_not_read_by_its_name(model: str, tmp_path: Path) -> None:
             checked(model, call, tmp_path / "inputs")
 
 
+def test_half_a_character_is_refused(model: str, tmp_path: Path) -> None:
+    """No file can hold it; JSON that comes over the network can."""
+    with pytest.raises(TenutoError, match="half a character"):
+        checked(model, {"negative_prompt": "\ud800"}, tmp_path)
+
+
 def damaged(folder: Path) -> dict[str, tuple[bytes, str]]:
     """Uploads that are no images of the kind that is taken."""
     picture().save(folder / "x.gif")
