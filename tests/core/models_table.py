@@ -348,9 +348,11 @@ The classes at the released sizes, built without memory. *quantized*: the share 
 linear and convolution layers that is in 8 bits, or in a table by the timestep in place of the
 module, under the default recipe. The other columns: the share of all weights inside something that
 a cache schedule can reuse. *branches*: attention, feed-forward and the like, what schedules are
-made of unless you say otherwise. *blocks*: with their norms and modulations. *the call*: with
-`whole=True`, `train_router` makes a schedule of whole calls, where a reused step computes nothing
-at all; that holds for any denoiser, also one that no family file knows.
+made of unless you say otherwise. *blocks*: with their norms and modulations, where a schedule names
+whole blocks; FLUX.3's lacks the blocks of a condition image, which run only where there is one.
+*the call*: with `whole=True` (`tenuto train-router --whole`) `train_router` makes a schedule of
+whole calls, where a reused step computes nothing at all; that holds for any denoiser, also for one
+that no family file knows.
 
 | model | parameters | quantized | branches | blocks | the call |
 | --- | --- | --- | --- | --- | --- |

@@ -26,7 +26,10 @@ def test_the_row_of_a_model(one_thread: None, name: str) -> None:
     assert table.row_line(name, [said for said, _ in found]) in LINES, "\n".join(wrong)
 
 
-def test_the_page_has_each_model_once() -> None:
+def test_the_page_is_the_text_and_has_each_model_once() -> None:
+    rows = tuple(f"| {name} |" for name in (*MODELS, *table.RELEASED))
+    rest = [line for line in LINES if line and not line.startswith(rows)]
+    assert rest == [line for line in table.page({}, {}).splitlines() if line]
     for name in (*MODELS, *table.RELEASED):
         wanted = (name in MODELS) + (name in table.RELEASED)
         assert sum(line.startswith(f"| {name} |") for line in LINES) == wanted, name

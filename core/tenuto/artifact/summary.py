@@ -110,7 +110,8 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
     route = header.get("route")
     if not route:
         return
-    held = f"{route['reuse_ratio']:.1%} of the branch calls are reused"
+    what = WHOLE.kind if route.get("branches") == [WHOLE.name] else "branch call"
+    held = f"{route['reuse_ratio']:.1%} of the {what}s are reused"
     work = route.get("reuse_flops")
     yield f"{route['policy']}: {held}" + ("" if work is None else f", {work:.1%} of the work")
     if route.get("scores"):

@@ -200,11 +200,6 @@ class CallSlot(Slot):
         known = self.slots.get(clock.streams) if self.run == clock.run else None
         return None if known is None else known.find(clock, shape)
 
-    def detach_(self) -> None:
-        """Detach what is stored from the graph that made it."""
-        for slot in self.slots.values():
-            slot.detach_()
-
     def bytes(self) -> int:
         """What is stored now."""
         return sum(slot.bytes() for slot in self.slots.values())

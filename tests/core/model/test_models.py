@@ -156,21 +156,20 @@ def test_whole_calls_of_a_family(known: Any) -> None:
     """Computed ones are exact, a reused one is the last of the same streams, and not another's."""
     batch = len(next(tensors_in(known.inputs())))
     streams = [range(batch), range(9, 9 + batch)]  # two passes of each step
-    times = dict(enumerate(TIMES))
+    table, times = [True, False, True], dict(enumerate(TIMES[:3]))
     plain = {(i, n): tensors(known(seed=9 * n + i, t=t)) for i, t in times.items() for n in (0, 1)}
-    for table in ([True] * 4, [True, False, True, False]):
-        clock = Clock(TIMES)
-        schedule = CacheSchedule.steps(table, TIMES, (WHOLE.name,))
-        patches = apply_schedule_(known.model, schedule, clock)
-        try:
-            for i, t in times.items():
-                for n in (0, 1):
-                    clock.tick(t, streams[n])
-                    found = tensors(known(seed=9 * n + i, t=t))
-                    assert equal(found, plain[i if table[i] else i - 1, n])
-        finally:
-            for patch in patches:
-                patch.remove()
+    clock = Clock(TIMES[:3])
+    schedule = CacheSchedule.steps(table, TIMES[:3], (WHOLE.name,))
+    patches = apply_schedule_(known.model, schedule, clock)
+    try:
+        for i, t in times.items():
+            for n in (0, 1):
+                clock.tick(t, streams[n])
+                found = tensors(known(seed=9 * n + i, t=t))
+                assert equal(found, plain[i if table[i] else i - 1, n])
+    finally:
+        for patch in patches:
+            patch.remove()
     assert equal(tensors(known(seed=0, t=TIMES[0])), plain[0, 0])
 
 
