@@ -70,7 +70,7 @@ def of_folder(folder: Path) -> Iterator[dict[str, Any]]:
     def calls(some: list[str]) -> Any:
         given = tokenizer(["", *some], padding="max_length", max_length=64, return_tensors="pt")
         keys = ("input_ids", "attention_mask")
-        return calls_of([{k: given[k][i] for k in keys} for i in range(len(some) + 1)])
+        return calls_of([{k: given[k][i : i + 1] for k in keys} for i in range(len(some) + 1)])
 
     calibration, unseen = calls(lines[::2]), calls(lines[1::2])
     for width in WIDTHS:
