@@ -31,7 +31,7 @@ LINES = ("a photo of a lemon", "a school bus", "two goldfish")
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_captions() -> Iterator[None]:
-    """Six general captions in place of 48, and two that are held out in place of 16."""
+    """Four general captions in place of 32, and two that are held out in place of 16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "prompts", lambda name: shipped(name)[:8])
         yield
