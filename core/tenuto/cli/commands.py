@@ -76,7 +76,7 @@ def quantize(
     pipe = pipeline(model, sampling, bars)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
-    with work_kept_until_done(work):
+    with work_kept_until_done(work, out):
         if wanted is not None:
             trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
             artifact = quantize(
@@ -151,7 +151,7 @@ def train_router(
         call=call,
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, base, artifact)
-    with work_kept_until_done(work):
+    with work_kept_until_done(work, out):
         batch = PRESETS[preset].batch
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(
