@@ -13,7 +13,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def clear_parts(path: Path) -> None:
     """Remove what killed processes left half written of `path`: for the only job that writes it."""
-    target = _target(path)
+    target = path.resolve() if path.is_symlink() else path
     for part in target.parent.glob(f".{escape(target.name)}.*.part"):
-        _remove_part(part)
+        with suppress(OSError):  # another user's
+            _remove_part(part)
 
 
 def _remove_part(part: Path) -> None:
