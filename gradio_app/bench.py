@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tenuto.errors import TenutoError
-from tenuto.work import whole_file, write_text
+from tenuto.work import clear_parts, whole_file, write_text
 
 from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words
@@ -173,8 +173,7 @@ class Bench:
 
     def _over(self, name: str, job: Job) -> None:
         """Forget what is done, and what was refused before anything of it was finished."""
-        for part in self.places.out.glob(f".{name}.safetensors.*.part"):  # of a killed worker
-            part.unlink(missing_ok=True)
+        clear_parts(self.places.out / f"{name}.safetensors")  # of a killed worker
         works = [
             folder / f"{name}.work"
             for folder in (self.places.out, self.places.aside(name, "").parent)

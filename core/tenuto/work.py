@@ -5,18 +5,18 @@ Everything is written beside its place and renamed, so that a kill leaves no hal
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
+import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 import torch
@@ -25,11 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import TenutoError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .lock import Lock
 
 log = logging.getLogger("tenuto")
 
@@ -59,14 +55,43 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def clear_parts(path: Path) -> None:
+    """Remove what killed processes left half written of `path`: for the only job that writes it."""
+    target = path.resolve() if path.is_symlink() else path
+    for part in target.parent.glob(f".{escape(target.name)}.*.part"):
+        with suppress(OSError):  # another user's
+            _remove_part(part)
+
+
+def _remove_part(part: Path) -> None:
+    """A half-written file, or the folder of one."""
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
     """Write a safetensors file whole or not at all; OSError, of a full disk too."""
-    with whole_file(path) as part:
+    with whole_file(path) as part, _folder_beside(part) as folder:
         try:
-            save_file(dict(_apart(tensors)), part, metadata)
+            save_file(dict(_apart(tensors)), folder / path.name, metadata)
         except SafetensorError as error:
             raise _of_system(error) from error
+        (folder / path.name).replace(part)
         part.chmod(0o644)  # it comes out readable by its owner alone
+
+
+@contextmanager
+def _folder_beside(part: Path) -> Iterator[Path]:
+    """A folder of its own for a library that writes beside its file, which a kill leaves there."""
+    folder = part.with_name(f"{part.stem}.folder{part.suffix}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _of_system(error: SafetensorError) -> OSError:
@@ -98,81 +123,6 @@ def _target(path: Path) -> Path:
     path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-class Lock:
-    """One job at a time in a folder: another process gets TenutoError. A kill frees it.
-
-    The folder itself is locked, where the system can do so, and nothing is left in it. A process
-    may lock a folder several times: its parts work on one job.
-    """
-
-    locks: ClassVar[dict[str, list[Any]]] = {}  # folder -> [its open file, how many use it]
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.key: str | None = os.path.realpath(folder)
-        known = self.locks.get(self.key)
-        if known is None:
-            known = self.locks[self.key] = [_locked(folder), 0]
-        known[1] += 1
-
-    def release(self) -> None:
-        """Let another process in; twice does no harm."""
-        key, self.key = self.key, None
-        if key is None:
-            return
-        known = self.locks[key]
-        known[1] -= 1
-        if not known[1]:
-            _unlock(self.locks.pop(key)[0])
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-
-def _locked(folder: Path) -> int:
-    """An open file whose lock this process has."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = folder
-        if fcntl is None:  # Windows locks no folder: a file elsewhere stands for it
-            name = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]
-            place = Path(tempfile.gettempdir()) / f"tenuto-{name}.lock"
-        found = os.open(place, os.O_RDONLY if fcntl else os.O_RDWR | os.O_CREAT)
-        try:
-            _lock(found)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                os.close(found)
-                raise TenutoError(
-                    f"Another job works in {folder}: wait until it is done, or choose another "
-                    "output."
-                ) from error  # any other: a file system without locks
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(found), place.stat()):
-                return found
-        _unlock(found)  # the job before this one has removed the folder meanwhile
-
-
-def _lock(file: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-
-
-def _unlock(file: int) -> None:
-    """Let go of it, in a forked process too, and close it."""
-    if fcntl is not None:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_UN)
-    os.close(file)
 
 
 class Work:
@@ -288,10 +238,12 @@ def _remove(folder: Path, whole: bool = True) -> None:
     nothing else is in it and it is no link.
     """
     for path in sorted(folder.iterdir(), key=lambda p: p.name == MANIFEST):
-        if path.is_dir() and not path.is_symlink():
+        if path.suffix == ".part":
+            _remove_part(path)
+        elif path.is_dir() and not path.is_symlink():
             if _manifest(path):
                 _remove(path)
-        elif path.suffix in (".safetensors", ".part") or path.name == MANIFEST:
+        elif path.suffix == ".safetensors" or path.name == MANIFEST:
             path.unlink()
     if whole and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()

@@ -6,28 +6,29 @@ from typing import Any
 
 import pytest
 
-from benchmarks.app_memory import resident, work
+from benchmarks.app_memory import settled, work
 
 pytestmark = pytest.mark.slow
 
-WARM, COUNT, MOST = 30, 60, 20.0  # rounds, rounds, MiB
+WARM, COUNT, MOST = 50, 250, 20.0  # rounds, rounds, MiB
+TINY = "mine/tiny"  # images of 32 x 32
 FEW = """
 from tenuto.cli.app import module
 module("app").SESSIONS = 4  # as many pages are remembered after a short while
 """
 
 
-def test_memory_stays_flat(start: Any, record_property: Any) -> None:
-    """Each round is an image and another call, half of them by a page of its own."""
+def test_memory_stays_flat(start: Any, models: Any, record_property: Any) -> None:
+    """300 images and 300 other calls, every tenth by a page of its own: flat after the first 50."""
     from gradio_client import Client
 
-    with start(before=FEW) as app:
+    with start(roots=models, before=FEW) as app:
         client = Client(app.url, verbose=False)
         for number in range(WARM):
-            work(app.url, client, number)
-        first = resident(app.process.pid)
+            work(app.url, client, number, TINY, "", pages=10)
+        first = settled(app.process.pid)
         for number in range(COUNT):
-            work(app.url, client, WARM + number)
-        grown = resident(app.process.pid) - first
+            work(app.url, client, WARM + number, TINY, "", pages=10)
+        grown = settled(app.process.pid) - first
     record_property("grown", f"{grown:+.1f} MiB over {COUNT} rounds, from {first:.0f} MiB")
     assert grown < MOST

@@ -78,7 +78,7 @@ def quantize(
     pipe = with_encoders(pipe, text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
-    with work_kept_until_done(work):
+    with work_kept_until_done(work, out):
         if wanted is not None:
             trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
             artifact = quantize(
@@ -134,7 +134,7 @@ def train_router(
         call=call,
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, base, artifact, use="train-router")
-    with work_kept_until_done(work):
+    with work_kept_until_done(work, out):
         batch = PRESETS[preset].batch
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(

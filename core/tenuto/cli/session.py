@@ -13,6 +13,7 @@ import torch
 from ..artifact import Artifact, fingerprint
 from ..calibration import ENCODERS, Check, check
 from ..errors import TenutoError
+from ..lock import Lock
 from ..model import denoiser_of
 from ..numerics import Scheme
 from ..runtime import attach
@@ -33,7 +34,7 @@ from ..sampling import (
     wanted_prompts,
 )
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
-from ..work import MANIFEST, Lock, Work
+from ..work import MANIFEST, Work, clear_parts
 from .calls import fitted, with_images
 from .checks import RECORDING, damage_told, device_of
 from .console import Bars
@@ -61,9 +62,10 @@ class Sampling:
 
 
 @contextmanager
-def work_kept_until_done(work: Path) -> Iterator[None]:
-    """Keep `work` while the job is not done, unless it was refused before it began."""
+def work_kept_until_done(work: Path, out: Path) -> Iterator[None]:
+    """Keep `work` while `out` is not done, unless the job was refused before it began."""
     with Lock(work):
+        clear_parts(out)
         try:
             yield
         except TenutoError:
