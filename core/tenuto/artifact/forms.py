@@ -13,7 +13,9 @@ from typing import Any
 from .header import check_numbers
 
 SIDE = 2**40  # of a weight: more is none
-NUMBERS = ("reuse_ratio", "reuse_flops", "weight_error", "mean", "worst")  # shown as such
+NUMBERS = (  # shown as such
+    "reuse_ratio", "reuse_flops", "weight_error", "mean", "worst", "relative_error", "timestep",
+)  # fmt: skip
 FORMAT = {
     "bits": int, "group": int, "symmetric": bool, "per_step": bool, "smooth": bool,
     "granularity": str, "ranges": str, "dtype": str,
@@ -51,6 +53,7 @@ def _check_quantized(facts: Mapping[str, Any]) -> None:
         if len(shape(layer["shape"])) < 2:
             raise ValueError("a weight has two dimensions or more")
         _check_shown(layer)
+    _check_shown(mapping(facts.get("check", {})))
 
 
 def _check_route(facts: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ from .bank import on_device
 from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
+from .result_check import checked
 from .temporal.maintenance import UNIT as TEMPORAL
 from .temporal.maintenance import Maintenance, check_choice, per_step, with_time_only
 
@@ -99,7 +100,10 @@ def quantize(
     job.maintain(choice, chosen.temporal)
     with frozen(job.model):
         job.run(Work(work, inputs), on_progress)
-    return job.fill(artifact, preset)
+    job.fill(artifact, preset)
+    found = checked(denoiser, artifact, trajectory, job.device)
+    artifact.header |= {"check": found} if found else {}
+    return artifact
 
 
 class Job:
