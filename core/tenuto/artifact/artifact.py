@@ -76,7 +76,7 @@ class Artifact:
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
         header = self.header | other.header
         header["made"] = self.header["made"] | other.header["made"]
-        for key in ("temporal", "compact", "check"):  # of the weights
+        for key in ("temporal", "compact", "check", "left_in_float"):  # of the weights
             if whole and key not in other.header:
                 header.pop(key, None)
         bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at

@@ -33,6 +33,8 @@ def check_forms(header: Mapping[str, Any]) -> None:
         _check_shown(facts)
         for size in facts.get("outputs", []):
             shape(size)
+    for count in mapping(header.get("left_in_float", {})).values():
+        whole(count)
     if header.get("route") is not None:
         _check_route(mapping(header["route"]))
     for facts in named(header.get("compact", {})):

@@ -62,6 +62,8 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
     if by_scheme:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    for kind, count in header.get("left_in_float", {}).items():
+        rows.append(("layers", f"{count} {kind} in float: what it computes is its own"))
     rows += [("check", line) for line in check_lines(header)]
     for name, encoder in header.get("encoders", {}).items():
         count = Counter(layer["scheme"] for layer in encoder["layers"].values())

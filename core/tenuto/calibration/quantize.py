@@ -35,7 +35,7 @@ from .bank import on_device
 from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
-from .result_check import checked
+from .result_check import with_result
 from .temporal.maintenance import UNIT as TEMPORAL
 from .temporal.maintenance import Maintenance, check_choice, per_step, with_time_only
 
@@ -101,9 +101,7 @@ def quantize(
     with frozen(job.model):
         job.run(Work(work, inputs), on_progress)
     job.fill(artifact, preset)
-    found = checked(denoiser, artifact, trajectory, job.device)
-    artifact.header |= {"check": found} if found else {}
-    return artifact
+    return with_result(denoiser, artifact, trajectory, job.device)
 
 
 class Job:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..errors import ModelError
-from ..model import Swap, private_copy, tensors_in, watched
+from ..model import Swap, own_kinds, private_copy, tensors_in, watched
 from ..numerics import Scheme
 from ..runtime import attach, encoder_layers
 from ..sampling import Call, Clock, Follow, Trajectory
@@ -31,6 +31,16 @@ log = logging.getLogger("tenuto")
 # to 0.35; an answer that has nothing to do with the right one is at 1 and above.
 LIMITS = {8: (0.15, 0.5), 0: (0.5, 1.0)}
 NAMED = 3  # layers in a sentence
+
+
+def with_result(
+    denoiser: nn.Module, artifact: Artifact, trajectory: Trajectory, device: Any
+) -> Artifact:
+    """`artifact` with the header's `check`, and `left_in_float`, the layers of unknown classes."""
+    found, kinds = checked(denoiser, artifact, trajectory, device), own_kinds(denoiser)
+    artifact.header |= {"check": found} if found else {}
+    artifact.header |= {"left_in_float": kinds} if kinds else {}
+    return artifact
 
 
 @torch.no_grad()

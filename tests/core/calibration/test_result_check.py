@@ -88,6 +88,8 @@ def test_a_layer_of_its_own_kind_is_kept_in_float(model: nn.Module, trajectory: 
     artifact = tn.quantize(model, "w8a8", trajectory)
     assert set(artifact.header["layers"]) == {"layers.0.mix", "layers.1.mix", "out"}
     assert artifact.header["check"]["relative_error"] < 0.02
+    assert artifact.header["left_in_float"] == {"Standardised": 2}
+    assert "2 Standardised in float" in about("a file", artifact, 1)
 
 
 def test_what_was_understood_wrongly_is_refused(
