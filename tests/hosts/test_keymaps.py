@@ -30,9 +30,9 @@ NEWER = (
     "hunyuan_image", "z_image",
 )  # fmt: skip
 MAPPED = [*(f"comfy {f}" for f in (*OLDER, *NEWER)), "ldm unet"]
-RISING = ("lumina2", "z_image")  # in diffusers time goes up, in ComfyUI down: their steps differ
-HOSTS = [name for name in MAPPED if not name.endswith(RISING)]
-PAIRS = [(name, scheme) for name in HOSTS for scheme in ("W8A8", "W8A8_STATIC", "W4A8")]
+FLOAT = ("z_image",)  # one of random weights makes 4 % of a millionth: no code may fall otherwise
+RISING = ("lumina2", "z_image")  # in diffusers time goes up, in ComfyUI down
+PAIRS = [(name, scheme) for name in MAPPED for scheme in ("W8A8", "W8A8_STATIC", "W4A8")]
 PAIRS.remove(("comfy chroma", "W4A8"))  # it has 57 blocks, a number that is fixed
 
 
@@ -52,7 +52,7 @@ def host_of(in_comfy: Any, in_ldm: Any) -> Callable[[str], tuple[str, nn.Module]
     return build
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=MAPPED)
 def case(request: pytest.FixtureRequest, host_of: Any) -> tuple[str, nn.Module]:
     """Each host and family to which an artifact can be attached."""
     return host_of(request.param)
@@ -232,7 +232,8 @@ def test_one_artifact_everywhere(
     family, host = host_of(name)
     model, made, keys = original(family), artifact(family, scheme), families.key_map_of(host)
     plain, before = run(family, model), run(family, host)
-    with attach(model, made) as one, attach(host, made) as other:
+    how = "float" if family in FLOAT else "auto"
+    with attach(model, made, execution=how) as one, attach(host, made, execution=how) as other:
         expected, found = run(family, model), run(family, host)
         assert one.counts() == other.counts()
         assert sum(held for _, held in other.counts().values()) > 0
@@ -249,7 +250,8 @@ def test_temporal_tables_are_used(case: Any, original: Any, run: Any, artifact: 
     family, host = case
     for temporal in ("table", "tiar"):
         made, model = artifact(family, "W8A8_STATIC", temporal), original(family)
-        with attach(model, made), attach(host, made):
+        how = "float" if family in FLOAT else "auto"
+        with attach(model, made, execution=how), attach(host, made, execution=how):
             assert gap(run(family, host), run(family, model)) < EDGE
             kinds = {type(m).__name__ for m in host.modules()}
             assert ("TemporalTable" in kinds) == (temporal == "table")
@@ -262,7 +264,12 @@ def test_there_and_back(case: Any, artifact: Any) -> None:
     back = canonicalized(localized(made, host), host)
     assert back.tensors.keys() == made.tensors.keys()
     assert all(torch.equal(back.tensors[k], v) for k, v in made.tensors.items())
-    for key in ("family", "model_class", "fingerprint", "route"):
+    inside, times = localized(made, host).header, made.header["schedule"]["timesteps"]
+    turned = times[0] < times[-1]
+    assert turned == (family in RISING)
+    for key in ("schedule", "route"):
+        assert inside[key]["timesteps"] == [1 - t if turned else t for t in times]
+    for key in ("family", "model_class", "fingerprint", "route", "schedule", "check"):
         assert back.header[key] == made.header[key]
     assert back.header["temporal"]["modules"] == made.header["temporal"]["modules"]
     assert {n: f["shape"] for n, f in back.header["layers"].items()} == {

@@ -88,7 +88,7 @@ class Artifact:
             header["forecast"] = self.header["forecast"]
             other = Artifact(other.header, other.tensors | _kernel(self))
         header["made"] = self.header["made"] | other.header["made"]
-        for key in ("temporal", "compact"):  # of the weights
+        for key in ("temporal", "compact", "check", "left_in_float"):  # of the weights
             if whole and key not in other.header:
                 header.pop(key, None)
         bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at

@@ -13,7 +13,9 @@ from typing import Any
 from .header import check_numbers
 
 SIDE = 2**40  # of a weight: more is none
-NUMBERS = ("reuse_ratio", "reuse_flops", "weight_error", "mean", "worst")  # shown as such
+NUMBERS = (  # shown as such
+    "reuse_ratio", "reuse_flops", "weight_error", "mean", "worst", "relative_error", "timestep",
+)  # fmt: skip
 FORMAT = {
     "bits": int, "group": int, "symmetric": bool, "per_step": bool, "smooth": bool,
     "granularity": str, "ranges": str, "dtype": str,
@@ -31,6 +33,8 @@ def check_forms(header: Mapping[str, Any]) -> None:
         _check_shown(facts)
         for size in facts.get("outputs", []):
             shape(size)
+    for count in mapping(header.get("left_in_float", {})).values():
+        whole(count)
     if header.get("route") is not None:
         _check_route(mapping(header["route"]))
     for facts in named(header.get("compact", {})):
@@ -51,6 +55,7 @@ def _check_quantized(facts: Mapping[str, Any]) -> None:
         if len(shape(layer["shape"])) < 2:
             raise ValueError("a weight has two dimensions or more")
         _check_shown(layer)
+    _check_shown(mapping(facts.get("check", {})))
 
 
 def _check_route(facts: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """An artifact in the names of the model that it is to be attached to, and back.
 
 In the file names are canonical: those of diffusers. `localized` checks an artifact against a host's
-denoiser and gives its sections the host's names, fuses what the host has fused and turns halves;
+denoiser and gives its sections the host's names, fuses what the host has fused, turns halves, and
+timesteps where the host counts them the other way;
 `canonicalized` is the way back, for what was calibrated inside a host.
 """
 
@@ -76,7 +77,19 @@ def _in_host(artifact: Artifact, keys: KeyMap) -> Artifact:
     if "route" in header:
         branches = [keys.module(name)[0] for name in header["route"]["branches"]]
         header["route"] = header["route"] | {"branches": branches}
-    return Artifact(header, tensors)
+    return Artifact(_timed(header, keys), tensors)
+
+
+def _timed(header: dict[str, Any], keys: KeyMap) -> dict[str, Any]:
+    """`header` with every timestep as the other side counts it."""
+    found = dict(header)
+    for key in ("schedule", "route"):
+        if key in header:
+            found[key] = header[key] | {"timesteps": keys.times(header[key]["timesteps"])}
+    if "timestep" in header.get("check", {}):
+        (step,) = keys.times([header["check"]["timestep"]])
+        found["check"] = header["check"] | {"timestep": step}
+    return found
 
 
 def _all_found(known: dict[str, Any], keys: KeyMap) -> None:
@@ -181,7 +194,7 @@ class _Split:
             route = self.header["route"]
             branches = [self.keys.canonical(name) for name in route["branches"]]
             self.header["route"] = route | {"branches": branches}
-        return Artifact(self.header, self.tensors)
+        return Artifact(_timed(self.header, self.keys), self.tensors)
 
     def _layer(self, host: str, part: str, facts: dict[str, Any]) -> dict[str, Any]:
         place = self.keys.places[f"{part}.weight"]

@@ -64,10 +64,14 @@ def about(path: str, artifact: Artifact, size: int) -> str:
     by_scheme = ", ".join(f"{n} in {name}" for name, n in facts["layers_by_scheme"].items())
     if by_scheme:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
+    for kind, count in header.get("left_in_float", {}).items():
+        rows.append(("layers", f"{count} {kind} in float: what it computes is its own"))
+    rows += [("check", line) for line in check_lines(header)]
     for name, encoder in header.get("encoders", {}).items():
         count = Counter(layer["scheme"] for layer in encoder["layers"].values())
         kinds = ", ".join(f"{n} in {scheme}" for scheme, n in count.items())
         rows.append((name, f"{kinds}; weight error up to {_worst(encoder):.3f}"))
+        rows += [(name, line) for line in check_lines(encoder)]
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("forecast", line) for line in _forecast_lines(artifact)]
     rows += [("made", line) for line in _made_lines(header)]
@@ -88,6 +92,15 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
             lines.append(f"{'' if name == last else name:<{width}}{part}".rstrip())
             last = name
     return lines
+
+
+def check_lines(header: dict[str, Any]) -> Iterator[str]:
+    """How far off recorded calls were, of a denoiser or an encoder; nothing in older files."""
+    found = header.get("check", {})
+    if found.get("relative_error") is not None:
+        step = found.get("timestep")
+        where = "recorded prompts" if step is None else f"a recorded call at timestep {step:g}"
+        yield f"the output is {found['relative_error']:.2%} off in {where}"
 
 
 def _worst(header: dict[str, Any]) -> float:

@@ -36,6 +36,7 @@ from .bank import on_device
 from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
+from .result_check import with_result
 from .temporal.maintenance import UNIT as TEMPORAL
 from .temporal.maintenance import Maintenance, check_choice, per_step, with_time_only
 
@@ -103,7 +104,8 @@ def quantize(
     job.maintain(choice, chosen.temporal)
     with frozen(job.model):
         job.run(Work(work, inputs), on_progress)
-    return job.fill(artifact, preset).add_forecast(trajectory.kernel)
+    job.fill(artifact, preset).add_forecast(trajectory.kernel)
+    return with_result(denoiser, artifact, trajectory, job.device)
 
 
 class Job:

@@ -40,6 +40,7 @@ from .algorithms.tiar import Tiar
 from .held_out import apart, better, calibration_prompts, captions, with_weights
 from .presets import recipe_for
 from .quantize import Job
+from .result_check import checked_encoder
 
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
 WHOLE = 100_000  # what one encoder is worth in the progress
@@ -105,7 +106,10 @@ def quantize_encoder(
             encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
             work=shelf and shelf / name, on_progress=notes[name],
         )  # fmt: skip
-        fill(artifact, name, encoders_of(pipe)[name], job)
+        encoder = encoders_of(pipe)[name]
+        fill(artifact, name, encoder, job)
+        found = checked_encoder(encoder, artifact, name, own[0], job.device)
+        artifact.header["encoders"][name] |= {"check": found} if found else {}
     return artifact
 
 

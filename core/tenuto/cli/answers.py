@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
-from ..artifact.summary import counted, facts_of, mib
+from ..artifact.summary import check_lines, counted, facts_of, mib
 from ..measure import resident_weight_bytes
 from ..model import denoiser_of
 from ..runtime import attach
@@ -24,6 +24,7 @@ def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> lis
         how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
         found.append(f"Here they run as {how}.")
+    found += [f"Checked: {line}." for line in check_lines(artifact.header)]
     found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
     return [*found, f"Calibrated on {counted(count, 'prompt')}."]
 

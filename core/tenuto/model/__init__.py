@@ -1,7 +1,7 @@
 """A torch model as names: what it is made of, how it is patched, watched and counted."""
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
-from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers
+from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers, own_kinds
 from .families import describe, hosts_of, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
@@ -49,6 +49,7 @@ __all__ = [
     "outside_graphs",
     "override_",
     "own_family",
+    "own_kinds",
     "own_modules",
     "own_parameters",
     "patches_on",

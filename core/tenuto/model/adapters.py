@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 BASE = "base_layer"
-BESIDE = (".processor.", ".to_qkv.", ".to_kv.", ".to_added_qkv.")  # IP-Adapters, fused projections
+FUSED = {"to_qkv": "to_q", "to_kv": "to_k", "to_added_qkv": "add_q_proj"}  # diffusers', beside it
 ABOVE = ("encoder_hid_proj.image_projection_layers.",)  # of IP-Adapters
 
 
@@ -25,13 +25,21 @@ def _inside(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str,
     if isinstance(base, nn.Module):
         yield from _inside(base, name, seen)
         return
-    beside = f".{name}.".endswith(BESIDE) or f"{name}.".startswith(ABOVE)
-    if beside or id(module) in seen:
+    if f"{name}.".startswith(ABOVE) or id(module) in seen:
         return
     seen.add(id(module))
     yield name, module
     for key, child in module.named_children():
-        yield from _inside(child, f"{name}.{key}" if name else key, seen)
+        if not _beside(module, key):
+            yield from _inside(child, f"{name}.{key}" if name else key, seen)
+
+
+def _beside(module: nn.Module, key: str) -> bool:
+    """Whether a child is an IP-Adapter's, or made of the projections that it lies beside.
+
+    A model of another code may well have one layer `to_qkv` of its own, and none beside it.
+    """
+    return key == "processor" or hasattr(module, FUSED.get(key, ""))
 
 
 def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

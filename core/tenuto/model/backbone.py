@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -69,6 +70,12 @@ def layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     for name, child in own_modules(module):
         if isinstance(child, nn.Linear | nn.Conv2d) and computes_as_torch(child):
             yield name, child
+
+
+def own_kinds(module: nn.Module) -> dict[str, int]:
+    """How many Linear and Conv2d of each class have a forward of their own: they stay in float."""
+    found = (child for _, child in own_modules(module) if isinstance(child, nn.Linear | nn.Conv2d))
+    return dict(Counter(type(m).__name__ for m in found if not computes_as_torch(m)))
 
 
 def computes_as_torch(layer: nn.Linear | nn.Conv2d) -> bool:

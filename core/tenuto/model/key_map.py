@@ -35,12 +35,18 @@ class KeyMap:
     """Canonical names of a host's denoiser.
 
     model_class: the diffusers class whose names are meant. places: canonical parameter -> Place.
-    modules: canonical module -> the host's modules, one for each of its outputs.
+    modules: canonical module -> the host's modules, one for each of its outputs. rising: the
+    canonical timestep goes from 0 to 1 while the host's denoiser gets 1 less it.
     """
 
     model_class: str
     places: dict[str, Place]
     modules: dict[str, tuple[str, ...]]
+    rising: bool = False
+
+    def times(self, timesteps: Iterable[float]) -> list[float]:
+        """Canonical timesteps as the host counts them, or the host's as canonical ones."""
+        return [1 - t if self.rising else t for t in timesteps]
 
     def module(self, name: str) -> tuple[str, ...]:
         """The host's module (or modules, one an output) of a canonical one; ModelError if none."""
@@ -120,11 +126,13 @@ def keymap(
     modules: Mapping[str, tuple[str, ...]],
     swapped: Iterable[str] = (),
     ignored: Iterable[str] = (),
+    rising: bool = False,
 ) -> KeyMap:
     """The key map that `prefixes` (host -> canonical; the longest that fits counts) stand for.
 
     A target that is a tuple of (canonical, rows) is fused. swapped: the host's prefixes with
-    swapped halves. ignored: parameters without a counterpart. ModelError where one is left over.
+    swapped halves. ignored: parameters without a counterpart. rising: as in `KeyMap`. ModelError
+    where one is left over.
     """
     places: dict[str, Place] = {}
     swapped, ignored = set(swapped), tuple(ignored)
@@ -145,7 +153,7 @@ def keymap(
             start += rows
     have: dict[str, Any] = dict(denoiser.named_modules())
     kept = {name: hosts for name, hosts in modules.items() if all(h in have for h in hosts)}
-    return KeyMap(model_class, places, kept)
+    return KeyMap(model_class, places, kept, rising)
 
 
 def _longest(name: str, prefixes: Mapping[str, Target]) -> str | None:

@@ -144,6 +144,14 @@ def test_blocks_of_nested_lists_are_what_is_called() -> None:
     )  # fmt: skip
 
 
+def test_a_layer_to_qkv_of_its_own_is_a_layer() -> None:
+    """Beside `to_q` it is what diffusers fused; alone it computes, and is quantized."""
+    mixer = Mixer(WIDTH)
+    assert "to_qkv" in dict(layers(mixer))
+    mixer.to_q = nn.Linear(WIDTH, WIDTH)
+    assert "to_qkv" not in dict(layers(mixer))
+
+
 def test_a_mlp_of_the_timestep_is_no_feed_forward() -> None:
     """It is a sliver of its block, which is reused as a whole."""
     first = branches(describe(Copied()))[:3]

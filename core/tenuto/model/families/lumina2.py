@@ -71,4 +71,4 @@ def key_map(module: Any) -> KeyMap | None:
         modules |= {block: (block,), f"{block}.attn": (f"{block}.attention",)}
         modules[f"{block}.feed_forward"] = (f"{block}.feed_forward",)
     kind, unused = "Lumina2Transformer2DModel", ("norm_final",)
-    return keymap(module, kind, prefixes, modules, ignored=unused)
+    return keymap(module, kind, prefixes, modules, ignored=unused, rising=True)

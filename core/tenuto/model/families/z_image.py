@@ -72,4 +72,4 @@ def key_map(module: Any) -> KeyMap | None:
         for name in (block, own, f"{block}.feed_forward", f"{block}.adaLN_modulation"):
             modules[name] = (name,)
     kind, unused = "ZImageTransformer2DModel", ("norm_final",)
-    return keymap(module, kind, prefixes, modules, ignored=unused)
+    return keymap(module, kind, prefixes, modules, ignored=unused, rising=True)
