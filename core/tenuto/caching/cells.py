@@ -117,7 +117,7 @@ class RunTable:
 
     def __init__(self, schedule: CacheSchedule, clock: Clock) -> None:
         self.schedule, self.clock = schedule, clock
-        self._known: dict[tuple[float, ...], list[list[bool]]] = {}
+        self._known: dict[tuple[Any, ...], list[list[bool]]] = {}
         self._rows = schedule.table[schedule.rows(clock.timesteps)].tolist()
 
     def computes(self, branch: int) -> bool:
@@ -125,11 +125,12 @@ class RunTable:
         clock = self.clock
         if not clock.grid:
             return self._rows[clock.step][branch]
-        rows = self._known.get(clock.grid)
+        key = (*clock.grid, clock.whole)
+        rows = self._known.get(key)
         if rows is None:
             if len(self._known) > 8:
                 self._known.clear()
-            rows = self._known[clock.grid] = self.schedule.at(clock.grid).table.tolist()
+            rows = self._known[key] = self.schedule.at(clock.grid, clock.whole).table.tolist()
         return rows[clock.place][branch]
 
 

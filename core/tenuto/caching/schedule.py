@@ -42,19 +42,20 @@ class CacheSchedule:
         """Share of cells that are reused, over all steps (CUR of HarmoniCa, arXiv 2410.01723)."""
         return 1 - float(self.table.float().mean())
 
-    def at(self, timesteps: Sequence[float]) -> CacheSchedule:
+    def at(self, timesteps: Sequence[float], whole: int = 0) -> CacheSchedule:
         """The same schedule for a run at other timesteps.
 
         Where they are its own, one by one, it stays. Else each branch reuses the same share of the
         steps, in the same part of the run and no more steps in a row; of fewer than `SHORTEST`
-        steps none: too little is left of such a run for errors to fade.
+        steps none: too little is left of such a run for errors to fade. whole: how many steps the
+        run has, where these are those of one of its denoisers.
         """
         times = tuple(float(t) for t in timesteps)
         if times == self.timesteps:
             return self
         if self.rows(times) == list(range(len(self.timesteps))):
             return CacheSchedule(self.table, times, self.branches)
-        if len(times) < SHORTEST or bool(self.table.all()):
+        if max(len(times), whole) < SHORTEST or bool(self.table.all()):
             return CacheSchedule.full(times, self.branches)
         table = resampled(self.table, places_of(times, self.timesteps))
         return CacheSchedule(table, times, self.branches)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import (
     check_weights,
-    denoiser_of,
     describe,
     device_and_dtype,
     multiply_adds,
+    parts_of,
     refuse_cache,
 )
 from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
 from ..work import Work
+from .by_denoiser import joined, recordings
 from .given import trajectory_of
-from .router.harmonica import HarmoniCa
 from .router.iepo import gain
 from .router.logits import Router
+from .router.presets import PRESETS
 from .router.rollout import errors, references, step_costs
 
 HELD_OUT = 5_000  # first seed of the images that candidates are measured on
@@ -37,26 +38,6 @@ SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are meas
 PASSES = 3.5  # what a training step costs, in denoiser calls: teacher, student, gradient
 
 Notes = dict[str, Progress]  # of the parts of a search
-
-
-@dataclass(frozen=True)
-class RoutePreset:
-    """Effort. router: settings of the training; batches: that each candidate is measured on."""
-
-    router: HarmoniCa
-    batches: int
-
-    @property
-    def batch(self) -> int:
-        """Images a batch, everywhere."""
-        return self.router.batch
-
-
-PRESETS = {
-    "quick": RoutePreset(HarmoniCa(iterations=24, batch=1), 4),
-    "standard": RoutePreset(HarmoniCa(iterations=48, batch=2), 4),
-    "thorough": RoutePreset(HarmoniCa(iterations=100, batch=8, lr=0.1, joint=0.4), 8),
-}
 
 
 def train_router(
@@ -73,7 +54,7 @@ def train_router(
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
-    """Train a router for the denoiser of `model` and return an artifact with the section "route".
+    """Train a router for each denoiser of `model`; returns an artifact with the section "route".
 
     trajectory: a recording, or prompts for a pipeline, which is recorded once, with the steps and
     guidance of `artifact`, else its own.
@@ -83,6 +64,8 @@ def train_router(
     The router and what the cache policies make of that share are all measured on held-out seeds
     against the un-cached run. The best becomes the route, every score is kept, and the router's
     own table stays beside it.
+    Of several denoisers each has a route for its own steps, measured on the result while the others
+    compute all of theirs; one that is called at a single step has none.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
@@ -91,14 +74,49 @@ def train_router(
     if not isinstance(trajectory, Trajectory):
         batch = PRESETS[preset].batch if preset in PRESETS else 1
         trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
-    job = RouteJob(model, trajectory, made, preset, seed)
-    job.plan_for(iterations, sample)
-    job.budget(reuse, speedup)
-    return job.run(work, on_progress)
+    if sample is not None:
+        if len(parts_of(model)) > 1:
+            raise TenutoError("A pipeline of several denoisers runs itself: leave `sample` out.")
+        trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
+    own, parts = {} if made is None else made.by_denoiser(model), recordings(model, trajectory)
+    jobs: dict[str, RouteJob] = {}
+    for name, part in parts.items():
+        if len(part.timesteps) > 1 or len(trajectory.timesteps) == 1:
+            jobs[name] = RouteJob(model, part, own.get(name), preset, seed, name)
+            jobs[name].plan_for(iterations)
+            jobs[name].budget(reuse, speedup)
+    if not jobs:
+        raise TenutoError("With one step of each denoiser there is nothing to reuse.")
+    _quantize(model, jobs, trajectory, own)
+    idle = {name: partial(_routeless, model, name, part) for name, part in parts.items()}
+    makes = idle | {name: job.run for name, job in jobs.items()}
+    sizes = {name: sum(jobs[name].sizes().values()) if name in jobs else 0 for name in makes}
+    return joined(makes, sizes, work, on_progress)
+
+
+def _quantize(
+    model: Any, jobs: Mapping[str, RouteJob], trajectory: Trajectory, own: Mapping[str, Artifact]
+) -> None:
+    """Let the searches run on quantized denoisers, of which `own` are the artifacts, if any."""
+    low = {
+        name: quantized(parts_of(model)[name], part, route=False, execution="int8").denoiser
+        for name, part in own.items()
+    }
+    if low:
+        for name, part in recordings(model, trajectory, low).items():
+            if name in jobs:
+                jobs[name].use(low.get(name), part)
+
+
+def _routeless(
+    model: Any, name: str, trajectory: Trajectory, work: Path | None, on_progress: Progress | None
+) -> Artifact:
+    """Of a denoiser with a single step."""
+    return Artifact.new(model, trajectory.schedule(), part=name)
 
 
 class RouteJob:
-    """One search for a route."""
+    """One search for a route, of one denoiser; part: as `parts_of` names it."""
 
     def __init__(
         self,
@@ -107,17 +125,18 @@ class RouteJob:
         artifact: Artifact | None,
         preset: str,
         seed: int,
+        part: str = "",
     ) -> None:
         if preset not in PRESETS:
             raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-        check_weights(denoiser_of(model))
-        refuse_cache(denoiser_of(model), "a search for what can be reused")
+        self.part, self.denoiser = part, parts_of(model)[part]
+        check_weights(self.denoiser)
+        refuse_cache(self.denoiser, "a search for what can be reused")
         if artifact is not None:
-            artifact.check(model)
+            artifact.check(self.denoiser)
             _check_schedule(artifact, trajectory)
         self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
         self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
-        self.denoiser = denoiser_of(model)
         self.branches = tuple(b.name for b in describe(self.denoiser).branches)
         if not self.branches:
             raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be reused.")
@@ -127,13 +146,15 @@ class RouteJob:
         self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
         self.costs: list[float] | None = None  # of the branches; None: all alike
 
-    def plan_for(self, iterations: int | None, sample: Sample | None) -> None:
-        """What the caller has set otherwise than the preset and the trajectory."""
+    def plan_for(self, iterations: int | None) -> None:
+        """What the caller has set otherwise than the preset."""
         if iterations is not None:
             router = dataclasses.replace(self.plan.router, iterations=iterations)
             self.plan = dataclasses.replace(self.plan, router=router)
-        if sample is not None:
-            self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
+
+    def use(self, denoiser: nn.Module | None, trajectory: Trajectory) -> None:
+        """Search on the quantized `denoiser`; the others of `trajectory` are quantized too."""
+        self.denoiser, self.trajectory = denoiser or self.denoiser, trajectory
 
     def budget(self, reuse: float | None, speedup: float | None) -> None:
         """The share to reuse: of cells, or of multiply-adds where a speedup is asked."""
@@ -151,12 +172,8 @@ class RouteJob:
     def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
         """Costs, router, measurements: from `path` as far as they are finished."""
         trajectory = self.trajectory
-        result = Artifact.new(self.model, trajectory.schedule())
+        result = Artifact.new(self.model, trajectory.schedule(), part=self.part)
         work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
-        if self.artifact is not None:
-            self.denoiser = quantized(
-                self.model, self.artifact, route=False, execution="int8"
-            ).denoiser
         notes = parts(on_progress, self.sizes())
         costs = self.measure_costs(work, notes)
         router = self.train(gain(*costs), work, notes)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..artifact import Artifact
-from ..artifact.summary import about, counted, facts_of, mib
+from ..artifact.summary import about, counted, facts_of, layers_by_scheme, mib
 from ..errors import TenutoError
 from ..measure import FIRST_SEED, resident_weight_bytes
-from ..model import denoiser_of
+from ..model import denoisers_of
 from ..runtime import attach
 from ..sampling import described, one_by_one
 from ..sampling.loading import PREFIX, check_model
@@ -100,11 +100,13 @@ def quantize(
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
-    before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
+    denoisers = denoisers_of(pipe)
+    before, size = resident_weight_bytes(*denoisers.values()), out.stat().st_size
     with attach(pipe, artifact, route=False, execution="int8") as attached:
         execution, encoders = attached.execution(), attached.encoders()
-    layers = facts_of(artifact, size)["layers_by_scheme"]
-    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
+    layers = layers_by_scheme(artifact)
+    was = "the denoiser was" if len(denoisers) == 1 else f"{len(denoisers)} denoisers were"
+    found = [f"{out}: {mib(size)}; {was} {mib(before)} in memory."]
     if layers:
         how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
@@ -262,7 +264,7 @@ def inspect(
     bars: Bars | None = None,
 ) -> Answer:
     """Show what is in an artifact; `plot` (True: beside it) is a PNG of what it says by step."""
-    from ..artifact.plots import plot as plotted
+    from ..artifact.plots import plot_all
     from ..sampling.images import save_png
 
     if layer is not None and plot is None:
@@ -274,7 +276,7 @@ def inspect(
         text, data = about(str(file), artifact, size), facts_of(artifact, size)
         if out is None:
             return Answer(text, data, next=f"tenuto inspect {shlex.quote(str(file))} --plot")
-        image = plotted(artifact.header, artifact.tensors, file.name, layer)
+        image = plot_all(artifact, file.name, layer)
     save_png(image, out, {"artifact": file.name, "layer": layer})
     text, data = f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)}
     return Answer(text, data, next=f"tenuto compare MODEL --artifact {shlex.quote(str(file))}")

@@ -6,7 +6,16 @@ from .families import describe, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
-from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
+from .parts import (
+    all_frozen,
+    denoiser_of,
+    denoisers_of,
+    device_and_dtype,
+    encoders_of,
+    frozen,
+    parts_of,
+    uncompiled,
+)
 from .patches import Attached, Override, Replacement, Swap, override_
 from .signature import Rows, Signature, is_listed, times_of
 from .tree import map_leaves, map_tensors, tensors_in
@@ -24,11 +33,13 @@ __all__ = [
     "Signature",
     "Swap",
     "adapted",
+    "all_frozen",
     "cache_on",
     "check_fused",
     "check_weights",
     "computes_as_torch",
     "denoiser_of",
+    "denoisers_of",
     "describe",
     "device_and_dtype",
     "encoders_of",
@@ -44,10 +55,12 @@ __all__ = [
     "override_",
     "own_modules",
     "own_parameters",
+    "parts_of",
     "private_copy",
     "refuse_cache",
     "swapped",
     "tensors_in",
     "times_of",
+    "uncompiled",
     "watched",
 ]

@@ -8,7 +8,7 @@ from .pipeline_call import PipelineCall, check_names, one_by_one, unprompted, wa
 from .record import record, sampler, to_device
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
-from .visited import schedule_of_run
+from .visited import answered_once, schedule_of_run
 
 __all__ = [
     "BATCH",
@@ -19,6 +19,7 @@ __all__ = [
     "PipelineCall",
     "Sample",
     "Trajectory",
+    "answered_once",
     "calls_of",
     "check_names",
     "described",

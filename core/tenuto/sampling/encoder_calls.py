@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import TenutoError
-from ..model import Leave, Signature, denoiser_of, encoders_of, map_tensors, watched
+from ..model import Leave, Signature, denoisers_of, encoders_of, map_tensors, watched
 from .pipeline_call import PipelineCall, unprompted
 from .trajectory import Call
 
@@ -45,13 +45,14 @@ def encoder_calls(
     lines = ("", *prompts)
     asked = PipelineCall(pipe, lines, steps, None, unprompted(call))
     with ExitStack() as watching:
-        watching.enter_context(watched(denoiser_of(pipe), before=leave))
+        for denoiser in denoisers_of(pipe).values():
+            watching.enter_context(watched(denoiser, before=leave))
         for name, encoder in encoders_of(pipe).items():
             watching.enter_context(watched(encoder, before=keeper(name, Signature(encoder))))
         size = batch if asked.together else 1
         for start in range(0, len(lines), size):
             with suppress(Leave), torch.no_grad():
-                asked(denoiser_of(pipe), start, min(size, len(lines) - start), "latent")
+                asked(asked.denoiser, start, min(size, len(lines) - start), "latent")
     found = {name: calls_of(list(rows.values()), batch) for name, rows in seen.items()}
     if not any(found.values()):
         raise TenutoError(f"{type(pipe).__name__} calls no text encoder that Tenuto knows.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SCALES = ((1.0, False), (1e-3, False), (1e-3, True))  # t, t / 1000, 1 - t / 1000
 NEAR = 5e-3  # of the span: half precision rounds timesteps
@@ -29,3 +30,18 @@ def grid_from(times: Any, first: float) -> tuple[float, ...]:
         if gap < best[0]:
             best = gap, tuple(found[start:])
     return best[1]
+
+
+def own_times(pipeline: Any, times: Any, name: str) -> Any:
+    """Those of a scheduler's timesteps at which a pipeline calls the denoiser called `name`.
+
+    Wan 2.2 has one for the noise from a boundary on, and `transformer_2` for what is below it; all
+    other denoisers are called at every step.
+    """
+    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+    config = getattr(getattr(pipeline, "scheduler", None), "config", None)
+    whole = getattr(config, "num_train_timesteps", None)
+    if ratio is None or whole is None or not isinstance(times, Tensor):
+        return times
+    high = times >= ratio * whole
+    return times[~high if name.endswith("_2") else high]
