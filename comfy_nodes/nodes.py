@@ -93,7 +93,7 @@ class LoadArtifact(io.ComfyNode):
 
 
 def info(artifact: Artifact, name: str) -> str:
-    """What is in an artifact, in a few lines."""
+    """What is in an artifact, in a few lines, and in each part: a MODEL gets the one of its own."""
     header = artifact.header
     schemes = Counter(f["scheme"] for f in header.get("layers", {}).values())
     lines = [f"{name}: {printable(header['family'])} ({printable(header['model_class'])})"]
@@ -105,6 +105,7 @@ def info(artifact: Artifact, name: str) -> str:
             f"route: {route.reuse_ratio:.0%} of {len(route.timesteps)} steps x "
             f"{len(route.branches)} branches reused"
         )
+    lines += [info(part, printable(inner)) for inner, part in artifact.parts.items()]
     return "\n".join(lines)
 
 

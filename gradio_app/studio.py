@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Studio:
     @contextmanager
     def _watched(self, pipe: Any, total: int, on_call: OnCall) -> Iterator[None]:
         """Count the denoiser's calls, and leave at the next one when generating is to stop."""
-        from tenuto.model import denoiser_of, watched
+        from tenuto.model import denoisers_of, watched
 
         done = 0
 
@@ -139,7 +139,9 @@ class Studio:
             on_call(min(done, total), total)
             done += 1
 
-        with watched(denoiser_of(pipe), before=before):
+        with ExitStack() as watching:
+            for denoiser in denoisers_of(pipe).values():
+                watching.enter_context(watched(denoiser, before=before))
             yield
 
 

@@ -35,8 +35,7 @@ MANIFEST = "manifest.json"
 
 def digest(value: Any) -> str:
     """A short stable hash of plain data."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -97,9 +96,8 @@ def _folder_beside(part: Path) -> Iterator[Path]:
 def _of_system(error: SafetensorError) -> OSError:
     """What the system said, which safetensors has in its words alone."""
     number = re.search(r"os error (\d+)", str(error))
-    if number is None:
-        return OSError(str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1])))
+    code = None if number is None else int(number[1])
+    return OSError(str(error)) if code is None else OSError(code, os.strerror(code))
 
 
 def _apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -224,11 +222,16 @@ def _foreign(folder: Path) -> Iterator[Path]:
 def _content(tensors: dict[str, Tensor]) -> str:
     """A hash of names, types, shapes and every byte."""
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {flat.dtype} {tuple(flat.shape)};".encode())
-        found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
+        found.update(bits_of(x).numpy().data)
     return found.hexdigest()
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """The bytes of a tensor, row by row, as uint8 (n,) on the CPU."""
+    flat = x.detach().cpu().contiguous()  # of one value it may keep a stride that `view` refuses
+    return flat.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _remove(folder: Path, whole: bool = True) -> None:

@@ -31,9 +31,9 @@ def follow(handle: Any, clock: Clock) -> Iterator[Clock]:
         hook.remove()
 
 
-def randomized(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, of the same seed each time: no gate is closed, as new models have them."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=draw)
@@ -121,12 +121,12 @@ def vae(channels: int = 4) -> nn.Module:
     )
 
 
-def video_vae(kind: str) -> nn.Module:
+def video_vae(kind: str, **options: Any) -> nn.Module:
     import diffusers
 
     size = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1}
     scale = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "temperal_downsample": [True]}
-    return randomized(getattr(diffusers, kind)(**size, **scale))
+    return randomized(getattr(diffusers, kind)(**size, **scale, **options))
 
 
 def unet(channels: int = 4) -> nn.Module:
@@ -225,16 +225,72 @@ def z_image(kind: str = "ZImagePipeline") -> Any:
     )  # fmt: skip
 
 
-def wan(kind: str = "WanPipeline", **options: Any) -> Any:
+def wan_denoiser(seed: int = 0, channels: int = 4) -> nn.Module:
+    """channels: that go in; an image-to-video model has those of the image and of its mask too."""
     import diffusers
 
     denoiser = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=channels,
         out_channels=4, text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
-    return getattr(diffusers, kind)(
-        tokenizer=None, text_encoder=None, vae=video_vae("AutoencoderKLWan"),
-        scheduler=flow(shift=3.0), transformer=randomized(denoiser), **options,
+    return randomized(denoiser, seed)
+
+
+def wan(kind: str = "WanPipeline", **options: Any) -> Any:
+    import diffusers
+
+    parts = {"tokenizer": None, "text_encoder": None, "vae": video_vae("AutoencoderKLWan")}
+    parts |= {"transformer": wan_denoiser()}
+    return getattr(diffusers, kind)(scheduler=flow(shift=3.0), **parts | options)
+
+
+def wan_22(kind: str = "WanPipeline", channels: int = 4, **options: Any) -> Any:
+    """Wan 2.2 A14B: one denoiser for much noise and one for little, with the boundary between.
+
+    Of 8 steps with this shift, the first has 4, of 6 it has 3.
+    """
+    return wan(
+        kind, transformer=wan_denoiser(0, channels), transformer_2=wan_denoiser(1, channels),
+        boundary_ratio=0.75, **options,
+    )  # fmt: skip
+
+
+def umt5() -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=64, d_model=WIDTH, d_kv=12, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False,
+        is_encoder_decoder=False, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return randomized(UMT5EncoderModel(config))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, attn_implementation="eager",
+    )  # fmt: skip
+    return randomized(LlamaForCausalLM(config))
+
+
+def hidream() -> Any:
+    """Four text encoders: two of CLIP, T5 and Llama, of which every layer's states are read."""
+    import diffusers
+
+    denoiser = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2,
+        attention_head_dim=16, num_attention_heads=2, caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=2 * WIDTH, num_routed_experts=2, num_activated_experts=1,
+        axes_dims_rope=(4, 6, 6), max_resolution=(16, 16), llama_layers=[0, 1, 1, 0],
+    )  # fmt: skip
+    return diffusers.HiDreamImagePipeline(
+        scheduler=flow(), vae=vae(), text_encoder=clip(True), tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(), text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(), text_encoder_4=llama(), tokenizer_4=qwen_tokenizer(),
+        transformer=randomized(denoiser),
     )  # fmt: skip
 
 

@@ -1,28 +1,30 @@
 """The artifact: one safetensors file with a JSON header. Data, not patches.
 
 Tensors are called "section/canonical.name.part"; the sections are weights, ranges, temporal, route,
-encoder and forecast. Everything is checked before anything is allocated.
+encoder and forecast. A pipeline's further denoisers are parts, with such sections of their own.
+Everything is checked before anything is allocated.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArtifactError, SchemeError, TenutoError
-from ..model import check_weights, denoiser_of, describe
+from ..model import check_weights, describe, parts_of
 from ..numerics import Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
 from .forms import check_forms, wanted
-from .header import KEY, VERSION, WRONG, check_fingerprint, opened
+from .header import ALONE, KEY, WRONG, check_fingerprint, opened
+from .parts import apart, joined
 
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder", "forecast")
 STEPWISE = ("ranges/", "temporal/")
@@ -33,18 +35,27 @@ POSITIVE = (".scale", ".channel", ".step")  # tensors that are divided by
 
 @dataclass
 class Artifact:
-    """What calibration found out about one model. header: plain data. tensors: by section/name."""
+    """What calibration found out about one model. header: plain data. tensors: by section/name.
+
+    parts: the same of the denoisers beside the main one, by their names in the pipeline.
+    """
 
     header: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Artifact] = field(default_factory=dict)
 
     @staticmethod
-    def new(model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None) -> Artifact:
-        """An empty artifact of `model`; schedule: {"timesteps", "steps", "guidance"}."""
-        denoiser = denoiser_of(model)
+    def new(
+        model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None, part: str = ""
+    ) -> Artifact:
+        """An empty artifact of `model`, or of a denoiser of it; part: as `parts_of` names it.
+
+        schedule: {"timesteps", "steps", "guidance"}.
+        """
+        denoiser = parts_of(model)[part]
         check_weights(denoiser)
         header = {
-            "format_version": VERSION,
+            "format_version": ALONE,
             "family": describe(denoiser).family,
             "model_class": type(denoiser).__name__,
             "prediction_type": _prediction(model),
@@ -75,7 +86,10 @@ class Artifact:
         return {k.split("/", 1)[1]: v for k, v in self.tensors.items() if k.startswith(name + "/")}
 
     def __or__(self, other: Artifact) -> Artifact:
-        """Both artifacts in one; the right one's sections win. They must be of the same model."""
+        """Both artifacts in one; the right one's sections win. They must be of the same model.
+
+        So it is with each part.
+        """
         if not same(self.header["fingerprint"], other.header["fingerprint"]):
             raise ArtifactError("The two artifacts belong to different models.")
         taken = {key.split("/", 1)[0] for key in other.tensors}
@@ -94,13 +108,34 @@ class Artifact:
         bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at
         if bound or taken == {"encoder"}:
             header["schedule"] = self.header["schedule"]
-        return Artifact(header, kept | other.tensors)
+        parts = self.parts | other.parts
+        parts |= {n: self.parts[n] | other.parts[n] for n in self.parts.keys() & other.parts.keys()}
+        return Artifact(header, kept | other.tensors, parts)
+
+    def alone(self) -> Artifact:
+        """What it has of the main denoiser."""
+        return replace(self, parts={})
+
+    def by_denoiser(self, model: Any) -> dict[str, Artifact]:
+        """What it has of each denoiser of `model`, named as in `parts_of`, without parts.
+
+        A denoiser by itself, as hosts load them, gets what its weights fit.
+        """
+        own, found = {"": self.alone(), **self.parts}, parts_of(model)
+        if len(found) > 1 or not self.parts:
+            return {name: own[name] for name in found if name in own}
+        check_weights(found[""])
+        mark = fingerprint(found[""])
+        fits = (part for part in own.values() if same(part.header["fingerprint"], mark))
+        return {"": next(fits, own[""])}
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all. Equal artifacts give equal bytes."""
-        text = json.dumps(self.header, sort_keys=True, separators=(",", ":"))
+        parts = {name: (part.header, part.tensors) for name, part in self.parts.items()}
+        header, tensors = joined(self.header, self.tensors, parts)
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"))
         try:
-            write_tensors(Path(path), self.tensors, {KEY: text})
+            write_tensors(Path(path), tensors, {KEY: text})
         except OSError as error:
             raise ArtifactError(f"Cannot write {path}: {error.strerror or error}.") from error
 
@@ -113,12 +148,15 @@ class Artifact:
             except AttributeError as error:
                 said = f"{path} has tensors of a type that this torch does not know"
                 raise ArtifactError(f"{said}: {printable(error)}.") from error
-        found = Artifact(header, tensors)
+        own, parts = apart(header, tensors)
+        found = Artifact(*own, {name: Artifact(*part) for name, part in parts.items()})
         found.validate(str(path))
         return found
 
     def validate(self, name: str = "The artifact") -> None:
-        """Check that header and tensors fit each other."""
+        """Check that header and tensors fit each other, and those of each part."""
+        for part, own in self.parts.items():
+            own.validate(f"{name} ({printable(part, WORDS)})")
         stray = {key.split("/", 1)[0] for key in self.tensors} - set(SECTIONS)
         if stray:
             said = printable(", ".join(sorted(stray)), WORDS)
@@ -210,7 +248,11 @@ class Artifact:
 
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
-        denoiser = denoiser_of(model)
+        denoisers = parts_of(model)
+        for name, own in self.by_denoiser(model).items():
+            own._check(denoisers[name], name)
+
+    def _check(self, denoiser: nn.Module, part: str) -> None:
         check_weights(denoiser)
         kind = self.header["model_class"]
         if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
@@ -219,7 +261,8 @@ class Artifact:
                 f"{type(denoiser).__name__}."
             )
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
-            raise ArtifactError("The artifact was made for another model: the weights differ.")
+            said = f"those of {part} differ" if part else "the weights differ"
+            raise ArtifactError(f"The artifact was made for another model: {said}.")
 
 
 def _check_values(key: str, found: Tensor, name: str) -> None:

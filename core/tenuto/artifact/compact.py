@@ -12,13 +12,14 @@ header "compact": {NAME: {"most": the largest |d|, "crc32": of the codes as int8
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..model import denoiser_of, layers
+from ..model import denoiser_of, layers, parts_of
 from ..numerics import Format, Grid, QTensor, Scheme
 from .artifact import Artifact
 
@@ -28,6 +29,17 @@ LEVEL = 9  # of zlib
 def compact(artifact: Artifact, model: Any) -> Artifact:
     """`artifact` with compact weights; `model` is the one that it was made for. Loses nothing."""
     artifact.check(model)
+    denoisers = parts_of(model)
+    if not artifact.parts.keys() <= denoisers.keys():
+        raise ArtifactError("The artifact is of several denoisers: give the pipeline that has all.")
+    if not artifact.parts:
+        return _compact(artifact, denoisers[""])
+    parts = {name: _compact(part, denoisers[name]) for name, part in artifact.parts.items()}
+    return replace(_compact(artifact.alone(), denoisers[""]), parts=parts)
+
+
+def _compact(artifact: Artifact, model: Any) -> Artifact:
+    """`compact` of one denoiser."""
     if "compact" in artifact.header:
         return artifact
     tensors, facts = dict(artifact.tensors), {}

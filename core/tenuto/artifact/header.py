@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ArtifactError
 from ..text import printable
 
-VERSION = "1.2"  # 1.1: groups of columns; 1.2: text encoders, a scale per column
+VERSION = "1.3"  # 1.1: groups of columns; 1.2: text encoders, a scale per column; 1.3: parts
+ALONE = "1.2"  # of a file without parts
+PART = re.compile(r"[a-z]\w{0,63}", re.ASCII)  # what a part is called: a component of a pipeline
 KEY = "tenuto"
 HEADER_LIMIT = 64 * 2**20  # characters of our part; that of a real artifact is far smaller
 DIGITS = 18  # of a whole number: all of them fit 64 bits
@@ -63,14 +66,24 @@ def _parse(metadata: dict[str, str], path: Path) -> dict[str, Any]:
             f"{path} has format version {printable(version, 40)}; this Tenuto reads {VERSION}."
         )
     try:
-        _ = str(header["family"]), str(header["model_class"]), dict(header["made"])
-        schedule = dict(header["schedule"])
-        about = (schedule.get(key) for key in ("steps", "guidance"))
-        check_numbers([*schedule["timesteps"], *(v for v in about if v is not None)])
-        check_fingerprint(header["fingerprint"])
+        _check_kept(header)
+        for name, part in dict(header.get("parts", {})).items():
+            if not PART.fullmatch(name) or "parts" in part:
+                raise ValueError("no such part")
+            _check_kept(part)
     except WRONG as error:
         raise ArtifactError(wrong) from error
     return header
+
+
+def _check_kept(header: dict[str, Any]) -> None:
+    """One of WRONG unless what is always there is, of an artifact or of a part of one."""
+    _ = str(header["family"]), str(header["model_class"]), dict(header["made"])
+    schedule = dict(header["schedule"])
+    about = (schedule.get(key) for key in ("steps", "guidance"))
+    check_numbers([*schedule["timesteps"], *(v for v in about if v is not None)])
+    check_numbers(list(schedule.get("run", [])))
+    check_fingerprint(header["fingerprint"])
 
 
 def _whole(digits: str) -> int:

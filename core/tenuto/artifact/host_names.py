@@ -30,12 +30,14 @@ def localized(
 ) -> Artifact:
     """`artifact` in the names of `model`, with its codes in full; ArtifactError if it is another's.
 
+    Of one with parts, what it has of this denoiser.
     tensor: gives a parameter of the denoiser by name, where what the model holds is patched.
     """
     artifact.validate()
     denoiser = denoiser_of(model)
     keys = key_map_of(denoiser)
     view = denoiser if keys is None else keys.view(denoiser, tensor)
+    artifact = artifact.by_denoiser(view)[""]
     artifact.check(view)
     full = expanded(artifact, view)
     check_sizes(full, view, model)

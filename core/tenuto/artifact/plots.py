@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import TenutoError
+from ..text import printable
+from .artifact import Artifact
 from .contents import StepMap, band, curve, gaps, step_map
 from .panels import (
     EDGE,
@@ -47,6 +49,43 @@ def plot(
     step, or nothing of `layer`, or if matplotlib is not installed.
     """
     return image(figure(header, tensors, title, layer))
+
+
+def plot_all(artifact: Artifact, title: str, layer: str | None = None) -> Any:
+    """`plot` of an artifact, and below it of each part that has something by step.
+
+    layer: of a part, if "NAME/" is in front of it: then the part is shown alone.
+    """
+    name, _, inner = (layer or "").rpartition("/")
+    shown = {"": artifact, **artifact.parts}
+    if name in artifact.parts:
+        shown, layer = {name: artifact.parts[name]}, inner
+    elif layer is not None:
+        shown = {"": artifact}
+    found, refused = [], None
+    for part, own in shown.items():
+        said = f"{title}, {printable(part)}" if part else title
+        try:
+            found.append(plot(own.header, own.tensors, said, layer))
+        except TenutoError as error:
+            refused = refused or error
+    if refused is not None and not found:
+        raise refused
+    return _stacked(found)
+
+
+def _stacked(images: Sequence[Any]) -> Any:
+    """Images one below the other."""
+    from PIL import Image
+
+    if len(images) == 1:
+        return images[0]
+    size = max(image.width for image in images), sum(image.height for image in images)
+    whole, y = Image.new("RGB", size, PAPER), 0
+    for image in images:
+        whole.paste(image, (0, y))
+        y += image.height
+    return whole
 
 
 def figure(

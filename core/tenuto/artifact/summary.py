@@ -23,18 +23,31 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0)  # of which a forecast's error is told
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
-    """An artifact's header and what its tensors say. size: of the file, in bytes."""
+    """An artifact's header and what its tensors say, and those of its parts. size: of the file."""
+    return {"file_bytes": size, **_facts(artifact)} | (
+        {"parts": {name: _facts(part) for name, part in artifact.parts.items()}}
+        if artifact.parts
+        else {}
+    )
+
+
+def layers_by_scheme(artifact: Artifact) -> dict[str, int]:
+    """How many layers have which scheme, in all parts together."""
+    every = (part.header.get("layers", {}) for part in (artifact, *artifact.parts.values()))
+    return dict(Counter(layer["scheme"] for layers in every for layer in layers.values()))
+
+
+def _facts(artifact: Artifact) -> dict[str, Any]:
+    """Of one denoiser."""
     sections = {}
     for name in SECTIONS:
         tensors = artifact.section(name)
         if tensors:
             held = sum(t.numel() * t.element_size() for t in tensors.values())
             sections[name] = {"tensors": len(tensors), "bytes": held}
-    layers = artifact.header.get("layers", {}).values()
     facts: dict[str, Any] = {
-        "file_bytes": size,
         "sections": sections,
-        "layers_by_scheme": dict(Counter(layer["scheme"] for layer in layers)),
+        "layers_by_scheme": layers_by_scheme(artifact.alone()),
     }
     schedule = _route(artifact)
     if schedule is not None:
@@ -44,17 +57,28 @@ def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
 
 def about(path: str, artifact: Artifact, size: int) -> str:
     """An artifact as people read it."""
-    header, facts = artifact.header, facts_of(artifact, size)
+    first = [("file", f"{path}, {mib(size)}, format {artifact.header['format_version']}")]
+    lines = [*_table([*first, *_rows(artifact)]), *step_map(artifact)]
+    for name, part in artifact.parts.items():
+        lines += ["", f"{printable(name)}:", *_table(_rows(part)), *step_map(part)]
+    return "\n".join(lines)
+
+
+def _rows(artifact: Artifact) -> list[tuple[str, str]]:
+    """The table of one denoiser."""
+    header, facts = artifact.header, _facts(artifact)
     schedule, mark = header["schedule"], header["fingerprint"]
-    times, guidance = schedule.get("timesteps", []), schedule.get("guidance")
-    span = f", timesteps {times[0]:g} to {times[-1]:g}" if times else ""
+    guidance = schedule.get("guidance")
+    span = _span(schedule.get("run") or schedule.get("timesteps", []))
     span = f"{'' if guidance is None else f', guidance {guidance:g}'}{span}"
     parameters = f"{mark.get('parameters', 0) / 1e6:.1f} M parameters"
     rows = [
-        ("file", f"{path}, {mib(size)}, format {header['format_version']}"),
         ("model", f"{printable(header['model_class'])} ({header['family']}), {parameters}"),
         ("schedule", f"{schedule.get('steps', '?')} steps{span}"),
     ]
+    if schedule.get("run"):
+        own = schedule["timesteps"]
+        rows.append(("schedule", f"of these {counted(len(own), 'step')} here{_span(own)}"))
     rows += [("call", f"{name} {worded(value)}") for name, value in _call(schedule).items()]
     for name, held in facts["sections"].items():
         rows.append((name, f"{mib(held['bytes'])} in {counted(held['tensors'], 'tensor')}"))
@@ -74,9 +98,15 @@ def about(path: str, artifact: Artifact, size: int) -> str:
         rows += [(name, line) for line in check_lines(encoder)]
     rows += [("route", line) for line in _route_lines(header)]
     rows += [("forecast", line) for line in _forecast_lines(artifact)]
-    rows += [("made", line) for line in _made_lines(header)]
-    rows = [(printable(name), printable(value, LINE)) for name, value in rows]
-    return "\n".join([*table(rows), *step_map(artifact)])
+    return rows + [("made", line) for line in _made_lines(header)]
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return table([(printable(name), printable(value, LINE)) for name, value in rows])
+
+
+def _span(times: list[float]) -> str:
+    return f", timesteps {times[0]:g} to {times[-1]:g}" if times else ""
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:

@@ -139,7 +139,7 @@ class RunTable:
 
     def __init__(self, schedule: CacheSchedule, clock: Clock) -> None:
         self.schedule, self.clock = schedule, clock
-        self._known: dict[tuple[float, ...], list[list[bool]]] = {}
+        self._known: dict[tuple[Any, ...], list[list[bool]]] = {}
         self._rows = schedule.table[schedule.rows(clock.timesteps)].tolist()
 
     def computes(self, branch: int) -> bool:
@@ -147,12 +147,13 @@ class RunTable:
         clock = self.clock
         if not clock.grid:
             return self._rows[clock.step][branch]
-        rows = self._known.get(clock.grid)
+        key = (*clock.grid, clock.whole)
+        rows = self._known.get(key)
         if rows is None:
             if len(self._known) > 8:
                 self._known.clear()
-            found = self.schedule.at(clock.grid, round(len(clock.grid) / clock.per_step))
-            rows = self._known[clock.grid] = found.table.tolist()
+            steps = round((clock.whole or len(clock.grid)) / clock.per_step)
+            rows = self._known[key] = self.schedule.at(clock.grid, steps).table.tolist()
         return rows[clock.place][branch]
 
 

@@ -54,7 +54,8 @@ class CacheSchedule:
 
         Where they are its own, one by one, it stays. Else each branch reuses the same share of the
         steps, in the same part of the run and no more steps in a row; of fewer than `SHORTEST`
-        steps none: too little is left of such a run for errors to fade.
+        steps none: too little is left of such a run for errors to fade. whole: how many steps the
+        run has, where these are those of one of its denoisers.
         """
         times = tuple(float(t) for t in timesteps)
         if times == self.timesteps:

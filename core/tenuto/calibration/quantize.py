@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from ..model import (
     Backbone,
     Describe,
     check_fused,
-    denoiser_of,
     describing,
     frozen,
     layers,
+    parts_of,
     private_copy,
 )
 from ..model import describe as backbone_of
@@ -33,6 +33,7 @@ from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
+from .by_denoiser import joined, part_seed, recordings, seed_of, weights_of
 from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
@@ -60,7 +61,7 @@ def quantize(
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
-    """Quantize the denoiser of `model` and return the artifact; `model` itself is not changed.
+    """Quantize every denoiser of `model` and return the artifact; `model` itself is not changed.
 
     scheme: a scheme, its name or a recipe. trajectory: a recording, or prompts for a pipeline, of
     which as many are recorded as the scheme needs, with the pipeline's own steps and guidance.
@@ -75,13 +76,37 @@ def quantize(
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
     describing(model, describe)
-    denoiser = denoiser_of(model)
-    check_free(denoiser)
-    check_fused(denoiser)
+    for denoiser in parts_of(model).values():
+        check_free(denoiser)
+        check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
+    settings = {"preset": preset, "device": device, "rounding": rounding, "choice": choice}
+    makes = {
+        name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
+        for name, own in recordings(model, trajectory).items()
+    }
+    return joined(makes, weights_of(model), work, on_progress)
+
+
+def _of_denoiser(
+    model: Any,
+    part: str,
+    scheme: Scheme | Recipe,
+    trajectory: Trajectory,
+    seed: int,
+    work: Path | None,
+    on_progress: Progress | None,
+    *,
+    preset: str,
+    device: Any,
+    rounding: str | None,
+    choice: str,
+) -> Artifact:
+    """`quantize` of one denoiser, from the recording of its calls."""
+    denoiser, chosen = parts_of(model)[part], effort(preset)
     backbone = with_time_only(denoiser, backbone_of(denoiser), trajectory)
     if isinstance(scheme, Recipe):
         if rounding is not None:
@@ -89,11 +114,11 @@ def quantize(
         recipe = scheme
     else:
         recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))
-    job = Job(denoiser, backbone, recipe, trajectory, device, seed)
+    job = Job(denoiser, backbone, recipe, trajectory, device, part_seed(seed, part))
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
     made = {"seed": seed, "device": job.device.type, "calibration": trajectory.about()}
-    artifact = Artifact.new(model, trajectory.schedule(), made)
+    artifact = Artifact.new(model, trajectory.schedule(), made, part)
     inputs = {
         "job": "quantize",
         "recipe": recipe.to_json(),
@@ -197,7 +222,7 @@ class Job:
     ) -> dict[str, Tensor]:
         """The tensors of one unit, grouped by algorithm."""
         if unit == TEMPORAL:
-            return self.time.quantized(_seed(self.seed, unit), note)
+            return self.time.quantized(seed_of(self.seed, unit), note)
         root = self.model if unit == "outside" else self.model.get_submodule(unit)
         short = {n: n if unit == "outside" else n[len(unit) + 1 :] for n in names}
         groups: dict[Any, dict[str, Scheme]] = {}
@@ -210,7 +235,7 @@ class Job:
             bank, target = (None, None)
             if algorithm.needs_inputs:
                 bank, target = on_device(*chain.data(unit), self.device)
-            seed = _seed(self.seed, unit)
+            seed = seed_of(self.seed, unit)
             done = self._rounded(algorithm, root, group, (bank, target), seed, note)
             for name, q in done.items():
                 full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
@@ -286,8 +311,3 @@ class Job:
 
 def _needs(rule: Rule) -> bool:
     return bool(getattr(rule.algorithm, "needs_inputs", False))
-
-
-def _seed(seed: int, unit: str) -> int:
-    """A seed of its own for every unit, the same in every run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{unit}".encode()).digest()[:6], "little")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
@@ -16,17 +17,18 @@ from ..model import (
     WHOLE,
     Describe,
     check_weights,
-    denoiser_of,
     describe,
     describing,
     device_and_dtype,
     multiply_adds,
+    parts_of,
     refuse_cache,
 )
 from ..progress import Progress, parts
 from ..runtime import quantized
 from ..sampling import Sample, Trajectory, to_device
 from ..work import Work
+from .by_denoiser import joined, recordings
 from .given import trajectory_of
 from .router.effort import PRESETS, calls_of_search
 from .router.iepo import gain
@@ -56,7 +58,7 @@ def train_router(
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
-    """Train a router for the denoiser of `model` and return an artifact with the section "route".
+    """Train a router for each denoiser of `model`; returns an artifact with the section "route".
 
     trajectory: a recording, or prompts for a pipeline, which is recorded once, with the steps and
     guidance of `artifact`, else its own.
@@ -68,6 +70,8 @@ def train_router(
     The router and what the cache policies make of that share are all measured on held-out seeds
     against the un-cached run. The best becomes the route, every score is kept, and the router's
     own table stays beside it. describe: as in `quantize`.
+    Of several denoisers each has a route for its own steps, measured on the result while the others
+    compute all of theirs; one that is called at a single step has none.
     `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
     same call goes on there and ends in the same artifact. `model` itself is not changed.
     """
@@ -77,16 +81,51 @@ def train_router(
     if not isinstance(trajectory, Trajectory):
         batch = PRESETS[preset].batch if preset in PRESETS else 1
         trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
-    job = RouteJob(model, trajectory, made, preset, seed)
-    job.plan_for(iterations, sample)
-    if whole:
-        job.take_whole()
-    job.budget(reuse, speedup)
-    return job.run(work, on_progress)
+    if sample is not None:
+        if len(parts_of(model)) > 1:
+            raise TenutoError("A pipeline of several denoisers runs itself: leave `sample` out.")
+        trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
+    own, parts = {} if made is None else made.by_denoiser(model), recordings(model, trajectory)
+    jobs: dict[str, RouteJob] = {}
+    for name, part in parts.items():
+        if len(part.timesteps) > 1 or len(trajectory.timesteps) == 1:
+            jobs[name] = RouteJob(model, part, own.get(name), preset, seed, name)
+            jobs[name].plan_for(iterations)
+            if whole:
+                jobs[name].take_whole()
+            jobs[name].budget(reuse, speedup)
+    if not jobs:
+        raise TenutoError("With one step of each denoiser there is nothing to reuse.")
+    _quantize(model, jobs, trajectory, own)
+    idle = {name: partial(_routeless, model, name, part) for name, part in parts.items()}
+    makes = idle | {name: job.run for name, job in jobs.items()}
+    sizes = {name: sum(jobs[name].sizes().values()) if name in jobs else 0 for name in makes}
+    return joined(makes, sizes, work, on_progress)
+
+
+def _quantize(
+    model: Any, jobs: Mapping[str, RouteJob], trajectory: Trajectory, own: Mapping[str, Artifact]
+) -> None:
+    """Let the searches run on quantized denoisers, of which `own` are the artifacts, if any."""
+    low = {
+        name: quantized(parts_of(model)[name], part, route=False, execution="int8").denoiser
+        for name, part in own.items()
+    }
+    if low:
+        for name, part in recordings(model, trajectory, low).items():
+            if name in jobs:
+                jobs[name].use(low.get(name), part)
+
+
+def _routeless(
+    model: Any, name: str, trajectory: Trajectory, work: Path | None, on_progress: Progress | None
+) -> Artifact:
+    """Of a denoiser with a single step."""
+    return Artifact.new(model, trajectory.schedule(), part=name)
 
 
 class RouteJob:
-    """One search for a route."""
+    """One search for a route, of one denoiser; part: as `parts_of` names it."""
 
     def __init__(
         self,
@@ -95,17 +134,18 @@ class RouteJob:
         artifact: Artifact | None,
         preset: str,
         seed: int,
+        part: str = "",
     ) -> None:
         if preset not in PRESETS:
             raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-        check_weights(denoiser_of(model))
-        refuse_cache(denoiser_of(model), "a search for what can be reused")
+        self.part, self.denoiser = part, parts_of(model)[part]
+        check_weights(self.denoiser)
+        refuse_cache(self.denoiser, "a search for what can be reused")
         if artifact is not None:
-            artifact.check(model)
+            artifact.check(self.denoiser)
             _check_schedule(artifact, trajectory)
         self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
         self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
-        self.denoiser = denoiser_of(model)
         self.branches = tuple(b.name for b in describe(self.denoiser).branches)
         if not self.branches:
             raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be reused.")
@@ -115,13 +155,15 @@ class RouteJob:
         self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
         self.costs: list[float] | None = None  # of the branches; None: all alike
 
-    def plan_for(self, iterations: int | None, sample: Sample | None) -> None:
-        """What the caller has set otherwise than the preset and the trajectory."""
+    def plan_for(self, iterations: int | None) -> None:
+        """What the caller has set otherwise than the preset."""
         if iterations is not None:
             router = dataclasses.replace(self.plan.router, iterations=iterations)
             self.plan = dataclasses.replace(self.plan, router=router)
-        if sample is not None:
-            self.trajectory = dataclasses.replace(self.trajectory, sample=sample, latent=None)
+
+    def use(self, denoiser: nn.Module | None, trajectory: Trajectory) -> None:
+        """Search on the quantized `denoiser`; the others of `trajectory` are quantized too."""
+        self.denoiser, self.trajectory = denoiser or self.denoiser, trajectory
 
     def take_whole(self) -> None:
         """Whole calls are what is reused, not the branches."""
@@ -143,12 +185,8 @@ class RouteJob:
     def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
         """Costs, router, measurements: from `path` as far as they are finished."""
         trajectory = self.trajectory
-        result = Artifact.new(self.model, trajectory.schedule())
+        result = Artifact.new(self.model, trajectory.schedule(), part=self.part)
         work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
-        if self.artifact is not None:
-            self.denoiser = quantized(
-                self.model, self.artifact, route=False, execution="int8"
-            ).denoiser
         notes = parts(on_progress, self.sizes())
         costs = self.measure_costs(work, notes)
         router = None if self.whole else self.train(gain(*costs), work, notes)

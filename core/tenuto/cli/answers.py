@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
-from ..artifact.summary import check_lines, counted, facts_of, mib
+from ..artifact.summary import check_lines, counted, layers_by_scheme, mib
 from ..measure import resident_weight_bytes
-from ..model import denoiser_of
+from ..model import denoisers_of
 from ..runtime import attach
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
-    before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
+    denoisers = denoisers_of(pipe)
+    before, size = resident_weight_bytes(*denoisers.values()), out.stat().st_size
     with attach(pipe, artifact, route=False, execution="int8") as attached:
         execution, encoders = attached.execution(), attached.encoders()
-    layers = facts_of(artifact, size)["layers_by_scheme"]
-    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
+    layers = layers_by_scheme(artifact)
+    was = "the denoiser was" if len(denoisers) == 1 else f"{len(denoisers)} denoisers were"
+    found = [f"{out}: {mib(size)}; {was} {mib(before)} in memory."]
     if layers:
         how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")

@@ -250,7 +250,7 @@ def inspect(
     bars: Bars | None = None,
 ) -> Answer:
     """Show what is in an artifact; `plot` (True: beside it) is a PNG of what it says by step."""
-    from ..artifact.plots import plot as plotted
+    from ..artifact.plots import plot_all
     from ..sampling.images import save_png
 
     if layer is not None and plot is None:
@@ -262,7 +262,7 @@ def inspect(
         text, data = about(str(file), artifact, size), facts_of(artifact, size)
         if out is None:
             return Answer(text, data, next=f"tenuto inspect {shlex.quote(str(file))} --plot")
-        image = plotted(artifact.header, artifact.tensors, file.name, layer)
+        image = plot_all(artifact, file.name, layer)
     save_png(image, out, {"artifact": file.name, "layer": layer})
     text, data = f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)}
     return Answer(text, data, next=f"tenuto compare MODEL --artifact {shlex.quote(str(file))}")

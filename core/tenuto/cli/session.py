@@ -14,7 +14,7 @@ from ..artifact import Artifact, fingerprint
 from ..calibration import ENCODERS, Check, check
 from ..errors import TenutoError
 from ..lock import Lock
-from ..model import denoiser_of
+from ..model import denoisers_of, encoders_of
 from ..numerics import Scheme
 from ..runtime import attach
 from ..sampling import (
@@ -222,11 +222,11 @@ def recorded(
     call = sampling.called(pipe)
     batch = 1 if one_by_one(pipe, call) else min(batch, len(lines))
     runs = runs or -(-len(lines) // batch)
-    encoder = getattr(pipe, "text_encoder", None)
+    models = (*denoisers_of(pipe).values(), *encoders_of(pipe).values())
     job = {
         "job": "record", "prompts": lines, "steps": sampling.steps, "guidance": sampling.guidance,
         "seed": seed, "batch": batch, "runs": runs, "device": str(sampling.device),
-        "model": [fingerprint(m) for m in (denoiser_of(pipe), encoder) if m is not None],
+        "model": [fingerprint(m) for m in models],
     } | ({"call": described(call)} if call else {})  # fmt: skip
     shelf, prompts = Work(work / RECORDING, job), wanted_prompts(pipe, lines, call)
     found = kept(shelf, pipe, prompts, sampling.steps, sampling.guidance, call)

@@ -7,39 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..artifact import Artifact, schedule_of
+from ..artifact import Artifact
 from ..errors import TenutoError
 from ..model import (
     Describe,
+    all_frozen,
     denoiser_of,
     describing,
     device_and_dtype,
-    frozen,
     multiply_adds,
+    parts_of,
     refuse_cache,
 )
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
-from ..runtime import Latency, Tenuto, attach, check_execution, latency, percentile
+from ..runtime import Latency, attach, check_execution, latency, percentile
 from ..sampling import Sample, one_by_one
-from .bf16 import NATIVE, bf16_arithmetic, bf16_floor
+from .bf16 import NATIVE
 from .comparison import Comparison
 from .encoder_states import hidden_distance
 from .environment import surroundings
 from .lpips import lpips
 from .memory import PeakMemory, resident_weight_bytes
 from .metrics import frechet_distance, kernel_distance, psnr, ssim
-from .paired_runs import FirstCall, Generated, Way, distances, first_call, generate_in_turns, split
+from .paired_runs import Generated, distances, generate_in_turns, split
 from .repeat import as_calibrated
+from .ways import ARTIFACT, BF16, FULL, Facts, facts_of, first_calls, ways_of
 
 __all__ = [
     "Comparison", "Generated", "Latency", "PeakMemory", "compare", "compare_all",
@@ -48,38 +49,6 @@ __all__ = [
 ]  # fmt: skip
 
 FIRST_SEED = 10_000  # far from the seeds of calibration
-FULL, ARTIFACT, BF16 = "full precision", "artifact", "bf16"
-
-
-@dataclass
-class _Facts:
-    """What is known beside images and times. work: multiply-adds by branch, "" the whole."""
-
-    work: dict[str, int]
-    float_bytes: int
-    arithmetic: str  # of bf16
-    artifact_bytes: int = 0
-    calls: dict[str, list[int]] = field(default_factory=dict)  # branch: [computed, reused]
-    execution: dict[str, Any] = field(default_factory=dict)
-    int8_share: float | None = None
-    peak: int | None = None
-    peak_source: str = ""
-
-    def note(self, attached: Tenuto, before: dict[str, list[int]], peak: PeakMemory) -> None:
-        """What an attached artifact says of itself after it has generated."""
-        self.execution, self.int8_share = attached.execution(), attached.int8_weight_share()
-        self.artifact_bytes = resident_weight_bytes(attached.denoiser)
-        for name, counts in attached.counts().items():
-            known = self.calls.setdefault(name, [0, 0])
-            self.calls[name] = [known[i] + counts[i] - before[name][i] for i in (0, 1)]
-        if peak.bytes is not None:
-            self.peak, self.peak_source = max(self.peak or 0, peak.bytes), peak.source
-
-    def reuse(self) -> tuple[float, float]:
-        """Shares that were reused: of the branch calls, and of the whole's multiply-adds."""
-        reused = {name: h / max(1, c + h) for name, (c, h) in self.calls.items()}
-        work = sum(share * self.work[name] for name, share in reused.items())
-        return sum(reused.values()) / max(1, len(reused)), work / max(1, self.work[""])
 
 
 def compare(
@@ -147,7 +116,9 @@ def compare_all(
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
-    refuse_cache(denoiser_of(model), "a comparison with full precision")
+    denoisers = parts_of(model)
+    for denoiser in denoisers.values():
+        refuse_cache(denoiser, "a comparison with full precision")
     known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
     for artifact in known.values():
         artifact.check(model)
@@ -157,17 +128,20 @@ def compare_all(
         schedule = next(iter(known.values())).header["schedule"]
         steps, guidance, call, sample = as_calibrated(model, schedule, lines, steps, guidance, call)
         batch = 1 if one_by_one(model, call) else batch
-    denoiser, batches = denoiser_of(model), split(seed, count, batch)
-    with _on(model, device), frozen(denoiser), torch.no_grad():
-        first, seen = first_call(denoiser, sample, *batches[0], whole=given)
-        facts = _facts_of(denoiser, known, first)
+    batches = split(seed, count, batch)
+    with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
+        first, seen = first_calls(model, sample, *batches[0], whole=given)
+        facts = facts_of(model, known, first)
         put_on = partial(attach, model, execution=execution, speedup=speedup)
-        ways = _ways(model, known, first, facts, put_on, floor)
+        ways = ways_of(model, known, first, facts, put_on, floor)
         generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {
             n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
         }
-        run = surroundings(denoiser) | {"steps": seen if given else steps, "guidance": guidance}
+        run = surroundings(denoisers[""]) | {
+            "steps": seen if given else steps,
+            "guidance": guidance,
+        }
     run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
     return {
         name: Comparison(
@@ -178,18 +152,6 @@ def compare_all(
         )
         for name in known
     }, generated
-
-
-def _facts_of(
-    denoiser: nn.Module, artifacts: Mapping[str, Artifact], call: FirstCall
-) -> dict[str, _Facts]:
-    """What is known of each artifact before anything is generated."""
-    schedules = [schedule_of(artifact) for artifact in artifacts.values()]
-    branches = {name for schedule in schedules if schedule for name in schedule.branches}
-    work = multiply_adds(denoiser, *call, names=sorted(branches))
-    size = resident_weight_bytes(denoiser)
-    arithmetic = bf16_arithmetic(device_and_dtype(denoiser)[0])
-    return {name: _Facts(work, size, arithmetic) for name in artifacts}
 
 
 @contextmanager
@@ -204,45 +166,6 @@ def _on(model: Any, device: torch.device | str | None) -> Iterator[None]:
         yield
     finally:
         model.to(before)
-
-
-def _ways(
-    model: Any,
-    artifacts: Mapping[str, Artifact],
-    call: FirstCall,
-    facts: Mapping[str, _Facts],
-    put_on: Callable[[Artifact], Tenuto],
-    floor: bool,
-) -> dict[str, Way]:
-    """The ways to generate; each makes one call on entry that is not timed: it packs weights."""
-    denoiser = denoiser_of(model)
-    device, dtype = device_and_dtype(denoiser)
-
-    @contextmanager
-    def attached(name: str) -> Iterator[nn.Module]:
-        found = put_on(artifacts[name])
-        with found, PeakMemory(device) as peak:
-            denoiser(*call[0], **call[1])
-            before = found.counts()
-            found.clock.begin()  # that call is no part of the run that comes
-            yield denoiser
-            peak.read()
-            facts[name].note(found, before, peak)
-
-    @contextmanager
-    def plain(module: nn.Module) -> Iterator[nn.Module]:
-        module(*call[0], **call[1])
-        yield module
-
-    ways: dict[str, Way] = {FULL: lambda: plain(denoiser)}
-    ways |= {name: partial(attached, name) for name in artifacts}
-    if floor and dtype is not torch.bfloat16:
-        twin, arithmetic = bf16_floor(denoiser, *call[:2])
-        for known in facts.values():
-            known.arithmetic = arithmetic
-        if twin is not None:
-            ways[BF16] = partial(plain, twin)
-    return ways
 
 
 def _distances(generated: dict[str, Generated], name: str) -> dict[str, Any]:
@@ -272,7 +195,7 @@ def _mean(
         return None
 
 
-def _costs(generated: dict[str, Generated], name: str, facts: _Facts) -> dict[str, Any]:
+def _costs(generated: dict[str, Generated], name: str, facts: Facts) -> dict[str, Any]:
     """Time, memory and what was really executed; a simulated time gives no speed-up."""
     simulated = facts.execution["layers"].get("simulated", 0)
     gain = None if simulated else generated[FULL].latency.over(generated[name].latency)

@@ -70,13 +70,14 @@ def _lifetime_peak() -> int | None:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def resident_weight_bytes(module: nn.Module) -> int:
-    """Bytes of every tensor that the modules hold, each storage once.
+def resident_weight_bytes(*models: nn.Module) -> int:
+    """Bytes of every tensor that the modules of these models hold, each storage once.
 
     Parameters, buffers, tensors in plain attributes, and what a quantized layer packed for its
     kernel. Not features stored between steps, nor modules that `attach` took out for later.
     """
-    found = {_place(tensor): _size(tensor) for tensor in _tensors_of(module.modules())}
+    modules = (module for model in models for module in model.modules())
+    found = {_place(tensor): _size(tensor) for tensor in _tensors_of(modules)}
     return sum(found.values())
 
 

@@ -17,7 +17,7 @@ from ..sampling import Sample
 
 ROUNDS = 4  # how often the ways take turns
 
-Way = Callable[[], AbstractContextManager[nn.Module]]
+Way = Callable[[], AbstractContextManager[Any]]  # gives what `sample` is called with
 FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -7,7 +7,16 @@ from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_ca
 from .key_map import KeyMap, swapped
 from .operations import multiply_adds
 from .own_family import Describe, describing, own_family
-from .parts import denoiser_of, device_and_dtype, encoders_of, frozen
+from .parts import (
+    all_frozen,
+    denoiser_of,
+    denoisers_of,
+    device_and_dtype,
+    encoders_of,
+    frozen,
+    parts_of,
+    uncompiled,
+)
 from .passes import patches_on
 from .patches import Attached, Override, Replacement, Swap, override_
 from .signature import Rows, Signature, is_listed, times_of
@@ -28,11 +37,13 @@ __all__ = [
     "Signature",
     "Swap",
     "adapted",
+    "all_frozen",
     "cache_on",
     "check_fused",
     "check_weights",
     "computes_as_torch",
     "denoiser_of",
+    "denoisers_of",
     "describe",
     "describing",
     "device_and_dtype",
@@ -52,11 +63,13 @@ __all__ = [
     "own_kinds",
     "own_modules",
     "own_parameters",
+    "parts_of",
     "patches_on",
     "private_copy",
     "refuse_cache",
     "swapped",
     "tensors_in",
     "times_of",
+    "uncompiled",
     "watched",
 ]

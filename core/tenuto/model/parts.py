@@ -1,9 +1,10 @@
-"""The parts of a diffusers pipeline: its denoiser, its text encoders, their device and dtype."""
+"""The parts of a diffusers pipeline: its denoisers, its text encoders, their device and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,19 +12,46 @@ from torch import nn
 
 from ..errors import ModelError
 
+MAIN = ("transformer", "unet")
+DENOISER = re.compile(r"(?:[a-z]\w*_)?(?:transformer|unet)(?:_\d+)?", re.ASCII)
+ENCODER = re.compile(r"text_encoder(?:_\d+)?", re.ASCII)
+
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the module itself.
+    """The denoiser of a diffusers pipeline, the main one of several, or the module itself.
 
     What `torch.compile` has wrapped is the module inside: its names, its hooks.
     """
+    return next(iter(denoisers_of(model).values()))
+
+
+def denoisers_of(model: Any) -> dict[str, nn.Module]:
+    """Every denoiser of a diffusers pipeline by its name there, the main one first.
+
+    `transformer` or `unet`, and those beside it: Wan 2.2 has `transformer_2` for low noise,
+    Ideogram 4 `unconditional_transformer`. A module is its own, called "". ModelError if there is
+    none.
+    """
     if isinstance(model, nn.Module):
-        return uncompiled(model)
-    for name in ("transformer", "unet"):
-        found = getattr(model, name, None)
-        if isinstance(found, nn.Module):
-            return uncompiled(found)
-    raise ModelError(f"{type(model).__name__} has no `transformer` or `unet`.")
+        return {"": uncompiled(model)}
+    found = _components(model, DENOISER)
+    main = next((name for name in MAIN if name in found), next(iter(found), None))
+    if main is None:
+        raise ModelError(f"{type(model).__name__} has no `transformer` or `unet`.")
+    return {main: found.pop(main), **found}
+
+
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    """`denoisers_of`, with "" for the main one: so calls and parts of artifacts are named."""
+    (_, main), *further = denoisers_of(model).items()
+    return {"": main, **dict(further)}
+
+
+def _components(model: Any, names: re.Pattern[str]) -> dict[str, nn.Module]:
+    """The modules of a pipeline that are called like this, in its own order."""
+    known = dict.fromkeys((*MAIN, *getattr(model, "__dict__", ())))
+    found = {name: getattr(model, name, None) for name in known if names.fullmatch(name)}
+    return {name: uncompiled(part) for name, part in found.items() if isinstance(part, nn.Module)}
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -33,10 +61,10 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def encoders_of(model: Any) -> dict[str, nn.Module]:
-    """The text encoders of a diffusers pipeline by name; none of a bare denoiser."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    found = {name: getattr(model, name, None) for name in names}
-    return {name: uncompiled(part) for name, part in found.items() if isinstance(part, nn.Module)}
+    """The text encoders of a diffusers pipeline by name, in order; none of a bare denoiser."""
+    if isinstance(model, nn.Module):
+        return {}
+    return dict(sorted(_components(model, ENCODER).items()))
 
 
 @contextmanager
@@ -52,6 +80,15 @@ def frozen(denoiser: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
         for parameter, grad in grads:
             parameter.requires_grad_(grad)
+
+
+@contextmanager
+def all_frozen(denoisers: Iterable[nn.Module]) -> Iterator[None]:
+    """`frozen`, all of them."""
+    with ExitStack() as kept:
+        for denoiser in denoisers:
+            kept.enter_context(frozen(denoiser))
+        yield
 
 
 def device_and_dtype(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -6,9 +6,11 @@ applied.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from ..model import (
     layers,
     override_,
     own_modules,
+    parts_of,
     private_copy,
     refuse_cache,
 )
@@ -44,25 +47,55 @@ from .execution import DENSE, Chooser, word
 from .layers import QLayer
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
+log = logging.getLogger("tenuto")
+
+
+@dataclass(eq=False)
+class Part:
+    """One patched denoiser. new: what takes the place of its modules. total: its weights."""
+
+    denoiser: nn.Module
+    plan: Replacements
+    new: dict[str, nn.Module]
+    keys: KeyMap | None
+    total: int
+
+    @property
+    def clock(self) -> Clock:
+        """Where the run stands at the denoiser's last call."""
+        return self.plan.clock
+
 
 class Tenuto(Attached):
-    """An attached artifact (None: a scheme), and what it does while it is on."""
+    """An attached artifact (None: a scheme), and what it does while it is on.
 
-    def __init__(
-        self,
-        handle: Any,
-        artifact: Artifact | None,
-        clock: Clock,
-        total: int,
-        keys: KeyMap | None,
-    ) -> None:
+    parts: the patched denoisers of the handle, by the names of `parts_of`. What is said of layers
+    and branches has "NAME/" before those of a further one.
+    """
+
+    def __init__(self, handle: Any, artifact: Artifact | None, parts: dict[str, Part]) -> None:
         super().__init__(handle, [])
-        self.artifact, self.clock, self._total, self.keys = artifact, clock, total, keys
+        self.artifact, self.parts = artifact, parts
 
     @property
     def denoiser(self) -> nn.Module:
-        """The patched denoiser."""
+        """The patched denoiser, the main one of several."""
         return denoiser_of(self.handle)
+
+    @property
+    def clock(self) -> Clock:
+        """That of the main denoiser."""
+        return self.parts[""].clock
+
+    @property
+    def keys(self) -> KeyMap | None:
+        """Where canonical names are in the main denoiser; None where they are its own."""
+        return self.parts[""].keys
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for part, about in self.parts.items():
+            for name, module in about.denoiser.named_modules():
+                yield _full(part, name), module
 
     def encoders(self) -> dict[str, int]:
         """How many layers of each text encoder are quantized: weights alone, inputs in float."""
@@ -80,13 +113,13 @@ class Tenuto(Attached):
         """
         count: Counter[str] = Counter()
         choices: dict[str, dict[str, str]] = {}
-        for name, module in self.denoiser.named_modules():
+        for name, module in self._modules():
             if isinstance(module, QLayer):
                 count[module.execution] += 1
                 if module.choices:
                     made = sorted(module.choices.items(), key=lambda row: row[0][0])
                     choices[name] = {str(2**bits - 1): word(kernel) for (bits, _), kernel in made}
-        count["float"] = sum(1 for _ in layers(self.denoiser))
+        count["float"] = sum(1 for part in self.parts.values() for _ in layers(part.denoiser))
         found = {k: v for k, v in count.items() if v}
         quantized = [k for k in found if k != "float"]
         mode = "float" if not quantized else quantized[0] if len(quantized) == 1 else "mixed"
@@ -101,20 +134,23 @@ class Tenuto(Attached):
         """
         low = (
             math.prod(module.shape)
-            for module in self.denoiser.modules()
+            for _, module in self._modules()
             if isinstance(module, QLayer)
             and module.scheme.activation is not None
             and DENSE not in module.execution
         )
-        return sum(low) / max(1, self._total)
+        return sum(low) / max(1, sum(part.total for part in self.parts.values()))
 
     def counts(self) -> dict[str, list[int]]:
         """[computed, reused] calls of every branch, by canonical name, since it was attached.
 
         Under a forecast: [computed, forecast] calls of the denoiser, "".
         """
-        keys = self.keys
-        named = {m: keys.canonical(n) if keys else n for n, m in self.denoiser.named_modules()}
+        named = {
+            module: _full(name, part.keys.canonical(inner) if part.keys else inner)
+            for name, part in self.parts.items()
+            for inner, module in part.denoiser.named_modules()
+        }
         patches = [p for p in self.patches if isinstance(p, Override)]
         calls = [(named[p.module], p.call) for p in patches]
         counted = (CachedBranch, ForecastCalls)
@@ -146,8 +182,9 @@ def attach(
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
-    The text encoders of a pipeline get what the artifact has of them; a bare denoiser has none.
-    describe: what a model without a family file is made of, as for `quantize`; once is enough.
+    The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
+    denoiser gets what is of its weights. describe: what a model without a family file is made of,
+    as for `quantize`; once is enough.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
@@ -165,13 +202,52 @@ def attach(
 
 def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
     """`attach`, by what is to be put in."""
-    denoiser, made = denoiser_of(model), patches.artifact
-    check_free(denoiser)
+    made, denoisers = patches.artifact, parts_of(model)
+    for denoiser in denoisers.values():
+        check_free(denoiser)
+    own = None if made is None else made.by_denoiser(model)
+    if made is not None and len(denoisers) > 1:
+        made.check(model)  # it says which of them is another
+    found: dict[str, Part] = {}
+    for name, denoiser in denoisers.items():
+        given = patches if own is None else replace(patches, artifact=own.get(name))
+        if own is None or name in own:
+            found[name] = _part(denoiser, given, chooser)
+        elif len(own[""].tensors) > len(own[""].section("encoder")):
+            log.warning("%s stays as it is: the artifact has nothing of it.", name)
+    encoders = {
+        name: (encoder, encoder_layers(encoder, made, name))
+        for name, encoder in encoders_of(model).items()
+        if made is not None
+    }
+    attached = Tenuto(model, made, found)
+    try:
+        for patch in (p for name, part in found.items() for p in _put_in(model, name, part)):
+            attached.patches.append(patch)
+        for encoder, replaced in encoders.values():
+            attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
+        for part in found.values():
+            if part.plan.policy is not None:
+                schedule = _schedule(part.denoiser, part.plan.policy, part.clock.timesteps)
+                attached.patches += apply_schedule_(part.denoiser, schedule, part.clock)
+            if part.plan.forecast is not None:
+                calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
+                attached.patches.append(override_(part.denoiser, calls))
+    except BaseException:
+        attached.detach()
+        raise
+    return attached
+
+
+def _part(denoiser: nn.Module, patches: Patches, chooser: Chooser | None) -> Part:
+    """What is to be put into one denoiser; nothing is changed yet."""
     plan = replacements_for(denoiser, patches, chooser=chooser)
     if plan:
         check_fused(denoiser)
     if plan.policy is not None or plan.forecast is not None:
         refuse_cache(denoiser, "a cache schedule")
+        if not plan.clock.timesteps:
+            raise ArtifactError("A cache policy needs the timesteps of an artifact.")
     modules = dict(own_modules(denoiser))
     new: dict[str, nn.Module] = {
         name: plan.table(name, modules[name])
@@ -179,32 +255,20 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         if not adapted(modules[name])  # a table knows nothing of a LoRA
     }
     new |= {name: plan.layer(name, modules[name]) for name in plan.schemes}
-    encoders = {
-        name: (encoder, encoder_layers(encoder, made, name))
-        for name, encoder in encoders_of(model).items()
-        if made is not None
-    }
-    attached = Tenuto(model, made, plan.clock, _total(denoiser, plan.tables), key_map_of(denoiser))
-    times = plan.clock.timesteps
-    if plan.policy is not None and not times:
-        raise ArtifactError("A cache policy needs the timesteps of an artifact.")
-    try:
-        if times:
-            streams = plan.policy is not None or plan.forecast is not None
-            attached.patches.append(Follow(model, plan.clock, streams=streams))
-        attached.patches += [Swap(denoiser, *pair) for pair in new.items()]
-        for encoder, replaced in encoders.values():
-            attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
-        if plan.policy is not None:
-            schedule = _schedule(denoiser, plan.policy, times)
-            attached.patches += apply_schedule_(denoiser, schedule, plan.clock)
-        if plan.forecast is not None:
-            calls = ForecastCalls(plan.clock, plan.forecast, denoiser)
-            attached.patches.append(override_(denoiser, calls))
-    except BaseException:
-        attached.detach()
-        raise
-    return attached
+    return Part(denoiser, plan, new, key_map_of(denoiser), _total(denoiser, plan.tables))
+
+
+def _put_in(model: Any, name: str, part: Part) -> Iterator[Any]:
+    """What follows the denoiser of a part, and what takes the place of its modules."""
+    if part.clock.timesteps:
+        streams = part.plan.policy is not None or part.plan.forecast is not None
+        yield Follow(model, part.clock, streams=streams, part=name)
+    for pair in part.new.items():
+        yield Swap(part.denoiser, *pair)
+
+
+def _full(part: str, name: str) -> str:
+    return f"{part}/{name}" if part else name
 
 
 def check_free(denoiser: nn.Module) -> None:

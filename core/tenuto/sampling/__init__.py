@@ -21,7 +21,7 @@ from .record import record, sampler, to_device
 from .skeleton import Skeleton, skeleton
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
-from .visited import schedule_of_run
+from .visited import answered_once, schedule_of_run
 
 __all__ = [
     "BATCH",
@@ -35,6 +35,7 @@ __all__ = [
     "Sample",
     "Skeleton",
     "Trajectory",
+    "answered_once",
     "calls_of",
     "check_names",
     "check_needed",

@@ -30,7 +30,8 @@ class Clock:
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
     run: a number that grows with every new sampling run; stored features never cross runs.
     grid: the timesteps of the run from its first one on, () where the host does not say them;
-    place: the nearest of them; per_step: how many of them a step of the scheduler has.
+    place: the nearest of them; per_step: how many of them a step of the scheduler has. whole: how
+    many the run has, where other denoisers have the rest.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
@@ -45,7 +46,7 @@ class Clock:
         self.streams: tuple[Hashable, ...] = ()
         self.run = 0
         self.grid: tuple[float, ...] = ()
-        self.place = 0
+        self.place = self.whole = 0
         self.per_step = 1.0
         self._offered: Any = None
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
@@ -66,8 +67,8 @@ class Clock:
         memo[id(self)] = clone
         clone.index, clone.step, clone.exact = self.index.clone(), self.step, self.exact
         clone.streams, clone.run, clone.uneven = self.streams, self.run, self.uneven
-        clone.grid, clone.place, clone.per_step = self.grid, self.place, self.per_step
-        clone.stochastic = self.stochastic
+        clone.grid, clone.place, clone.whole = self.grid, self.place, self.whole
+        clone.per_step, clone.stochastic = self.per_step, self.stochastic
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -91,7 +92,7 @@ class Clock:
         if known and all(a is b for a, b in zip(source, self._source, strict=True)):
             return False
         self._source = source  # kept, so that no other object gets its place in memory
-        self._offered = times
+        self._offered, self.whole = times, 0
         self.begin()
         return True
 
@@ -99,6 +100,11 @@ class Clock:
     def time(self) -> float:
         """The timestep of the last call; NaN before the first one of a run."""
         return math.nan if self._time is None else self._time
+
+    def among(self, times: Any) -> None:
+        """Only these of the timesteps that the host has said (`starts`) are this denoiser's."""
+        if times is not self._offered:
+            self.whole, self._offered = len(self._offered), times
 
     def nearest(self, timestep: float) -> int:
         """The calibrated step nearest to `timestep`."""

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, TenutoError
 from ..text import printable
+from ..work import bits_of
 
 MARK = "sha256"  # the key that tells a mark from plain data
 SCALARS = (str, int, float, bool, type(None))
@@ -36,8 +36,7 @@ def _described(value: Any) -> Any:
     if hasattr(value, "getbands"):  # PIL
         return _mark(value.tobytes(), image=list(value.size)) | _name_of(value)
     if isinstance(value, Tensor):
-        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return _mark(bits.numpy().tobytes(), tensor=list(value.shape))
+        return _mark(bits_of(value).numpy().tobytes(), tensor=list(value.shape))
     if hasattr(value, "tobytes") and hasattr(value, "shape"):  # numpy
         return _mark(value.tobytes(), array=list(value.shape))
     return {MARK: None, "type": type(value).__name__}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TenutoError
-from ..model import Leave, Signature, denoiser_of, encoders_of, map_tensors, watched
+from ..model import Leave, Signature, denoisers_of, encoders_of, map_tensors, watched
 from .pipeline_call import PipelineCall, unprompted
 from .reads import Reads
 from .trajectory import Call
@@ -78,15 +78,16 @@ class _Asked:
         def leave(*_: Any) -> None:
             raise Leave
 
-        denoiser, count = denoiser_of(self.pipe), len(asked.prompts)
+        count = len(asked.prompts)
         with ExitStack() as watching:
-            watching.enter_context(watched(denoiser, before=leave))
+            for denoiser in denoisers_of(self.pipe).values():
+                watching.enter_context(watched(denoiser, before=leave))
             for name in self.wanted:
                 watching.enter_context(self._watched(name, mark))
             size = batch if asked.together else 1
             for start in range(0, count, size):
                 with suppress(Leave), torch.no_grad():
-                    asked(denoiser, start, min(size, count - start), "latent")
+                    asked(asked.denoiser, start, min(size, count - start), "latent")
 
     def rows(self, name: str, mark: int) -> list[Row]:
         """What an encoder was asked under this mark and not before."""

@@ -8,20 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model import Signature, denoiser_of, outside_graphs, tensors_in
+from ..model import Signature, denoisers_of, outside_graphs, parts_of, tensors_in
 from .clock import Clock
+from .grid import own_times
 from .noise import is_stochastic
 
 
 class Follow:
     """A hook on the denoiser that keeps a clock at the step, streams and run of each call.
 
-    handle: the denoiser, or the pipeline that has it. A pipeline's call sets the timesteps of its
-    scheduler anew, whichever that is by then: nothing is put into either to notice it.
+    handle: the denoiser, or the pipeline that has it; part: which of its denoisers (`parts_of`). A
+    pipeline's call sets the timesteps of its scheduler anew, whichever that is by then: nothing is
+    put into either to notice it.
     """
 
-    def __init__(self, handle: Any, clock: Clock, streams: bool = True) -> None:
-        denoiser = denoiser_of(handle)
+    def __init__(self, handle: Any, clock: Clock, streams: bool = True, part: str = "") -> None:
+        denoiser = parts_of(handle)[part]
+        self.name = part or next(iter(denoisers_of(handle)))
         self.clock, self.streams = clock, streams
         self.pipeline = None if isinstance(handle, nn.Module) else weakref.ref(handle)
         self.facts = Signature(denoiser)
@@ -37,6 +40,7 @@ class Follow:
         if scheduler is not None:
             times = getattr(scheduler, "timesteps", None)
             if self.clock.starts(scheduler, times, times=times):
+                self.clock.among(own_times(pipeline, times, self.name))
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
                 self.clock.per_step = _per_step(times, scheduler)
                 self.clock.stochastic = is_stochastic(scheduler)

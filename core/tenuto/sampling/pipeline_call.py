@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TenutoError
-from ..model import denoiser_of, watched
+from ..model import denoisers_of, parts_of, uncompiled, watched
 from .described import described, is_plain
 
 OURS = {
@@ -147,7 +147,7 @@ class PipelineCall:
         call: Mapping[str, Any] | None = None,
     ) -> None:
         self.pipe, self.prompts, self.given = pipe, tuple(prompts), dict(call or {})
-        self.denoiser = denoiser_of(pipe)
+        self.denoiser = parts_of(pipe)[""]
         self.title, self.reached = type(pipe).__name__, False
         found = inspect.signature(type(pipe).__call__).parameters
         self.parameters = {name: p for name, p in found.items() if name != "self"}
@@ -200,18 +200,27 @@ class PipelineCall:
         _check_given(self.title, self.parameters, {*self.fixed, *ours})
 
     def __call__(
-        self, denoiser: nn.Module, seed: int, batch: int, output: str, quiet: bool = True
+        self,
+        denoiser: nn.Module | Mapping[str, nn.Module],
+        seed: int,
+        batch: int,
+        output: str,
+        quiet: bool = True,
     ) -> list[Any]:
         """What the pipeline returns for images `seed` to `seed` + `batch` - 1, call by call.
 
-        output: its output type. quiet: without the pipeline's own progress bar.
+        denoiser: in place of the pipeline's main one, or of several by name (`parts_of`). output:
+        its output type. quiet: without the pipeline's own progress bar.
         """
+        given = {"": denoiser} if isinstance(denoiser, nn.Module) else denoiser
         if self.together:
-            return [self._run(denoiser, range(seed, seed + batch), output, quiet)]
+            return [self._run(given, range(seed, seed + batch), output, quiet)]
         each = (range(i, i + 1) for i in range(seed, seed + batch))
-        return [self._run(denoiser, one, output, quiet) for one in each]
+        return [self._run(given, one, output, quiet) for one in each]
 
-    def _run(self, denoiser: nn.Module, images: range, output: str, quiet: bool) -> Any:
+    def _run(
+        self, denoisers: Mapping[str, nn.Module], images: range, output: str, quiet: bool
+    ) -> Any:
         """One call. TenutoError, in the pipeline's words, if it does not reach its denoiser."""
         given = {name: self._rows(name, value, images) for name, value in self.fixed.items()}
         if self.prompts:
@@ -220,16 +229,18 @@ class PipelineCall:
             given["generator"] = [torch.Generator("cpu").manual_seed(i) for i in images]
         if "output_type" in self.parameters:
             given["output_type"] = output
-        with self._using(denoiser, quiet):
-            return self.pipe(**given) if self.reached else self._first_run(denoiser, given)
+        with self._using(denoisers, quiet):
+            return self.pipe(**given) if self.reached else self._first_run(given)
 
-    def _first_run(self, denoiser: nn.Module, given: dict[str, Any]) -> Any:
-        """`_run`, watched until the pipeline first gets to its denoiser."""
+    def _first_run(self, given: dict[str, Any]) -> Any:
+        """`_run`, watched until the pipeline first gets to a denoiser."""
 
         def note(name: str, args: Any, kwargs: Any) -> None:
             self.reached = True
 
-        with watched(denoiser, before=note, first=True):
+        with ExitStack() as watching:
+            for denoiser in denoisers_of(self.pipe).values():
+                watching.enter_context(watched(denoiser, before=note, first=True))
             try:
                 return self.pipe(**given)
             except WRONG_CALL as error:
@@ -261,21 +272,25 @@ class PipelineCall:
         return [value[i % len(value)] for i in images]
 
     @contextmanager
-    def _using(self, denoiser: nn.Module, quiet: bool) -> Iterator[None]:
-        """The pipeline with this denoiser, and without its own bar if `quiet`; both come back."""
-        pipe = self.pipe
-        name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
-        before, bar = getattr(pipe, name), pipe.__dict__.get("_progress_bar_config")
+    def _using(self, denoisers: Mapping[str, nn.Module], quiet: bool) -> Iterator[None]:
+        """The pipeline with these denoisers, without its own bar if `quiet`; all comes back."""
+        pipe, bar = self.pipe, self.pipe.__dict__.get("_progress_bar_config")
+        names = dict(zip(parts_of(pipe), denoisers_of(pipe), strict=True))
+        before = {names[part]: getattr(pipe, names[part]) for part in denoisers}
+        other = {  # else it stays compiled, where it is
+            names[part]: given
+            for part, given in denoisers.items()
+            if uncompiled(before[names[part]]) is not given
+        }
         if quiet:
             pipe.set_progress_bar_config(disable=True)
-        other = denoiser_of(before) is not denoiser  # else it stays compiled, where it is
-        if other:
-            setattr(pipe, name, denoiser)
+        for name, given in other.items():
+            setattr(pipe, name, given)
         try:
             yield
         finally:
-            if other:
-                setattr(pipe, name, before)
+            for name in other:
+                setattr(pipe, name, before[name])
             if bar is None:
                 pipe.__dict__.pop("_progress_bar_config", None)
             else:

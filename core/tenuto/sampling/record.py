@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
-from ..model import Signature, denoiser_of, frozen, map_tensors, watched
+from ..model import Signature, all_frozen, denoiser_of, map_tensors, parts_of, watched
 from ..progress import Progress
 from .described import described
 from .pipeline_call import PipelineCall
 from .results import images_of, latents_of
 from .step_outputs import StepOutputs
-from .trajectory import Call, Sample, Trajectory
+from .trajectory import Call, Sample, Trajectory, nearest
 
 
 def sampler(
@@ -35,23 +35,40 @@ def sampler(
     output "pt" returns images in [-1, 1], those of a video one after another; "latent" the final
     latents. call: as in `record`.
     """
-    return _sample(PipelineCall(pipe, prompts, steps, guidance, call), output)
+    return Sampler(PipelineCall(pipe, prompts, steps, guidance, call), output)
 
 
-def _sample(asked: PipelineCall, output: str) -> Sample:
-    taken = latents_of if output == "latent" else images_of
+@dataclass(frozen=True)
+class Sampler:
+    """`sampler`: takes the denoiser called `name`; `others`, by name, are in the pipeline too."""
 
-    def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
-        return taken(asked(denoiser, seed, batch, output))
+    asked: PipelineCall
+    output: str
+    name: str = ""
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
 
-    return sample
+    def __call__(
+        self, denoiser: nn.Module | Mapping[str, nn.Module], seed: int, batch: int
+    ) -> Tensor:
+        """Images or latents; see `sampler`. denoiser: several by name, too (`parts_of`)."""
+        taken = latents_of if self.output == "latent" else images_of
+        given = denoiser if isinstance(denoiser, Mapping) else {self.name: denoiser}
+        return taken(self.asked({**self.others, **given}, seed, batch, self.output))
+
+    def of(self, name: str, others: Mapping[str, nn.Module]) -> Sampler:
+        """The same for another denoiser of the pipeline."""
+        return replace(self, name=name, others=others)
 
 
 @contextmanager
 def recording(
-    denoiser: nn.Module, calls: list[Call], run: int = 0, outputs: StepOutputs | None = None
+    denoiser: nn.Module,
+    calls: list[Call],
+    run: int = 0,
+    part: str = "",
+    outputs: StepOutputs | None = None,
 ) -> Iterator[list[Call]]:
-    """Append every call of `denoiser` to `calls`, as it was before the call.
+    """Append every call of `denoiser`, the pipeline's `part`, to `calls`, as before the call.
 
     outputs: gets what is made of the calls' outputs, step by step.
     """
@@ -61,7 +78,7 @@ def recording(
         inputs = facts.inputs(args, kwargs)
         step = facts.step(inputs)
         kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
-        calls.append(Call(run, 0, step, kept))
+        calls.append(Call(run, 0, step, kept, denoiser=part))
 
     def last() -> float | None:
         return calls[-1].timestep if len(calls) > start else None
@@ -94,7 +111,7 @@ def record(
     sample: Sample | None = None,
     on_progress: Progress | None = None,
 ) -> Trajectory:
-    """Run the model as its user does and keep every denoiser call.
+    """Run the model as its user does and keep every denoiser call, of all its denoisers.
 
     A pipeline takes `prompts` (each once unless `runs` says otherwise), and in `call` any keyword
     of its own: image, mask_image, control_image, height, num_frames, negative_prompt, strength,
@@ -103,7 +120,7 @@ def record(
     `sample(denoiser, seed, batch)`, which runs one trajectory and returns its images,
     float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
     """
-    denoiser = denoiser_of(model)
+    denoiser, found = denoiser_of(model), parts_of(model)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
     if batch < 1 or (runs is not None and runs < 1):
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
@@ -125,14 +142,17 @@ def record(
     for i in range(runs):
         if on_progress:
             on_progress(i, runs, "recording")
-        with frozen(denoiser), torch.no_grad(), recording(denoiser, calls, i, outputs):
+        with ExitStack() as watching, all_frozen(found.values()), torch.no_grad():
+            for name, part in found.items():
+                seen = outputs if len(found) == 1 else None
+                watching.enter_context(recording(part, calls, i, name, seen))
             run(denoiser, seed + i * batch, min(batch, left - i * batch))
     if on_progress:
         on_progress(runs, runs, "recording")
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
-    calls = [Call(c.run, _row(times, c.timestep), c.timestep, c.inputs) for c in calls]
+    calls = [replace(c, row=nearest(times, c.timestep)) for c in calls]
     known = Trajectory(
         times, calls, seed, batch, runs, len(times), guidance, prompts, sample,
         kernel=outputs.kernel(),
@@ -147,11 +167,7 @@ def again(
     return replace(
         trajectory,
         steps=steps,
-        sample=_sample(asked, "pt"),
-        latent=_sample(asked, "latent"),
+        sample=Sampler(asked, "pt"),
+        latent=Sampler(asked, "latent"),
         call=described(call),
     )
-
-
-def _row(times: tuple[float, ...], timestep: float) -> int:
-    return min(range(len(times)), key=lambda i: abs(times[i] - timestep))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..work import Work
+from ..work import Work, bits_of
 from .output_kernel import OutputKernel
 from .pipeline_call import PipelineCall
 from .record import again
@@ -29,7 +29,9 @@ def keep(work: Work, trajectory: Trajectory) -> bool:
     """Store `trajectory` as a unit of `work`; False if a call holds something that cannot be."""
     store = _Store()
     try:
-        calls = [[c.run, c.row, c.timestep, store.put(c.inputs)] for c in trajectory.calls]
+        calls = [
+            [c.run, c.row, c.timestep, store.put(c.inputs), c.denoiser] for c in trajectory.calls
+        ]
     except TypeError:
         return False
     about = {
@@ -63,7 +65,10 @@ def kept(
     if tensors is None:
         return None
     about = json.loads(bytes(tensors[ABOUT].tolist()))
-    calls = [Call(run, row, t, _full(inputs, tensors)) for run, row, t, inputs in about["calls"]]
+    calls = [
+        Call(run, row, t, _full(inputs, tensors), denoiser="".join(of))  # older ones do not say
+        for run, row, t, inputs, *of in about["calls"]
+    ]
     known = Trajectory(
         tuple(about["timesteps"]), calls, about["seed"], about["batch"], about["runs"],
         about["steps"], about["guidance"], tuple(about["prompts"]),
@@ -91,8 +96,7 @@ class _Store:
         return ["plain", value]
 
     def _key(self, x: Tensor) -> str:
-        bits = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        text = f"{x.dtype}{tuple(x.shape)}".encode() + bits.numpy().tobytes()
+        text = f"{x.dtype}{tuple(x.shape)}".encode() + bits_of(x).numpy().tobytes()
         key = hashlib.sha256(text).hexdigest()[:32]
         self.tensors[key] = x
         return key

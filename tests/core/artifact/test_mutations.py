@@ -2,7 +2,7 @@
 
 Mutations are drawn from a seed: entries of the header, tensors, single bytes. What an artifact may
 have is in it: ranges per token and per step, groups of columns, floats of 8 bits, a temporal table,
-a text encoder, a route, compact weights.
+a text encoder, a route, compact weights, all of it again for a second denoiser.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tenuto import Artifact, attach, schemes
 from tenuto.artifact.compact import compact
 from tenuto.artifact.fingerprint import fingerprint
 from tenuto.artifact.header import KEY, read_header
+from tenuto.artifact.parts import joined
 from tenuto.artifact.summary import about
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.cli.checks import damage_told
@@ -74,11 +75,12 @@ PLAN = {
 
 
 class Pipe:
-    """Something like a pipeline: a denoiser and a text encoder of seeded weights."""
+    """Something like a pipeline: two denoisers and a text encoder of seeded weights."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.transformer, self.text_encoder = Model().eval(), Block().eval()
+        self.transformer_2 = Model().eval()
 
 
 def put(found: dict[str, Tensor], section: str, name: str, weight: Tensor, scheme: Scheme) -> None:
@@ -90,7 +92,13 @@ def put(found: dict[str, Tensor], section: str, name: str, weight: Tensor, schem
 
 def artifact_of(pipe: Any, whole: bool) -> Artifact:
     """whole: everything; else what can be compact."""
-    model = pipe.transformer
+    found = of_denoiser(pipe.transformer, pipe, whole)
+    found.parts["transformer_2"] = of_denoiser(pipe.transformer_2, None, whole)
+    return found
+
+
+def of_denoiser(model: nn.Module, pipe: Any, whole: bool) -> Artifact:
+    """pipe: has the text encoder that is quantized too."""
     found = Artifact.new(model, {"timesteps": TIMES, "steps": 3, "guidance": 2.0}, {"seed": 0})
     plan = PLAN if whole else {n: s for n, s in PLAN.items() if s not in (E4M3, SMOOTH)}
     for name, scheme in plan.items():
@@ -115,6 +123,8 @@ def artifact_of(pipe: Any, whole: bool) -> Artifact:
     }  # fmt: skip
     if not whole:
         return compact(found, model)
+    if pipe is None:
+        return found
     encoder, scheme = pipe.text_encoder, schemes.W4A16
     put(found.tensors, "encoder", "text_encoder.attn", encoder.attn.weight, scheme)
     found.header["encoders"] = {
@@ -215,7 +225,9 @@ def in_bytes(draw: random.Random, content: bytes) -> bytes:
 
 def mutated(draw: random.Random, artifact: Artifact) -> bytes:
     """The file of a damaged copy."""
-    header, tensors = copy.deepcopy(artifact.header), dict(artifact.tensors)
+    parts = {name: (part.header, part.tensors) for name, part in artifact.parts.items()}
+    header, tensors = joined(artifact.header, dict(artifact.tensors), parts)
+    header = copy.deepcopy(header)
     kind = draw.choice(["header"] * 5 + ["tensors"] * 4 + ["bytes"])
     change: Callable[..., None] = in_header if kind == "header" else in_tensors
     for _ in range(0 if kind == "bytes" else draw.choice([1, 1, 1, 2, 3])):
@@ -261,8 +273,9 @@ def used(pipe: Any, path: Path) -> str:
         x = torch.linspace(-1, 1, 36).view(2, 2, 3, 3)
         with attach(pipe, artifact), torch.no_grad():
             for t in TIMES:
-                out = pipe.transformer(x, torch.tensor([t]))
-                assert bool(out.isfinite().all()), "the output is not finite"
+                for denoiser in (pipe.transformer, pipe.transformer_2):
+                    out = denoiser(x, torch.tensor([t]))
+                    assert bool(out.isfinite().all()), "the output is not finite"
             assert bool(pipe.text_encoder(torch.ones(1, 2, 8)).isfinite().all())
     except TenutoError as error:
         return str(error)
@@ -273,7 +286,8 @@ def used(pipe: Any, path: Path) -> str:
 @pytest.mark.parametrize("part", range(4))
 def test_a_thousand_damaged_artifacts(part: int, tmp_path: Path, record_property: Any) -> None:
     pipe, path = Pipe(), tmp_path / "a.safetensors"
-    bits = [p.clone() for p in pipe.transformer.parameters()]
+    models = nn.ModuleList([pipe.transformer, pipe.transformer_2])
+    bits = [p.clone() for p in models.parameters()]
     good = [artifact_of(pipe, True), artifact_of(pipe, False)]
     for artifact in good:
         artifact.save(path)
@@ -296,7 +310,7 @@ def test_a_thousand_damaged_artifacts(part: int, tmp_path: Path, record_property
         )
         if said and not told:
             wrong.append(f"{part} {number}: {said[:400]!r}")
-    assert all(torch.equal(a, b) for a, b in zip(bits, pipe.transformer.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(bits, models.parameters(), strict=True))
     record_property("mutations", f"{refused} of 250 refused, {slowest:.2f} s the slowest, "
                                  f"{most / 2**20:.1f} MiB the most")  # fmt: skip
     print(f"{refused} of 250 refused, {slowest:.2f} s the slowest, {most / 2**20:.1f} MiB the most")

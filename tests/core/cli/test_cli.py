@@ -402,7 +402,7 @@ def test_execution_is_as_asked(
         return attach(*args, **options)
 
     monkeypatch.setattr("tenuto.cli.session.attach", note)
-    monkeypatch.setattr(importlib.import_module("tenuto.measure.compare"), "attach", note)
+    monkeypatch.setattr(importlib.import_module("tenuto.measure.ways"), "attach", note)
     model, file = str(tiny_pixart_folder), str(made)
     draw = ["generate", model, "--prompt", "a", "--steps", "1", "--artifact", file]
     measured = ["compare", model, "--artifact", file, "--count", "1", "--steps", "1"]

@@ -187,7 +187,11 @@ def test_reuse_is_counted_as_it_happens(denoiser: nn.Module, trajectory: tn.Traj
 def test_a_simulated_time_is_no_gain(
     denoiser: nn.Module, quantized: tn.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(COMPARE, "attach", functools.partial(tn.attach, simulate=True))
+    monkeypatch.setattr(
+        importlib.import_module("tenuto.measure.ways"),
+        "attach",
+        functools.partial(tn.attach, simulate=True),
+    )
     found = compare(denoiser, quantized, count=2, sample=sample)
     assert found.execution["mode"] == "simulated"
     assert found.speedup is None and found.speedup_quartiles is None

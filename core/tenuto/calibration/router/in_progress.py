@@ -24,9 +24,12 @@ class SoFar:
 def so_far(work: Path) -> SoFar | None:
     """The router in the work folder of `train_router`, or None where no trajectory is finished.
 
+    Of several denoisers, that of the last one that is begun, in a folder inside.
     It only reads: a folder that another process is writing, or has begun anew, does no harm.
     """
-    found = sorted(work.glob("router%2F*.safetensors"))
+    further = sorted(work.glob("*/router%2F*.safetensors"))
+    found = further or sorted(work.glob("router%2F*.safetensors"))
+    work = further[-1].parent if further else work
     try:
         facts = json.loads((work / MANIFEST).read_text(encoding="utf-8"))["about"]["about"]
         state = load_file(found[-1])
