@@ -26,7 +26,7 @@ pytestmark = [
 # Imports once, then runs each command line that it reads in a process of its own. A line says after
 # how many seconds that is killed, 0: not at all; answered with the exit status and the seconds.
 SERVER = """
-    import os, select, signal, sys, time
+    import os, signal, sys, time, traceback
     import torch
     torch.set_num_threads(1)
     import tenuto.cli.checks
@@ -45,7 +45,10 @@ SERVER = """
             code = 70
             try:
                 code = cli.main(arguments)
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         if float(after):
             time.sleep(float(after))
