@@ -112,6 +112,11 @@ def test_attach_and_detach(pipe: Any, gptq: tn.Artifact, tmp_path: Path) -> None
     )
 
 
+def test_the_error_of_its_states_is_in_the_header(gptq: tn.Artifact) -> None:
+    check = gptq.header["encoders"]["text_encoder"]["check"]
+    assert 0 < check["relative_error"] < 0.5
+
+
 def test_merges_with_a_denoisers_artifact(pipe: Any, gptq: tn.Artifact) -> None:
     """Either way round: its schedule and sections stay, the encoder's come."""
     schedule = {"timesteps": [900.0, 400.0], "steps": 2, "guidance": 3.0}
