@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenuto import lock as lock_module
 from tenuto import work as work_module
 from tenuto.errors import TenutoError
-from tenuto.work import Lock, Work, digest, whole_file, write_tensors, write_text
+from tenuto.lock import Lock
+from tenuto.work import Work, digest, whole_file, write_tensors, write_text
 
 JOB = {"job": "quantize", "seed": 0}
 CORE = Path(work_module.__file__).parent.parent
@@ -360,12 +362,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     assert files(tmp_path / "w") == ["manifest.json"] and not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.skipif(work_module.fcntl is None, reason="Windows locks a file, not the folder")
+@pytest.mark.skipif(lock_module.fcntl is None, reason="Windows locks a file, not the folder")
 def test_a_folder_that_was_made_anew_is_locked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job before ends, and its folder goes, between the opening of it and the lock."""
-    fcntl, calls = work_module.fcntl, []
+    fcntl, calls = lock_module.fcntl, []
     original = fcntl.flock
 
     def flock(file: int, how: int) -> None:

@@ -41,7 +41,7 @@ class Artifact:
     def new(model: Any, schedule: dict[str, Any], made: dict[str, Any] | None = None) -> Artifact:
         """An empty artifact of `model`; schedule: {"timesteps", "steps", "guidance"}."""
         denoiser = denoiser_of(model)
-        check_weights(denoiser)
+        check_weights(denoiser, hooked=True)
         header = {
             "format_version": VERSION,
             "family": describe(denoiser).family,
@@ -198,7 +198,7 @@ class Artifact:
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
         denoiser = denoiser_of(model)
-        check_weights(denoiser)
+        check_weights(denoiser, hooked=True)
         kind = self.header["model_class"]
         if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(

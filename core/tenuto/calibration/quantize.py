@@ -19,9 +19,8 @@ from ..model import (
     check_weights,
     denoiser_of,
     describe,
-    frozen,
+    device_and_dtype,
     layers,
-    private_copy,
 )
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
@@ -32,6 +31,8 @@ from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
+from .by_block import Values, by_block, held
+from .codes import Codes
 from .given import prompts_needed, scheme_of, trajectory_of
 from .presets import PRESETS, effort, recipe_for
 from .replay import Chain, in_order
@@ -71,7 +72,7 @@ def quantize(
     Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
     """
     denoiser = denoiser_of(model)
-    check_weights(denoiser)
+    check_weights(denoiser, hooked=True)
     check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
@@ -97,13 +98,16 @@ def quantize(
         "version": artifact.header,
     }
     job.maintain(choice, chosen.temporal)
-    with frozen(job.model):
-        job.run(Work(work, inputs), on_progress)
+    job.run(Work(work, inputs), on_progress)
     return job.fill(artifact, preset)
 
 
 class Job:
-    """One quantization: a private copy of the denoiser that is quantized as it goes."""
+    """One quantization: a private copy of the denoiser that is quantized as it goes.
+
+    model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
+    the codes of the layers that are done, read from the work when they are asked for.
+    """
 
     def __init__(
         self,
@@ -115,18 +119,22 @@ class Job:
         seed: int,
     ) -> None:
         self.backbone, self.recipe, self.trajectory, self.seed = backbone, recipe, trajectory, seed
-        self.device = (
-            torch.device(device) if device is not None else next(denoiser.parameters()).device
-        )
-        self.model = private_copy(denoiser).float().to(self.device)
+        usual, _ = device_and_dtype(denoiser)
+        self.device = usual if device is None else torch.device(device)
+        self.weights, self.denoiser = Codes(), denoiser
+        self.values = Values(denoiser, self.device, self.weights)
+        self.model = self._copy(self.weights)
         found = (
             (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
         )
         self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
-        self.weights: dict[str, QTensor] = {}
         self.errors: dict[str, float] = {}
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self.maintained: dict[str, Tensor] = {}
+
+    def _copy(self, codes: Codes | None = None) -> nn.Module:
+        """The denoiser in fp32, with the codes that there are."""
+        return by_block(self.denoiser, self.backbone.blocks, self.device, codes)
 
     def maintain(self, choice: str, rounding: Tiar) -> None:
         """Set what becomes of the time-only modules; before anything is quantized."""
@@ -157,8 +165,10 @@ class Job:
         units = [(unit, names) for unit, names in self.units() if names]
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
-        calls = self.trajectory.calls
-        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
+        calls, rules = self.trajectory.calls, self.plan.values()
+        aims = any(_needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules)
+        plain = self._copy if aims else None
+        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device, plain)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
         for unit, names in units:
@@ -168,7 +178,8 @@ class Job:
             if kept is None:
                 kept = self._quantized(unit, names, chain, note)
                 work.save(unit, kept)
-            self._take(self._settled(kept) if unit == TEMPORAL else names, kept)
+            self._take(self._settled(kept) if unit == TEMPORAL else names, kept, unit, work)
+            del kept
             chain.passed(unit)
         notes[RANGES](1, 1, "")
         self._find_ranges(work)
@@ -205,23 +216,26 @@ class Job:
             if algorithm.needs_inputs:
                 bank, target = on_device(*chain.data(unit), self.device)
             seed = _seed(self.seed, unit)
-            done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
+            with held(root):
+                done = algorithm(root, group, bank, target, seed=seed, on_progress=note)
             for name, q in done.items():
                 full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
                 found |= q.tensors(full)
         return found
 
-    def _take(self, names: list[str], tensors: dict[str, Tensor]) -> None:
-        """Put quantized weights into the copy, as their float values."""
+    def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
+        """Take over quantized weights: what lies in no block gets their float values now."""
         for name in names:
             rule, layer = self.plan[name], self.model.get_submodule(name)
             assert rule.scheme is not None and isinstance(layer, nn.Linear | nn.Conv2d)
-            q = QTensor.from_tensors(tensors, name, layer.weight.shape, rule.scheme.weight)
-            value = q.dequantize().to(self.device)
-            gap = (value - layer.weight).norm() / layer.weight.norm().clamp_min(1e-12)
+            form = rule.scheme.weight
+            q = QTensor.from_tensors(tensors, name, layer.weight.shape, form)
+            value, was = q.to(self.device).dequantize(), self.values.of(f"{name}.weight")
+            gap = (value - was).norm() / was.norm().clamp_min(1e-12)
             self.errors[name] = float(f"{float(gap):.4g}")
-            self.weights[name] = q
-            layer.weight.data.copy_(value)
+            self.weights.add(name, work, unit, q.shape, form)
+            if not layer.weight.is_meta:
+                layer.weight.data.copy_(value)
 
     def _find_ranges(self, work: Work) -> None:
         """Stored activation ranges, of the layers that have none yet."""
@@ -239,7 +253,7 @@ class Job:
             "layers": {
                 name: {
                     "scheme": rule.scheme.name,
-                    "shape": list(self.weights[name].shape),
+                    "shape": list(self.weights.shape(name)),
                     "weight_error": self.errors[name],
                 }
                 for name, rule in self.plan.items()

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
-from ..model import describe, encoders_of, frozen
+from ..model import describe, encoders_of
 from ..numerics import Recipe, Scheme, schemes
 from ..progress import Progress, parts
 from ..sampling import (
@@ -121,8 +121,7 @@ def encoder_job(
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
-    with frozen(job.model):
-        job.run(Work(work, inputs), on_progress)
+    job.run(Work(work, inputs), on_progress)
     return job
 
 

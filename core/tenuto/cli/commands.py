@@ -20,7 +20,7 @@ from ..measure import FIRST_SEED, resident_weight_bytes
 from ..model import denoiser_of
 from ..runtime import attach
 from ..sampling import described, one_by_one
-from ..sampling.loading import PREFIX, check_model
+from ..sampling.loading import PREFIX, check_model, on_disk
 from .app import app
 from .checks import (
     calibration_prompts,
@@ -56,6 +56,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
+    low_memory: bool | None = None,
     compact: bool = False,
     bars: Bars | None = None,
 ) -> Answer:
@@ -73,7 +74,7 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
-    pipe = pipeline(model, sampling, bars)
+    pipe = pipeline(model, sampling, bars, low_memory=low_memory, encoders=text_encoder is None)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work):
@@ -101,13 +102,16 @@ def quantize(
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
     before, size = resident_weight_bytes(denoiser_of(pipe)), out.stat().st_size
-    with attach(pipe, artifact, route=False, execution="int8") as attached:
-        execution, encoders = attached.execution(), attached.encoders()
+    where, execution, encoders = "would be" if on_disk(pipe) else "was", {}, {}
+    if not on_disk(pipe):
+        with attach(pipe, artifact, route=False, execution="int8") as attached:
+            execution, encoders = attached.execution()["layers"], attached.encoders()
     layers = facts_of(artifact, size)["layers_by_scheme"]
-    found = [f"{out}: {mib(size)}; the denoiser was {mib(before)} in memory."]
+    found = [f"{out}: {mib(size)}; the denoiser {where} {mib(before)} in memory."]
     if layers:
-        how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
+    if execution:
+        how = ", ".join(f"{how} ({n})" for how, n in execution.items())
         found.append(f"Here they run as {how}.")
     found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
     return [*found, f"Calibrated on {counted(count, 'prompt')}."]

@@ -12,6 +12,7 @@ import torch
 
 from ..artifact import Artifact, fingerprint
 from ..errors import TenutoError
+from ..lock import Lock
 from ..model import denoiser_of
 from ..runtime import attach
 from ..sampling import (
@@ -27,7 +28,7 @@ from ..sampling import (
     wanted_prompts,
 )
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
-from ..work import MANIFEST, Lock, Work
+from ..work import MANIFEST, Work
 from .calls import fitted, with_images
 from .checks import RECORDING, damage_told, device_of
 from .console import Bars
@@ -105,12 +106,13 @@ def pipeline(
     bars: Bars,
     artifact: Artifact | None = None,
     file: Path | None = None,
+    **memory: Any,
 ) -> Any:
-    """The model, loaded and checked; `artifact` (in `file`) fits it."""
+    """The model, loaded and checked; `artifact` (in `file`) fits it. memory: as `load` takes it."""
     kind = class_of(model) if sampling.call else None
     if kind is not None:
         check_names(kind, fitted(kind, sampling.call))  # loading takes its time
-    pipe = loaded(model, sampling.device, bars)
+    pipe = loaded(model, sampling.device, bars, **memory)
     sampling.checked(pipe)
     if artifact is not None:
         with damage_told(file), attach(pipe, artifact):
@@ -118,11 +120,11 @@ def pipeline(
     return pipe
 
 
-def loaded(model: str, device: torch.device, bars: Bars) -> Any:
+def loaded(model: str, device: torch.device, bars: Bars, **memory: Any) -> Any:
     """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
     wide = model.startswith(PREFIX) or device.type == "cpu"
     silence(bars.watched)
-    return load(model, device, torch.float32 if wide else torch.bfloat16)
+    return load(model, device, torch.float32 if wide else torch.bfloat16, **memory)
 
 
 def check_steps(pipe: Any, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import Backbone, Branch, computes_as_torch, layers
+from .elsewhere import Weights
 from .families import describe, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
@@ -23,6 +24,7 @@ __all__ = [
     "Rows",
     "Signature",
     "Swap",
+    "Weights",
     "adapted",
     "cache_on",
     "check_fused",

@@ -47,6 +47,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     needs_inputs = True
+    needs_target = False
 
     @classmethod
     def at(cls, effort: Effort) -> GPTQ:
@@ -64,7 +65,7 @@ class GPTQ:
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers`; `target` is not looked at."""
+        """The weights of `layers`; there is no `target`."""
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
