@@ -167,6 +167,20 @@ class Work:
             log.warning("%s is unreadable and is done again", self._file(unit))
             return None
 
+    def part(self, unit: str, start: str) -> dict[str, Tensor]:
+        """Of a unit that was loaded or saved the tensors whose names begin with `start`.
+
+        The file is not checked again. TenutoError if it cannot be read.
+        """
+        if self.path is None:
+            return {k: v for k, v in self._memory[unit].items() if k.startswith(start)}
+        try:
+            with safe_open(self._file(unit), "pt") as opened:
+                names = [name for name in opened.keys() if name.startswith(start)]  # noqa: SIM118
+                return {name: opened.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise TenutoError(f"Cannot read {self._file(unit)} any more: {error}.") from error
+
     def save(self, unit: str, tensors: dict[str, Tensor]) -> None:
         """Keep the tensors of a finished unit."""
         if self.path is None:

@@ -183,6 +183,32 @@ def flux(kind: str = "FluxPipeline") -> Any:
     )  # fmt: skip
 
 
+def flux2() -> Any:
+    """FLUX.2 klein. Its call takes text_encoder_out_layers=(0, 1, 2)."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    denoiser = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * WIDTH, timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    decoder = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=32, mid_block_add_attention=False,
+    )  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True,
+    )  # fmt: skip
+    return diffusers.Flux2KleinPipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=randomized(decoder),
+        text_encoder=randomized(Qwen3ForCausalLM(config)), tokenizer=qwen_tokenizer(),
+        transformer=randomized(denoiser), is_distilled=True,
+    )  # fmt: skip
+
+
 def sd3(kind: str = "StableDiffusion3Pipeline") -> Any:
     import diffusers
 

@@ -25,12 +25,10 @@ from .fingerprint import fingerprint, same, versions
 from .forms import check_forms, wanted
 from .header import ALONE, KEY, WRONG, check_fingerprint, opened
 from .parts import apart, joined
+from .values import WORDS, check_floats, check_values
 
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder", "forecast")
 STEPWISE = ("ranges/", "temporal/")
-LARGEST = 2.0**20  # of any number in a file: features in half precision end before
-WORDS = 80  # characters of a name in a sentence
-POSITIVE = (".scale", ".channel", ".step")  # tensors that are divided by
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Artifact:
         schedule: {"timesteps", "steps", "guidance"}.
         """
         denoiser = parts_of(model)[part]
-        check_weights(denoiser)
+        check_weights(denoiser, hooked=True)
         header = {
             "format_version": ALONE,
             "family": describe(denoiser).family,
@@ -191,7 +189,7 @@ class Artifact:
             self._check_tensors({f"encoder/{k}": v for k, v in needed.items()}, name)
             if form.dtype == "e4m3":
                 key = f"encoder/{encoder}.{layer}.qdata"
-                _check_floats(key, self.tensors[key], name)
+                check_floats(key, self.tensors[key], name)
 
     def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
         """The features of one module, a row for every step; none of its layers beside them."""
@@ -204,7 +202,7 @@ class Artifact:
             fits = tuple(found.shape) == (steps, *shape)
             if not fits or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                 raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} does not fit.")
-            _check_values(key, found, name)
+            check_values(key, found, name)
         if not outputs or any(
             f"{n}.".startswith(f"{module}.") for n in self.header.get("layers", {})
         ):
@@ -226,7 +224,7 @@ class Artifact:
             needed |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
         self._check_tensors(needed, name)
         if scheme.weight.dtype == "e4m3":
-            _check_floats(f"weights/{layer}.qdata", self.tensors[f"weights/{layer}.qdata"], name)
+            check_floats(f"weights/{layer}.qdata", self.tensors[f"weights/{layer}.qdata"], name)
 
     def _steps(self) -> int:
         """How many steps it was calibrated at; ValueError where there are none."""
@@ -244,7 +242,7 @@ class Artifact:
                 raise ArtifactError(
                     f"{name} is damaged: {printable(key, WORDS)} does not fit its layer."
                 )
-            _check_values(key, found, name)
+            check_values(key, found, name)
 
     def check(self, model: Any) -> None:
         """Raise ArtifactError unless this artifact was made for the weights of `model`."""
@@ -253,7 +251,7 @@ class Artifact:
             own._check(denoisers[name], name)
 
     def _check(self, denoiser: nn.Module, part: str) -> None:
-        check_weights(denoiser)
+        check_weights(denoiser, hooked=True)
         kind = self.header["model_class"]
         if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(
@@ -263,27 +261,6 @@ class Artifact:
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
             said = f"those of {part} differ" if part else "the weights differ"
             raise ArtifactError(f"The artifact was made for another model: {said}.")
-
-
-def _check_values(key: str, found: Tensor, name: str) -> None:
-    """Finite numbers that no product of a few makes infinite; of what is divided by, positive."""
-    said = None
-    if found.is_floating_point() and not bool(found.isfinite().all()):
-        said = "not finite"
-    elif key.endswith(POSITIVE) and not bool((found > 0).all()):
-        said = "not above 0"
-    elif found.is_floating_point() and not bool((found.abs() <= LARGEST).all()):
-        said = f"beyond {LARGEST:g}"
-    if said is not None:
-        raise ArtifactError(
-            f"{name} is damaged: {printable(key, WORDS)} has values that are {said}."
-        )
-
-
-def _check_floats(key: str, found: Tensor, name: str) -> None:
-    """The bytes of 8-bit floats: one that is no number is refused."""
-    if bool((found & 0x7F == 0x7F).any()):
-        raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} has codes of no number.")
 
 
 def _kernel(artifact: Artifact) -> dict[str, Tensor]:

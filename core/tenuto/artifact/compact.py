@@ -12,6 +12,7 @@ header "compact": {NAME: {"most": the largest |d|, "crc32": of the codes as int8
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..model import denoiser_of, layers, parts_of
+from ..model import Weights, denoiser_of, layers, parts_of
 from ..numerics import Format, Grid, QTensor, Scheme
 from .artifact import Artifact
 
@@ -79,18 +80,17 @@ def expanded(artifact: Artifact, model: Any) -> Artifact:
     return Artifact(header, tensors)
 
 
-def _layers(artifact: Artifact, model: Any) -> list[tuple[str, Format, Tensor]]:
+def _layers(artifact: Artifact, model: Any) -> Iterator[tuple[str, Format, Tensor]]:
     """(name, format, the model's own weight in fp32 on the CPU) of every layer with codes."""
-    by_name = dict(layers(denoiser_of(model)))
+    denoiser = denoiser_of(model)
+    by_name, values = dict(layers(denoiser)), Weights(denoiser)
     schemes = {k: Scheme.from_json(v) for k, v in artifact.header.get("schemes", {}).items()}
-    found = []
     for name, facts in artifact.header.get("layers", {}).items():
         layer = by_name.get(name)
         if layer is None or tuple(layer.weight.shape) != tuple(facts["shape"]):
             raise ArtifactError(f"The model has no layer {name} of shape {facts['shape']}.")
-        weight = layer.weight.detach().to("cpu", torch.float32)
-        found.append((name, schemes[facts["scheme"]].weight, weight))
-    return found
+        weight = values(layer.weight).to("cpu", torch.float32)
+        yield name, schemes[facts["scheme"]].weight, weight
 
 
 def _grid(tensors: dict[str, Tensor], name: str, form: Format) -> Grid:

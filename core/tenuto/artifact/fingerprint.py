@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
-from ..model import own_parameters
+from ..model import Weights, own_parameters
 
 PROBES = 32  # weights looked at for a fingerprint
 
@@ -27,10 +27,11 @@ def fingerprint(denoiser: nn.Module) -> dict[str, Any]:
     ]
     if not parameters:
         raise ArtifactError("The model has no floating-point weights.")
+    values_of = Weights(denoiser)
     places = torch.linspace(0, len(parameters) - 1, min(PROBES, len(parameters))).long().tolist()
     values = []
     for place in places:
-        flat = parameters[place][1].detach().reshape(-1)
+        flat = values_of(parameters[place][1]).reshape(-1)
         index = torch.tensor([0, flat.numel() // 2, flat.numel() - 1], device=flat.device)
         values += flat.index_select(0, index).float().cpu().tolist()
     total = sum(p.numel() for _, p in parameters)

@@ -217,13 +217,15 @@ def _rows(block: str, column: Sequence[Tensor], batches: list[int]) -> list[Tens
     return [t.expand(n, *t.shape[1:]) for t, n in zip(column, batches, strict=True)]
 
 
-def on_device(bank: Bank, target: Tensor, device: torch.device) -> tuple[Bank, Tensor]:
+def on_device(
+    bank: Bank, target: Tensor | None, device: torch.device
+) -> tuple[Bank, Tensor | None]:
     """Both on a GPU that has room for them twice over; else as they are.
 
     A batch a step from the CPU's memory costs more than the step of a small block does.
     """
     parts = [target, bank.steps, *bank.tensors.values(), *bank.fixed.values()]
-    size = sum(t.nbytes for t in parts)
+    size = sum(t.nbytes for t in parts if t is not None)
     if device.type != "cuda" or 2 * size > torch.cuda.mem_get_info(device)[0]:
         return bank, target
     moved = replace(
@@ -232,4 +234,4 @@ def on_device(bank: Bank, target: Tensor, device: torch.device) -> tuple[Bank, T
         fixed={k: t.to(device) for k, t in bank.fixed.items()},
         steps=bank.steps.to(device),
     )
-    return moved, target.to(device)
+    return moved, None if target is None else target.to(device)

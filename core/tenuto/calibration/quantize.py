@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..artifact import Artifact
 from ..errors import SchemeError, TenutoError
 from ..model import (
-    Backbone,
     Describe,
     check_fused,
     describing,
-    frozen,
-    layers,
     parts_of,
-    private_copy,
 )
 from ..model import describe as backbone_of
-from ..numerics import QTensor, Recipe, Rule, Scheme
-from ..progress import Progress, parts
-from ..runtime import check_free, quantizable
+from ..numerics import Recipe, Scheme
+from ..progress import Progress
+from ..runtime import check_free
 from ..sampling import Trajectory
 from ..work import Work
-from .activation_ranges import activation_ranges
-from .algorithms.nearest import RoundToNearest
-from .algorithms.tiar import Tiar
-from .bank import on_device
-from .by_denoiser import joined, part_seed, recordings, seed_of, weights_of
+from .by_denoiser import joined, part_seed, recordings, weights_of
 from .given import prompts_needed, scheme_of, trajectory_of
+from .job import Job
 from .presets import PRESETS, effort, recipe_for
-from .replay import Chain, in_order
 from .result_check import with_result
-from .temporal.maintenance import UNIT as TEMPORAL
-from .temporal.maintenance import Maintenance, check_choice, per_step, with_time_only
+from .temporal.maintenance import check_choice, with_time_only
 
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
-
-UNIT = 1000  # what one block is worth in the progress
-RANGES = "activation ranges"
 
 
 def quantize(
@@ -77,7 +62,7 @@ def quantize(
     """
     describing(model, describe)
     for denoiser in parts_of(model).values():
-        check_free(denoiser)
+        check_free(denoiser, hooked=True)
         check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
     if not isinstance(trajectory, Trajectory):
@@ -127,187 +112,6 @@ def _of_denoiser(
         "version": artifact.header,
     }
     job.maintain(choice, chosen.temporal)
-    with frozen(job.model):
-        job.run(Work(work, inputs), on_progress)
+    job.run(Work(work, inputs), on_progress)
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
-    return with_result(denoiser, artifact, trajectory, job.device)
-
-
-class Job:
-    """One quantization: a private copy of the denoiser that is quantized as it goes."""
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        backbone: Backbone,
-        recipe: Recipe,
-        trajectory: Trajectory,
-        device: Any,
-        seed: int,
-    ) -> None:
-        self.backbone, self.recipe, self.trajectory, self.seed = backbone, recipe, trajectory, seed
-        self.device = (
-            torch.device(device) if device is not None else next(denoiser.parameters()).device
-        )
-        self.model = private_copy(denoiser).float().to(self.device)
-        found = (
-            (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
-        )
-        self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
-        self.weights: dict[str, QTensor] = {}
-        self.errors: dict[str, float] = {}
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
-        self.maintained: dict[str, Tensor] = {}
-
-    def maintain(self, choice: str, rounding: Tiar) -> None:
-        """Set what becomes of the time-only modules; before anything is quantized."""
-        plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
-        names, trajectory = self.backbone.temporal, self.trajectory
-        self.time = Maintenance.of(
-            self.model, names, plan, trajectory, self.device, choice, rounding
-        )
-
-    def units(self) -> Iterator[tuple[str, list[str]]]:
-        """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.
-
-        A layer outside whose algorithm wants inputs is a unit of its own, where it runs.
-        """
-        place = {name: self.backbone.block_of(name) for name in self.plan}
-        place |= dict.fromkeys(self.time.layers(), TEMPORAL)
-        alone = {n for n, rule in self.plan.items() if place[n] is None and _needs(rule)}
-        place |= {n: n if n in alone else place[n] or "outside" for n in self.plan}
-        units = list(self.backbone.blocks)
-        if alone:
-            call = self.trajectory.calls[0]
-            units = in_order(self.model, [*units, *sorted(alone)], call, self.device)
-        for unit in [TEMPORAL, "outside", *units]:
-            yield unit, [n for n in self.plan if place[n] == unit]
-
-    def run(self, work: Work, on_progress: Progress | None) -> None:
-        """Every unit, from `work` where it is finished."""
-        units = [(unit, names) for unit, names in self.units() if names]
-        needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
-        blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
-        calls = self.trajectory.calls
-        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device)
-        sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
-        notes = parts(on_progress, sizes, named=True)
-        for unit, names in units:
-            note = notes[unit]
-            note(0, 1, "")
-            kept = work.load(unit)
-            if kept is None:
-                kept = self._quantized(unit, names, chain, note)
-                work.save(unit, kept)
-            self._take(self._settled(kept) if unit == TEMPORAL else names, kept)
-            chain.passed(unit)
-        notes[RANGES](1, 1, "")
-        self._find_ranges(work)
-        if not self.time.layers():
-            self.maintained = self.time.plain(self.weights, self.ranges)
-
-    def _settled(self, kept: dict[str, Tensor]) -> list[str]:
-        """Take over what became of the time-only modules; returns their layers that are left."""
-        self.maintained = kept
-        for name in self.time.layers():
-            rule, scale = self.plan.pop(name), kept.get(f"ranges/{name}.scale")
-            if f"{name}.qdata" in kept and rule.scheme is not None:
-                self.plan[name] = replace(rule, scheme=per_step(rule.scheme))
-            if scale is not None:
-                self.ranges[name] = scale, kept[f"ranges/{name}.zero_point"]
-        return [n for n in self.time.layers() if n in self.plan]
-
-    def _quantized(
-        self, unit: str, names: list[str], chain: Chain, note: Progress
-    ) -> dict[str, Tensor]:
-        """The tensors of one unit, grouped by algorithm."""
-        if unit == TEMPORAL:
-            return self.time.quantized(seed_of(self.seed, unit), note)
-        root = self.model if unit == "outside" else self.model.get_submodule(unit)
-        short = {n: n if unit == "outside" else n[len(unit) + 1 :] for n in names}
-        groups: dict[Any, dict[str, Scheme]] = {}
-        for name in names:
-            rule = self.plan[name]
-            assert rule.scheme is not None
-            groups.setdefault(rule.algorithm or RoundToNearest(), {})[short[name]] = rule.scheme
-        found: dict[str, Tensor] = {}
-        for algorithm, group in groups.items():
-            bank, target = (None, None)
-            if algorithm.needs_inputs:
-                bank, target = on_device(*chain.data(unit), self.device)
-            seed = seed_of(self.seed, unit)
-            done = self._rounded(algorithm, root, group, (bank, target), seed, note)
-            for name, q in done.items():
-                full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
-                found |= q.tensors(full)
-        return found
-
-    def _rounded(
-        self,
-        algorithm: Any,
-        root: nn.Module,
-        group: dict[str, Scheme],
-        data: tuple[Any, Any],
-        seed: int,
-        note: Progress,
-    ) -> dict[str, QTensor]:
-        """The weights of a group of layers of one unit. data: its bank and target, or None."""
-        return algorithm(root, group, *data, seed=seed, on_progress=note)
-
-    def _take(self, names: list[str], tensors: dict[str, Tensor]) -> None:
-        """Put quantized weights into the copy, as their float values."""
-        for name in names:
-            rule, layer = self.plan[name], self.model.get_submodule(name)
-            assert rule.scheme is not None and isinstance(layer, nn.Linear | nn.Conv2d)
-            q = QTensor.from_tensors(tensors, name, layer.weight.shape, rule.scheme.weight)
-            value = q.dequantize().to(self.device)
-            gap = (value - layer.weight).norm() / layer.weight.norm().clamp_min(1e-12)
-            self.errors[name] = float(f"{float(gap):.4g}")
-            self.weights[name] = q
-            layer.weight.data.copy_(value)
-
-    def _find_ranges(self, work: Work) -> None:
-        """Stored activation ranges, of the layers that have none yet."""
-        schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
-        forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
-        forms = {n: form for n, form in forms.items() if not form.dynamic}
-        self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
-        for name in forms.keys() - self.ranges.keys():  # never called: they stay as they are
-            self.weights.pop(name)
-            self.plan.pop(name)
-
-    def described(self) -> dict[str, Any]:
-        """What a header says of the quantized layers: schemes, recipe, layers."""
-        used = {r.scheme.name: r.scheme for r in self.plan.values() if r.scheme is not None}
-        return {
-            "schemes": {name: scheme.to_json() for name, scheme in used.items()},
-            "recipe": self.recipe.to_json(),
-            "layers": {
-                name: {
-                    "scheme": rule.scheme.name,
-                    "shape": list(self.weights[name].shape),
-                    "weight_error": self.errors[name],
-                }
-                for name, rule in self.plan.items()
-                if rule.scheme is not None
-            },
-        }
-
-    def fill(self, artifact: Artifact, preset: str) -> Artifact:
-        """`artifact` with the sections weights and ranges and what is known of them."""
-        for name, q in self.weights.items():
-            artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
-        for name, (scale, zero) in self.ranges.items():
-            artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
-        for key, value in self.maintained.items():
-            if key.startswith("table/"):
-                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
-        artifact.header |= self.described() | {
-            "preset": preset,
-            TEMPORAL: self.time.header(self.maintained),
-        }
-        return artifact
-
-
-def _needs(rule: Rule) -> bool:
-    return bool(getattr(rule.algorithm, "needs_inputs", False))
+    return with_result(job, artifact)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
-from ..model import Backbone, describe, encoders_of, frozen
+from ..model import Backbone, describe, encoders_of
 from ..numerics import QTensor, Recipe, Rule, Scheme, schemes
 from ..progress import Progress, parts
 from ..sampling import (
@@ -37,12 +37,15 @@ from ..work import Work, digest
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
+from .by_block import by_block
+from .codes import Codes
 from .held_out import apart, better, calibration_prompts, captions, with_weights
+from .job import Job
 from .presets import recipe_for
-from .quantize import Job
 from .result_check import checked_encoder
 
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
+NEAREST = "nearest"  # the unit of all layers rounded to nearest
 WHOLE = 100_000  # what one encoder is worth in the progress
 PART = WHOLE // 20  # what measuring it is worth, before and after
 
@@ -140,8 +143,7 @@ def encoder_job(
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
-    with frozen(job.model):
-        job.run_measured(Work(work, inputs), encoder, on_progress)
+    job.run_measured(Work(work, inputs), encoder, on_progress)
     return job
 
 
@@ -149,6 +151,11 @@ class EncoderJob(Job):
     """The quantization of a text encoder: what it has not seen has a say, and is measured."""
 
     facts: dict[str, Any]
+    aims = True  # what is held out is judged by them
+
+    def plain_copy(self, codes: Codes | None = None) -> nn.Module:
+        """In memory as a whole: it is run again and again."""
+        return by_block(self.denoiser, (), self.device, codes)
 
     def run_measured(self, work: Work, source: nn.Module, on_progress: Progress | None) -> None:
         """`run`, and how far the states that are read are from those of `source`, before and after.
@@ -172,7 +179,9 @@ class EncoderJob(Job):
         notes["after"](0, 1, "held-out captions")
         found, least = _mean(cosines(full, states())), _mean(rounded)
         if found < least:
-            self._take([*plain], {k: t for n, q in plain.items() for k, t in q.tensors(n).items()})
+            kept = {k: t for n, q in plain.items() for k, t in q.tensors(n).items()}
+            work.save(NEAREST, kept)
+            self._take([*plain], kept, NEAREST, work)
             found = least
         same = sum(_equal(q, plain[name]) for name, q in self.weights.items())
         self.facts["held_out"] = {

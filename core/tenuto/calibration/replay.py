@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..model import Leave, device_and_dtype, private_copy, tensors_in, watched
+from ..model import Leave, device_and_dtype, tensors_in, watched
 from ..sampling import Call, to_device
 from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits
+from .by_block import held
 
 log = logging.getLogger("tenuto")
 
@@ -102,9 +103,10 @@ def _by_row(
 def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor:
     """The outputs of `block` on every row of `bank`, (R, ...), kept on the CPU."""
     found = []
-    for index in bank.chunks(size):
-        args, kwargs = bank.rows(index, device)
-        found.append(first_tensor(block(*args, **kwargs)).cpu())
+    with held(block):
+        for index in bank.chunks(size):
+            args, kwargs = bank.rows(index, device)
+            found.append(first_tensor(block(*args, **kwargs)).cpu())
     return torch.stack(found) if bank.calls else torch.cat(found)
 
 
@@ -171,6 +173,7 @@ class Chain:
     Where every block feeds the next one, outputs are handed on; else each block's inputs are
     replayed from the start of the model. Only blocks that need data cost anything.
     blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
+    plain: gives the full-precision model, whose outputs are the targets; None: there are none.
     """
 
     def __init__(
@@ -181,26 +184,30 @@ class Chain:
         needy: Collection[str | None],
         calls: Sequence[Call],
         device: Any,
+        plain: Callable[[], nn.Module] | None,
     ) -> None:
-        self.model, self.reference = model, private_copy(model)
         self.blocks, self.calls, self.device = list(units), calls, device
         self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
+        self.model, self.reference = model, plain() if plain and self.last >= 0 else None
         whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain
         self.linear = self.last > 0 and whole and is_chain(model, blocks, calls[0], device)
         self.student: Bank | None = None
         self.teacher: Bank | None = None
         self.target: Tensor | None = None
+        self.at: str | None = None  # the block whose data these are
 
-    def data(self, block: str) -> tuple[Bank, Tensor]:
+    def data(self, block: str) -> tuple[Bank, Tensor | None]:
         """(inputs from the quantized prefix, outputs in full precision) of `block`."""
-        stale = not self.linear and self.target is None
-        if self.student is None or self.teacher is None or stale:
+        if self.student is None or not (self.linear or self.at == block):
             self.student = inputs_of(self.model, block, self.calls, self.device)
-            by_call = bool(self.student.calls)
-            self.teacher = inputs_of(self.reference, block, self.calls, self.device, by_call)
-        if self.target is None:
-            reference = self.reference.get_submodule(block)
-            self.target = outputs(reference, self.teacher, self.device)
+            if self.reference is not None:
+                by_call = bool(self.student.calls)
+                self.teacher = inputs_of(self.reference, block, self.calls, self.device, by_call)
+        if self.at != block and self.reference is not None:
+            assert self.teacher is not None
+            target = self.reference.get_submodule(block)
+            self.target = outputs(target, self.teacher, self.device)
+        self.at = block
         return self.student, self.target
 
     def passed(self, block: str) -> None:
@@ -210,6 +217,7 @@ class Chain:
         if self.linear:
             student, target = self.data(block)
             out = outputs(self.model.get_submodule(block), student, self.device)
-            assert self.teacher is not None
-            self.student, self.teacher = student.advance(out), self.teacher.advance(target)
-        self.target = None
+            self.student = student.advance(out)
+            if self.teacher is not None and target is not None:
+                self.teacher = self.teacher.advance(target)
+        self.target = self.at = None

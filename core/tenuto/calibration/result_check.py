@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ..sampling import Call, Clock, Follow, Trajectory
 from ..text import printable
 from .replay import arguments
 
+if TYPE_CHECKING:
+    from .job import Job
+
 log = logging.getLogger("tenuto")
 
 # Relative errors, at 8 bits or more and below: from the first on there is a warning, from the
@@ -33,11 +36,14 @@ LIMITS = {8: (0.15, 0.5), 0: (0.5, 1.0)}
 NAMED = 3  # layers in a sentence
 
 
-def with_result(
-    denoiser: nn.Module, artifact: Artifact, trajectory: Trajectory, device: Any
-) -> Artifact:
-    """`artifact` with the header's `check`, and `left_in_float`, the layers of unknown classes."""
-    found, kinds = checked(denoiser, artifact, trajectory, device), own_kinds(denoiser)
+def with_result(job: Job, artifact: Artifact) -> Artifact:
+    """`artifact`, of that job, with the header's `check`, and `left_in_float`, unknown classes."""
+    denoiser, trajectory = job.denoiser, job.trajectory
+    kinds = own_kinds(denoiser)
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        found = checked_by_block(job, artifact)
+    else:
+        found = checked(denoiser, artifact, trajectory, job.device)
     artifact.header |= {"check": found} if found else {}
     artifact.header |= {"left_in_float": kinds} if kinds else {}
     return artifact
@@ -73,6 +79,24 @@ def checked(
 
     judge(error, artifact.header, f"The quantized model is off by {error:.2g} {step}", faults)
     return {"timestep": call.timestep, "relative_error": float(f"{error:.4g}")}
+
+
+@torch.no_grad()
+def checked_by_block(job: Job, artifact: Artifact) -> dict[str, Any]:
+    """`checked` of a model that is larger than memory: of its weights alone, inputs in float."""
+    known: list[tuple[float, Call]] = []
+    plain = job.plain_copy()
+    for call in _chosen(job.trajectory):
+        pair = (_answer(model, call, job.device) for model in (job.model, plain))
+        error = _off(*pair)
+        if error is not None:
+            known.append((error, call))
+    if not known:
+        return {}
+    error, call = max(known, key=lambda pair: pair[0])
+    said = f"The quantized model is off by {error:.2g} of the output at timestep {call.timestep:g}"
+    judge(error, artifact.header, said, list)
+    return {"timestep": call.timestep, "relative_error": float(f"{error:.4g}"), "inputs": "float"}
 
 
 @torch.no_grad()

@@ -8,38 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from ..artifact import Artifact
-from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
-from ..errors import ModelError, SchemeError, TenutoError
+from ..errors import TenutoError
 from ..model import (
-    WHOLE,
     Describe,
-    check_weights,
-    describe,
     describing,
-    device_and_dtype,
-    multiply_adds,
     parts_of,
-    refuse_cache,
 )
-from ..progress import Progress, parts
+from ..progress import Progress
 from ..runtime import quantized
-from ..sampling import Sample, Trajectory, to_device
-from ..work import Work
+from ..sampling import Sample, Trajectory
 from .by_denoiser import joined, recordings
 from .given import trajectory_of
-from .router.effort import PRESETS, calls_of_search
-from .router.iepo import gain
-from .router.logits import Router
-from .router.rollout import errors, references, step_costs
-
-HELD_OUT = 5_000  # first seed of the images that candidates are measured on
-DEFAULT_REUSE = 0.3
-SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
-
-Notes = dict[str, Progress]  # of the parts of a search
+from .route_job import RouteJob
+from .router.effort import PRESETS
 
 
 def train_router(
@@ -122,193 +104,3 @@ def _routeless(
 ) -> Artifact:
     """Of a denoiser with a single step."""
     return Artifact.new(model, trajectory.schedule(), part=name)
-
-
-class RouteJob:
-    """One search for a route, of one denoiser; part: as `parts_of` names it."""
-
-    def __init__(
-        self,
-        model: Any,
-        trajectory: Trajectory,
-        artifact: Artifact | None,
-        preset: str,
-        seed: int,
-        part: str = "",
-    ) -> None:
-        if preset not in PRESETS:
-            raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-        self.part, self.denoiser = part, parts_of(model)[part]
-        check_weights(self.denoiser)
-        refuse_cache(self.denoiser, "a search for what can be reused")
-        if artifact is not None:
-            artifact.check(self.denoiser)
-            _check_schedule(artifact, trajectory)
-        self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
-        self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
-        self.branches = tuple(b.name for b in describe(self.denoiser).branches)
-        if not self.branches:
-            raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be reused.")
-        if len(self.times) < 2:
-            raise TenutoError("With one step there is nothing to reuse.")
-        call = to_device(trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
-        self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
-        self.costs: list[float] | None = None  # of the branches; None: all alike
-
-    def plan_for(self, iterations: int | None) -> None:
-        """What the caller has set otherwise than the preset."""
-        if iterations is not None:
-            router = dataclasses.replace(self.plan.router, iterations=iterations)
-            self.plan = dataclasses.replace(self.plan, router=router)
-
-    def use(self, denoiser: nn.Module | None, trajectory: Trajectory) -> None:
-        """Search on the quantized `denoiser`; the others of `trajectory` are quantized too."""
-        self.denoiser, self.trajectory = denoiser or self.denoiser, trajectory
-
-    def take_whole(self) -> None:
-        """Whole calls are what is reused, not the branches."""
-        self.branches, self.counts = (WHOLE.name,), {WHOLE.name: self.counts[""]}
-
-    def budget(self, reuse: float | None, speedup: float | None) -> None:
-        """The share to reuse: of cells, or of multiply-adds where a speedup is asked."""
-        if reuse is not None and speedup is not None:
-            raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
-        steps = len(self.times)
-        self.asked = {"reuse": reuse, "speedup": speedup}
-        self.reuse = DEFAULT_REUSE if reuse is None else reuse
-        if speedup is not None:
-            self.reuse = reuse_for(speedup, self.counts, steps)
-            self.costs = [float(self.counts[name]) for name in self.branches]
-        if not 0 < self.reuse <= 1 - 1 / steps:
-            raise TenutoError(f"{steps} steps cannot reuse {self.reuse:.0%} of their branches.")
-
-    def run(self, path: str | Path | None, on_progress: Progress | None) -> Artifact:
-        """Costs, router, measurements: from `path` as far as they are finished."""
-        trajectory = self.trajectory
-        result = Artifact.new(self.model, trajectory.schedule(), part=self.part)
-        work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
-        notes = parts(on_progress, self.sizes())
-        costs = self.measure_costs(work, notes)
-        router = None if self.whole else self.train(gain(*costs), work, notes)
-        cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS if router}
-        tables = cuts | self.candidates(costs[0])
-        scores = self.measure(tables, work, notes)
-        best = min(scores, key=lambda name: scores[name])
-        result.tensors = {"route/table": tables[best].table, "route/costs": costs[0]}
-        if router is not None:
-            mine = min(cuts, key=lambda name: scores[name])
-            result.tensors["route/router"] = tables[mine].table.clone()
-            result.tensors["route/logits"] = router.logits
-        result.header["route"] = self.facts(best, tables[best], scores, router)
-        return result.add_forecast(trajectory.kernel)
-
-    @property
-    def whole(self) -> bool:
-        """Whether whole calls are reused: the policies alone choose the steps, nothing is trained.
-
-        A call has no gradient to weigh against another branch's.
-        """
-        return self.branches == (WHOLE.name,)
-
-    def about(self) -> dict[str, Any]:
-        """What decides the result, for the manifest of the work."""
-        return {
-            "plan": dataclasses.asdict(self.plan),
-            "reuse": self.reuse,
-            "costs": self.costs,
-            "seed": self.seed,
-            "trajectory": self.trajectory.about(),
-            "branches": list(self.branches),
-            "artifact": self.artifact and self.artifact.header,
-        }
-
-    def candidates(self, costs: Tensor) -> dict[str, CacheSchedule]:
-        """What needs no training: every policy's at this share. costs: (T,), of a step."""
-        return candidates(self.reuse, Facts(self.times, self.branches, tuple(costs.tolist())))
-
-    def sizes(self) -> dict[str, int]:
-        """What each part takes, in tenths of a denoiser call of one batch."""
-        count = len(SPREADS) * (not self.whole)
-        count += len(self.candidates(Tensor([1.0] * len(self.times))))
-        calls = calls_of_search(self.plan, len(self.times), self.reuse, count, self.whole)
-        return {name: round(10 * count) for name, count in calls.items()}
-
-    def measure_costs(self, work: Work, notes: Notes) -> tuple[Tensor, Tensor]:
-        """`step_costs`, from `work` if they are there."""
-        kept = work.load("costs")
-        if kept is None:
-            note, seed = notes["costs"], self.trajectory.seed + self.seed
-            result, step = step_costs(
-                self.denoiser, self.trajectory, self.branches, seed, self.plan.batch, note
-            )
-            kept = {"result": result, "step": step}
-            work.save("costs", kept)
-        return kept["result"], kept["step"]
-
-    def train(self, gains: Tensor, work: Work, notes: Notes) -> Router:
-        """The router, from random logits."""
-        settings = dataclasses.replace(self.plan.router, reuse=self.reuse, seed=self.seed)
-        return settings(
-            self.denoiser,
-            self.trajectory,
-            self.branches,
-            costs=self.costs,
-            gains=gains,
-            work=work,
-            on_progress=notes["router"],
-        )
-
-    def measure(
-        self, tables: dict[str, CacheSchedule], work: Work, notes: Notes
-    ) -> dict[str, float]:
-        """Each candidate's squared error of the final latent: the geometric mean over images."""
-        batch, note = self.plan.batch, notes["reference"]
-        seeds = [HELD_OUT + self.seed + i * batch for i in range(self.plan.batches)]
-        note(0, 1, "un-cached images")
-        kept = work.load("reference")
-        if kept is None:
-            kept = {"reference": references(self.denoiser, self.trajectory, seeds, batch)}
-            work.save("reference", kept)
-        reference, scores, note = kept["reference"], {}, notes["candidates"]
-        for i, (name, table) in enumerate(tables.items()):
-            note(i, len(tables), f"measuring: {name}")
-            kept = work.load(f"candidate {name}")
-            if kept is None:
-                found = errors(self.denoiser, table, self.trajectory, seeds, batch, reference)
-                kept = {"errors": found.double()}
-                work.save(f"candidate {name}", kept)
-            scores[name] = float(kept["errors"].clamp_min(1e-30).log().mean().exp())
-        note(1, 1, "measured")
-        return scores
-
-    def facts(
-        self, best: str, table: CacheSchedule, scores: dict[str, float], router: Router | None
-    ) -> dict[str, Any]:
-        """The header of the route."""
-        trained: dict[str, Any] = {}
-        if router is not None:
-            trained["router"] = dataclasses.asdict(self.plan.router) | {
-                "reuse": self.reuse, "beta": float(f"{router.beta:.6g}"), "seed": self.seed,
-            }  # fmt: skip
-        return trained | {
-            "policy": best,
-            "timesteps": list(self.times),
-            "branches": list(self.branches),
-            "reuse_ratio": table.reuse_ratio,
-            "reuse_flops": saved(table, self.counts),
-            "scores": {name: float(f"{score:.6g}") for name, score in scores.items()},
-            "asked": self.asked,
-            "preset": self.preset,
-            "device": device_and_dtype(self.denoiser)[0].type,
-            "calibration": self.trajectory.about(),
-        }
-
-
-def _check_schedule(artifact: Artifact, trajectory: Trajectory) -> None:
-    """Ranges of activations are bound to their own steps, and so is a route."""
-    times = artifact.header["schedule"]["timesteps"]
-    if artifact.section("ranges") and list(times) != list(trajectory.timesteps):
-        raise TenutoError(
-            f"The artifact has activation ranges for its own {len(times)} steps: record the "
-            "trajectory with the same steps and guidance."
-        )

@@ -11,20 +11,25 @@ from ..artifact.summary import check_lines, counted, layers_by_scheme, mib
 from ..measure import resident_weight_bytes
 from ..model import denoisers_of
 from ..runtime import attach
+from ..sampling.loading import on_disk
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
     """What was made: size, layers by scheme, and how they execute here."""
     denoisers = denoisers_of(pipe)
     before, size = resident_weight_bytes(*denoisers.values()), out.stat().st_size
-    with attach(pipe, artifact, route=False, execution="int8") as attached:
-        execution, encoders = attached.execution(), attached.encoders()
+    execution, encoders = {}, {}
+    if not on_disk(pipe):
+        with attach(pipe, artifact, route=False, execution="int8") as attached:
+            execution, encoders = attached.execution()["layers"], attached.encoders()
     layers = layers_by_scheme(artifact)
     was = "the denoiser was" if len(denoisers) == 1 else f"{len(denoisers)} denoisers were"
+    was = "the denoiser would be" if on_disk(pipe) else was
     found = [f"{out}: {mib(size)}; {was} {mib(before)} in memory."]
     if layers:
-        how = ", ".join(f"{how} ({n})" for how, n in execution["layers"].items())
         found.append(f"Layers: {', '.join(f'{n} in {name}' for name, n in layers.items())}.")
+    if execution:
+        how = ", ".join(f"{how} ({n})" for how, n in execution.items())
         found.append(f"Here they run as {how}.")
     found += [f"Checked: {line}." for line in check_lines(artifact.header)]
     found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]

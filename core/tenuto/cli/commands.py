@@ -57,6 +57,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
+    low_memory: bool | None = None,
     compact: bool = False,
     bars: Bars | None = None,
 ) -> Answer:
@@ -74,7 +75,10 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
-    pipe = pipeline(model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder)
+    pipe = pipeline(
+        model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder,
+        low_memory=low_memory, encoders=text_encoder is None,
+    )  # fmt: skip
     pipe = with_encoders(pipe, text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()

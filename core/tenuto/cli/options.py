@@ -106,6 +106,14 @@ Compact = Annotated[
         help="Write a smaller file, which only works with the model at hand.",
     ),
 ]  # fmt: skip
+LowMemory = Annotated[
+    bool | None,
+    Option(
+        "--low-memory/--no-low-memory", rich_help_panel=CALIBRATION, show_default=False,
+        help="Leave the denoiser on disk and read it block by block, which is slower (where the "
+        "model is large for the memory that is free).",
+    ),
+]  # fmt: skip
 NewArtifact = Annotated[
     Path, Option("--out", metavar="FILE", help="The artifact to write.", rich_help_panel=OUTPUT)
 ]
@@ -131,8 +139,7 @@ SkipCalls = Annotated[
     float | None,
     Option(
         "--speedup", metavar="X", parser=real(1, math.inf),
-        help="Skip denoiser calls, so that a run has X times fewer: 2 skips half of them. In place "
-        "of the artifact's cache schedule; it needs its forecast.",
+        help="Skip denoiser calls, by the artifact's forecast: 2 skips half of them.",
     ),
 ]  # fmt: skip
 Reuse = Annotated[

@@ -103,6 +103,7 @@ def quantize(
     given: c.Set = [],  # noqa: B006
     seed: o.Seed = 0,
     device: o.Device = None,
+    low_memory: o.LowMemory = None,
     compact: o.Compact = False,
 ) -> int:
     """Quantize a model and write one artifact; the same command resumes."""

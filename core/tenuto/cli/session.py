@@ -118,11 +118,13 @@ def pipeline(
     use: str | None = None,
     scheme: Scheme | None = None,
     encoder: str | None = None,
+    **memory: Any,
 ) -> Any:
     """The model, loaded and checked; `artifact` (in `file`) fits it.
 
     use: one of `calibration.USES`; the model is checked for it, before it is loaded where that can
     be. For "quantize": to this scheme and its text encoders to this width; what is None is not.
+    memory: as `load` takes it.
     """
     check_call(model, sampling.call)  # loading takes its time
     uses = () if use is None else (use,)
@@ -130,7 +132,7 @@ def pipeline(
         uses = (use,) * (scheme is not None) + (ENCODERS,) * (encoder is not None)
     found = checked(model, sampling, scheme, encoder is not None) if uses else None
     _refused(found, uses, bars)
-    pipe = loaded(model, sampling.device, bars)
+    pipe = loaded(model, sampling.device, bars, **memory)
     sampling.checked(pipe)
     if uses and found is None:
         _refused(checked(pipe, sampling, scheme, encoder is not None), uses, bars)
@@ -176,11 +178,11 @@ def _refused(found: Check | None, uses: tuple[str, ...], bars: Bars) -> None:
         bars.note(sentence)
 
 
-def loaded(model: str, device: torch.device, bars: Bars) -> Any:
+def loaded(model: str, device: torch.device, bars: Bars, **memory: Any) -> Any:
     """A pipeline on `device`. A model of one's own is in bf16 on a GPU, all else in fp32."""
     wide = model.startswith(PREFIX) or device.type == "cpu"
     silence(bars.watched)
-    return load(model, device, torch.float32 if wide else torch.bfloat16)
+    return load(model, device, torch.float32 if wide else torch.bfloat16, **memory)
 
 
 def silence(watched: bool) -> None:

@@ -2,6 +2,7 @@
 
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers, own_kinds
+from .elsewhere import Weights
 from .families import describe, hosts_of, key_map_of
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, swapped
@@ -36,6 +37,7 @@ __all__ = [
     "Rows",
     "Signature",
     "Swap",
+    "Weights",
     "adapted",
     "all_frozen",
     "cache_on",

@@ -7,12 +7,14 @@ copy would run the blocks of the original. Nothing here imports either library.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ModelError
+from .elsewhere import Weights
 from .own_family import described_like
 from .patches import Override
 
@@ -20,15 +22,17 @@ GROUPS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_of
 CAST = "layerwise_casting"
 
 
-def private_copy(model: nn.Module) -> nn.Module:
+def private_copy(model: nn.Module, empty: Iterable[str] | None = None) -> nn.Module:
     """A deep copy without the hooks of diffusers and accelerate: it computes everything itself.
 
-    ModelError where the weights are not in the model itself, see `check_weights`.
+    empty: the names of submodules whose parameters are meta tensors in the copy, without memory;
+    the model's own may be so too then. ModelError where the weights are not in the model itself,
+    see `check_weights`.
     """
-    check_weights(model)
+    check_weights(model, hooked=empty is not None)
     modules = list(model.modules())
     gone = _Gone()
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = _emptied(model, empty or ())
     for module in modules:
         for name in ("_diffusers_hook", "_hf_hook"):
             if name in vars(module):
@@ -42,6 +46,20 @@ def private_copy(model: nn.Module) -> nn.Module:
         vars(twin).pop("_run_decoder_stack", None)  # SeaCache's, on Cosmos
     described_like(twin, model)
     return twin
+
+
+def _emptied(model: nn.Module, names: Iterable[str]) -> dict[int, Any]:
+    """A memo for deepcopy with a meta parameter for each that only these submodules have."""
+    inside = [model.get_submodule(name) for name in names]
+    within = {id(m) for part in inside for m in part.modules()}
+    others = (m for m in model.modules() if id(m) not in within)
+    shared = {id(p) for m in others for p in m.parameters(recurse=False)}
+    found: dict[int, Any] = {}
+    for parameter in (p for part in inside for p in part.parameters()):
+        if id(parameter) not in shared:
+            twin = torch.empty_like(parameter, device="meta")
+            found[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
+    return found
 
 
 def cache_on(model: nn.Module) -> str | None:
@@ -60,9 +78,13 @@ def refuse_cache(model: nn.Module, what: str) -> None:
         )
 
 
-def check_weights(model: nn.Module) -> None:
-    """ModelError in one sentence if hooks keep the model's weights elsewhere, or in float8."""
-    if any(p.is_meta for p in model.parameters()):
+def check_weights(model: nn.Module, hooked: bool = False) -> None:
+    """ModelError in one sentence if hooks keep the model's weights elsewhere, or in float8.
+
+    hooked: weights that accelerate's hooks load when they are needed will do.
+    """
+    known = Weights(model) if hooked else None
+    if any(p.is_meta and (known is None or p not in known) for p in model.parameters()):
         raise ModelError(
             "The model's weights are offloaded until they are called: take sequential offloading "
             "off (pipe.remove_all_hooks()), and turn it on after attaching."

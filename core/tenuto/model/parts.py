@@ -92,8 +92,7 @@ def all_frozen(denoisers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def device_and_dtype(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and floating dtype of a module's weights."""
-    found = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
-    return (
-        (found.device, found.dtype) if found is not None else (torch.device("cpu"), torch.float32)
-    )
+    """Device and floating dtype of a module's weights; the device of those that are there."""
+    floats = [p for p in denoiser.parameters() if p.is_floating_point()]
+    there = next((p.device for p in floats if not p.is_meta), torch.device("cpu"))
+    return there, floats[0].dtype if floats else torch.float32

@@ -15,6 +15,8 @@ from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
 
+log = logging.getLogger("tenuto")
+
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
@@ -137,35 +139,97 @@ def class_of(model: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def load(model: str, device: Any = None, dtype: Any = None) -> Any:
+def load(
+    model: str,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    low_memory: bool | None = False,
+    encoders: bool = True,
+) -> Any:
     """A diffusers pipeline: `demo:NAME`, a diffusers folder or a hub id.
 
-    dtype: fp32 unless it is given. Safetensors alone are read, and only a hub id may use the
-    network. Raises ModelError.
+    dtype: fp32 unless it is given. low_memory: the denoiser stays on disk, and a block is read when
+    it is called, which `record` and `quantize` can do with; None: where the model is large for the
+    memory that is free. encoders: large text encoders too then. Safetensors alone are read, and
+    only a hub id may use the network. Raises ModelError.
     """
     check_model(model)
-    if model.startswith(PREFIX):
-        return demo(model, device=device, dtype=dtype)
-    path = Path(model).expanduser()
-    return _read(path if path.is_dir() else model, device, dtype, local=path.is_dir())
+    path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
+    local = path.is_dir()
+    if low_memory is not False:
+        folder = path if local else _downloaded(model)
+        if low_memory or _is_too_large(folder, dtype):
+            return _read(folder, device, dtype, local, encoders=encoders)
+    return _read(path if local else model, device, dtype, local)
 
 
-def _read(source: str | Path, device: Any, dtype: Any, local: bool) -> Any:
-    """`source` as a pipeline; whatever the loaders raise becomes one sentence."""
+def on_disk(pipe: Any) -> bool:
+    """Whether weights of a pipeline's denoiser are read when a block is called."""
+    from ..model import denoiser_of
+
+    return any(parameter.is_meta for parameter in denoiser_of(pipe).parameters())
+
+
+def _is_too_large(folder: Path, dtype: Any) -> bool:
+    """`is_too_large`, and a word in the log if so."""
+    import torch
+
+    from .low_memory import is_too_large
+
+    found = is_too_large(folder, dtype or torch.float32)
+    if found:
+        log.warning("The model is large for the memory that is free: it is read block by block.")
+    return found
+
+
+def _downloaded(model: str) -> Path:
+    """The folder to which the hub's files of a model go."""
+    from diffusers import DiffusionPipeline
+
+    with _one_sentence(model, local=False):
+        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+
+
+def _read(
+    source: str | Path, device: Any, dtype: Any, local: bool, encoders: bool | None = None
+) -> Any:
+    """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
     import diffusers
     import torch
     from diffusers import DiffusionPipeline
 
+    dtype = dtype or torch.float32
     new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
-    kind = {"dtype" if new else "torch_dtype": dtype or torch.float32}
+    kind = {"dtype" if new else "torch_dtype": dtype}
     kind |= {"use_safetensors": True, "local_files_only": local}
+    place = torch.device("cpu" if device is None else device)
+    apart: dict[str, Any] = {}
+    with _one_sentence(source, local), quiet_loading():
+        if encoders is not None:
+            from .low_memory import parts_on_disk
+
+            apart = parts_on_disk(Path(source), place, dtype, encoders)
+        given = _shared(source, kind) | apart
+        pipe = DiffusionPipeline.from_pretrained(str(source), **given, **kind)
+    if not apart:
+        return pipe if device is None else pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in apart:
+            part.to(place)
+    return pipe
+
+
+@contextmanager
+def _one_sentence(source: str | Path, local: bool) -> Iterator[None]:
+    """Whatever the loaders raise becomes one sentence."""
     try:
-        with quiet_loading():
-            pipe = DiffusionPipeline.from_pretrained(str(source), **_shared(source, kind), **kind)
+        yield
+    except ModelError:
+        raise
     except Exception as error:  # diffusers, transformers and the hub each have their own
         where = "Cannot load" if local else "There is no such folder, and the hub does not give"
         raise ModelError(f"{where} {source}: {_first_line(error)}") from error
-    return pipe if device is None else pipe.to(device)
 
 
 def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:

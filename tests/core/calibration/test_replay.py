@@ -207,11 +207,6 @@ def test_a_skip_connection_breaks_a_chain(tiny: Any, recorded: Any) -> None:
     assert not is_chain(denoiser, blocks, call, "cpu")
 
 
-def bank_and_target(chain: Chain, block: str) -> tuple[Bank, Tensor]:
-    bank, target = chain.data(block)
-    return copy.deepcopy(bank), target.clone()
-
-
 @pytest.mark.parametrize("needy", ["all", "last", "first"])
 def test_handing_on_equals_replaying(tiny: Any, recorded: Any, kind: str, needy: str) -> None:
     """Every block quantized in turn: inputs of the quantized prefix, targets in full precision."""
@@ -222,7 +217,7 @@ def test_handing_on_equals_replaying(tiny: Any, recorded: Any, kind: str, needy:
     wanted = {"all": blocks, "last": blocks[-1:], "first": blocks[:1]}[needy]
     reference = tiny(kind)
     whole = describe(denoiser).blocks
-    chain = Chain(denoiser, whole, blocks, set(wanted), calls, "cpu")
+    chain = Chain(denoiser, whole, blocks, set(wanted), calls, "cpu", lambda: reference)
     assert chain.linear == (kind != "unet" and needy != "first")
     for block in blocks:
         if block in wanted:
@@ -232,6 +227,7 @@ def test_handing_on_equals_replaying(tiny: Any, recorded: Any, kind: str, needy:
             for key, tensor in expected.tensors.items():
                 assert torch.allclose(bank.tensors[key], tensor, atol=2e-4, rtol=1e-3), (block, key)
             _, out = watched(reference, block, calls)
+            assert target is not None
             assert torch.allclose(target, out, atol=2e-4, rtol=1e-3), block
         changed(denoiser, block)
         chain.passed(block)
@@ -242,8 +238,8 @@ def test_a_block_that_stays_float_does_not_mislead(tiny: Any, recorded: Any) -> 
     denoiser, calls = tiny("pixart"), recorded("pixart").calls
     blocks = list(describe(denoiser).blocks)
     units = [blocks[0], blocks[2]]
-    chain = Chain(denoiser, blocks, units, set(units), calls, "cpu")
-    chain.data(blocks[0])
+    chain = Chain(denoiser, blocks, units, set(units), calls, "cpu", None)
+    assert chain.data(blocks[0])[1] is None
     changed(denoiser, blocks[0])
     chain.passed(blocks[0])
     bank, _ = chain.data(blocks[2])

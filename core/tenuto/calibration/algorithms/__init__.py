@@ -5,7 +5,8 @@
 block: a module in float whose weights may be changed. layers: name inside the block -> Scheme.
 bank: recorded inputs of the block (`replay.Bank`), or None. target: its full-precision outputs,
 row by row as in the bank, or None; `bank.parts` says how many go into one call, `bank.of` takes
-them from the target. `needs_inputs` says whether bank and target are used.
+them from the target. `needs_inputs` says whether bank and target are used, and
+`needs_target = False` that the bank alone is.
 
 The file is all that there is to write: a class with a `name` can be chosen by it, everywhere. What
 else a class may say: `aliases`, further names; `parts`, of a pipeline that it is for (`PARTS`

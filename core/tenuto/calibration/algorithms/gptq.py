@@ -47,6 +47,7 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     needs_inputs = True
+    needs_target = False
 
     @classmethod
     def at(cls, effort: Effort) -> GPTQ:
@@ -64,7 +65,7 @@ class GPTQ:
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers`; `target` is not looked at."""
+        """The weights of `layers`; there is no `target`."""
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
@@ -141,19 +142,24 @@ class GPTQ:
         self, weight: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
     ) -> Tensor:
         """Levels (N, K) of a weight (N, K). gram: (K, K); the rest (N, K), see `Grid`."""
-        gram, cross = gram.double(), cross.double()
+        # a (K, K) in fp64 is the largest thing there is: few at once
+        gram, cross = (t.to(torch.float64, copy=True) for t in (gram, cross))
         extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
-        gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        cross = cross + extra * weight
+        gram.diagonal().add_(extra)
+        cross += extra * weight
         order = gram.diagonal().argsort(descending=True)
-        gram, cross = gram[order][:, order], cross[:, order]
+        gram = gram[order]
+        gram, cross = gram[:, order], cross[:, order]
         factor = torch.linalg.cholesky(gram)
+        gram = gram.float()
         wanted = torch.cholesky_solve(cross.mT, factor).mT.float().contiguous()
-        inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+        cross, factor = cross.float(), torch.cholesky_inverse(factor)
+        inverse = torch.linalg.cholesky(factor, upper=True).float()
+        del factor
         grid = [t[:, order] for t in (size, low, high)]
         levels = compensated(wanted, inverse, *grid)
         for _ in range(self.sweeps):
-            levels = descended(levels, gram.float(), cross.float(), *grid)
+            levels = descended(levels, gram, cross, *grid)
         return levels[:, order.argsort()]
 
 

@@ -38,7 +38,8 @@ from ...sampling.loading import defaults
 from ...text import printable
 from ..given import needs_every_prompt, prompts_needed, scheme_of
 from ..presets import Preset, effort
-from ..train_router import DEFAULT_REUSE, PRESETS, SPREADS, calls_of_search
+from ..route_job import DEFAULT_REUSE, SPREADS
+from ..router.effort import PRESETS, calls_of_search
 from . import estimates, problems
 from .layers import Sorted, parameters
 from .report import QUANTIZE, ROUTER, USES, Check, Problem

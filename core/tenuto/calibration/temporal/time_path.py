@@ -23,6 +23,7 @@ from ...numerics import Format, QTensor, Scheme, covering
 from ...runtime import QConv2d, QLinear, TemporalTable
 from ...sampling import Call, Clock, Trajectory
 from ..bank import Bank, banked, cut_out
+from ..by_block import filled
 from ..replay import arguments
 
 log = logging.getLogger("tenuto")
@@ -207,7 +208,7 @@ def time_path(
         steps = [[t[0].float().cpu() for t in tensors_in(v[name][2])] for v in visits]
         features[name] = tuple(torch.stack(column) for column in zip(*steps, strict=True))
     singles = {n: isinstance(visits[0][n][2], Tensor) for n in kept}
-    modules = {n: denoiser.get_submodule(n) for n in kept}
+    modules = {n: filled(denoiser, n) for n in kept}
     return TimePath(modules, bank, features, singles, trajectory.timesteps)
 
 

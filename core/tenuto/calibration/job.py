@@ -1,0 +1,235 @@
+"""`Job`: one denoiser or text encoder, quantized block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Artifact
+from ..model import (
+    Backbone,
+    device_and_dtype,
+    layers,
+)
+from ..numerics import QTensor, Recipe, Rule, Scheme
+from ..progress import Progress, parts
+from ..runtime import quantizable
+from ..sampling import Trajectory
+from ..work import Work
+from .activation_ranges import activation_ranges
+from .algorithms.nearest import RoundToNearest
+from .algorithms.tiar import Tiar
+from .bank import on_device
+from .by_block import Values, by_block, held
+from .by_denoiser import seed_of
+from .codes import Codes
+from .replay import Chain, in_order
+from .temporal.maintenance import UNIT as TEMPORAL
+from .temporal.maintenance import Maintenance, per_step
+
+UNIT = 1000  # what one block is worth in the progress
+RANGES = "activation ranges"
+
+
+class Job:
+    """One quantization: a private copy of the denoiser that is quantized as it goes.
+
+    aims: whether outputs in full precision are needed where no algorithm asks for them.
+
+    model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
+    the codes of the layers that are done, read from the work when they are asked for.
+    """
+
+    aims = False
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        backbone: Backbone,
+        recipe: Recipe,
+        trajectory: Trajectory,
+        device: Any,
+        seed: int,
+    ) -> None:
+        self.backbone, self.recipe, self.trajectory, self.seed = backbone, recipe, trajectory, seed
+        usual, _ = device_and_dtype(denoiser)
+        self.device = usual if device is None else torch.device(device)
+        self.weights, self.denoiser = Codes(), denoiser
+        self.values = Values(denoiser, self.device, self.weights)
+        self.model = self.plain_copy(self.weights)
+        found = (
+            (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
+        )
+        self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
+        self.errors: dict[str, float] = {}
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.maintained: dict[str, Tensor] = {}
+
+    def plain_copy(self, codes: Codes | None = None) -> nn.Module:
+        """The denoiser in fp32, with the codes that there are."""
+        return by_block(self.denoiser, self.backbone.blocks, self.device, codes)
+
+    def maintain(self, choice: str, rounding: Tiar) -> None:
+        """Set what becomes of the time-only modules; before anything is quantized."""
+        plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
+        names, trajectory = self.backbone.temporal, self.trajectory
+        self.time = Maintenance.of(
+            self.model, names, plan, trajectory, self.device, choice, rounding
+        )
+
+    def units(self) -> Iterator[tuple[str, list[str]]]:
+        """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.
+
+        A layer outside whose algorithm wants inputs is a unit of its own, where it runs.
+        """
+        place = {name: self.backbone.block_of(name) for name in self.plan}
+        place |= dict.fromkeys(self.time.layers(), TEMPORAL)
+        alone = {n for n, rule in self.plan.items() if place[n] is None and _needs(rule)}
+        place |= {n: n if n in alone else place[n] or "outside" for n in self.plan}
+        units = list(self.backbone.blocks)
+        if alone:
+            call = self.trajectory.calls[0]
+            units = in_order(self.model, [*units, *sorted(alone)], call, self.device)
+        for unit in [TEMPORAL, "outside", *units]:
+            yield unit, [n for n in self.plan if place[n] == unit]
+
+    def run(self, work: Work, on_progress: Progress | None) -> None:
+        """Every unit, from `work` where it is finished."""
+        units = [(unit, names) for unit, names in self.units() if names]
+        needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
+        blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
+        calls, rules = self.trajectory.calls, self.plan.values()
+        aims = self.aims or any(
+            _needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules
+        )
+        plain = self.plain_copy if aims else None
+        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device, plain)
+        sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
+        notes = parts(on_progress, sizes, named=True)
+        for unit, names in units:
+            note = notes[unit]
+            note(0, 1, "")
+            kept = work.load(unit)
+            if kept is None:
+                kept = self._quantized(unit, names, chain, note)
+                work.save(unit, kept)
+            self._take(self._settled(kept) if unit == TEMPORAL else names, kept, unit, work)
+            del kept
+            chain.passed(unit)
+        notes[RANGES](1, 1, "")
+        self._find_ranges(work)
+        if not self.time.layers():
+            self.maintained = self.time.plain(self.weights, self.ranges)
+
+    def _settled(self, kept: dict[str, Tensor]) -> list[str]:
+        """Take over what became of the time-only modules; returns their layers that are left."""
+        self.maintained = kept
+        for name in self.time.layers():
+            rule, scale = self.plan.pop(name), kept.get(f"ranges/{name}.scale")
+            if f"{name}.qdata" in kept and rule.scheme is not None:
+                self.plan[name] = replace(rule, scheme=per_step(rule.scheme))
+            if scale is not None:
+                self.ranges[name] = scale, kept[f"ranges/{name}.zero_point"]
+        return [n for n in self.time.layers() if n in self.plan]
+
+    def _quantized(
+        self, unit: str, names: list[str], chain: Chain, note: Progress
+    ) -> dict[str, Tensor]:
+        """The tensors of one unit, grouped by algorithm."""
+        if unit == TEMPORAL:
+            return self.time.quantized(seed_of(self.seed, unit), note)
+        root = self.model if unit == "outside" else self.model.get_submodule(unit)
+        short = {n: n if unit == "outside" else n[len(unit) + 1 :] for n in names}
+        groups: dict[Any, dict[str, Scheme]] = {}
+        for name in names:
+            rule = self.plan[name]
+            assert rule.scheme is not None
+            groups.setdefault(rule.algorithm or RoundToNearest(), {})[short[name]] = rule.scheme
+        found: dict[str, Tensor] = {}
+        for algorithm, group in groups.items():
+            bank, target = (None, None)
+            if algorithm.needs_inputs:
+                bank, target = on_device(*chain.data(unit), self.device)
+            seed = seed_of(self.seed, unit)
+            with held(root):
+                done = self._rounded(algorithm, root, group, (bank, target), seed, note)
+            for name, q in done.items():
+                full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
+                found |= q.tensors(full)
+        return found
+
+    def _rounded(
+        self,
+        algorithm: Any,
+        root: nn.Module,
+        group: dict[str, Scheme],
+        data: tuple[Any, Any],
+        seed: int,
+        note: Progress,
+    ) -> dict[str, QTensor]:
+        """The weights of a group of layers of one unit. data: its bank and target, or None."""
+        return algorithm(root, group, *data, seed=seed, on_progress=note)
+
+    def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
+        """Take over quantized weights: what lies in no block gets their float values now."""
+        for name in names:
+            rule, layer = self.plan[name], self.model.get_submodule(name)
+            assert rule.scheme is not None and isinstance(layer, nn.Linear | nn.Conv2d)
+            form = rule.scheme.weight
+            q = QTensor.from_tensors(tensors, name, layer.weight.shape, form)
+            value, was = q.to(self.device).dequantize(), self.values.of(f"{name}.weight")
+            gap = (value - was).norm() / was.norm().clamp_min(1e-12)
+            self.errors[name] = float(f"{float(gap):.4g}")
+            self.weights.add(name, work, unit, q.shape, form)
+            if not layer.weight.is_meta:
+                layer.weight.data.copy_(value)
+
+    def _find_ranges(self, work: Work) -> None:
+        """Stored activation ranges, of the layers that have none yet."""
+        schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
+        forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
+        forms = {n: form for n, form in forms.items() if not form.dynamic}
+        self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
+        for name in forms.keys() - self.ranges.keys():  # never called: they stay as they are
+            self.weights.drop(name)
+            self.plan.pop(name)
+
+    def described(self) -> dict[str, Any]:
+        """What a header says of the quantized layers: schemes, recipe, layers."""
+        used = {r.scheme.name: r.scheme for r in self.plan.values() if r.scheme is not None}
+        return {
+            "schemes": {name: scheme.to_json() for name, scheme in used.items()},
+            "recipe": self.recipe.to_json(),
+            "layers": {
+                name: {
+                    "scheme": rule.scheme.name,
+                    "shape": list(self.weights.shape(name)),
+                    "weight_error": self.errors[name],
+                }
+                for name, rule in self.plan.items()
+                if rule.scheme is not None
+            },
+        }
+
+    def fill(self, artifact: Artifact, preset: str) -> Artifact:
+        """`artifact` with the sections weights and ranges and what is known of them."""
+        for name, q in self.weights.items():
+            artifact.tensors |= {f"weights/{k}": v for k, v in q.tensors(name).items()}
+        for name, (scale, zero) in self.ranges.items():
+            artifact.tensors |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
+        for key, value in self.maintained.items():
+            if key.startswith("table/"):
+                artifact.tensors[f"{TEMPORAL}/{key.removeprefix('table/')}"] = value
+        artifact.header |= self.described() | {
+            "preset": preset,
+            TEMPORAL: self.time.header(self.maintained),
+        }
+        return artifact
+
+
+def _needs(rule: Rule) -> bool:
+    return bool(getattr(rule.algorithm, "needs_inputs", False))

@@ -1,0 +1,160 @@
+"""A pipeline whose large parts stay on disk: a layer of a block is read when it is called.
+
+For models larger than memory. Hooks of accelerate read the weights out of the safetensors files,
+which are not copied; what lies outside of the denoiser's blocks is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..model import describe
+
+SHARE = 0.5  # of the free memory that a model may take
+LARGE = 2**30  # bytes of a text encoder that is read layer by layer
+DENOISERS = ("transformer", "unet")  # what the names of parts begin with
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors in the safetensors files of a folder by name, each read anew, in `dtype`.
+
+    wide: parts of names whose tensors are in fp32. ModelError if no file can be read.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, wide: tuple[str, ...] = ()) -> None:
+        self.dtype, self.wide = dtype, wide
+        self.files: dict[str, Path] = {}
+        self.size = 0  # bytes of all tensors in `dtype`
+        for file in _files(folder):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    self.files[name] = file
+                    shape = opened.get_slice(name).get_shape()
+                    self.size += prod(shape) * self.dtype.itemsize
+        if not self.files:
+            raise ModelError(f"{folder} has no safetensors file to read block by block.")
+
+    def type_of(self, name: str) -> torch.dtype:
+        """The type of a floating tensor."""
+        return torch.float32 if set(self.wide) & set(name.split(".")) else self.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as opened:
+            found = opened.get_tensor(name)
+            dtype = self.type_of(name) if found.is_floating_point() else found.dtype
+            return found.to(dtype, copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a part as its index lists them, else the only one."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        known = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / Path(name).name for name in sorted(set(known))]
+    found = (folder / f"{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model"))
+    return [file for file in found if file.is_file()][:1]
+
+
+def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
+    """The parts of a pipeline that have weights: name -> (library, class)."""
+    facts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in facts.items()
+        if isinstance(value, list) and len(value) == 2 and _files(folder / name)
+    }
+
+
+def is_too_large(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether the model would take more than a share of the memory that is free."""
+    import psutil
+
+    whole = sum(Shards(folder / name, dtype).size for name in parts_of(folder))
+    return whole > SHARE * psutil.virtual_memory().available
+
+
+def parts_on_disk(
+    folder: Path, device: Any, dtype: torch.dtype, encoders: bool = True
+) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline and, unless `encoders` is False, its large text encoders."""
+    import diffusers
+    import transformers
+
+    found: dict[str, nn.Module] = {}
+    for name, (library, kind) in parts_of(folder).items():
+        if library == "diffusers" and name.startswith(DENOISERS):
+            found[name] = _denoiser(getattr(diffusers, kind), folder / name, device, dtype)
+        elif library != "transformers" or not encoders:
+            continue
+        elif Shards(folder / name, dtype).size > LARGE:
+            found[name] = _encoder(getattr(transformers, kind), folder / name, dtype)
+    return found
+
+
+def _denoiser(kind: Any, folder: Path, device: Any, dtype: torch.dtype) -> nn.Module:
+    """A denoiser with hooks; ModelError if its file has other names than the class."""
+    from accelerate import init_empty_weights
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
+    from accelerate.utils import set_module_tensor_to_device
+
+    shards = Shards(folder, dtype, tuple(kind._keep_in_fp32_modules or ()))
+    model = _empty(kind, folder, dtype, init_empty_weights)
+    state = model.state_dict()
+    if not state.keys() <= shards.files.keys():
+        raise ModelError(f"{folder} is in an older format, which is only read as a whole.")
+    blocks = describe(model).blocks
+    for name, tensor in state.items():
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if inside and tensor.is_meta:
+            value = tensor.to(shards.type_of(name)) if tensor.is_floating_point() else tensor
+            set_module_tensor_to_device(model, name, "meta", value=value, dtype=value.dtype)
+        else:
+            value = shards[name]
+            set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
+    for block in blocks:
+        attach_align_device_hook(
+            model.get_submodule(block), device, offload=True, weights_map=shards,
+            module_name=block,
+        )  # fmt: skip
+    add_hook_to_module(model, AlignDevicesHook(device))
+    return model.eval().requires_grad_(False)
+
+
+def _empty(kind: Any, folder: Path, dtype: torch.dtype, empty: Any) -> nn.Module:
+    """A model without values; what its file does not have, it makes itself."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with empty(include_buffers=False):
+            return kind.from_config(kind.load_config(str(folder), local_files_only=True))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _encoder(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A text encoder of transformers with hooks; what is not as in its file is in a folder."""
+    aside = tempfile.mkdtemp(prefix="tenuto-")
+    model = kind.from_pretrained(
+        str(folder), dtype=dtype, device_map={"": "disk"}, offload_folder=aside,
+        use_safetensors=True, local_files_only=True,
+    )  # fmt: skip
+    weakref.finalize(model, shutil.rmtree, aside, ignore_errors=True)
+    return model.eval()
