@@ -62,7 +62,7 @@ class Row:
     @cached_property
     def route(self) -> Artifact:
         """A search for a cache schedule, as short as it gets."""
-        module = import_module("tenuto.calibration.train_router")
+        module = import_module("tenuto.calibration.router.effort")
         small = module.RoutePreset(module.HarmoniCa(iterations=1, batch=1), 1)
         before = dict(module.PRESETS)
         module.PRESETS["quick"] = small

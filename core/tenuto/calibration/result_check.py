@@ -61,7 +61,7 @@ def checked(
     y' is useless; a warning in the log does where it is merely far off. Costs one copy of the
     model; `denoiser` itself stays as it is.
     """
-    twin = private_copy(denoiser).float().to(device)
+    twin = private_copy(denoiser).float().to(device).eval()
     calls = list(_chosen(trajectory))
     plain = [_answer(twin, call, device) for call in calls]
     attached = attach(twin, artifact, route=False, execution="int8", simulate=True)
@@ -109,7 +109,7 @@ def checked_encoder(
     `checked`.
     """
     device = next(encoder.parameters()).device if device is None else device
-    twin = private_copy(encoder).float().to(device)
+    twin = private_copy(encoder).float().to(device).eval()
     plain = _answer(twin, call, device)
     new = encoder_layers(twin, artifact, name)
     swaps = [Swap(twin, *pair) for pair in new.items()]

@@ -24,6 +24,7 @@ from .app import app
 from .check import check
 from .checks import (
     calibration_prompts,
+    check_encoders,
     check_file,
     check_out,
     check_picture,
@@ -31,7 +32,6 @@ from .checks import (
     comparison_prompts,
     damage_told,
     load_artifact,
-    with_encoders,
 )
 from .console import Answer, Bars
 from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
@@ -79,7 +79,7 @@ def quantize(
         model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder,
         low_memory=low_memory, encoders=text_encoder is None,
     )  # fmt: skip
-    pipe = with_encoders(pipe, text_encoder)
+    check_encoders(pipe, text_encoder)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work, out):
@@ -97,11 +97,10 @@ def quantize(
                 steps=sampling.steps, guidance=sampling.guidance, call=sampling.called(pipe),
                 device=sampling.device, work=apart, on_progress=bars("Text encoders"),
             ))  # fmt: skip
-        whole = made[0] if len(made) == 1 else made[0] | made[1]
-        whole.save(out)
+        (whole := made[0] if len(made) == 1 else made[0] | made[1]).save(out)
     bars.close()
-    text = "\n".join(quantized_lines(out, whole, pipe, len(used)))
-    return Answer(text, next=compare_line(model, out))
+    said = quantized_lines(out, whole, pipe, len(used))
+    return Answer("\n".join(said), next=compare_line(model, out))
 
 
 def train_router(

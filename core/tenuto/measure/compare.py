@@ -138,10 +138,8 @@ def compare_all(
         states = {
             n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
         }
-        run = surroundings(denoisers[""]) | {
-            "steps": seen if given else steps,
-            "guidance": guidance,
-        }
+        taken = {"steps": seen if given else steps, "guidance": guidance}
+        run = surroundings(denoisers[""]) | taken
     run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
     return {
         name: Comparison(

@@ -50,10 +50,11 @@ def private_copy(model: nn.Module, empty: Iterable[str] | None = None) -> nn.Mod
 
 def _emptied(model: nn.Module, names: Iterable[str]) -> dict[int, Any]:
     """A memo for deepcopy with a meta parameter for each that only these submodules have."""
+    names = tuple(names)
     inside = [model.get_submodule(name) for name in names]
-    within = {id(m) for part in inside for m in part.modules()}
-    others = (m for m in model.modules() if id(m) not in within)
-    shared = {id(p) for m in others for p in m.parameters(recurse=False)}
+    prefixes = tuple(f"{name}." for name in names)
+    whole = model.named_parameters(remove_duplicate=False)
+    shared = {id(p) for name, p in whole if not name.startswith(prefixes)}
     found: dict[int, Any] = {}
     for parameter in (p for part in inside for p in part.parameters()):
         if id(parameter) not in shared:

@@ -100,7 +100,7 @@ def test_a_search_for_whole_calls(asked: Any, monkeypatch: pytest.MonkeyPatch) -
     """It saves what it says: a speedup is a share of steps, not of the work in branches."""
     from importlib import import_module
 
-    search = import_module("tenuto.calibration.train_router")
+    search = import_module("tenuto.calibration.router.effort")
     small = search.RoutePreset(search.HarmoniCa(iterations=2, batch=1), 1)
     monkeypatch.setitem(search.PRESETS, "quick", small)
     pipe, trajectory = asked

@@ -127,6 +127,6 @@ def test_a_model_that_only_loading_tells_is_checked_then(
     pipe = load(str(tiny_pixart_folder))
     pipe.transformer.register_to_config(quantization_config={"quant_method": "torchao"})
     monkeypatch.setattr(pipe.transformer, "forward", None)
-    monkeypatch.setattr(session, "load", lambda *arguments: pipe)
+    monkeypatch.setattr(session, "load", lambda *arguments, **memory: pipe)
     with pytest.raises(commands.TenutoError, match="quantized by torchao already"):
         commands.quantize("org/name", out=tmp_path / "o.safetensors", scheme="w8a8")

@@ -188,7 +188,7 @@ def test_a_simulated_time_is_no_gain(
     denoiser: nn.Module, quantized: tn.Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        importlib.import_module("tenuto.measure.ways"),
+        importlib.import_module("tenuto.measure.compare"),
         "attach",
         functools.partial(tn.attach, simulate=True),
     )
