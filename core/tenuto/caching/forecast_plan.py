@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,6 @@ class Forecast:
 
     kernel: OutputKernel
     speedup: float
-    known: dict[tuple[float, ...], ForecastPlan] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.speedup <= MOST:
@@ -56,13 +56,14 @@ class Forecast:
         fits = len(times) / per_step >= SHORTEST and len(times) <= MOST
         if stochastic or self.speedup == 1 or not fits:
             return ForecastPlan.full(times)
-        if times not in self.known:
-            if len(self.known) > 8:
-                self.known.clear()
+        key = self.kernel.mark, self.speedup, times
+        if key not in PLANS:
+            if len(PLANS) >= KEPT:
+                PLANS.pop(next(iter(PLANS)))
             programme = Programme(self.kernel.at(times))
             wanted = int(len(times) / self.speedup + 1e-6)
-            self.known[times] = programme.plan(max(wanted, min(programme.errors)))
-        return self.known[times]
+            PLANS[key] = programme.plan(max(wanted, min(programme.errors)))
+        return PLANS[key]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class ForecastPlan:
         """Every call is computed."""
         count = len(timesteps)
         return ForecastPlan(tuple(timesteps), (True,) * count, ((),) * count, ((),) * count)
+
+
+PLANS: dict[Any, ForecastPlan] = {}  # made in this process, oldest first; no more than KEPT
+KEPT = 32
 
 
 class Programme:

@@ -225,7 +225,7 @@ def _unread(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> li
 
 
 def _equal(one: QTensor, other: QTensor) -> bool:
-    return torch.equal(one.dequantize(), other.dequantize())
+    return torch.equal(one.dequantize().cpu(), other.dequantize().cpu())
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,6 @@
 """What runs on a GPU: int8 products, whole layers, moves, a choice by time. Needs torch and pytest.
 
-python -m pytest tests/core/test_cuda.py
+python -m pytest tests/core/runtime/test_cuda.py
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tenuto as tn
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.numerics import integer_codes
 from tenuto.numerics.scheme import schemes
@@ -20,6 +21,7 @@ from tenuto.runtime.execution import DENSE, INT8, Chooser
 from tenuto.runtime.kernels import int8_conv2d, int8_linear, quantize_input
 from tenuto.runtime.layers import QConv2d, QLinear
 from tenuto.sampling.clock import Clock
+from tests.core import tiny_pipelines as tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 MEASURED = Chooser.__call__  # a conftest may make it answer without measuring
@@ -193,6 +195,7 @@ def test_auto_measures_once_and_computes_what_it_says(
         assert len(chooser.known) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_stored_range_waits_for_nothing() -> None:
     """No number goes from the device to the host: a graph can be captured."""
     with torch.no_grad():
@@ -201,9 +204,26 @@ def test_a_stored_range_waits_for_nothing() -> None:
             q.clock.tick(499, range(3), "cuda")
             expected = q(x)
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 found = q(x)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("width", ["w4", "w8"])
+def test_a_text_encoder_is_calibrated_where_the_pipeline_is(width: str) -> None:
+    pipe = tiny.stable_diffusion("StableDiffusionPipeline").to("cuda")
+    found = tn.quantize_encoder(pipe, width, ["a dog", "two cats"], steps=2)
+    with tn.attach(pipe, found):
+        pipe("a dog", num_inference_steps=2, height=16, width=16, output_type="latent")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w8a8-static"])
+def test_a_pipeline_is_calibrated_and_its_calls_are_skipped(scheme: str) -> None:
+    pipe = tiny.flux().to("cuda")
+    found = tn.quantize(pipe, scheme, tn.record(pipe, ["a", "b"], steps=10))
+    with tn.attach(pipe, found, speedup=2) as attached:
+        pipe("a dog", num_inference_steps=10, output_type="latent")
+        assert attached.counts() == {"": [5, 5]}
