@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import tenuto as tn
 from tenuto.artifact import Artifact
-from tenuto.caching import LateInterval
+from tenuto.caching import CacheSchedule
 from tenuto.model import WHOLE, denoiser_of, describe, layers
 from tenuto.runtime import default_recipe, quantizable
 from tests.core.family_pipelines import MODELS, Ready
@@ -128,9 +128,10 @@ def check_layers(row: Row, made: Artifact) -> None:
 def cache_schedule(row: Row) -> None:
     """A trained one, and one of whole calls."""
     assert 0 < row.route.header["route"]["reuse_ratio"] < 1
-    schedule = LateInterval(1, 2)(row.times, (WHOLE.name,))
-    made = Artifact.new(row.model, row.trajectory.schedule())
-    made.header["route"] = {"timesteps": list(row.times), "branches": [WHOLE.name]}
+    times = row.trajectory.of("").timesteps  # of the main denoiser, where there are several
+    schedule = CacheSchedule.steps([step == 0 for step in range(len(times))], times, (WHOLE.name,))
+    made = Artifact.new(row.model, row.trajectory.of("").schedule())
+    made.header["route"] = {"timesteps": list(times), "branches": [WHOLE.name]}
     made.tensors["route/table"] = schedule.table
     with torch.no_grad(), tn.attach(row.model, made) as attached:
         row.trajectory.rollout()(row.denoiser, 3, 1)
@@ -171,8 +172,13 @@ def save_and_load(row: Row) -> None:
         path = Path(folder) / "made.safetensors"
         row.whole.save(path)
         found = Artifact.load(path)
-        assert found.header == row.whole.header and found.tensors.keys() == row.whole.tensors.keys()
-        assert all(torch.equal(t, row.whole.tensors[k]) for k, t in found.tensors.items())
+        assert found.parts.keys() == row.whole.parts.keys()
+        pairs = [(found, row.whole), *((found.parts[n], row.whole.parts[n]) for n in found.parts)]
+        for one, other in pairs:
+            version = {"format_version": one.header["format_version"]}  # of a file with parts
+            assert one.header == other.header | version
+            assert one.tensors.keys() == other.tensors.keys()
+            assert all(torch.equal(t, other.tensors[k]) for k, t in one.tensors.items())
 
 
 def detach(row: Row) -> None:
