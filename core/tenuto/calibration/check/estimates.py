@@ -14,7 +14,7 @@ from torch import nn
 
 from ...model import denoiser_of, device_and_dtype
 
-COPIES = 2  # of the denoiser, in float: the one that is quantized, and the one that it is to equal
+COPIES = 1  # of the denoiser, in float: the one that the result is checked with
 SIDES = {"cpu": 512}  # of the product that says how fast the machine is
 SIDE = 4096  # of that on a GPU
 LONG = 2.0  # seconds of a call that is not repeated

@@ -18,6 +18,7 @@ from ...model import (
     adapted,
     check_fused,
     check_weights,
+    denoisers_of,
     encoders_of,
     refuse_cache,
 )
@@ -133,12 +134,13 @@ def of_pipeline(model: Any, denoiser: nn.Module) -> Iterator[Problem]:
 
 
 def further(model: Any, denoiser: nn.Module) -> dict[str, str]:
-    """Other networks of a pipeline that get the timestep, by name: their class names."""
+    """Networks of a pipeline that get the timestep and are no denoisers: name, class name."""
     found = {name: uncompiled(part) for name, part in parts_of(model).items()}
+    own = denoisers_of(model)
     return {
         name: type(part).__name__
         for name, part in found.items()
-        if part is not denoiser and takes_timestep(part)
+        if name not in own and part is not denoiser and takes_timestep(part)
     }
 
 

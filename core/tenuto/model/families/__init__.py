@@ -70,11 +70,10 @@ def _mapped(family: ModuleType, module: nn.Module) -> KeyMap | None:
 def hosts_of(module: nn.Module) -> tuple[str, ...]:
     """The classes of hosts that take an artifact of `module`: by a key map, or under equal names.
 
-    `SAME_IN_HOSTS` of a family file lists the classes that a host has under the same names;
-    `OTHER_TIME` says that its key map fits, but hosts count time the other way.
+    `SAME_IN_HOSTS` of a family file lists the classes that a host has under the same names.
     """
     family = next(_covering(module, "CLASSES"), None)
-    if own_family(module) is not None or getattr(family, "OTHER_TIME", False):
+    if own_family(module) is not None:
         return ()
     if type(module).__name__ in getattr(family, "SAME_IN_HOSTS", ()):
         return (type(module).__name__,)

@@ -9,7 +9,6 @@ from ..key_map import KeyMap, keymap
 
 CLASSES = ("Lumina2Transformer2DModel",)
 HOSTS = ("NextDiT",)
-OTHER_TIME = True  # it rises in diffusers and falls in ComfyUI: no artifact fits both yet
 LISTS = ("context_refiner", "noise_refiner", "layers")
 KINDS = {"attn": "attention", "feed_forward": "feed-forward"}
 SHARED = (

@@ -9,7 +9,6 @@ from ..key_map import KeyMap, keymap
 
 CLASSES = ("ZImageTransformer2DModel",)
 HOSTS = ("NextDiT",)
-OTHER_TIME = True  # it rises in diffusers and falls in ComfyUI: no artifact fits both yet
 LISTS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
 KINDS = {"attention": "attention", "feed_forward": "feed-forward"}
 SHARED = (
