@@ -148,11 +148,11 @@ def test_a_call_that_cannot_be_gets_one_sentence(
     shipped = asked | {"model": "demo:unet", "artifacts": ["shipped:demo-unet.w8a8"]}
     for name, given in (
         ("generate", GENERATE | {"call": call}),
-        ("calibrate", {"options": asked | {"name": "x"}}), ("compare", {"options": shipped}),
+        ("calibrate", {"options": asked | {"name": "never"}}), ("compare", {"options": shipped}),
     ):  # fmt: skip
         said = answer(client, name, **given)
         assert sentence(said) and words in said, (name, said)
-    assert not (app.out / "unfinished" / "x.json").exists()
+    assert not (app.out / "unfinished" / "never.json").exists()
 
 
 @pytest.mark.parametrize("name", [*GOOD, "about"])
