@@ -166,7 +166,7 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     sampling = sampling_of(
         model, steps=request["steps"], guidance=request["guidance"], device=request["device"],
         artifact=artifacts[first], file=files[first], call=_call(request),
-        images=Path(request["inputs"]),
+        images=Path(request.get("inputs", ".")),
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, artifacts[first], files[first], use="compare")
     call = sampling.called(pipe)
@@ -198,7 +198,7 @@ def _saved(
     from tenuto.sampling.images import save_png, to_images
 
     folder, count, seed = Path(request["folder"]), request["count"], request["seed"]
-    call = kept(sampling.call, Path(request["inputs"]))
+    call = kept(sampling.call, Path(request.get("inputs", ".")))
     prompts, pictures = list[str](), dict[str, list[str]]()
     for number, (name, way) in enumerate(generated.items()):
         every = torch.cat(way.batches)
@@ -227,7 +227,7 @@ def picked(count: int, frames: int, most: int) -> list[tuple[int, int]]:
 
 def _call(request: dict[str, Any]) -> dict[str, Any]:
     """What else the pipeline is called with."""
-    return recalled(request["call"], Path(request["inputs"]))
+    return recalled(request.get("call", {}), Path(request.get("inputs", ".")))
 
 
 def _path(value: str | None) -> Path | None:

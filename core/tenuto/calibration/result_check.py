@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..errors import ModelError
-from ..model import Swap, own_kinds, private_copy, tensors_in, watched
+from ..model import Swap, key_map_of, own_kinds, private_copy, tensors_in, watched
 from ..numerics import Scheme
 from ..runtime import attach, encoder_layers
 from ..sampling import Call, Clock, Follow, Trajectory
@@ -40,7 +40,8 @@ def with_result(job: Job, artifact: Artifact) -> Artifact:
     """`artifact`, of that job, with the header's `check`, and `left_in_float`, unknown classes."""
     denoiser, trajectory = job.denoiser, job.trajectory
     kinds = own_kinds(denoiser)
-    if any(parameter.is_meta for parameter in denoiser.parameters()):
+    elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())
+    if elsewhere or key_map_of(denoiser) is not None:  # a host's, before its names are canonical
         found = checked_by_block(job, artifact)
     else:
         found = checked(denoiser, artifact, trajectory, job.device)
@@ -83,7 +84,7 @@ def checked(
 
 @torch.no_grad()
 def checked_by_block(job: Job, artifact: Artifact) -> dict[str, Any]:
-    """`checked` of a model that is larger than memory: of its weights alone, inputs in float."""
+    """`checked` of what nothing can be attached to yet: of the weights alone, inputs in float."""
     known: list[tuple[float, Call]] = []
     plain = job.plain_copy()
     for call in _chosen(job.trajectory):

@@ -107,10 +107,13 @@ def _model(folder: Path, library: str, name: str) -> nn.Module | None:
 
     Its parameters alone where its buffers are needed to make it; None where that fails too.
     """
-    from accelerate import init_empty_weights
+    ways: list[Any] = [torch.device("meta")]
+    with suppress(ImportError):  # a host may have none
+        from accelerate import init_empty_weights
 
+        ways.append(init_empty_weights())
     kind: Any = _class(library, name)
-    for empty in (torch.device("meta"), init_empty_weights()):
+    for empty in ways:
         with warnings.catch_warnings(), quiet_loading(), suppress(Exception), empty:
             warnings.simplefilter("ignore")
             if library == "diffusers":

@@ -256,7 +256,7 @@ def test_the_clock_follows(bench: Any, artifact: Any, settings: Any) -> None:
 
         patch = override_(bench.host.denoiser(handle), note)
         bench.run(attached.handle, settings())
-        patch.remove()
+        patch.retire()
     assert rows == [(row, 2, True) for row in range(4)]
 
 
