@@ -19,7 +19,7 @@ from .contents import schedule_of
 MAP_ROWS = 120  # branches that a step map shows
 LINE = 500  # characters of a line of the table
 WIDTH = 80  # columns of a table
-SPEEDUPS = (1.5, 2.0, 2.5, 3.0)  # of which a forecast's error is told
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0)  # for which `inspect` shows the predicted error
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:

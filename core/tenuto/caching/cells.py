@@ -17,7 +17,7 @@ class Slot:
     """Stored outputs of one branch, by stream. Another run, shape or an unknown stream computes.
 
     The first dimension need not be the batch: frames are folded into it, or tokens. Such outputs
-    are handed out only for the streams of one call, all of them in its order.
+    are reused only by a call of exactly the same streams, in the same order.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:

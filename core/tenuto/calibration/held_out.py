@@ -27,18 +27,18 @@ Data = tuple[Bank, Tensor]
 
 
 def captions() -> tuple[list[str], list[str]]:
-    """Those of the list "general" that are always calibrated on, and those that are held out.
+    """Prompts of the list "general": the calibration set's, and the held-out ones.
 
-    The rest is neither: what is measured on it is measured on what had no part in the result.
+    The rest of the list is used for neither, so that benchmarks can measure on it.
     """
     lines = prompts("general")
     return list(lines[SEEN]), list(lines[HELD])
 
 
 def calibration_prompts(own: Sequence[str]) -> list[str]:
-    """What an encoder is calibrated on: `own`, at most `MOST` evenly of them, and general ones.
+    """The calibration set of an encoder: `own`, at most `MOST` spread evenly, and general ones.
 
-    None of them is held out.
+    Held-out prompts are left out of it.
     """
     general, held = captions()
     known = [line for line in dict.fromkeys(own) if line not in held]

@@ -38,8 +38,7 @@ RANGES = "activation ranges"
 class Job:
     """One quantization: a private copy of the denoiser that is quantized as it goes.
 
-    aims: whether outputs in full precision are needed where no algorithm asks for them.
-
+    aims: whether the blocks' outputs in full precision are needed even if no algorithm uses them.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for.
     """

@@ -20,7 +20,9 @@ KILLS = 20
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that imported once forks"),
+    pytest.mark.skipif(
+        not hasattr(os, "fork"), reason="Windows has no fork, by which a run starts at once"
+    ),
 ]
 
 # Imports once, then runs each command line that it reads in a process of its own. A line says after
