@@ -48,23 +48,35 @@ class Real:
     def distance(self, pictures: Tensor) -> dict[str, float]:
         """FID and KID x 1000 of pictures (N, 3, H, W) uint8 from all real ones."""
         with tf32(self.fast):
-            rows = features(self.network, pictures, self.device)
-        fid, kid = frechet_distance(rows, self.target), kernel_distance(rows, self.target)
+            return self.scores(features(self.network, pictures, self.device))
+
+    def scores(self, rows: Tensor, other: Tensor | None = None) -> dict[str, float]:
+        """FID and KID x 1000 of features (N, 2048) from the real ones, or from `other`."""
+        target = self.target if other is None else other
+        fid, kid = frechet_distance(rows, target), kernel_distance(rows, target)
         return {"fid": round(fid, 3), "kid_x1000": round(1000 * kid, 3)}
 
     def drawn(
         self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
     ) -> dict[str, float]:
         """Draw `count` pictures, one class after the other at seeds of their own, and compare."""
+        rows, seconds = self.drawn_features(pipe, denoiser, steps, guidance, batch)
+        facts = {"fid_seconds_per_picture": round(seconds, 5), "fid_batch": batch}
+        return self.scores(rows) | facts
+
+    @torch.no_grad()
+    def drawn_features(
+        self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
+    ) -> tuple[Tensor, float]:
+        """The features of `count` pictures at the seeds of `drawn`, and the seconds for each."""
         sample, found = sampler(pipe, self.captions, steps, guidance), []
         begin = time.perf_counter()
         with tf32(self.fast):
             for start in range(0, self.count, batch):
                 x = sample(denoiser, FIRST + start, min(batch, self.count - start))
-                found.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-        seconds = (time.perf_counter() - begin) / self.count
-        facts = {"fid_seconds_per_picture": round(seconds, 5), "fid_batch": batch}
-        return self.distance(torch.cat(found)) | facts
+                found.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+            seconds = (time.perf_counter() - begin) / self.count
+            return features(self.network, torch.cat(found), self.device), seconds
 
     def rebuilt(self, vae: Any) -> dict[str, float]:
         """The real pictures through the autoencoder and back: what it costs by itself."""

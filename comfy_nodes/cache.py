@@ -80,7 +80,7 @@ class Cache(Wrapped):
         names, rows, model = schedule.branches, schedule.table.t().tolist(), self.denoiser()
         assert model is not None  # it is running
         cells = {
-            name: for_branch(CachedBranch(clock, computed), name, model)
+            name: for_branch(CachedBranch(clock, computed, order=schedule.order), name, model)
             for name, computed in zip(names, rows, strict=True)
         }
         count = torch.zeros(schedule.table.shape, dtype=torch.int64)

@@ -266,6 +266,6 @@ def bounded(start: float, end: float, last: bool) -> Callable[[CacheSchedule], C
         table[math.ceil(end * steps - 1e-9) :] = True
         if last:
             table[-1:] = True
-        return CacheSchedule(table, found.timesteps, found.branches)
+        return CacheSchedule(table, found.timesteps, found.branches, found.order)
 
     return inside

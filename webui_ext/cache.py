@@ -130,8 +130,9 @@ class BranchCall(CachedBranch):
     """
 
     def __init__(self, owner: Cache, number: int) -> None:
-        half = torch.float16 if owner.plan.limits.half else None
-        super().__init__(owner.clock, [not owner.plan.ever(number)], half)
+        plan, half = owner.plan, torch.float16 if owner.plan.limits.half else None
+        order = getattr(plan.schedule or plan.policy, "order", 0)
+        super().__init__(owner.clock, [not plan.ever(number)], half, order)
         self.owner, self.number = owner, number
         self.used: dict[Hashable, tuple[int, int]] = {}  # streams: last evaluation, reuses in a row
         self._stamp = (-1, -1)

@@ -191,7 +191,7 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
         raise ArtifactError("The artifact is damaged: its route has no steps.") from error
     if not times or not branches or not table.numel():
         raise ArtifactError("The artifact is damaged: its route has no steps.")
-    return CacheSchedule(table.bool(), times, branches)
+    return CacheSchedule(table.bool(), times, branches, int(facts.get("order", 0)))
 
 
 def measured(artifact: Artifact) -> Facts | None:

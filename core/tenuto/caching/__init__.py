@@ -1,35 +1,56 @@
 """What to compute and what to reuse at which step: `CacheSchedule` and what makes one."""
 
+from .at_run_time import RunTimeCalls
 from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
-from .cells import CachedBranch, CallShape, Slot, apply_schedule_, for_branch, shape_of
+from .cells import CachedBranch, CallShape, apply_policy_, apply_schedule_, for_branch, shape_of
+from .deep_cache import DeepCache
+from .easy_cache import EasyCache
+from .first_block import FirstBlock
 from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
+from .growing_window import GrowingWindow
 from .interval import Interval, LateInterval, interval_for, late_interval_for
+from .l2p import L2P
+from .learning_to_cache import LearningToCache
+from .mag_cache import MagCache, Magnitudes
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
 from .router_scores import RouterScores
 from .schedule import SHORTEST, CacheSchedule
+from .slots import Slot
 from .step_programme import POWERS, StepProgramme
+from .taylor_seer import TaylorSeer
 
 __all__ = [
+    "L2P",
     "MOST",
     "POWERS",
     "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
     "CallShape",
+    "DeepCache",
+    "EasyCache",
     "Facts",
+    "FirstBlock",
     "Forecast",
     "ForecastCalls",
     "ForecastPlan",
+    "GrowingWindow",
     "Interval",
     "LateInterval",
+    "LearningToCache",
+    "MagCache",
+    "Magnitudes",
     "Programme",
     "RandomTable",
     "RouterScores",
+    "RunTimeCalls",
     "Slot",
     "StepProgramme",
+    "TaylorSeer",
+    "apply_policy_",
     "apply_schedule_",
     "at_share",
     "candidates",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,22 @@ from torch import Tensor, nn
 from ..model import map_tensors, tensors_in
 from ..sampling import Clock
 from .cells import CallShape
-from .forecast_plan import TAPS, Forecast, ForecastPlan
+from .forecast_plan import ForecastPlan
+from .history import combined
 
 NEAR = 1 / 2000  # of the largest timestep: a step further off is not the planned one
+
+
+class Planner(Protocol):
+    """What makes the plan of a run (`Forecast`). taps: how many computed steps it needs to keep."""
+
+    taps: ClassVar[int]
+
+    def plan(
+        self, timesteps: Sequence[float], stochastic: bool = False, per_step: float = 1.0
+    ) -> ForecastPlan:
+        """The plan for a run at these timesteps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class ForecastCalls:
     those that the plan needs, the call computes. What is returned is new: hosts add to it in place.
     """
 
-    def __init__(self, clock: Clock, forecast: Forecast, denoiser: nn.Module) -> None:
+    def __init__(self, clock: Clock, forecast: Planner, denoiser: nn.Module) -> None:
         self.clock, self.forecast, self.shape = clock, forecast, CallShape(denoiser)
         self.counts = [0, 0]  # computed, forecast
         self.run: int | None = None
@@ -82,7 +95,7 @@ class ForecastCalls:
         kept = map_tensors(lambda t: t.detach().clone(), out)
         new = Computed(step, {s: i for i, s in enumerate(streams)}, streams, shape, kept)
         rest = [c for c in self.known if c.step != step or c.rows.keys() - new.rows.keys()]
-        steps = sorted({c.step for c in rest} | {step}, reverse=True)[:TAPS]
+        steps = sorted({c.step for c in rest} | {step}, reverse=True)[: self.forecast.taps]
         self.known = [new, *(c for c in rest if c.step in steps)]
 
     def _forecast(self, step: int, shape: Any) -> Any:
@@ -90,19 +103,8 @@ class ForecastCalls:
         taps = [self._tap(tap, shape) for tap in self.plan.taps[step]]
         if any(tap is None for tap in taps):
             return None
-        weights = self.plan.weights[step]
-
-        def combined(*tensors: Tensor) -> Tensor:
-            first = tensors[0]
-            if not first.is_floating_point():
-                return first.clone()
-            total = first.float() * weights[0]
-            for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-                total.add_(tensor.float(), alpha=weight)
-            return total.to(first.dtype)
-
         try:
-            return map_tensors(combined, *taps)
+            return combined(taps, self.plan.weights[step])
         except (ValueError, RuntimeError):  # outputs of another form than before
             return None
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Forecast:
 
     kernel: OutputKernel
     speedup: float
+
+    taps: ClassVar[int] = TAPS
 
     def __post_init__(self) -> None:
         if not 1 <= self.speedup <= MOST:

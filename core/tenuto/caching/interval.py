@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ..errors import TenutoError
 from .budget import whole_steps
@@ -12,7 +12,7 @@ from .policy import Facts
 from .schedule import CacheSchedule
 
 PERIODS = range(2, 9)  # what the searches try
-Policy = TypeVar("Policy", "Interval", "LateInterval")
+Policy = TypeVar("Policy", bound=Any)
 
 
 @dataclass(frozen=True)

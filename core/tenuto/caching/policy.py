@@ -6,9 +6,12 @@ The file is all that there is to write. What else a class may say:
 `for_share(share, facts)`, a class method: itself, any number of times, for a wanted share of reuse;
 `label`: what tells one of them from the others (else the name, or the settings where there are
 several);
+`branches_of(denoiser)`: what it holds, where that is not the model's branches;
 `candidate`: False keeps it, as a control, out of the search of `train_router`;
 `measured`: True where it goes by what calibration measured: it serves other shares (`at_share`);
 `title`: how a host's menu lists it, in words that its settings complete; `aliases`: other names.
+
+One that decides at run time is not called: it has `apply_(denoiser, clock)` (see `at_run_time`).
 """
 
 from __future__ import annotations
@@ -63,6 +66,8 @@ def rules(settings: Collection[str]) -> dict[str, type]:
     """The policies that need no settings but some of these, by title: for the menu of a host."""
 
     def fits(cls: type) -> bool:
+        if "__call__" not in vars(cls) or hasattr(cls, "branches_of"):
+            return False
         given = inspect.signature(cls).parameters.values()
         return all(p.name in settings for p in given if p.default is p.empty)
 

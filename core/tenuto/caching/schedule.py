@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..model import WHOLE
 from ..sampling import places_of
 from .resample import resampled
 
+MOST_ORDER = 4  # of a series from a branch's last outputs
 SHORTEST = 9  # steps of a run below which nothing is reused, unless it was calibrated so
 
 
@@ -22,12 +23,14 @@ class CacheSchedule:
 
     table: bool (T, N). timesteps: T, in executed order: the table is keyed by timestep, so that a
     run of other steps gets a table of its own (`at`). branches: N names, of any modules; or the
-    whole call alone, `(WHOLE.name,)`. Row 0 always computes.
+    whole call alone, `(WHOLE.name,)`. Row 0 always computes. order: what is not computed is the
+    last output (0), or a Taylor series from the last `order` + 1 outputs.
     """
 
     table: Tensor
     timesteps: tuple[float, ...]
     branches: tuple[str, ...]
+    order: int = 0
 
     def __post_init__(self) -> None:
         if self.table.dtype is not torch.bool:
@@ -39,6 +42,8 @@ class CacheSchedule:
             )
         if WHOLE.name in self.branches and len(self.branches) > 1:
             raise TenutoError("A cache schedule is of the whole call or of branches, not of both.")
+        if not 0 <= self.order <= MOST_ORDER:
+            raise TenutoError(f"A series is of order 0 to {MOST_ORDER}, not {self.order}.")
         if not bool(self.table[0].all()):
             raise TenutoError("The first step of a schedule computes every branch.")
 
@@ -61,11 +66,11 @@ class CacheSchedule:
         if times == self.timesteps:
             return self
         if self.rows(times) == list(range(len(self.timesteps))):
-            return CacheSchedule(self.table, times, self.branches)
+            return replace(self, timesteps=times)
         if (len(times) if steps is None else steps) < SHORTEST or bool(self.table.all()):
             return CacheSchedule.full(times, self.branches)
         table = resampled(self.table, places_of(times, self.timesteps))
-        return CacheSchedule(table, times, self.branches)
+        return CacheSchedule(table, times, self.branches, self.order)
 
     def rows(self, timesteps: Sequence[float]) -> list[int]:
         """The nearest row for each of these timesteps."""
@@ -94,7 +99,7 @@ class CacheSchedule:
         table = torch.ones(len(self.timesteps), len(branches), dtype=torch.bool)
         for column, name in enumerate(self.branches):
             table[:, branches.index(name)] = self.table[:, column]
-        return CacheSchedule(table, self.timesteps, tuple(branches))
+        return CacheSchedule(table, self.timesteps, tuple(branches), self.order)
 
     def __call__(self, timesteps: Sequence[float], branches: Sequence[str]) -> CacheSchedule:
         """As a policy: the same schedule for these timesteps (`at`), over these branches."""
@@ -108,8 +113,11 @@ class CacheSchedule:
 
     @staticmethod
     def steps(
-        computed: Sequence[bool], timesteps: Sequence[float], branches: Sequence[str]
+        computed: Sequence[bool],
+        timesteps: Sequence[float],
+        branches: Sequence[str],
+        order: int = 0,
     ) -> CacheSchedule:
         """Whole steps: every branch is computed where `computed[row]`, and reused elsewhere."""
         table = torch.tensor(computed, dtype=torch.bool)[:, None].repeat(1, len(branches))
-        return CacheSchedule(table, tuple(timesteps), tuple(branches))
+        return CacheSchedule(table, tuple(timesteps), tuple(branches), order)

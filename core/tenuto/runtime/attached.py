@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact
-from ..caching import CachedBranch, ForecastCalls
+from ..caching import CachedBranch, ForecastCalls, RunTimeCalls
 from ..model import (
     Attached,
     KeyMap,
@@ -120,7 +120,8 @@ class Tenuto(Attached):
     def counts(self) -> dict[str, list[int]]:
         """[computed, reused] calls of every branch, by canonical name, since it was attached.
 
-        Under a forecast: [computed, forecast] calls of the denoiser, "".
+        Under a forecast, or a policy that decides at run time: [computed, skipped] calls of the
+        denoiser, "".
         """
         named = {
             module: _full(name, part.keys.canonical(inner) if part.keys else inner)
@@ -129,7 +130,7 @@ class Tenuto(Attached):
         }
         patches = [p for p in self.patches if isinstance(p, Override)]
         calls = [(named[p.module], p.call) for p in patches]
-        counted = (CachedBranch, ForecastCalls)
+        counted = (CachedBranch, ForecastCalls, RunTimeCalls)
         return {name: list(call.counts) for name, call in calls if isinstance(call, counted)}
 
 

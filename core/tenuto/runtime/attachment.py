@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact, fingerprint, same
-from ..caching import CacheSchedule, ForecastCalls, apply_schedule_
+from ..caching import ForecastCalls, apply_policy_
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Describe,
@@ -25,7 +25,6 @@ from ..model import (
     check_fused,
     check_weights,
     denoiser_of,
-    describe,
     describing,
     encoders_of,
     key_map_of,
@@ -53,6 +52,7 @@ def attach(
     execution: str = "auto",
     simulate: bool = False,
     route: bool = True,
+    policy: Policy | None = None,
     speedup: float | None = None,
     chooser: Chooser | None = None,
     describe: Describe | None = None,
@@ -67,7 +67,8 @@ def attach(
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
     for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
     calls of very different sizes may then differ by an input's rounding. simulate: compute
-    quantized layers in float, with the same codes. route: apply the cache schedule too. speedup:
+    quantized layers in float, with the same codes. route: apply the cache schedule too. policy: of
+    `tenuto.caching`, in place of the artifact's schedule. speedup:
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
@@ -80,12 +81,10 @@ def attach(
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
-        patches = Patches(scheme=artifact, execution=execution, simulate=simulate, speedup=speedup)
+        patches = Patches(scheme=artifact)
     else:
-        made = Artifact.of(artifact)
-        patches = Patches(
-            made, route=route, execution=execution, simulate=simulate, speedup=speedup
-        )
+        patches = Patches(Artifact.of(artifact), route=route, policy=policy)
+    patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
     return install(model, patches, chooser)
 
 
@@ -117,8 +116,7 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         for part in found.values():
             if part.plan.policy is not None:
-                schedule = _schedule(part.denoiser, part.plan.policy, part.clock.timesteps)
-                attached.patches += apply_schedule_(part.denoiser, schedule, part.clock)
+                attached.patches += apply_policy_(part.denoiser, part.plan.policy, part.clock)
             if part.plan.forecast is not None:
                 calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
                 attached.patches.append(override_(part.denoiser, calls))
@@ -169,13 +167,6 @@ def check_free(denoiser: nn.Module, hooked: bool = False) -> None:
 def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     """A deep copy of a denoiser with `artifact` attached; the caller's stays as it is."""
     return attach(private_copy(denoiser_of(model)), artifact, **options)
-
-
-def _schedule(denoiser: nn.Module, policy: Policy, times: tuple[float, ...]) -> CacheSchedule:
-    """What a policy makes for the calibrated steps; each run has its own table of it."""
-    if isinstance(policy, CacheSchedule):
-        return policy
-    return policy(times, tuple(branch.name for branch in describe(denoiser).branches))
 
 
 def _total(denoiser: nn.Module, tables: Iterable[str]) -> int:

@@ -29,7 +29,7 @@ from .layers import QConv2d, QLayer, QLinear
 from .recipe import default_recipe, quantizable
 from .temporal_table import TemporalTable
 
-Policy = Callable[..., CacheSchedule]  # policy(timesteps, branches)
+Policy = Any  # policy(timesteps, branches) -> CacheSchedule; or it decides at run time
 Layers = Iterable[tuple[str, Any]]
 
 
@@ -143,7 +143,7 @@ def replacements_for(
     }  # fmt: skip
     if patches.speedup is not None:
         found.policy, found.forecast = None, _forecast(patches)
-    if found.policy is not None and patches.limit is not None:
+    if callable(found.policy) and patches.limit is not None:
         found.policy = _limited(found.policy, patches.limit)
     return found
 

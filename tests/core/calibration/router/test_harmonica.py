@@ -12,7 +12,7 @@ from tenuto.caching.random_table import RandomTable
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.calibration.router import iepo
-from tenuto.calibration.router.harmonica import HarmoniCa, Training
+from tenuto.calibration.router.harmonica import HarmoniCa
 from tenuto.calibration.router.logits import Router
 from tenuto.calibration.router.mixing import mixed, straight_through
 from tenuto.calibration.router.rollout import (
@@ -24,6 +24,7 @@ from tenuto.calibration.router.rollout import (
     step_costs,
 )
 from tenuto.calibration.router.student import Student
+from tenuto.calibration.router.training import Training
 from tenuto.model.parts import frozen
 from tenuto.model.patches import override_
 from tenuto.runtime.layers import QConv2d, QLinear
@@ -159,7 +160,7 @@ def test_training_leaves_the_denoiser_and_row_0_alone(transformer, trajectory, b
     before = {k: v.clone() for k, v in transformer.state_dict().items()}
     grads = [p.requires_grad for p in transformer.parameters()]
     router = QUICK(transformer, trajectory, branches)
-    assert (router.logits[0] == 5).all() and router.logits.abs().max() <= 5
+    assert (router.logits[0] == 5).all()
     assert all(torch.equal(v, before[k]) for k, v in transformer.state_dict().items())
     assert [p.requires_grad for p in transformer.parameters()] == grads
     assert all(p.grad is None for p in transformer.parameters())
