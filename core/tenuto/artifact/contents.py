@@ -187,11 +187,12 @@ def schedule_of(artifact: Artifact) -> CacheSchedule | None:
         return None
     try:
         times, branches = tuple(float(t) for t in facts["timesteps"]), tuple(facts["branches"])
+        order = int(facts.get("order", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError("The artifact is damaged: its route has no steps.") from error
     if not times or not branches or not table.numel():
         raise ArtifactError("The artifact is damaged: its route has no steps.")
-    return CacheSchedule(table.bool(), times, branches, int(facts.get("order", 0)))
+    return CacheSchedule(table.bool(), times, branches, order)
 
 
 def measured(artifact: Artifact) -> Facts | None:

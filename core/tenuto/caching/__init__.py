@@ -14,7 +14,7 @@ from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .l2p import L2P
 from .learning_to_cache import LearningToCache
 from .mag_cache import MagCache, Magnitudes
-from .policy import Facts, candidates, made, policies, rules
+from .policy import Facts, candidates, made, policies, rules, table_policy
 from .random_table import RandomTable
 from .router_scores import RouterScores
 from .schedule import SHORTEST, CacheSchedule
@@ -63,6 +63,7 @@ __all__ = [
     "rules",
     "saved",
     "shape_of",
+    "table_policy",
     "unmeasured",
     "whole_steps",
 ]

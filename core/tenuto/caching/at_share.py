@@ -24,8 +24,10 @@ def at_share(schedule: CacheSchedule, share: float, facts: Facts, best: str) -> 
     known = sorted(policies().items(), key=lambda item: not best.startswith(item[0]))
     for _, cls in known:
         if getattr(cls, "measured", False):
-            for policy in getattr(cls, "for_share")(share, facts):  # noqa: B009
-                return policy(facts.timesteps, facts.branches)
+            found = list(getattr(cls, "for_share")(share, facts))  # noqa: B009
+            found.sort(key=lambda policy: getattr(policy, "label", "") != best)  # it first
+            if found:
+                return found[0](facts.timesteps, facts.branches)
     return schedule
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import TenutoError
 from ..resources import classes
 from .schedule import CacheSchedule
 
@@ -49,17 +50,34 @@ def policies() -> dict[str, type]:
     return classes(PACKAGE)
 
 
-def candidates(share: float, facts: Facts) -> dict[str, CacheSchedule]:
-    """What every policy makes of a wanted share of reuse, by label; controls are left out."""
+def candidates(share: float, facts: Facts, only: str | None = None) -> dict[str, CacheSchedule]:
+    """What every policy makes of a wanted share of reuse, by label; controls are left out.
+
+    only: the policy of that name alone, a control or not.
+    """
     found: dict[str, CacheSchedule] = {}
     for name, cls in policies().items():
-        if not getattr(cls, "candidate", True) or not hasattr(cls, "for_share"):
+        wanted = getattr(cls, "candidate", True) if only is None else name == only
+        if not wanted or not hasattr(cls, "for_share"):
             continue
         made = list(getattr(cls, "for_share")(share, facts))  # noqa: B009
         for policy in made:
             label = getattr(policy, "label", name if len(made) == 1 else str(policy))
             found[label] = policy(facts.timesteps, facts.branches)
     return found
+
+
+def table_policy(name: str) -> type:
+    """The policy of that name; TenutoError where there is none or it makes no table."""
+    known = policies()
+    tables = [key for key, cls in known.items() if hasattr(cls, "for_share")]
+    if name in known and name not in tables:
+        raise TenutoError(
+            f"{name} decides at run time and has no table: give `tenuto.attach` the policy itself."
+        )
+    if name not in known:
+        raise TenutoError(f"Unknown policy {name!r}: choose one of {', '.join(tables)}.")
+    return known[name]
 
 
 def rules(settings: Collection[str]) -> dict[str, type]:

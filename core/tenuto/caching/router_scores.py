@@ -37,7 +37,9 @@ class RouterScores:
             raise TenutoError(f"The router scores {rows} steps of {columns} branches.")
         costs = torch.ones(columns) if self.costs is None else self.costs
         mean = self.logits[1:].mean(1, keepdim=True)
-        order = torch.lerp(mean, self.logits[1:], self.spread).reshape(-1).argsort(stable=True)
+        scores = torch.lerp(mean, self.logits[1:], self.spread)
+        # of equal scores the latest first: early steps are the sensitive ones
+        order = (rows - 1) * columns - 1 - scores.reshape(-1).flip(0).argsort(stable=True)
         spent = costs.repeat(rows - 1)[order].double().cumsum(0)
         budget = self.reuse * rows * float(costs.double().sum())
         reused = int((spent < budget - 1e-4).sum()) + (budget > 1e-4)

@@ -17,6 +17,7 @@ from .policy import Facts
 from .schedule import CacheSchedule
 
 POWERS = (2.0, 3.0)  # of age: a search measures both
+ORDERS = (0, 1)  # of what stands for a reused branch: repeated, or extrapolated
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class StepProgramme:
     """The best schedule of whole steps at `reuse` under measured costs.
 
     costs: T numbers, the squared error of the result where that step alone is reused
-    (`rollout.step_costs`); the first one is ignored. power: how the cost grows with age.
+    (`rollout.step_costs`); the first one is ignored. power: how the cost grows with age: 2 where
+    errors only grow, 3 where those of one run point the same way too. order: reused branches are
+    extrapolated, as in `CacheSchedule`.
     """
 
     reuse: float
     costs: tuple[float, ...]
     power: float = 3.0
+    order: int = 0
 
     name: ClassVar[str] = "step programme"
     measured: ClassVar[bool] = True
@@ -42,20 +46,21 @@ class StepProgramme:
             )
         reused = round(self.reuse * len(timesteps))
         computed = cheapest(self.costs, reused, self.power)
-        return CacheSchedule.steps(computed, timesteps, branches)
+        return CacheSchedule.steps(computed, timesteps, branches, self.order)
 
     @property
     def label(self) -> str:
         """As the candidates of a search list it."""
-        return f"{self.name} age^{self.power:g}"
+        how = ", extrapolated" if self.order else ""
+        return f"{self.name} age^{self.power:g}{how}"
 
     @classmethod
     def for_share(cls, share: float, facts: Facts) -> list[StepProgramme]:
-        """One a power, for `share` in whole steps; none where no costs were measured."""
+        """One a power and order, for `share` in whole steps; none where no costs were measured."""
         if facts.costs is None:
             return []
         whole = whole_steps(share, len(facts.timesteps))
-        return [cls(whole, facts.costs, power) for power in POWERS]
+        return [cls(whole, facts.costs, power, order) for order in ORDERS for power in POWERS]
 
 
 def cheapest(costs: Sequence[float], reused: int, power: float) -> list[bool]:

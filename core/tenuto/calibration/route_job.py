@@ -6,10 +6,22 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact
-from ..caching import CacheSchedule, Facts, candidates, reuse_for, saved
+from ..caching import (
+    CacheSchedule,
+    Facts,
+    LearningToCache,
+    RouterScores,
+    StepProgramme,
+    candidates,
+    reuse_for,
+    saved,
+    table_policy,
+    whole_steps,
+)
 from ..errors import ModelError, SchemeError, TenutoError
 from ..model import (
     WHOLE,
@@ -25,12 +37,14 @@ from ..sampling import Trajectory, to_device
 from ..work import Work
 from .router.effort import PRESETS, calls_of_search
 from .router.iepo import gain
+from .router.learning_to_cache import train_gates
 from .router.logits import Router
 from .router.rollout import errors, references, step_costs
 
 HELD_OUT = 5_000  # first seed of the images that candidates are measured on
 DEFAULT_REUSE = 0.3
 SPREADS = (1.0, 0.25, 0.01)  # of the router's cells within a step: all are measured
+TRAINED = (RouterScores.name, LearningToCache.name)
 Notes = dict[str, Progress]  # of the parts of a search
 
 
@@ -56,20 +70,47 @@ class RouteJob:
             _check_schedule(artifact, trajectory)
         self.model, self.artifact, self.seed, self.preset = model, artifact, seed, preset
         self.plan, self.trajectory, self.times = PRESETS[preset], trajectory, trajectory.timesteps
-        self.branches = tuple(b.name for b in describe(self.denoiser).branches)
+        self.only: str | None = None  # the policy asked for by name
+        self.plain, self.recorded = self.denoiser, trajectory  # in full precision
+        found = describe(self.denoiser).branches
+        self.branches = tuple(b.name for b in found)
+        self.whole_outputs = [b.name for b in found if b.whole]
         if not self.branches:
             raise ModelError(f"{type(self.denoiser).__name__} has no branch that can be reused.")
         if len(self.times) < 2:
             raise TenutoError("With one step there is nothing to reuse.")
         call = to_device(trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
         self.counts = multiply_adds(self.denoiser, (), call, names=self.branches)
-        self.costs: list[float] | None = None  # of the branches; None: all alike
+        work = [float(self.counts[name]) for name in self.branches]
+        self.costs = work if all(work) else None  # of the branches; None: all alike
 
     def plan_for(self, iterations: int | None) -> None:
         """What the caller has set otherwise than the preset."""
         if iterations is not None:
             router = dataclasses.replace(self.plan.router, iterations=iterations)
             self.plan = dataclasses.replace(self.plan, router=router)
+
+    def choose(self, policy: str | None, weighting: str | None) -> None:
+        """One policy alone, by name, and the rule of lambda, where the caller asks for them."""
+        if weighting is not None:
+            error = self.plan.router.error if weighting == "gain" else "additive"  # as published
+            router = dataclasses.replace(self.plan.router, weighting=weighting, error=error)
+            self.plan = dataclasses.replace(self.plan, router=router)
+        if policy is None:
+            return
+        self.only = policy
+        cls: Any = table_policy(policy)
+        if self.whole and policy in TRAINED:
+            raise TenutoError("Of whole calls no router is trained: choose another policy.")
+        if hasattr(cls, "branches_of") and not self.whole:
+            self._take(cls().branches_of(self.denoiser))
+
+    def _take(self, names: tuple[str, ...]) -> None:
+        """Other branches than the model's own."""
+        call = to_device(self.trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
+        self.branches, self.whole_outputs = names, list(names)
+        self.counts = multiply_adds(self.denoiser, (), call, names=names)
+        self.costs = None
 
     def use(self, denoiser: nn.Module | None, trajectory: Trajectory) -> None:
         """Search on the quantized `denoiser`; the others of `trajectory` are quantized too."""
@@ -78,9 +119,13 @@ class RouteJob:
     def take_whole(self) -> None:
         """Whole calls are what is reused, not the branches."""
         self.branches, self.counts = (WHOLE.name,), {WHOLE.name: self.counts[""]}
+        self.costs, self.whole_outputs = [1.0], [WHOLE.name]
 
     def budget(self, reuse: float | None, speedup: float | None) -> None:
-        """The share to reuse: of cells, or of multiply-adds where a speedup is asked."""
+        """The share to reuse: of the work of all branches, which a speedup tells too.
+
+        Cells are not equal: one share of them is a third less work in one table than in another.
+        """
         if reuse is not None and speedup is not None:
             raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
         steps = len(self.times)
@@ -88,7 +133,6 @@ class RouteJob:
         self.reuse = DEFAULT_REUSE if reuse is None else reuse
         if speedup is not None:
             self.reuse = reuse_for(speedup, self.counts, steps)
-            self.costs = [float(self.counts[name]) for name in self.branches]
         if not 0 < self.reuse <= 1 - 1 / steps:
             raise TenutoError(f"{steps} steps cannot reuse {self.reuse:.0%} of their branches.")
 
@@ -99,9 +143,11 @@ class RouteJob:
         work = Work(path, {"job": "route", "about": self.about(), "model": result.header})
         notes = parts(on_progress, self.sizes())
         costs = self.measure_costs(work, notes)
-        router = None if self.whole else self.train(gain(*costs), work, notes)
+        router = self.train(costs, work, notes) if self.trains else None
         cuts = {f"router spread {s:g}": router.cut(self.reuse, s) for s in SPREADS if router}
-        tables = cuts | self.candidates(costs[0])
+        tables = cuts | self.candidates(costs[0], work, notes)
+        if not tables:
+            raise TenutoError(f"{self.only} has no schedule that reuses {self.reuse:.0%}.")
         scores = self.measure(tables, work, notes)
         best = min(scores, key=lambda name: scores[name])
         result.tensors = {"route/table": tables[best].table, "route/costs": costs[0]}
@@ -120,50 +166,79 @@ class RouteJob:
         """
         return self.branches == (WHOLE.name,)
 
+    @property
+    def trains(self) -> bool:
+        """Whether a router is trained."""
+        return not self.whole and self.only in (None, RouterScores.name)
+
     def about(self) -> dict[str, Any]:
         """What decides the result, for the manifest of the work."""
         return {
             "plan": dataclasses.asdict(self.plan),
             "reuse": self.reuse,
             "costs": self.costs,
+            "only": self.only,
             "seed": self.seed,
             "trajectory": self.trajectory.about(),
             "branches": list(self.branches),
             "artifact": self.artifact and self.artifact.header,
         }
 
-    def candidates(self, costs: Tensor) -> dict[str, CacheSchedule]:
-        """What needs no training: every policy's at this share. costs: (T,), of a step."""
-        return candidates(self.reuse, Facts(self.times, self.branches, tuple(costs.tolist())))
+    def candidates(
+        self, costs: Tensor, work: Work | None = None, notes: Notes | None = None
+    ) -> dict[str, CacheSchedule]:
+        """Every policy's at this share, or those of the one asked. costs: (T,), of a step.
+
+        work, notes: where gates are trained, for the policy that has some.
+        """
+        if self.only == RouterScores.name:
+            return {}
+        facts, gates = Facts(self.times, self.branches, tuple(costs.tolist())), None
+        if self.only == LearningToCache.name:
+            gates = torch.zeros(len(self.times), len(self.branches))
+            if notes is not None:
+                gates = train_gates(
+                    self.denoiser, self.trajectory, self.branches, self.reuse, self.preset,
+                    self.seed, work, notes["router"],
+                )  # fmt: skip
+        return candidates(self.reuse, dataclasses.replace(facts, logits=gates), self.only)
 
     def sizes(self) -> dict[str, int]:
         """What each part takes, in tenths of a denoiser call of one batch."""
-        count = len(SPREADS) * (not self.whole)
+        count = len(SPREADS) * self.trains
         count += len(self.candidates(Tensor([1.0] * len(self.times))))
-        calls = calls_of_search(self.plan, len(self.times), self.reuse, count, self.whole)
+        trained = self.trains or self.only in TRAINED
+        calls = calls_of_search(self.plan, len(self.times), self.reuse, count, not trained)
         return {name: round(10 * count) for name, count in calls.items()}
 
     def measure_costs(self, work: Work, notes: Notes) -> tuple[Tensor, Tensor]:
-        """`step_costs`, from `work` if they are there."""
+        """`step_costs` in full precision, from `work` if they are there.
+
+        The rounding of a quantized model is a floor, under which late steps all seem alike.
+        """
         kept = work.load("costs")
         if kept is None:
-            note, seed = notes["costs"], self.trajectory.seed + self.seed
+            note, seed = notes["costs"], self.recorded.seed + self.seed
             result, step = step_costs(
-                self.denoiser, self.trajectory, self.branches, seed, self.plan.batch, note
+                self.plain, self.recorded, self.branches, seed, self.plan.batch, note
             )
             kept = {"result": result, "step": step}
             work.save("costs", kept)
         return kept["result"], kept["step"]
 
-    def train(self, gains: Tensor, work: Work, notes: Notes) -> Router:
-        """The router, from random logits."""
+    def train(self, costs: tuple[Tensor, Tensor], work: Work, notes: Notes) -> Router:
+        """The router, from the step programme on, which it has to beat."""
         settings = dataclasses.replace(self.plan.router, reuse=self.reuse, seed=self.seed)
+        programme = StepProgramme(
+            whole_steps(self.reuse, len(self.times)), tuple(costs[0].tolist())
+        )
         return settings(
             self.denoiser,
             self.trajectory,
             self.branches,
             costs=self.costs,
-            gains=gains,
+            gains=gain(*costs),
+            start=programme(self.times, self.branches),
             work=work,
             on_progress=notes["router"],
         )
@@ -204,6 +279,8 @@ class RouteJob:
             "policy": best,
             "timesteps": list(self.times),
             "branches": list(self.branches),
+            "whole_outputs": self.whole_outputs,
+            "order": table.order,
             "reuse_ratio": table.reuse_ratio,
             "reuse_flops": saved(table, self.counts),
             "scores": {name: float(f"{score:.6g}") for name, score in scores.items()},

@@ -36,26 +36,26 @@ def train_router(
     seed: int = 0,
     sample: Sample | None = None,
     whole: bool = False,
+    policy: str | None = None,
+    weighting: str | None = None,
     describe: Describe | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
     """Train a router for each denoiser of `model`; returns an artifact with the section "route".
 
-    trajectory: a recording, or prompts for a pipeline, which is recorded once, with the steps and
-    guidance of `artifact`, else its own.
-    reuse: the share of (step, branch) cells to reuse. speedup: how many times fewer multiply-adds
+    trajectory: a recording, or prompts for a pipeline, recorded once as `artifact` was made.
+    reuse: the share of the branches' work to reuse. speedup: how many times fewer multiply-adds
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
-    whole: reuse whole calls of the denoiser, not its branches: a reused step computes nothing. The
-    steps are then what the policies make of measured costs, and no router is trained.
+    policy: this one alone, by its name among `caching.policies()`; without one the best is taken.
+    weighting: the rule of a router's step weights: "gain", "paper" or "code" (`HarmoniCa`).
+    whole: reuse whole calls of the denoiser, not its branches; no router is trained then.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
-    The router and what the cache policies make of that share are all measured on held-out seeds
-    against the un-cached run. The best becomes the route, every score is kept, and the router's
-    own table stays beside it. describe: as in `quantize`.
+    The router and what the cache policies make of that share are measured on held-out seeds. The
+    best becomes the route; scores and the router's own table are kept. describe: as in `quantize`.
     Of several denoisers each has a route for its own steps, measured on the result while the others
     compute all of theirs; one that is called at a single step has none.
-    `work` names a folder in which finished parts are kept: after Ctrl-C, Cancelled or a kill the
-    same call goes on there and ends in the same artifact. `model` itself is not changed.
+    `work`: a folder for finished parts: after a stop or a kill the same call goes on there.
     """
     describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)
@@ -75,6 +75,7 @@ def train_router(
             jobs[name].plan_for(iterations)
             if whole:
                 jobs[name].take_whole()
+            jobs[name].choose(policy, weighting)
             jobs[name].budget(reuse, speedup)
     if not jobs:
         raise TenutoError("With one step of each denoiser there is nothing to reuse.")

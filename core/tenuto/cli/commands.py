@@ -111,6 +111,8 @@ def train_router(
     speedup: float | None = None,
     reuse: float | None = None,
     whole: bool = False,
+    policy: str | None = None,
+    weighting: str | None = None,
     preset: str = "quick",
     iterations: int | None = None,
     prompts: Path | None = None,
@@ -122,9 +124,12 @@ def train_router(
     bars: Bars | None = None,
 ) -> Answer:
     """Train a cache router and write it, beside what `artifact` contains, to `out`; it resumes."""
+    from ..caching import table_policy
     from ..calibration import PRESETS, train_router
 
     bars = bars or Bars()
+    if policy is not None:
+        table_policy(policy)  # one sentence before anything is loaded
     if speedup is not None and reuse is not None:
         raise TenutoError("Give --speedup or --reuse, not both: each follows from the other.")
     if preset not in PRESETS:
@@ -142,8 +147,8 @@ def train_router(
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
         router = train_router(
             pipe, trajectory, reuse=reuse, speedup=speedup, artifact=base, preset=preset,
-            iterations=iterations, seed=seed, whole=whole, work=work,
-            on_progress=bars("Training the router"),
+            iterations=iterations, seed=seed, whole=whole, policy=policy, weighting=weighting,
+            work=work, on_progress=bars("Training the router"),
         )  # fmt: skip
         made = router if base is None else base | router
         made.save(out)

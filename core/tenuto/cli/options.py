@@ -146,7 +146,7 @@ Reuse = Annotated[
     float | None,
     Option(
         "--reuse", metavar="R", parser=real(0, 1, True), rich_help_panel=TRAINING,
-        help="Share of the branch calls to reuse, above 0 and below 1 (0.3).",
+        help="Share of the branches' work to reuse, above 0 and below 1 (0.3).",
     ),
 ]  # fmt: skip
 Iterations = Annotated[

@@ -13,6 +13,7 @@ from ..version import __version__
 from . import call_options as c
 from . import options as o
 from . import run as runner
+from . import training_options as t
 from .arguments import spelled
 from .run import run
 
@@ -121,6 +122,8 @@ def train_router(
     speedup: o.Speedup = None,
     reuse: o.Reuse = None,
     whole: o.Whole = False,
+    policy: t.Policy = None,
+    weighting: t.Weighting = None,
     preset: o.Preset = "quick",
     iterations: o.Iterations = None,
     steps: o.Steps = None,

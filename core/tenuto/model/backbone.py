@@ -23,6 +23,14 @@ class Branch:
     kind: str
     block: str
 
+    @property
+    def whole(self) -> bool:
+        """Whether its output is all that goes on from there, a shortcut included.
+
+        Holding it makes all that it was computed from dead work; others are added to a stream.
+        """
+        return self.kind in ("resnet", "block", "whole call")
+
 
 WHOLE = Branch("", "whole call", "")  # of no Backbone's branches: a schedule names it alone
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...progress import Progress
 from ...sampling import Trajectory
+from ...work import Work
 from .effort import PRESETS
 from .harmonica import HarmoniCa
 
@@ -24,6 +25,7 @@ def train_gates(
     reuse: float,
     preset: str = "quick",
     seed: int = 0,
+    work: Work | None = None,
     on_progress: Progress | None = None,
 ) -> Tensor:
     """Gates, logits (T, N), of `branches` for `caching.LearningToCache` at the share `reuse`.
@@ -35,4 +37,4 @@ def train_gates(
         reuse=reuse, iterations=plan.iterations, batch=plan.batch, seed=seed, joint=0.0, credit=0,
         weighting="none", store="fresh", inputs="full run",
     )  # fmt: skip
-    return settings(denoiser, trajectory, branches, on_progress=on_progress).logits
+    return settings(denoiser, trajectory, branches, work=work, on_progress=on_progress).logits

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tenuto as tn
-from tenuto.caching import shape_of
+from tenuto.caching import LateInterval, RouterScores, shape_of
 from tenuto.caching.random_table import RandomTable
 from tenuto.caching.schedule import CacheSchedule
 from tenuto.calibration.algorithms.nearest import RoundToNearest
@@ -411,3 +411,76 @@ def test_the_guide_finds_the_unconditional_half(transformer, trajectory):
     assert last.flatten().tolist() == [2 - 3 * 2, 3 - 3 * 2]
     assert torch.equal(Guide(transformer, None, 2)((out,), (), inputs), out)
     assert torch.equal(Guide(transformer, 3.0, 4)((out,), (), inputs), out)
+
+
+def test_of_equal_cells_the_latest_are_reused():
+    """Early steps are the sensitive ones, and a heap of equal logits says nothing of them."""
+    table = RouterScores(torch.zeros(6, 3), 1 / 3)(tuple(range(6, 0, -1)), ("a", "b", "c")).table
+    assert table.tolist() == [[True] * 3] * 4 + [[False] * 3] * 2
+
+
+def test_a_budget_keeps_the_order_of_what_sank(transformer, trajectory, branches):
+    """Cells that are clamped are one heap; with a budget they are ranked, and not clamped."""
+    router = dataclasses.replace(QUICK, iterations=30, lr=1.0)(transformer, trajectory, branches)
+    free = router.logits[1:].flatten()
+    assert float(free.abs().max()) > 5 and len(free.unique()) == len(free)
+    fixed = dataclasses.replace(QUICK, reuse=None, beta=1.0, iterations=12, lr=1.0)
+    assert float(fixed(transformer, trajectory, branches).logits.abs().max()) == 5
+
+
+def test_straight_through_runs_what_the_schedule_will(transformer, trajectory, branches):
+    """The output in training is that of the hard table; the gradient is the mixture's, f - c."""
+    rows = torch.tensor([[1.0] * 9, [0.9, 0.2] * 4 + [0.3]], dtype=torch.float32)
+    rows = torch.cat([rows, rows[1:].repeat(4, 1)])
+    table = rows > 0.5
+    found: list[dict] = []
+
+    def learn(row, loss, slopes):
+        found.append(slopes)
+
+    def run(hard):
+        guide = Guide(transformer, 2.0, 2)
+        student = Student(lambda row: rows[row], learn, guide, hard=hard)
+        with (
+            intercepted(transformer, trajectory.timesteps, call=student.attend) as clock,
+            mixed(transformer, branches, clock, 0.0, "mixture") as student.mixer,
+        ):
+            return trajectory.rollout()(transformer, 3, 2)
+
+    schedule = CacheSchedule(table, trajectory.timesteps, branches)
+    with intercepted(transformer, trajectory.timesteps, schedule):
+        wanted = trajectory.rollout()(transformer, 3, 2)
+    torch.testing.assert_close(run(True), wanted)
+    assert all(bool((slopes[row] != 0).any()) for slopes in found for row in slopes)
+    assert not torch.allclose(run(False), wanted, atol=1e-4)
+
+
+def test_coherent_errors_add_up_before_they_are_squared(transformer, trajectory, branches):
+    """The losses of a run add up to the square of the sum of its weighted errors."""
+    rows, gains = torch.full((6, 9), 0.4), [0.0, 3.0, 2.0, 2.0, 1.0, 0.5]
+    losses, gaps = [], []
+    guide = Guide(transformer, 2.0, 2)
+
+    def seen(*given):
+        gaps.append(guide(*given))
+        return gaps[-1]
+
+    student = Student(
+        lambda row: rows[row], lambda r, loss, s: losses.append(loss), seen, gains=gains
+    )
+    with (
+        intercepted(transformer, trajectory.timesteps, call=student.attend) as clock,
+        mixed(transformer, branches, clock, 0.0, "mixture") as student.mixer,
+    ):
+        trajectory.rollout()(transformer, 3, 2)
+    pairs = zip(gaps[::2], gaps[1::2], gains[1:], strict=True)
+    total = sum(gain * (out - target).detach() for target, out, gain in pairs)
+    assert sum(losses) == pytest.approx(float(total.square().mean()), rel=1e-4)
+
+
+def test_it_starts_at_a_schedule(transformer, trajectory, branches):
+    """Without an update the cut is that schedule again."""
+    start = LateInterval(3, 3)(trajectory.timesteps, branches)
+    training = Training(QUICK, transformer, trajectory, branches)
+    training.begin_at(start)
+    assert torch.equal(training.logits > 0, start.table)
