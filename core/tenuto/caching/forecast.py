@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from ..model import map_tensors, tensors_in
 from ..sampling import CallInProgress, Clock, call_in_progress
 from .cells import CallShape
 from .forecast_plan import TAPS, Forecast, ForecastPlan
+from .inner_patches import inner_patch
+
+log = logging.getLogger("tenuto")
 
 NEAR = 1 / 2000  # of the largest timestep: a step further off is not the planned one
 Ask = Callable[[nn.Module], CallInProgress]
@@ -48,6 +52,8 @@ class ForecastCalls:
         self.plan = ForecastPlan.full(())
         self.known: list[Computed] = []
         self.told = CallInProgress()  # of the run
+        self.checked: int | None = None  # the run in which `patch` was looked for
+        self.patch = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForecastCalls:
         made = copy.copy(self)
@@ -58,7 +64,7 @@ class ForecastCalls:
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         shape = self.shape(args, kwargs, rows=True)
         step = self.step(module)
-        if step is not None and not self.plan.computed[step]:
+        if step is not None and not self.plan.computed[step] and self._may_skip(module):
             found = self._forecast(step, shape)
             if found is not None:
                 self.counts[1] += 1
@@ -68,6 +74,18 @@ class ForecastCalls:
         if step is not None and not all(self.plan.computed):
             self._keep(step, shape, out)
         return out
+
+    def _may_skip(self, denoiser: nn.Module) -> bool:
+        """Whether nothing inside the denoiser keeps what it sees of a call; once a run."""
+        if self.checked != self.run:
+            self.checked, patch = self.run, inner_patch(denoiser)
+            if patch and not self.patch:
+                log.warning(
+                    "No call is skipped while a hook or a processor in %s reads along: it would "
+                    "miss the skipped ones.", patch,
+                )  # fmt: skip
+            self.patch = patch
+        return not self.patch
 
     def step(self, denoiser: nn.Module) -> int | None:
         """The step of the plan at which the clock is; None where it is at none of them."""

@@ -11,7 +11,7 @@ import torch
 
 STOCHASTIC = (  # in names of classes
     "ancestral", "sde", "ddpm", "lcm", "tcd", "consistency", "stochastic", "unclip", "repaint",
-    "sasolver", "scm", "cogvideoxdpm", "cosinedpm", "proteina",
+    "sasolver", "scm", "karrasve", "cogvideoxdpm", "cosinedpm", "proteina",
 )  # fmt: skip
 NOISY = ("eta", "s_churn")  # what a step is asked to add noise by
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}

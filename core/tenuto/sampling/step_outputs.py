@@ -7,6 +7,7 @@ answers, in one call or in two, that is seen, and both halves count.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,10 +216,14 @@ def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 class _Watched:
-    """A scheduler's step that is looked at; a copy of the scheduler has its own, unwatched."""
+    """A scheduler's step that is looked at; a copy of the scheduler has its own, unwatched.
+
+    owner: the scheduler, as it is before this is put into it.
+    """
 
     def __init__(self, owner: Any, call: Callable[..., Any]) -> None:
         self.owner, self.call = owner, call
+        self.__signature__ = inspect.signature(owner.step)  # pipelines ask it what it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
