@@ -44,14 +44,20 @@ class L2P:
     taps: ClassVar[int] = MOST  # computed steps that are kept: all
 
     def plan(
-        self, timesteps: Sequence[float], stochastic: bool = False, per_step: float = 1.0
+        self,
+        timesteps: Sequence[float],
+        stochastic: bool = False,
+        per_step: float = 1.0,
+        guidance: float | None = None,
     ) -> ForecastPlan:
         """Which calls of a run are computed, and each other's weights over those before it."""
         times = tuple(float(t) for t in timesteps)
         if stochastic or len(times) > MOST:
             return ForecastPlan.full(times)
         computed = LateInterval(self.first, self.period)(times, ("",)).table[:, 0].tolist()
-        taps, weights = predictors(self.kernel.at(times).values, computed, self.ridge)
+        taps, weights = predictors(
+            self.kernel.guided(guidance).at(times).values, computed, self.ridge
+        )
         return ForecastPlan(times, tuple(computed), taps, weights)
 
     def apply_(self, denoiser: nn.Module, clock: Clock) -> list[Override]:

@@ -106,7 +106,6 @@ class RouteJob:
             self._take(cls().branches_of(self.denoiser))
 
     def _take(self, names: tuple[str, ...]) -> None:
-        """Other branches than the model's own."""
         call = to_device(self.trajectory.calls[0].inputs, device_and_dtype(self.denoiser)[0])
         self.branches, self.whole_outputs = names, list(names)
         self.counts = multiply_adds(self.denoiser, (), call, names=names)
