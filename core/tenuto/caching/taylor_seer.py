@@ -23,8 +23,8 @@ from .schedule import MOST_ORDER, CacheSchedule
 class TaylorSeer:
     """A series of `order`; `first` steps computed, then one of `period`."""
 
-    first: int = 2
-    period: int = 4
+    first: int
+    period: int
     order: int = 2
 
     name: ClassVar[str] = "taylorseer"
