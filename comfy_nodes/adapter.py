@@ -26,7 +26,9 @@ class ComfyUI(Host):
         """A clone with the patches in it. `detach` takes them out of shared modules."""
         plan = replacements_for(self.denoiser(handle), patches, tensor=unpatched(handle))
         parts: list[Wrapped] = [Weights(plan)] if plan else []
-        if plan.policy is not None:
+        if plan.forecast is not None:
+            parts.append(Cache(handle, plan.forecast))
+        elif plan.policy is not None:
             parts.append(Cache(handle, plan.policy))
         return Installed(handle, parts)
 

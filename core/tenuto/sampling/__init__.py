@@ -1,5 +1,6 @@
 """One sampling run: load a pipeline, call it, record its calls, follow its clock."""
 
+from .by_function import adds_noise, goes_as, visited_once
 from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
@@ -35,6 +36,7 @@ __all__ = [
     "Sample",
     "Skeleton",
     "Trajectory",
+    "adds_noise",
     "answered_once",
     "calls_of",
     "check_names",
@@ -43,6 +45,7 @@ __all__ = [
     "cosines",
     "described",
     "encoder_calls",
+    "goes_as",
     "guidance_name",
     "keep",
     "kept",
@@ -57,5 +60,6 @@ __all__ = [
     "states_read",
     "to_device",
     "unprompted",
+    "visited_once",
     "wanted_prompts",
 ]
