@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tenuto.caching import ELSEWHERE
 from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
@@ -124,8 +125,9 @@ class Session:
         if done.skips is not None and sum(done.skips.counts):
             report.calls += done.skips.counts[0]
             report.skipped += done.skips.counts[1]
-            if done.skips.why and done.skips.why not in report.notes:
-                report.notes.append(done.skips.why)
+            why = done.skips.why or ("" if done.skips.counts[1] else ELSEWHERE)
+            if why and why not in report.notes:
+                report.notes.append(why)
         if done.weights.plan:
             report.layers, report.how = done.weights.plan.count(), done.weights.how()
             report.lora = max(report.lora, done.changes.count())

@@ -120,6 +120,24 @@ def test_a_sampler_that_does_not_say_its_steps(
     assert "does not say its steps" in p.processed.comments
 
 
+def test_a_sampler_that_goes_elsewhere(
+    host: Any, kernel: Any, stubs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1111's UniPC has steps of its own."""
+    own = stubs._function
+
+    def function(name: str) -> Any:
+        def sample(model: Any, x: Tensor, sigmas: Tensor, **more: Any) -> Tensor:
+            return own(name)(model, x, sigmas * 0.97 + 0.03, **more)
+
+        return sample
+
+    monkeypatch.setattr(stubs, "_function", function)
+    p = host.p(*half(), steps=12)
+    assert made_with(host, p)[1] == 12
+    assert "other steps than it had said" in p.processed.comments
+
+
 def test_an_artifact_without_a_forecast_is_a_sentence(host: Any, kernel: Any) -> None:
     plain = made_with(host, host.p(False, steps=12))[0]
     p = host.p(True, BALANCED, *half()[2:], steps=12)

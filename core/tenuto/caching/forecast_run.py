@@ -11,6 +11,8 @@ from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast
 from .schedule import SHORTEST
 
+ELSEWHERE = "No call was skipped: this sampler went to other steps than it had said."
+
 
 def forecast_run(
     forecast: Forecast, times: Sequence[float], denoiser: nn.Module, stochastic: bool = False
