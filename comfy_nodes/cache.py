@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CachedBranch, Forecast, ForecastCalls, for_branch, forecast_run
+from tenuto.caching import CachedBranch, Forecast, ForecastCalls, for_branch, forecast_run, why_none
 from tenuto.errors import ModelError
 from tenuto.model import WHOLE, Override, describe, key_map_of, override_
 from tenuto.runtime import Policy
@@ -70,23 +70,27 @@ class Cache(Wrapped):
         self.run: Run | None = None
         self.last: Run | None = None
 
-    def opened(self, times: Sequence[float], sampler: Any) -> Callable[[], None]:
+    def opened(self, times: Sequence[float], sampler: Any, guider: Any) -> Callable[[], None]:
         """A table for the timesteps of this run; a run inside another has its own."""
         before = self.run
-        self.run = self._run(times, sampler) if times else None
+        self.run = self._run(times, sampler, guider) if times else None
 
         def close() -> None:
             self.last, self.run = self.run or self.last, before
             if self.last is not None:
+                for cell in self.last.cells.values():
+                    if isinstance(cell, ForecastCalls) and cell.counts[0]:
+                        self.last.why = self.last.why or why_none(cell)
                 self.last.cells = {}  # what was stored goes with the run
 
         return close
 
-    def _run(self, times: Sequence[float], sampler: Any) -> Run:
+    def _run(self, times: Sequence[float], sampler: Any, guider: Any) -> Run:
         model = self.denoiser()
         assert model is not None  # it is running
         if isinstance(self.plan, Forecast):
-            calls, why = forecast_run(self.plan, times, model, is_stochastic(sampler))
+            noisy, guidance = is_stochastic(sampler), getattr(guider, "cfg", None)
+            calls, why = forecast_run(self.plan, times, model, noisy, guidance)
             if why:
                 log.info("Tenuto: %s", why)
             return _new(calls.clock, {WHOLE.name: calls}, (WHOLE.name,), forecast=True, why=why)

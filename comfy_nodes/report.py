@@ -11,7 +11,6 @@ from torch import Tensor
 from tenuto.artifact import StepMap
 from tenuto.artifact.panels import cells
 from tenuto.artifact.plots import available, image, map_figure
-from tenuto.caching import ELSEWHERE
 from tenuto.errors import TenutoError
 from tenuto.runtime import DENSE
 
@@ -94,11 +93,10 @@ def cache_lines(run: Run | None) -> list[str]:
     what = f"branch evaluations reused ({share:.0%})"
     if run.forecast:
         what = f"calls of the model skipped and forecast ({share:.0%}), {computed} computed"
-    why = run.why or (ELSEWHERE if run.forecast and total and not reused else "")
     steps = [f"{s:.3f}" for s in run.seconds]
     return [
         f"Cache: {reused} of {total} {what}",
-        *([why] if why else []),
+        *([run.why] if run.why else []),
         f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
         f"Seconds by step: {' '.join(steps)}",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenuto.caching import Forecast, ForecastCalls, forecast_run
+from tenuto.caching import Forecast, ForecastCalls, forecast_run, why_none
 from tenuto.sampling import adds_noise
 
 from . import hosts
@@ -35,14 +35,19 @@ class Skips:
         self.calls: ForecastCalls | None = None
         self._stamp = (-1, -1)
 
-    def begins(self, times: list[float], stochastic: bool) -> None:
+    def said(self) -> str:
+        """Why nothing was skipped, in one sentence; "" where something was."""
+        return self.why or ("" if self.calls is None else why_none(self.calls))
+
+    def begins(self, times: list[float], stochastic: bool, guidance: float | None = None) -> None:
         """A run at these timesteps begins; what was stored belongs to the last one."""
         if self.calls is not None:
             self.run.clocks.remove(self.calls.clock)
             self.calls = None
         self.why = UNKNOWN
         if times:
-            self.calls, self.why = forecast_run(self.forecast, times, self.denoiser, stochastic)
+            given = self.forecast, times, self.denoiser, stochastic, guidance
+            self.calls, self.why = forecast_run(*given)
             self.run.clocks.append(self.calls.clock)
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -64,10 +69,10 @@ class Skips:
 class Watched:
     """A host's sampler, whose function says what it is called with before it begins.
 
-    It is put in for one sampling pass. says: gets the timesteps, and whether there is noise added.
+    It is put in for one sampling pass. says: gets timesteps, whether noise is added, and guidance.
     """
 
-    def __init__(self, sd_model: Any, sampler: Any, says: Callable[[list[float], bool], None]):
+    def __init__(self, sd_model: Any, sampler: Any, says: Callable[..., None]):
         self.sampler, self.own = sampler, getattr(sampler, "func", None)
         if not callable(self.own):
             return
@@ -79,7 +84,8 @@ class Watched:
                 try:
                     given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
                     given |= kwargs
-                    says(times_of(sd_model, sampler, given), adds_noise(own, given))
+                    guidance = (given.get("extra_args") or {}).get("cond_scale")
+                    says(times_of(sd_model, sampler, given), adds_noise(own, given), guidance)
                 except Exception as error:  # of a host that we do not know: it computes everything
                     log.debug("Tenuto does not know the steps of this sampler", exc_info=error)
             return own(*args, **kwargs)

@@ -7,7 +7,6 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tenuto.caching import ELSEWHERE
 from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
@@ -125,7 +124,7 @@ class Session:
         if done.skips is not None and sum(done.skips.counts):
             report.calls += done.skips.counts[0]
             report.skipped += done.skips.counts[1]
-            why = done.skips.why or ("" if done.skips.counts[1] else ELSEWHERE)
+            why = done.skips.said()
             if why and why not in report.notes:
                 report.notes.append(why)
         if done.weights.plan:

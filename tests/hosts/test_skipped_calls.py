@@ -13,6 +13,7 @@ from tenuto import schemes
 from tenuto.artifact import Artifact
 from tenuto.artifact.host_names import canonicalized
 from tenuto.errors import TenutoError
+from tenuto.model import override_
 from tenuto.runtime import Patches
 from tenuto.sampling import OutputKernel
 
@@ -86,11 +87,25 @@ def calls(model: Any, **how: Any) -> tuple[Tensor, int]:
     """The latents, and how often the network ran."""
     seen: list[int] = []
     module = model.model.diffusion_model.input_blocks[0][0]
-    hook = module.register_forward_hook(lambda *_: seen.append(1))
+
+    def count(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    patch = override_(module, count)
     try:
         return sampled(model, **how), len(seen)
     finally:
-        hook.remove()
+        patch.retire()
+
+
+def test_a_hook_that_reads_along_is_told(model: Any, artifact: Artifact) -> None:
+    made, module = faster(model, artifact), model.model.diffusion_model.input_blocks[0][0]
+    hook = module.register_forward_hook(lambda *_: None)
+    sampled(made)
+    hook.remove()
+    assert "a hook in input_blocks.0.0 reads along" in told(made)
+    assert "0 of 12 calls" in told(made)
 
 
 def test_one_is_off_and_old_workflows_are_as_they_were(model: Any, artifact: Artifact) -> None:

@@ -5,7 +5,7 @@ from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, CallShape, Slot, apply_schedule_, for_branch, shape_of
 from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
-from .forecast_run import ELSEWHERE, forecast_run
+from .forecast_run import forecast_run, why_none
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
@@ -14,7 +14,6 @@ from .schedule import SHORTEST, CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
 __all__ = [
-    "ELSEWHERE",
     "MOST",
     "POWERS",
     "SHORTEST",
@@ -47,4 +46,5 @@ __all__ = [
     "shape_of",
     "unmeasured",
     "whole_steps",
+    "why_none",
 ]

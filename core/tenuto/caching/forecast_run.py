@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..sampling import Clock, goes_as, visited_once
+from ..sampling import CallInProgress, Clock, goes_as, visited_once
 from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast
 from .schedule import SHORTEST
@@ -15,22 +15,36 @@ ELSEWHERE = "No call was skipped: this sampler went to other steps than it had s
 
 
 def forecast_run(
-    forecast: Forecast, times: Sequence[float], denoiser: nn.Module, stochastic: bool = False
+    forecast: Forecast,
+    times: Sequence[float],
+    denoiser: nn.Module,
+    stochastic: bool = False,
+    guidance: float | None = None,
 ) -> tuple[ForecastCalls, str]:
     """(calls, why): the forward of `denoiser` for this run alone, and why it skips nothing.
 
     times: of the run, in executed order, as the denoiser gets them; equal ones in a row are one
     step. The clock of the calls stands at them: whoever runs the denoiser moves it. stochastic:
-    whether the sampler adds noise of its own. why: one sentence, or "" where something is skipped.
+    whether the sampler adds noise of its own. guidance: of the run, None where it is not known.
+    why: one sentence, or "" where something is skipped.
     """
     steps = visited_once(times)
     straight = goes_as(steps, forecast.kernel.timesteps)
     clock = Clock(steps)
     clock.stochastic = stochastic or not straight
-    calls = ForecastCalls(clock, forecast, denoiser)
-    if not all(forecast.plan(steps, clock.stochastic).computed):
+    told = CallInProgress(None if guidance is None else max(1.0, guidance), clock.stochastic)
+    calls = ForecastCalls(clock, forecast, denoiser, lambda _: told)
+    plan = forecast.plan(steps, clock.stochastic, guidance=told.guidance)
+    if not all(plan.computed):
         return calls, ""
     return calls, _why(forecast, len(steps), stochastic, straight)
+
+
+def why_none(calls: ForecastCalls) -> str:
+    """Why a run skipped nothing though its plan did; "" where it is over as planned."""
+    if calls.patch:
+        return f"No call was skipped: a hook in {calls.patch} reads along, and would miss some."
+    return "" if calls.counts[1] or all(calls.plan.computed) else ELSEWHERE
 
 
 def _why(forecast: Forecast, steps: int, stochastic: bool, straight: bool) -> str:

@@ -1,6 +1,7 @@
 """One sampling run: load a pipeline, call it, record its calls, follow its clock."""
 
 from .by_function import adds_noise, goes_as, visited_once
+from .call_in_progress import CallInProgress, call_in_progress
 from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
@@ -29,6 +30,7 @@ __all__ = [
     "HELD_OUT",
     "MARK",
     "Call",
+    "CallInProgress",
     "Clock",
     "Follow",
     "OutputKernel",
@@ -38,6 +40,7 @@ __all__ = [
     "Trajectory",
     "adds_noise",
     "answered_once",
+    "call_in_progress",
     "calls_of",
     "check_names",
     "check_needed",
