@@ -11,7 +11,7 @@ from torch import nn
 from tenuto.caching import CacheSchedule, Forecast
 from tenuto.errors import ModelError
 from tenuto.model import WHOLE, Attached, describe, key_map_of, override_
-from tenuto.runtime import Host, Patches, Replacements, replacements_for
+from tenuto.runtime import Host, Patches, Replacements, as_chosen, replacements_for
 
 from . import hosts
 from .cache import Cache, Limits, Plan
@@ -78,7 +78,7 @@ class WebUI(Host):
             return changes.own(layer, denoiser.get_submodule(layer))
 
         layers = list(hosts.layers(denoiser))
-        plan = replacements_for(denoiser, made_of, tensor=tensor, layers=layers)
+        plan = replacements_for(denoiser, as_chosen(made_of), tensor=tensor, layers=layers)
         self._known = token, Weights(plan, chosen)
         return self._known[1]
 

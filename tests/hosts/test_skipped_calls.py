@@ -165,6 +165,16 @@ def test_without_a_kernel_it_is_a_sentence(model: Any, artifact: Artifact) -> No
             faster(model, given)
 
 
+def test_off_is_off_whatever_the_file_says(model: Any, artifact: Artifact) -> None:
+    """A file may have a speedup of its own, for where nobody is asked."""
+    from comfy_nodes.adapter import ComfyUI
+
+    artifact.header["forecast"]["default"] = 2.0
+    attached = ComfyUI().install(model, Patches(artifact, weights=False))
+    assert not attached.parts and "forecast" in artifact.header
+    assert torch.equal(sampled(attached.handle), sampled(model))
+
+
 def test_what_is_in_a_file_is_told(artifact: Artifact) -> None:
     from comfy_nodes.nodes import info
 
