@@ -8,7 +8,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from tenuto.model import Attached
-from tenuto.runtime import Host, Patches, replacements_for
+from tenuto.runtime import Host, Patches, as_chosen, replacements_for
 
 from .cache import Cache
 from .weights import Weights, unpatched
@@ -24,9 +24,12 @@ class ComfyUI(Host):
 
     def install(self, handle: Any, patches: Patches) -> Installed:
         """A clone with the patches in it. `detach` takes them out of shared modules."""
+        patches = as_chosen(patches)
         plan = replacements_for(self.denoiser(handle), patches, tensor=unpatched(handle))
         parts: list[Wrapped] = [Weights(plan)] if plan else []
-        if plan.policy is not None:
+        if plan.forecast is not None:
+            parts.append(Cache(handle, plan.forecast))
+        elif plan.policy is not None:
             parts.append(Cache(handle, plan.policy))
         return Installed(handle, parts)
 

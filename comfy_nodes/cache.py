@@ -1,7 +1,8 @@
-"""A feature cache in a MODEL: branches reused from step to step, and what the last run did."""
+"""A cache in a MODEL: branches reused, or whole calls forecast, and what the last run did."""
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CachedBranch, for_branch
+from tenuto.caching import CachedBranch, Forecast, ForecastCalls, for_branch, forecast_run, why_none
 from tenuto.errors import ModelError
 from tenuto.model import WHOLE, Override, describe, key_map_of, override_
 from tenuto.runtime import Policy
-from tenuto.sampling import Clock
+from tenuto.sampling import Clock, adds_noise
 
 from .wrapping import Wrapped
+
+log = logging.getLogger("tenuto")
 
 
 @dataclass
@@ -25,14 +28,18 @@ class Run:
     """One sampling run. computed, reused: how often each cell was, int (T, N).
 
     cells: by the host's names of what the run's table has columns of; names: the canonical ones.
+    forecast: whether the one cell of a step is the whole call, which a forecast stands in for;
+    why: a sentence that says why it skips none.
     """
 
     clock: Clock
-    cells: dict[str, CachedBranch]
+    cells: dict[str, CachedBranch | ForecastCalls]
     names: tuple[str, ...]
     computed: Tensor
     reused: Tensor
     seconds: list[float]
+    forecast: bool = False
+    why: str = ""
     calls: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -45,48 +52,56 @@ class Run:
 class Cache(Wrapped):
     """Reuses branches by a policy: policy(timesteps, branches) says what to compute in a run.
 
-    branches: the host's names. last: the last run that ended, for a report.
+    Or it skips whole calls, by a forecast: of that a model needs no branches. branches: the host's
+    names. last: the last run that ended, for a report.
     """
 
     key = "tenuto_cache"
 
-    def __init__(self, model: Any, policy: Policy) -> None:
+    def __init__(self, model: Any, plan: Policy | Forecast) -> None:
         super().__init__()
         denoiser = model.model.diffusion_model
-        keys = key_map_of(denoiser)
-        if keys is None:  # what its parts hand out is not known to be theirs alone
-            raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
-        self.branches = tuple(b.name for b in describe(denoiser).branches)
-        self.keys, self.denoiser = keys, weakref.ref(denoiser)
-        self.policy = policy
+        self.plan, self.denoiser = plan, weakref.ref(denoiser)
+        self.keys, self.branches = key_map_of(denoiser), ()
+        if not isinstance(plan, Forecast):
+            if self.keys is None:  # what its parts hand out is not known to be theirs alone
+                raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
+            self.branches = tuple(b.name for b in describe(denoiser).branches)
         self.run: Run | None = None
         self.last: Run | None = None
 
-    def opened(self, times: Sequence[float]) -> Callable[[], None]:
+    def opened(self, times: Sequence[float], sampler: Any, guider: Any) -> Callable[[], None]:
         """A table for the timesteps of this run; a run inside another has its own."""
         before = self.run
-        self.run = self._run(times) if times else None
+        self.run = self._run(times, sampler, guider) if times else None
 
         def close() -> None:
             self.last, self.run = self.run or self.last, before
             if self.last is not None:
+                for cell in self.last.cells.values():
+                    if isinstance(cell, ForecastCalls) and cell.counts[0]:
+                        self.last.why = self.last.why or why_none(cell)
                 self.last.cells = {}  # what was stored goes with the run
 
         return close
 
-    def _run(self, times: Sequence[float]) -> Run:
-        schedule = self.policy(times, self.branches)
-        clock = Clock(schedule.timesteps)
-        names, rows, model = schedule.branches, schedule.table.t().tolist(), self.denoiser()
+    def _run(self, times: Sequence[float], sampler: Any, guider: Any) -> Run:
+        model = self.denoiser()
         assert model is not None  # it is running
+        if isinstance(self.plan, Forecast):
+            noisy, guidance = is_stochastic(sampler), getattr(guider, "cfg", None)
+            calls, why = forecast_run(self.plan, times, model, noisy, guidance)
+            if why:
+                log.info("Tenuto: %s", why)
+            return _new(calls.clock, {WHOLE.name: calls}, (WHOLE.name,), forecast=True, why=why)
+        schedule, keys = self.plan(times, self.branches), self.keys
+        assert keys is not None
+        clock, rows = Clock(schedule.timesteps), schedule.table.t().tolist()
         cells = {
             name: for_branch(CachedBranch(clock, computed, order=schedule.order), name, model)
-            for name, computed in zip(names, rows, strict=True)
+            for name, computed in zip(schedule.branches, rows, strict=True)
         }
-        count = torch.zeros(schedule.table.shape, dtype=torch.int64)
-        seconds = [0.0] * len(schedule.timesteps)
-        named = tuple(map(self.keys.canonical, names))
-        return Run(clock, cells, named, count, count.clone(), seconds)
+        return _new(clock, cells, tuple(map(keys.canonical, schedule.branches)))
 
     def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
         """One a branch, and one for the whole call."""
@@ -110,6 +125,19 @@ class Cache(Wrapped):
             if run is not None:
                 run.calls += 1
                 run.seconds[run.clock.step] += time.perf_counter() - start
+
+
+def _new(clock: Clock, cells: Any, names: tuple[str, ...], **facts: Any) -> Run:
+    """A run of which nothing is counted yet."""
+    count = torch.zeros(len(clock.timesteps), len(names), dtype=torch.int64)
+    seconds = [0.0] * len(clock.timesteps)
+    return Run(clock, cells, names, count, count.clone(), seconds, **facts)
+
+
+def is_stochastic(sampler: Any) -> bool:
+    """Whether a SAMPLER adds noise of its own at every step."""
+    function = getattr(sampler, "sampler_function", type(sampler))
+    return adds_noise(function, getattr(sampler, "extra_options", None) or {})
 
 
 class BranchCall:

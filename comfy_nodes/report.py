@@ -84,15 +84,19 @@ def weights_line(weights: Weights) -> str:
 
 
 def cache_lines(run: Run | None) -> list[str]:
-    """What was computed and what was reused; the time of the calls, by step."""
+    """What was computed, what was reused or forecast, and why not; the time of the calls."""
     if run is None:
         return ["Cache: no run yet"]
     computed, reused = int(run.computed.sum()), int(run.reused.sum())
     total = computed + reused
     share = reused / total if total else 0.0
+    what = f"branch evaluations reused ({share:.0%})"
+    if run.forecast:
+        what = f"calls of the model skipped and forecast ({share:.0%}), {computed} computed"
     steps = [f"{s:.3f}" for s in run.seconds]
     return [
-        f"Cache: {reused} of {total} branch evaluations reused ({share:.0%})",
+        f"Cache: {reused} of {total} {what}",
+        *([run.why] if run.why else []),
         f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
         f"Seconds by step: {' '.join(steps)}",
     ]

@@ -65,7 +65,7 @@ class Weights(Wrapped):
             found = self.kept[name] = self.plan.layer(name, module, weight)
         return found
 
-    def opened(self, times: Sequence[float]) -> Callable[[], None]:
+    def opened(self, times: Sequence[float], sampler: Any, guider: Any) -> Callable[[], None]:
         """What the layers did is known when the run ends: core may unload them after it."""
 
         def close() -> None:

@@ -48,8 +48,8 @@ class Wrapped:
         """Put the patches in."""
         raise NotImplementedError
 
-    def opened(self, times: Sequence[float]) -> Callable[[], None]:
-        """A sampling run at these timesteps begins; returns what ends it."""
+    def opened(self, times: Sequence[float], sampler: Any, guider: Any) -> Callable[[], None]:
+        """A run at these timesteps begins, by a SAMPLER and a GUIDER; returns what ends it."""
         return lambda: None
 
     # --- round a MODEL ----------------------------------------------------------------------------
@@ -87,9 +87,10 @@ class Wrapped:
 
         args: noise, latent, sampler, sigmas (T + 1,), ...
         """
+        sampler = args[2] if len(args) > 2 else kwargs["sampler"]
         sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        close = self.opened(timesteps(sampling, sigmas[:-1]).tolist())
+        close = self.opened(timesteps(sampling, sigmas[:-1]).tolist(), sampler, executor.class_obj)
         try:
             return executor(*args, **kwargs)
         finally:

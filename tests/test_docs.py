@@ -107,7 +107,8 @@ def test_a_page_is_short_and_linked(page: Path) -> None:
 
 def test_the_table_of_the_contract_is_the_list_of_its_cases() -> None:
     page = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
-    source = (ROOT / "tests" / "hosts" / "contract" / "test_contract.py").read_text("utf-8")
+    files = (ROOT / "tests" / "hosts" / "contract").glob("test_*.py")
+    source = "\n".join(path.read_text("utf-8") for path in files)
     listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
     cases = re.findall(r"^def test_(\w+)\(", source, re.M)
     assert sorted(listed) == sorted(cases)

@@ -8,18 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from tenuto.caching import CacheSchedule
+from tenuto.caching import CacheSchedule, Forecast
 from tenuto.errors import ModelError
-from tenuto.model import Attached, describe, key_map_of
-from tenuto.runtime import Host, Patches, Replacements, replacements_for
+from tenuto.model import WHOLE, Attached, describe, key_map_of, override_
+from tenuto.runtime import Host, Patches, Replacements, as_chosen, replacements_for
 
 from . import hosts
 from .cache import Cache, Limits, Plan
+from .forecast import Skips
 from .lora import Changes
 from .run import Calls, Run
 from .weights import SIDE, Weights
 
 GRID = tuple(1000 * (1 - (step + 0.5) / 20) for step in range(20))  # where nothing was measured
+SOME = 2.0  # stands for any speedup in what is kept from run to run
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class WebUI(Host):
         """What is said is done at every step that an artifact knows."""
         chosen = patches if isinstance(patches, Chosen) else Chosen(**vars(patches))
         weights = self._weights(handle, chosen)
-        return Installed(handle, weights, plan_of(self.denoiser(handle), chosen, weights.plan))
+        forecast = weights.plan.forecast
+        if forecast is None or chosen.speedup is None:
+            plan = plan_of(self.denoiser(handle), chosen, weights.plan)
+            return Installed(handle, weights, plan)
+        return Installed(handle, weights, None, replace(forecast, speedup=chosen.speedup))
 
     def forget(self) -> None:
         """Another checkpoint: nothing that was made of the last one is kept."""
@@ -57,7 +63,10 @@ class WebUI(Host):
     def _weights(self, handle: Any, chosen: Chosen) -> Weights:
         """Of this checkpoint and choice, or those of the last run where these are the same."""
         denoiser, changes = self.denoiser(handle), Changes(handle)
-        made_of = replace(chosen, policy=None, limit=None, route=True, limits=Limits())
+        some = None if chosen.speedup is None else SOME
+        made_of = replace(
+            chosen, policy=None, limit=None, route=True, limits=Limits(), speedup=some
+        )
         token = weakref.ref(denoiser), id(chosen.artifact), replace(made_of, artifact=None)
         if self._known is not None and self._known[0] == token:
             return self._known[1]
@@ -69,7 +78,7 @@ class WebUI(Host):
             return changes.own(layer, denoiser.get_submodule(layer))
 
         layers = list(hosts.layers(denoiser))
-        plan = replacements_for(denoiser, made_of, tensor=tensor, layers=layers)
+        plan = replacements_for(denoiser, as_chosen(made_of), tensor=tensor, layers=layers)
         self._known = token, Weights(plan, chosen)
         return self._known[1]
 
@@ -77,10 +86,12 @@ class WebUI(Host):
 class Installed(Attached):
     """Patches in a denoiser. They act between `run.evaluates` of their owner and `detach`."""
 
-    def __init__(self, handle: Any, weights: Weights, plan: Plan | None) -> None:
+    def __init__(
+        self, handle: Any, weights: Weights, plan: Plan | None, forecast: Forecast | None = None
+    ) -> None:
         super().__init__(handle, [])
         self.run, self.changes = Run(), Changes(handle)
-        self.weights, self.cache = weights, None
+        self.weights, self.cache, self.skips = weights, None, None
         denoiser = hosts.denoiser_of(handle)
         try:
             self.patches.append(Calls(denoiser, self.run))
@@ -88,6 +99,9 @@ class Installed(Attached):
             if plan is not None:
                 self.cache = Cache(plan, self.run)
                 self.patches += self.cache.overrides(denoiser)
+            if forecast is not None:
+                self.skips = Skips(forecast, denoiser, self.run)
+                self.patches.append(override_(denoiser, self.skips))
         except BaseException:
             self.detach()
             raise
@@ -100,7 +114,12 @@ class Installed(Attached):
             getattr(patch, "retire", patch.remove)()
 
     def counts(self) -> dict[str, list[int]]:
-        """[computed, reused] calls of every branch, by canonical name."""
+        """[computed, reused] calls of every branch, by canonical name.
+
+        Under a forecast: [computed, forecast] calls of the network.
+        """
+        if self.skips is not None:
+            return {WHOLE.name: list(self.skips.counts)}
         if self.cache is None:
             return {}
         keys, names = key_map_of(hosts.denoiser_of(self.handle)), self.cache.plan.branches

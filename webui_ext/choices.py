@@ -24,6 +24,7 @@ CACHES = (OFF, *RULES, ROUTER)
 PASSES = (BOTH, FIRST, HIRES)
 BUILT_IN = "Built-in: "
 BALANCED = f"{BUILT_IN}Balanced"
+FASTEST = 4.0  # of a forecast
 SHORT = {ROUTER: "router"} | {c: c.lower() for c in (OFF, *RULES)}  # of caches, in an infotext
 
 
@@ -33,6 +34,7 @@ class Choices:
 
     speed: the period of a rule, the budget of Router (2: about half is computed). start, stop:
     shares of the steps between which anything is reused. longest: how often in a row; 0: no limit.
+    speedup: above 1, whole calls are skipped instead, so that a run has so many times fewer.
     """
 
     enabled: bool = False
@@ -45,6 +47,7 @@ class Choices:
     last: bool = True
     longest: int = 3
     passes: str = BOTH
+    speedup: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in (("precision", PRECISIONS), ("cache", CACHES), ("passes", PASSES)):
@@ -55,6 +58,8 @@ class Choices:
                 )
         if not 1 <= self.speed <= 8 or self.longest < 0:
             raise TenutoError("Tenuto's speed is 1 to 8, and its longest reuse is no less than 0.")
+        if not 1 <= self.speedup <= FASTEST:
+            raise TenutoError(f"Tenuto's speedup is 1 (off) to {FASTEST:g}.")
         if not 0 <= self.start <= 1 or not 0 <= self.stop <= 1:
             raise TenutoError("Tenuto's start and stop are shares of the steps, from 0 to 1.")
 
@@ -95,16 +100,17 @@ def _cache(value: Any) -> str:
 KINDS: dict[str, Callable[[Any], Any]] = {
     "enabled": _flag, "artifact": str, "precision": str, "cache": _cache, "speed": float,
     "start": float, "stop": float, "last": _flag, "longest": lambda v: int(float(v)), "passes": str,
+    "speedup": float,
 }  # fmt: skip
-AXES = ("enabled", "artifact", "precision", "cache", "speed", "start")
-PRESETS = {  # the buttons; they fill all but the first two fields and the last
+AXES = ("enabled", "artifact", "precision", "cache", "speed", "start", "speedup")
+PRESETS = {  # the buttons; they fill all but the first two fields and the last two
     "Quality": Choices(speed=1.5, start=0.3, longest=1),
     "Balanced": Choices(),
     "Fast": Choices(speed=3.0, start=0.1, longest=5),
 }
 KEYS = {  # of the infotext, where they are not the default
     "speed": "Tenuto speed", "start": "Tenuto start", "stop": "Tenuto stop", "last": "Tenuto last",
-    "longest": "Tenuto max reuse", "passes": "Tenuto passes",
+    "longest": "Tenuto max reuse", "passes": "Tenuto passes", "speedup": "Tenuto speedup",
 }  # fmt: skip
 MAIN, ARTIFACT, HASH, VERSION = (
     "Tenuto",

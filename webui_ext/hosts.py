@@ -50,6 +50,15 @@ def denoiser_of(sd_model: Any) -> nn.Module:
     return found
 
 
+def timesteps(sd_model: Any, sampler: Any, sigmas: Tensor) -> Tensor:
+    """What the network gets at `sigmas` (n,): Forge and reForge round, A1111 does not."""
+    model = getattr(patcher_of(sd_model), "model", None)
+    for name in ("predictor", "model_sampling"):
+        if hasattr(model, name):
+            return getattr(model, name).timestep(sigmas)
+    return sampler.model_wrap_cfg.inner_model.sigma_to_t(sigmas)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Forge's Linear is no nn.Linear."""
     return isinstance(module, nn.Linear) or (

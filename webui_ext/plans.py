@@ -38,7 +38,9 @@ def chosen_of(
 
 
 def cache_of(choices: Choices, artifact: Artifact | None) -> dict[str, Any]:
-    """The fields of `Chosen` that say what is reused."""
+    """The fields of `Chosen` that say what is reused, or that whole calls are skipped instead."""
+    if choices.speedup > 1:
+        return {"route": False, "speedup": choices.speedup}
     if choices.cache == OFF or choices.speed <= 1:
         return {"route": False}
     if choices.cache != ROUTER:

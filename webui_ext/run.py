@@ -23,6 +23,7 @@ class Run:
     evaluation: counts the host's evaluations; call: which denoiser call in it, from 0.
     epoch: grows where what was stored is of no use: another sampler, or back to more noise.
     step, steps: where the host's sampler is. tag: what the host says of the rows of a call.
+    mixed: whether these are at several timesteps.
     """
 
     def __init__(self, *clocks: Clock) -> None:
@@ -31,6 +32,7 @@ class Run:
         self.evaluation, self.call, self.epoch = -1, -1, 0
         self.step, self.steps = 0, 1
         self.tag: Any = None
+        self.mixed = False
         self.failed: str | None = None
         self.evaluations = 0  # with the patches on
         self._time = math.inf
@@ -66,6 +68,7 @@ class Run:
         first, spread = float(flat[0]), 0.0
         if len(flat) > 1 and flat.stride(0):
             spread = float(flat.amax() - flat.amin())
+        self.mixed = bool(spread)
         if first > self._time * (1 + 1e-6):
             self.begin()
         self._time = first

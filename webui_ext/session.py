@@ -12,6 +12,7 @@ from tenuto.errors import TenutoError
 from . import artifacts, hosts
 from .adapter import Installed, WebUI
 from .choices import Choices
+from .forecast import Watched
 from .options import HALF, option
 from .plans import chosen_of
 from .timing import Timing
@@ -26,6 +27,8 @@ class Report:
 
     computed: int = 0
     reused: int = 0
+    calls: int = 0  # of the network, that were computed where some could be skipped
+    skipped: int = 0
     bytes: int = 0
     lora: int = 0  # layers
     lora_mode: str = SIDE
@@ -73,7 +76,10 @@ class Session:
             self.report.notes.append(refused)
             chosen = replace(chosen, weights=False)
         made = self.host.install(p.sd_model, chosen)
-        if made.weights.plan or made.cache is not None:
+        if made.skips is not None:
+            sampler = getattr(p, "sampler", None)
+            made.patches.append(Watched(p.sd_model, sampler, made.skips.begins))
+        if made.patches[1:]:  # the first one only counts
             self.installed, self.report.attached = made, True
         else:
             made.detach()
@@ -115,6 +121,12 @@ class Session:
             report.computed += done.cache.computed
             report.reused += done.cache.reused
             report.bytes = max(report.bytes, done.cache.bytes())
+        if done.skips is not None and sum(done.skips.counts):
+            report.calls += done.skips.counts[0]
+            report.skipped += done.skips.counts[1]
+            why = done.skips.said()
+            if why and why not in report.notes:
+                report.notes.append(why)
         if done.weights.plan:
             report.layers, report.how = done.weights.plan.count(), done.weights.how()
             report.lora = max(report.lora, done.changes.count())

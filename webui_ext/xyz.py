@@ -38,4 +38,5 @@ def register() -> None:
         axis("Cache", str, "cache", lambda: [SHORT[c] for c in CACHES]),
         axis("Speed", float, "speed"),
         axis("Start", float, "start"),
+        axis("Speedup", float, "speedup"),
     ])  # fmt: skip

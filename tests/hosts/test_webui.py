@@ -53,25 +53,12 @@ def unet() -> nn.Module:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stub A1111 with the real U-Net; p.sampler is one of k-diffusion's."""
+    """A stub A1111 with the real U-Net and the sampling functions of k-diffusion."""
     from k_diffusion import sampling
 
     stubs = _load("hosts")
 
-    def sample(model: Any, x: Tensor, p: Any) -> Tensor:
-        place = {"i": 0}
-
-        def denoised(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            s = float(sigma[0])
-            return x - s * model(x / (1 + s**2) ** 0.5, 99.92 * s, place["i"])
-
-        sigmas = torch.linspace(10, 0, p.steps + 1)
-        run = getattr(sampling, f"sample_{p.sampler}")
-        with torch.random.fork_rng():
-            torch.manual_seed(p.seed)
-            return run(denoised, x, sigmas, callback=place.update, disable=True)
-
-    monkeypatch.setattr(stubs, "_sample", sample)
+    monkeypatch.setattr(stubs, "_function", lambda name: getattr(sampling, f"sample_{name}"))
     found = stubs.Host("a1111", unet(), tmp_path)
     found.opts.tenuto_execution = "int8"
     for name, module in found.modules.items():

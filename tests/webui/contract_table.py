@@ -29,6 +29,7 @@ USED: dict[str, tuple[str, ...]] = {
     "modules/infotext_utils.py": ("PasteField.__init__",),
     "scripts/xyz_grid.py": ("AxisOption.__init__", "AxisOption.__fields__", "apply_field"),
     "modules/sd_samplers_cfg_denoiser.py": ("CFGDenoiser.__fields__",),
+    "modules/sd_samplers_common.py": ("Sampler.__fields__",),
     "extensions-builtin/Lora/networks.py": ("network_apply_weights",),
     "backend/operations.py": ("get_weight_and_bias",),
     "backend/patcher/base.py": ("ModelPatcher.__fields__",),
@@ -39,8 +40,15 @@ USED: dict[str, tuple[str, ...]] = {
 FIELDS = {  # that are looked at
     "CFGDenoiserParams": ("denoiser", "sampling_step", "total_sampling_steps", "x"),
     "CFGDenoiser": ("p", "sampler", "step", "steps", "total_steps"),
+    "Sampler": ("func", "model_wrap_cfg"),
     "AxisOption": ("label",),
     "ModelPatcher": ("model", "lora_loader", "backup", "patches_uuid"),
+}
+# Of a file that CONTRACT has not: what the class has in each of the three hosts, by their sources.
+MORE = {
+    "modules/sd_samplers_common.py": {
+        host: {"class Sampler": {"__fields__": list(FIELDS["Sampler"])}} for host in HOSTS
+    }
 }
 
 
@@ -57,6 +65,7 @@ def found(functions: dict[str, Any], name: str) -> Any:
 def table(contract: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """{file: {symbol: {host: signature or fields}}}, for the hosts that have the file."""
     made: dict[str, dict[str, dict[str, Any]]] = {}
+    contract = MORE | contract
     for file, names in USED.items():
         hosts = [host for host in HOSTS if host in contract[file]]
         made[file] = {n: {h: found(contract[file][h], n) for h in hosts} for n in names}

@@ -54,6 +54,8 @@ class Host(Modules):
         inner = SimpleNamespace(diffusion_model=self.unet)
         if self.kind == "a1111":
             return SimpleNamespace(model=inner)
+        rounded = SimpleNamespace(timestep=lambda sigmas: timestep_of(sigmas).round())
+        setattr(inner, "predictor" if self.kind == "forge" else "model_sampling", rounded)
         if self.kind == "forge":
             inner.lora_loader = SimpleNamespace(backup={}, loaded_hash="[]")
             patcher = SimpleNamespace(model=inner, lora_loader=inner.lora_loader)
@@ -93,7 +95,8 @@ class Host(Modules):
         given = [*args, *(c.value for c in self.inputs[len(args) :])]
         usual = {
             "sd_model": self.sd_model, "steps": 6, "batch_size": 1, "seed": 1, "size": 8,
-            "sampler": "euler", "hires": False, "split": False, "ngms": False, "is_hr_pass": False,
+            "sampler_name": facts.pop("sampler", "euler"), "sampler": None, "hires": False,
+            "split": False, "ngms": False, "is_hr_pass": False,
             "on_step": lambda step: None, "extra_generation_params": {}, "script_args": given,
             "prompts": ("cat",),
         }  # fmt: skip
@@ -113,15 +116,33 @@ class Host(Modules):
         for is_hr in (False, True) if p.hires else (False,):
             p.is_hr_pass = is_hr
             x = self._noise(p, x)
+            p.sampler = self._sampler(p)
             script.process_before_every_sampling(p, *args, x=x, noise=x, c=None, uc=None)
             self.on_load()
-            x = _sample(_Denoiser(self, p), x, p)
+            x = self.sampled(p, x)
         p.is_hr_pass = False
         assert x is not None
         script.post_sample(p, SimpleNamespace(samples=x), *args)
         p.processed = SimpleNamespace(comments="")
         script.postprocess(p, p.processed, *args)
         return x.clone()
+
+    def _sampler(self, p: Any) -> Any:
+        """A new one for each pass."""
+        model, function = _Denoiser(self, p), _function(p.sampler_name)
+        model.sampler = SimpleNamespace(
+            func=function, model_wrap_cfg=model, config=SimpleNamespace(name=p.sampler_name)
+        )
+        return model.sampler
+
+    def sampled(self, p: Any, x: Tensor) -> Tensor:
+        """By p's sampler, with none of the script's hooks."""
+        p.sampler = p.sampler or self._sampler(p)
+        model, sigmas = p.sampler.model_wrap_cfg, torch.linspace(10, 0, p.steps + 1)
+        given = {"extra_args": {}, "callback": model.stepped, "disable": True}
+        with torch.random.fork_rng():
+            torch.manual_seed(p.seed)
+            return p.sampler.func(model, x, sigmas=sigmas, **given)
 
     def _noise(self, p: Any, x: Tensor | None) -> Tensor:
         if x is not None:
@@ -147,6 +168,11 @@ class Host(Modules):
         return [values[id(c)] for c in self.inputs]
 
 
+def timestep_of(sigma: Any) -> Any:
+    """0 to 999.2."""
+    return 99.92 * sigma
+
+
 class _P:
     """A request; hosts' own can be referred to weakly, as this can."""
 
@@ -155,20 +181,37 @@ class _P:
 
 
 class _Denoiser(nn.Module):
-    """The host's CFGDenoiser: the callback, then the halves of guidance in the host's order."""
+    """The host's CFGDenoiser: the callback, then the halves of guidance in the host's order.
+
+    inner_model: A1111's wrapper of the network, which knows the timestep of a sigma.
+    """
+
+    inner_model: Any = SimpleNamespace(sigma_to_t=timestep_of)
 
     def __init__(self, host: Host, p: Any) -> None:
         super().__init__()
         self.host, self.p, self.step, self.steps = host, p, 0, p.steps
-        self.total_steps = p.steps * (2 if p.sampler in ("heun", "dpm_2") else 1)
-        self.sampler = SimpleNamespace(config=SimpleNamespace(name=p.sampler))
+        self.total_steps = p.steps * (2 if p.sampler_name in ("heun", "dpm_2") else 1)
+        self.sampler: Any = None
+        self.done = 0
         draws = [torch.Generator().manual_seed(len(w)) for w in ("", *p.prompts)]
         self.text = [torch.randn(1, 3, 16, generator=g) for g in draws]
 
-    def forward(self, x: Tensor, time: float, done: int) -> Tensor:
-        """The guided prediction at a timestep in 0 to 1000. done: the last step that is."""
+    def stepped(self, what: dict[str, Any]) -> None:
+        """A step is done, says the sampler."""
+        self.done = what["i"]
+
+    def forward(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        """What is left without the noise that is predicted at a sigma (B,)."""
+        s = float(sigma.flatten()[0])
+        return x - s * self.predicted(x / (1 + s**2) ** 0.5, timestep_of(s))
+
+    def predicted(self, x: Tensor, time: float) -> Tensor:
+        """The guided prediction at a timestep in 0 to 1000."""
         p, steps = self.p, self.p.steps
-        params = SimpleNamespace(x=x, sampling_step=done, total_sampling_steps=steps, denoiser=self)
+        params = SimpleNamespace(
+            x=x, sampling_step=self.done, total_sampling_steps=steps, denoiser=self
+        )
         p.on_step(self.step)
         self.host.fire("on_cfg_denoiser", params)
         forge = self.host.kind != "a1111"
@@ -191,16 +234,22 @@ class _Denoiser(nn.Module):
         return empty + sum(out[n] - empty for n in out if n) * 2
 
 
-def _sample(model: Any, x: Tensor, p: Any) -> Tensor:
-    """Euler or Heun from 10 to 0."""
-    sigmas = torch.linspace(10, 0, p.steps + 1).tolist()
-    for i, (high, low) in enumerate(pairwise(sigmas)):
+def _function(name: str) -> Callable[..., Tensor]:
+    """A sampling function in the form of k-diffusion's: Euler, Heun, or Euler with new noise."""
 
-        def slope(at: Tensor, sigma: float, i: int = i) -> Tensor:
-            return model(at / (1 + sigma**2) ** 0.5, 99.92 * sigma, max(0, i - 1))
+    def sample(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None,
+        disable: bool = False, eta: float = 1.0 if name == "euler_ancestral" else 0.0,
+    ) -> Tensor:  # fmt: skip
+        for i, (high, low) in enumerate(pairwise(sigmas)):
+            denoised = model(x, high)
+            callback({"i": i, "denoised": denoised})
+            d = (x - denoised) / high
+            if name == "heun" and low:
+                after = x + d * (low - high)
+                d = (d + (after - model(after, low)) / low) / 2
+            x = x + d * (low - high) + 0.1 * eta * low * torch.randn_like(x)
+        return x
 
-        d = slope(x, high)
-        if p.sampler == "heun" and low:
-            d = (d + slope(x + d * (low - high), low)) / 2
-        x = x + d * (low - high)
-    return x
+    sample.__name__ = f"sample_{name}"
+    return sample

@@ -92,18 +92,10 @@ def test_a_nested_call_of_somebody_else_is_left_alone(host: Any) -> None:
         if step == 3:
             inner = host.p(*OFF, seed=3)
             x = host._noise(inner, None)
-            found.append(sampled(host, inner, x))
+            found.append(host.sampled(inner, x))
 
     assert torch.equal(host.pictures(host.p(*CACHE, on_step=nest)), alone)
     assert torch.equal(found[0], plain)
-
-
-def sampled(host: Any, p: Any, x: Tensor) -> Tensor:
-    """Sampling with none of the script's hooks."""
-    import sys
-
-    stubs: Any = sys.modules["tenuto_tests_hosts"]
-    return stubs._sample(stubs._Denoiser(host, p), x, p)
 
 
 @pytest.mark.parametrize("passes", ["Both", "First pass only", "Hires only"])

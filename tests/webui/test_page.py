@@ -20,9 +20,9 @@ FIELDS = (  # label, default: the positional interface of the API. Append; never
     ("Tenuto", False), ("Artifact", BALANCED), ("Precision", "From artifact"),
     ("Feature cache", "Router (from artifact)"), ("Speed", 2.0), ("Start at", 0.15),
     ("Stop at", 1.0), ("Always compute last step", True), ("Max. consecutive reuse", 3),
-    ("Passes", "Both"),
+    ("Passes", "Both"), ("Speedup", 1.0),
 )  # fmt: skip
-CHOSEN = (True, BALANCED, "W4A8", "Uniform", 2.5, 0.3, 0.9, False, 5, "First pass only")
+CHOSEN = (True, BALANCED, "W4A8", "Uniform", 2.5, 0.3, 0.9, False, 5, "First pass only", 2.25)
 
 
 def webui(name: str) -> Any:
@@ -160,15 +160,15 @@ def test_axes_are_added_once_and_each_cell_tells_its_own(host: Any) -> None:
     grid = host.modules["modules.scripts"].scripts_data[0].module
     labels = [o.label for o in grid.axis_options]
     assert labels == [f"[Tenuto] {n}" for n in (
-        "Enabled", "Artifact", "Precision", "Cache", "Speed", "Start")]  # fmt: skip
+        "Enabled", "Artifact", "Precision", "Cache", "Speed", "Start", "Speedup")]  # fmt: skip
     host.fire("on_before_ui")
-    assert len(grid.axis_options) == 6
+    assert len(grid.axis_options) == 7
     axes = {o.label.removeprefix("[Tenuto] "): o for o in grid.axis_options}
     for name, value, key, text in (
         ("Precision", "W8A8", "Tenuto", "W8A8+router"), ("Cache", "uniform", "Tenuto",
          "W8A8+uniform"), ("Speed", 3.0, "Tenuto speed", "3.0"),
-        ("Start", 0.5, "Tenuto start", "0.5"), ("Artifact", "Built-in: Quality", "Tenuto",
-         "Off+router"),
+        ("Start", 0.5, "Tenuto start", "0.5"), ("Speedup", 2.0, "Tenuto speedup", "2.0"),
+        ("Artifact", "Built-in: Quality", "Tenuto", "Off+router"),
     ):  # fmt: skip
         p = host.p(True)
         axes[name].apply(p, value, [value])
@@ -204,7 +204,7 @@ def test_the_page_is_reloaded(host: Any) -> None:
     host.load()
     assert webui("session").session is first
     grid = host.modules["modules.scripts"].scripts_data[0].module
-    assert len(grid.axis_options) == 6
+    assert len(grid.axis_options) == 7
     assert torch.equal(host.pictures(host.p(False)), plain)
 
 
@@ -245,4 +245,4 @@ def test_a_clone_under_any_name_brings_its_own_library(tmp_path: Path, name: str
     library, package, path, fields = json.loads(ran.stdout)
     assert Path(library).is_relative_to(clone / "core")
     assert Path(package).is_relative_to(clone / "webui_ext")
-    assert str(clone) not in path and str(clone / "core") not in path and fields == 10
+    assert str(clone) not in path and str(clone / "core") not in path and fields == 11

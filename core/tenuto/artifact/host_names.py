@@ -85,7 +85,7 @@ def _in_host(artifact: Artifact, keys: KeyMap) -> Artifact:
 def _timed(header: dict[str, Any], keys: KeyMap) -> dict[str, Any]:
     """`header` with every timestep as the other side counts it."""
     found = dict(header)
-    for key in ("schedule", "route"):
+    for key in ("schedule", "route", "forecast"):
         if key in header:
             found[key] = header[key] | {"timesteps": keys.times(header[key]["timesteps"])}
     if "timestep" in header.get("check", {}):

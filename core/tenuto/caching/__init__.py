@@ -10,6 +10,7 @@ from .first_block import FirstBlock
 from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
 from .growing_window import GrowingWindow
+from .forecast_run import forecast_run, why_none
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .l2p import L2P
 from .learning_to_cache import LearningToCache
@@ -55,6 +56,7 @@ __all__ = [
     "at_share",
     "candidates",
     "for_branch",
+    "forecast_run",
     "interval_for",
     "late_interval_for",
     "made",
@@ -66,4 +68,5 @@ __all__ = [
     "table_policy",
     "unmeasured",
     "whole_steps",
+    "why_none",
 ]

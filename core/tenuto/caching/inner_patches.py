@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-OURS = ("diffusers.models.", "diffusers.hooks.", "tenuto.")  # what is there keeps nothing of a call
+# What is there keeps nothing of a call; A1111's lowvram moves weights.
+OURS = ("diffusers.models.", "diffusers.hooks.", "tenuto.", "modules.lowvram")
 
 
 def inner_patch(denoiser: nn.Module) -> str:

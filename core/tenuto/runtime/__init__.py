@@ -2,7 +2,7 @@
 
 from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
-from .host import Host, InPlace, follow_input, with_changes
+from .host import Host, InPlace, as_chosen, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
 from .recipe import default_recipe, quantizable
 from .replacements import Patches, Policy, Replacements, replacements_for
@@ -24,6 +24,7 @@ __all__ = [
     "Replacements",
     "TemporalTable",
     "Tenuto",
+    "as_chosen",
     "attach",
     "check_execution",
     "check_free",

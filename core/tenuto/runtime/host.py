@@ -6,11 +6,13 @@ The cases of the contract are in tests/hosts; docs/hosts.md has the table of wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..artifact import Artifact
 from ..model import Attached, KeyMap, denoiser_of, key_map_of
 from .attachment import install
 from .layers import QLayer
@@ -47,6 +49,20 @@ class InPlace(Host):
     def install(self, handle: Any, patches: Patches) -> Attached:
         """`attach`."""
         return install(handle, patches)
+
+
+def as_chosen(patches: Patches) -> Patches:
+    """`patches` where a host's user has a speedup to choose: off is off, whatever the file says."""
+    if patches.artifact is None or patches.speedup is not None:
+        return patches
+    return replace(patches, artifact=_without_forecast(patches.artifact))
+
+
+def _without_forecast(artifact: Artifact) -> Artifact:
+    header = {key: value for key, value in artifact.header.items() if key != "forecast"}
+    tensors = {k: t for k, t in artifact.tensors.items() if not k.startswith("forecast/")}
+    parts = {name: _without_forecast(part) for name, part in artifact.parts.items()}
+    return Artifact(header, tensors, parts)
 
 
 def follow_input(layer: QLayer, bias: Tensor | None, device: torch.device) -> None:

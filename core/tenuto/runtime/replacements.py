@@ -132,6 +132,7 @@ def replacements_for(
     check_execution(patches.execution)
     found = Replacements({}, policy=patches.policy)
     modules = dict(layers_of(denoiser) if layers is None else layers)
+    made = None
     if patches.artifact is not None:
         made = localized(patches.artifact, denoiser, tensor)
         found = _of_artifact(denoiser, made, modules, patches)
@@ -142,7 +143,7 @@ def replacements_for(
         "wanted": patches.execution, "simulate": patches.simulate, "chooser": chooser,
     }  # fmt: skip
     if patches.speedup is not None:
-        found.policy, found.forecast = None, _forecast(patches)
+        found.policy, found.forecast = None, _forecast(made, patches.speedup)
     if callable(found.policy) and patches.limit is not None:
         found.policy = _limited(found.policy, patches.limit)
     return found
@@ -208,15 +209,15 @@ def _rounded(denoiser: nn.Module, layers: Mapping[str, Any], patches: Patches) -
     return chosen
 
 
-def _forecast(patches: Patches) -> Forecast:
+def _forecast(made: Artifact | None, speedup: float) -> Forecast:
     """What skips whole calls; ArtifactError where no kernel was recorded."""
-    kernel = None if patches.artifact is None else kernel_of(patches.artifact)
-    if kernel is None or patches.speedup is None:
+    kernel = None if made is None else kernel_of(made)
+    if kernel is None:
         raise ArtifactError(
             "A speedup needs an artifact with a forecast: calibrate again with a pipeline whose "
             "sampler adds no noise of its own."
         )
-    return Forecast(kernel, patches.speedup)
+    return Forecast(kernel, speedup)
 
 
 def _limited(policy: Policy, limit: Callable[[CacheSchedule], CacheSchedule]) -> Policy:

@@ -1,5 +1,6 @@
 """One sampling run: load a pipeline, call it, record its calls, follow its clock."""
 
+from .by_function import adds_noise, goes_as, visited_once
 from .call_in_progress import CallInProgress, call_in_progress
 from .clock import Clock
 from .described import MARK, described, repeated
@@ -37,6 +38,7 @@ __all__ = [
     "Sample",
     "Skeleton",
     "Trajectory",
+    "adds_noise",
     "answered_once",
     "call_in_progress",
     "calls_of",
@@ -46,6 +48,7 @@ __all__ = [
     "cosines",
     "described",
     "encoder_calls",
+    "goes_as",
     "guidance_name",
     "keep",
     "kept",
@@ -60,5 +63,6 @@ __all__ = [
     "states_read",
     "to_device",
     "unprompted",
+    "visited_once",
     "wanted_prompts",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from tenuto import Artifact, describe, quantize, record, schemes
 from tenuto.model import families
 from tenuto.runtime import InPlace, Patches
+from tenuto.sampling import OutputKernel
 
 TIMES = (999, 750, 500, 250)  # of diffusion models on 0..1000; flows take the same on 0..1
+LONG = tuple(range(999, 0, -90))  # 12 steps: runs of fewer than nine reuse and skip nothing
 BENCHES = (
     "diffusers unet", "ldm unet", "webui unet", "comfy unet", "comfy pixart", "comfy sd3",
     "comfy flux",
@@ -39,6 +41,27 @@ class Settings:
     on_step: Step | None = None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One kind of patches, and the steps of a run in which it does something.
+
+    options: what `Patches` get beside the artifact.
+    """
+
+    artifact: Artifact
+    times: tuple[int, ...] = TIMES
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def middle(self) -> int:
+        """A step in mid-run."""
+        return len(self.times) // 2
+
+    def run(self, **facts: Any) -> Settings:
+        """The settings of a run."""
+        return Settings(**({"times": self.times} | facts))
+
+
 class Bench:
     """One host with one tiny model. `run(handle, settings)` returns the final latents."""
 
@@ -46,6 +69,8 @@ class Bench:
         self.kind, self.family = kind.split()
         self.make, self.prompts = make, prompts
         self.size = 36 if self.family == "pixart" else 8
+        self.dtype = torch.float32
+        self.tells = self.kind in ("webui", "comfy")  # the steps of a run before its first call
         if self.kind == "comfy":
             from comfy_nodes.adapter import ComfyUI
 
@@ -63,16 +88,31 @@ class Bench:
             return self.make["ldm"]()
         if self.kind == "webui":  # where A1111's `sd_model` has it
             return SimpleNamespace(model=SimpleNamespace(diffusion_model=self.make["ldm"]()))
-        return self.make["comfy" if self.kind == "comfy" else "diffusers"](self.family)
+        made = self.make["comfy" if self.kind == "comfy" else "diffusers"](self.family)
+        denoiser = self.host.denoiser(made).to(self.dtype)
+        if self.kind == "comfy":
+            denoiser.dtype = self.dtype
+        return made
+
+    @contextmanager
+    def at(self, dtype: torch.dtype) -> Iterator[None]:
+        """New handles in half precision: their weights, or their autocast where a host has that."""
+        cast = self.kind in ("ldm", "webui")
+        with torch.autocast("cpu", dtype, enabled=cast):
+            self.dtype = dtype
+            yield
+        self.dtype = torch.float32
 
     def clone(self, handle: Any) -> Any:
         """A second handle as this host's users get one."""
         return handle.clone() if self.kind == "comfy" else copy.deepcopy(handle)
 
     @contextmanager
-    def on(self, handle: Any, artifact: Artifact, **options: Any) -> Iterator[Any]:
-        """The handle with `artifact` in it, and out again."""
-        attached = self.host.install(handle, Patches(artifact, execution="int8", **options))
+    def on(self, handle: Any, kind: Kind | Artifact) -> Iterator[Any]:
+        """The handle with patches in it, and out again."""
+        made = kind if isinstance(kind, Kind) else Kind(kind)
+        patches = Patches(made.artifact, execution="int8", **made.options)
+        attached = self.host.install(handle, patches)
         try:
             yield attached
         finally:
@@ -156,7 +196,9 @@ def _diffusers(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(order * settings.start)
     guided = _Guided(
-        bench, settings, lambda x, t, c: handle(x, t, encoder_hidden_states=c).sample
+        bench, settings, lambda x, t, c: handle(
+            x.to(bench.dtype), t, encoder_hidden_states=c.to(bench.dtype)
+        ).sample.float(),
     )  # fmt: skip
     first = scheduler.sigmas[order * settings.start]
     x = bench.noise(settings) * (1 + first**2) ** 0.5
@@ -192,11 +234,21 @@ class _Evaluation(nn.Module):
 
 
 def _webui(bench: Bench, handle: Any, settings: Settings) -> Tensor:
-    """As for ldm's bare U-Net, with a WebUI's callback."""
-    return _ldm(bench, bench.host.denoiser(handle), settings)
+    """As for ldm's bare U-Net, with a WebUI's callback and its sampler's function."""
+    from webui_ext.forecast import Skips, Watched
+
+    denoiser = bench.host.denoiser(handle)
+    skips = getattr(vars(denoiser).get("forward"), "call", None)
+
+    def watch(sampler: Any) -> Any:
+        return Watched(handle, sampler, skips.begins) if isinstance(skips, Skips) else None
+
+    return _ldm(bench, denoiser, settings, watch)
 
 
-def _ldm(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
+def _ldm(
+    bench: Bench, handle: nn.Module, settings: Settings, watch: Callable[[Any], Any] | None = None
+) -> Tensor:
     """k-diffusion's own samplers and wrapper round ldm's U-Net, as A1111 has them."""
     from k_diffusion import external, sampling
 
@@ -204,15 +256,22 @@ def _ldm(bench: Bench, handle: nn.Module, settings: Settings) -> Tensor:
         alphas_cumprod = _alphas().float()
 
         def apply_model(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-            return handle(x, t, context=cond)
+            return handle(x, t, context=cond).float()
 
     wrapped = external.CompVisDenoiser(Model(), quantize=True)
     guided = _Guided(bench, settings, lambda x, s, c: wrapped(x, s, cond=c))
     sigmas = _sigmas(settings.times)[settings.start :]
     x = bench.noise(settings) * (1 + sigmas[0] ** 2) ** 0.5
-    name = {"dpm_2": "dpm_2"}.get(settings.sampler, settings.sampler)
-    sampler = getattr(sampling, f"sample_{name}")
-    return sampler(_Evaluation(handle, guided), x, sigmas, disable=True)
+    function = getattr(sampling, f"sample_{settings.sampler}")
+    model = SimpleNamespace(inner_model=wrapped)
+    sampler = SimpleNamespace(func=function, model_wrap_cfg=model)
+    watched = watch(sampler) if watch is not None else None
+    try:
+        return sampler.func(_Evaluation(handle, guided), x, sigmas=sigmas, disable=True)
+    finally:
+        if watched is not None:
+            watched.remove()
+        assert sampler.func is function
 
 
 def _comfy(bench: Bench, handle: Any, settings: Settings) -> Tensor:
@@ -259,6 +318,30 @@ def bench(
     return Bench(request.param, make, prompts)
 
 
+WHAT = {"route": (None, 0.5), "weights": ("W8A8", 1.1), "both": ("W8A8_STATIC", 0.5)}
+
+
+@pytest.fixture(params=[*WHAT, "forecast"])
+def made(request: pytest.FixtureRequest, bench: Bench, artifact: Any, forecast: Any) -> Kind:
+    """A route, weights, both, a forecast: in turn."""
+    known = WHAT.get(request.param)
+    return forecast(bench.family) if known is None else Kind(artifact(bench.family, *known))
+
+
+@pytest.fixture(params=["both", "forecast"])
+def some(request: pytest.FixtureRequest, bench: Bench, artifact: Any, forecast: Any) -> Kind:
+    """Weights with a route, and a forecast."""
+    whole = request.param == "forecast"
+    return forecast(bench.family) if whole else Kind(artifact(bench.family))
+
+
+@pytest.fixture(params=["route", "forecast"])
+def eager(request: pytest.FixtureRequest, bench: Bench, artifact: Any, forecast: Any) -> Kind:
+    """A route that reuses all that it can, and a forecast."""
+    whole = request.param == "forecast"
+    return forecast(bench.family) if whole else Kind(artifact(bench.family, None, 0.0))
+
+
 @pytest.fixture(scope="session")
 def settings() -> type[Settings]:
     """The class `Settings`."""
@@ -303,6 +386,33 @@ def artifact(original: Any, call_as: Any, prompts: Any) -> Callable[..., Artifac
                 made = quantize(model, scheme, trajectory, temporal="table") | made
             known[family, weights, share] = made
         return known[family, weights, share]
+
+    return build
+
+
+def kernel(family: str, times: tuple[int, ...] = LONG, width: float = 0.7) -> OutputKernel:
+    """Of smooth random outputs, at the timesteps that a family's denoiser gets."""
+    unit, flow = (1000 if family == "flux" else 1), family in ("sd3", "flux")
+    share = torch.tensor(times, dtype=torch.float64) / 1000
+    kept = _alphas()[list(times)]
+    alpha, sigma = (1 - share, share) if flow else (kept.sqrt(), (1 - kept).sqrt())
+    place = torch.atan2(sigma, alpha)
+    values = torch.exp(-(place[:, None] - place).square() / width)
+    values = values + 1e-3 * torch.eye(len(times), dtype=torch.float64)
+    steps = tuple(t / unit for t in times)
+    kind = "flow" if flow else "eps"
+    return OutputKernel(values, steps, tuple(alpha.tolist()), tuple(sigma.tolist()), kind, 2)
+
+
+@pytest.fixture(scope="session")
+def forecast(original: Any) -> Callable[..., Kind]:
+    """forecast(family, speedup): nothing but the kernel of 12 steps, made in diffusers."""
+
+    def build(family: str, speedup: float = 2.0) -> Kind:
+        known = kernel(family)
+        schedule = {"timesteps": list(known.timesteps), "steps": len(LONG), "guidance": 2.0}
+        made = Artifact.new(original(family), schedule).add_forecast(known)
+        return Kind(made, LONG, {"speedup": speedup})
 
     return build
 

@@ -1,0 +1,59 @@
+"""A forecast in one run of a host that says its timesteps before the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..sampling import CallInProgress, Clock, goes_as, visited_once
+from .forecast import ForecastCalls
+from .forecast_plan import MOST, Forecast
+from .schedule import SHORTEST
+
+ELSEWHERE = "No call was skipped: this sampler went to other steps than it had said."
+
+
+def forecast_run(
+    forecast: Forecast,
+    times: Sequence[float],
+    denoiser: nn.Module,
+    stochastic: bool = False,
+    guidance: float | None = None,
+) -> tuple[ForecastCalls, str]:
+    """(calls, why): the forward of `denoiser` for this run alone, and why it skips nothing.
+
+    times: of the run, in executed order, as the denoiser gets them; equal ones in a row are one
+    step. The clock of the calls stands at them: whoever runs the denoiser moves it. stochastic:
+    whether the sampler adds noise of its own. guidance: of the run, None where it is not known.
+    why: one sentence, or "" where something is skipped.
+    """
+    steps = visited_once(times)
+    straight = goes_as(steps, forecast.kernel.timesteps)
+    clock = Clock(steps)
+    clock.stochastic = stochastic or not straight
+    told = CallInProgress(None if guidance is None else max(1.0, guidance), clock.stochastic)
+    calls = ForecastCalls(clock, forecast, denoiser, lambda _: told)
+    plan = forecast.plan(steps, clock.stochastic, guidance=told.guidance)
+    if not all(plan.computed):
+        return calls, ""
+    return calls, _why(forecast, len(steps), stochastic, straight)
+
+
+def why_none(calls: ForecastCalls) -> str:
+    """Why a run skipped nothing though its plan did; "" where it is over as planned."""
+    if calls.patch:
+        return f"No call was skipped: a hook in {calls.patch} reads along, and would miss some."
+    return "" if calls.counts[1] or all(calls.plan.computed) else ELSEWHERE
+
+
+def _why(forecast: Forecast, steps: int, stochastic: bool, straight: bool) -> str:
+    if stochastic:
+        return "No call is skipped: this sampler adds noise of its own at every step."
+    if not straight:
+        return "No call is skipped: this run does not go from much noise to little, step by step."
+    if not SHORTEST <= steps <= MOST:
+        return f"No call is skipped in a run of {steps} steps: it takes {SHORTEST} to {MOST}."
+    return (
+        f"No call is skipped: {steps} steps at a speedup of {forecast.speedup} have none to spare."
+    )
