@@ -39,6 +39,7 @@ from ..model import (
 from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
 from .attached import Part, Tenuto
+from .denoiser_call import Calls, captured
 from .execution import Chooser
 from .layers import QLayer
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
@@ -55,6 +56,8 @@ def attach(
     route: bool = True,
     speedup: float | None = None,
     chooser: Chooser | None = None,
+    compile: bool = False,
+    graphs: bool | str = "auto",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -71,6 +74,8 @@ def attach(
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
+    compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
+    graphs, one for every pattern of a step: "auto" on CUDA, where nothing forbids it; see `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.
@@ -86,10 +91,12 @@ def attach(
         patches = Patches(
             made, route=route, execution=execution, simulate=simulate, speedup=speedup
         )
-    return install(model, patches, chooser)
+    return install(model, patches, chooser, Calls(compile, captured(graphs)))
 
 
-def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
+def install(
+    model: Any, patches: Patches, chooser: Chooser | None = None, calls: Calls | None = None
+) -> Tenuto:
     """`attach`, by what is to be put in."""
     made, denoisers = patches.artifact, parts_of(model)
     for denoiser in denoisers.values():
@@ -116,9 +123,13 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         for part in found.values():
+            call, patches_of_it = (calls or Calls()).of(part.denoiser, bool(part.plan.policy))
+            attached.patches += patches_of_it
             if part.plan.policy is not None:
                 schedule = _schedule(part.denoiser, part.plan.policy, part.clock.timesteps)
-                attached.patches += apply_schedule_(part.denoiser, schedule, part.clock)
+                cells = apply_schedule_(part.denoiser, schedule, part.clock)
+                attached.patches += cells
+                call.prepare([c.call for c in cells if c.module is not part.denoiser])
             if part.plan.forecast is not None:
                 calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
                 attached.patches.append(override_(part.denoiser, calls))

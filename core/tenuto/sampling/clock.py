@@ -24,7 +24,8 @@ class Clock:
     """Step, streams and run of the sampling run in progress.
 
     timesteps: the calibrated timesteps in executed order (noisiest first).
-    index: the nearest calibrated step, int64 (1,), on the device; read it with `index_select`.
+    index: the nearest calibrated step, int64 (1,), on the device, in the same memory at every step;
+    read it with `index_select`.
     step: the same as a host integer.
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
@@ -40,7 +41,8 @@ class Clock:
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         self.timesteps = tuple(float(t) for t in timesteps)
-        self.index = torch.zeros(1, dtype=torch.int64)
+        with torch.inference_mode(False):
+            self.index = torch.zeros(1, dtype=torch.int64)
         self.step = 0
         self.exact = False
         self.streams: tuple[Hashable, ...] = ()
@@ -119,9 +121,16 @@ class Clock:
         self.exact = step < len(self.timesteps) and (
             abs(self.timesteps[step] - timestep) <= self._slack
         )
-        self.index = torch.tensor([step], device=device)
+        self._move(step, device)
         place = self._place(timestep)
         self.place = place if self.grid else 0
+
+    def _move(self, step: int, device: Any) -> None:
+        """`index` at `step`, in the memory that it has: compiled code and CUDA graphs read it."""
+        if self.index.device != torch.empty(0, device=device).device:
+            with torch.inference_mode(False):  # or no call outside of it could write to it
+                self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.index.fill_(step)
 
     def _place(self, timestep: float) -> int:
         """Which step of the run that is: of the run's own, else of the calibrated ones."""
