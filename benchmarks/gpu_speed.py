@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "core"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))
 
 import tenuto as tn
 from tenuto.caching import Forecast, ForecastCalls
@@ -58,7 +57,7 @@ def sdxl() -> nn.Module:
     """The U-Net of SDXL."""
     import diffusers
 
-    return diffusers.UNet2DConditionModel(
+    config: Any = dict(  # noqa: C408
         sample_size=128, addition_embed_type="text_time", addition_time_embed_dim=256,
         attention_head_dim=[5, 10, 20], block_out_channels=[320, 640, 1280],
         cross_attention_dim=2048, projection_class_embeddings_input_dim=2816,
@@ -66,6 +65,7 @@ def sdxl() -> nn.Module:
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         transformer_layers_per_block=[1, 2, 10], use_linear_projection=True,
     )  # fmt: skip
+    return diffusers.UNet2DConditionModel(**config)
 
 
 def klein() -> nn.Module:
@@ -150,10 +150,11 @@ def plain(compile: bool, graphs: bool, forecast: bool = False) -> Any:
     """The bf16 model itself, with what `attach` does round its calls."""
 
     def way(denoiser: nn.Module) -> nn.Module:
-        denoiser.calls_ = Calls(compile, graphs and torch.cuda.is_available()).of(denoiser, False)
+        calls = Calls(compile, graphs and torch.cuda.is_available()).of(denoiser, False)
+        vars(denoiser)["calls"] = calls[0]
         if forecast:
             clock = Clock(times())
-            denoiser.follow_ = Follow(denoiser, clock)
+            Follow(denoiser, clock)
             override_(denoiser, ForecastCalls(clock, half(), denoiser))
         return denoiser
 
@@ -250,9 +251,8 @@ def row(model: str, way: str, device: str) -> dict[str, Any]:
 def facts(denoiser: nn.Module) -> dict[str, Any]:
     """What was executed: how many graphs, why none, how the layers compute."""
     found: dict[str, Any] = {"blocks": len(describe(denoiser).blocks)}
-    around = getattr(denoiser, "calls_", (None,))[0] or getattr(
-        denoiser.__dict__.get("forward"), "call", None
-    )
+    around = vars(denoiser).get("calls")
+    around = around or getattr(vars(denoiser).get("forward"), "call", None)
     graphs = getattr(around, "graphs", None)
     if graphs is not None:
         found |= {"graphs": len(graphs.known), "why": graphs.reason}
@@ -308,7 +308,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(row(*args.one, args.device)))
+        model, way = args.one
+        print(json.dumps(row(model, way, args.device)))
         return
     rows = [json.loads(s) for s in args.out.read_text().splitlines()] if args.out.exists() else []
     known = {(r["model"], r["way"]) for r in rows}

@@ -132,7 +132,8 @@ def compare_all(
     with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
         first, seen = first_calls(model, sample, *batches[0], whole=given)
         facts = facts_of(model, known, first)
-        put_on = partial(attach, model, execution=execution, speedup=speedup)
+        # each turn attaches anew: graphs would be captured more often than they are replayed
+        put_on = partial(attach, model, execution=execution, speedup=speedup, graphs=False)
         ways = ways_of(model, known, first, facts, put_on, floor)
         generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {

@@ -95,7 +95,7 @@ def attach(
 
 
 def install(
-    model: Any, patches: Patches, chooser: Chooser | None = None, calls: Calls | None = None
+    model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
     made, denoisers = patches.artifact, parts_of(model)
@@ -123,13 +123,14 @@ def install(
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         for part in found.values():
-            call, patches_of_it = (calls or Calls()).of(part.denoiser, bool(part.plan.policy))
-            attached.patches += patches_of_it
+            call, around = (how or Calls()).of(part.denoiser, part.plan.policy is not None)
+            attached.patches += around
             if part.plan.policy is not None:
                 schedule = _schedule(part.denoiser, part.plan.policy, part.clock.timesteps)
                 cells = apply_schedule_(part.denoiser, schedule, part.clock)
                 attached.patches += cells
-                call.prepare([c.call for c in cells if c.module is not part.denoiser])
+                inner: list[Any] = [c.call for c in cells if c.module is not part.denoiser]
+                call.prepare(inner)
             if part.plan.forecast is not None:
                 calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
                 attached.patches.append(override_(part.denoiser, calls))

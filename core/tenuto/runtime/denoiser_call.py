@@ -15,11 +15,22 @@ from torch import nn
 
 from ..caching import CachedBranch
 from ..errors import TenutoError
-from ..model import describe, outside_graphs, override_, tensors_in
+from ..model import Override, describe, outside_graphs, tensors_in
 from .graphs import Graphs
 from .quantized_layer import QLayer
 
 LIMIT = 64  # versions of a block's code: one for each pattern of its branches, dtype and size
+
+
+class Around(Override):
+    """Lies beneath whatever is put round the forward later, offloading say: it keeps no order."""
+
+    def remove(self) -> None:
+        """Take it out, or switch it off beneath what lies on it."""
+        if self.off or vars(self.module).get("forward") is not self:
+            self.off = True
+        else:
+            super().remove()
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,9 @@ class Calls:
         call = DenoiserCall(graphs, blocks)
         if not (self.compile or self.graphs or cells):
             return call, []
-        return call, [override_(denoiser, call), *([blocks] if blocks else [])]
+        around = Around(denoiser, call)
+        vars(denoiser)["forward"] = around
+        return call, [around, *([blocks] if blocks else [])]
 
 
 def captured(graphs: bool | str) -> bool:
