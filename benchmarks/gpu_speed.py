@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))
 import tenuto as tn
 from tenuto.caching import Forecast, ForecastCalls
 from tenuto.model import describe, override_
-from tenuto.runtime.denoiser_call import Calls
+from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
 from tenuto.runtime.timing import percentile
 from tenuto.sampling import Clock, Follow, OutputKernel
 
 CALLS, STEPS = 20, 20
 BASE = "bf16 eager"
+TUNED = "max-autotune-no-cudagraphs"  # Triton's products of codes, what is round them fused
 MODELS = ("dit2", "dit16", "sdxl", "klein")
 
 
@@ -135,12 +136,17 @@ def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
 # --- ways -------------------------------------------------------------------------------------
 
 
-def attached(scheme: str, execution: str, compile: bool, graphs: bool) -> Any:
-    """`attach` with these options."""
+def attached(
+    scheme: str, execution: str, compile: bool, graphs: bool, mode: str | None = None
+) -> Any:
+    """`attach` with these options. mode: of torch.compile."""
 
     def way(denoiser: nn.Module) -> nn.Module:
         on = graphs and torch.cuda.is_available()
-        tn.attach(denoiser, scheme, execution=execution, compile=compile, graphs=on)
+        found = tn.attach(denoiser, scheme, execution=execution, compile=compile, graphs=on)
+        for patch in found.patches:
+            if isinstance(patch, CompiledBlocks) and mode:
+                patch.options = {"mode": mode}
         return denoiser
 
     return way
@@ -197,6 +203,7 @@ WAYS: dict[str, Any] = {
     "w8a8 int8 graph": attached("w8a8", "int8", False, True),
     "w8a8 int8 blocks": attached("w8a8", "int8", True, False),
     "w8a8 int8 blocks, graph": attached("w8a8", "int8", True, True),
+    "w8a8 int8 tuned blocks, graph": attached("w8a8", "int8", True, True, TUNED),
     "w8a8 auto blocks, graph": attached("w8a8", "auto", True, True),
     "forecast": plain(False, False, True),
     "forecast, blocks, graph": plain(True, True, True),

@@ -41,6 +41,7 @@ from ..sampling import Clock, Follow
 from .attached import Part, Tenuto
 from .denoiser_call import Calls, captured
 from .execution import Chooser
+from .graphs import Reads
 from .layers import QLayer
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
@@ -125,6 +126,7 @@ def install(
         for part in found.values():
             call, around = (how or Calls()).of(part.denoiser, part.plan.policy is not None)
             attached.patches += around
+            part.clock.reads = Reads() if how is not None and how.graphs else None
             if part.plan.policy is not None:
                 schedule = _schedule(part.denoiser, part.plan.policy, part.clock.timesteps)
                 cells = apply_schedule_(part.denoiser, schedule, part.clock)

@@ -76,6 +76,52 @@ class Captured:
             self.seen[number] = weakref.ref(given), version
 
 
+class Reads:
+    """Functions of tensors alone as graphs, by the shapes of these: what a clock reads of a call.
+
+    Some forty small kernels start at once. What comes out is written over by the next call.
+    """
+
+    def __init__(self, capture: Capture | None = None, device: str = "cuda", most: int = 8) -> None:
+        self.capture, self.device, self.most = capture or CudaCapture(), device, most
+        self.known: OrderedDict[Any, Captured | None] = OrderedDict()  # None: it was seen once
+
+    def __call__(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
+        """call(*args)."""
+        tensors = list(tensors_in(args))
+        if any(x.device.type != self.device for x in tensors) or compiling() or self.most == 0:
+            return call(*args)
+        shapes = tuple((x.shape, x.dtype) for x in tensors)
+        lengths = tuple(len(a) for a in args if isinstance(a, list))
+        key = shapes, lengths, torch.is_inference_mode_enabled()
+        if key not in self.known:
+            self.known[key] = None
+            if len(self.known) > self.most:
+                self.known.popitem(last=False)
+            return call(*args)
+        found = self.known[key]
+        if found is None:
+            own = map_tensors(lambda x: torch.empty_like(x).copy_(x), args)
+            try:
+                replay, out = self.capture(lambda: call(*own))
+            except RuntimeError as error:
+                self.most = 0
+                log.warning("The step of a call is read without a CUDA graph: %s.", first(error))
+                return call(*args)
+            inputs = list(tensors_in(own))
+            found = Captured(replay, inputs, out, {}, [(None, -1)] * len(inputs))
+            self.known[key] = found
+        self.known.move_to_end(key)
+        found.fill(tensors)
+        found.replay()
+        return found.out
+
+
+def first(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return str(error).strip().partition("\n")[0][:120]
+
+
 class Graphs:
     """Runs the calls of `denoiser`: captured where that can be, else as they are.
 
@@ -120,7 +166,7 @@ class Graphs:
         def leaf(value: Any, name: str) -> Any:
             if isinstance(value, Tensor):
                 parts.append((name, value.shape, value.dtype, value.device))
-                if value.device.type != self.device:
+                if value.device.type != self.device and value.ndim > 1:
                     strange.append(f"the call has a tensor on the {value.device.type.upper()}")
             elif isinstance(value, PLAIN):
                 parts.append((name, type(value), value))
@@ -153,7 +199,7 @@ class Graphs:
         try:
             found = self._captured(call, args, kwargs)
         except RuntimeError as error:
-            self._off(f"it cannot be captured ({str(error).strip().partition(chr(10))[0][:120]})")
+            self._off(f"it cannot be captured ({first(error)})")
             return call(*args, **kwargs)
         self.known[key] = found
         if len(self.known) > self.most:
@@ -173,13 +219,13 @@ class Graphs:
         """The call, recorded on tensors of its own."""
         given = [cell.given for cell in self.cells]
         own: list[Tensor] = []
+        there = next(x.device for x in tensors_in((args, kwargs)) if x.device.type == self.device)
 
-        def twin(x: Tensor) -> Tensor:
-            own.append(torch.empty_like(x).copy_(x))
+        def twin(x: Tensor) -> Tensor:  # on the device, a timestep of the CPU too
+            own.append(torch.empty_like(x, device=there).copy_(x))
             return own[-1]
 
-        with torch.inference_mode(torch.is_inference_mode_enabled()):
-            own_args, own_kwargs, own_given = map_tensors(twin, (args, kwargs, given))
+        own_args, own_kwargs, own_given = map_tensors(twin, (args, kwargs, given))
         try:
             for cell, value in zip(self.cells, own_given, strict=True):
                 cell.given, cell.made = value, None

@@ -18,6 +18,7 @@ from tenuto.numerics import Format, Recipe, Rule, Scheme
 from tenuto.runtime import Patches
 from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
+from tenuto.runtime.kernels import int8_linear
 from tests.core import family_pipelines, tiny_language
 from tests.core import tiny_pipelines as tiny
 
@@ -200,3 +201,30 @@ def test_detached_while_compiled() -> None:
     assert vars(own)["_compiled_call_impl"] is before
     del own._compiled_call_impl
     assert all(map(torch.equal, case.run(), plain))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("stored", [False, True], ids=["token", "stored"])
+def test_the_product_of_a_gpu_is_traced_as_plain_operations(rows: int, stored: bool) -> None:
+    """What CUDA computes with runs here too: in a graph, Inductor fuses what is round it."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (rows, 64), generator=draw).to(torch.uint8)
+    codes = torch.randint(-127, 128, (32, 64), generator=draw).to(torch.int8)
+    w_scale, bias = torch.rand(32, generator=draw), torch.randn(32, generator=draw)
+    scale = torch.rand(1 if stored else rows, 1, generator=draw)
+    zero: Any = torch.tensor([117], dtype=torch.int32) if stored else 128
+    scale = scale.view(1) if stored else scale
+    packed = int8_linear.IntLinear(codes, w_scale)
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def product(x: Tensor) -> Tensor:
+        return int8_linear.KERNEL.call(x, scale, zero, packed, bias, torch.bfloat16)
+
+    found = torch.compile(product, backend=keep, fullgraph=True)(x)
+    expected = int8_linear.reference(x, scale.view(-1, 1), zero, codes, w_scale, bias)
+    assert torch.allclose(found.double(), expected, rtol=0.01, atol=0.1)
+    assert len(graphs) == 1 and "_int_mm" in graphs[0] and "tenuto" not in graphs[0]

@@ -16,7 +16,7 @@ from tenuto.caching import CacheSchedule, apply_schedule_
 from tenuto.errors import TenutoError
 from tenuto.model import map_tensors, override_, tensors_in
 from tenuto.runtime.denoiser_call import DenoiserCall
-from tenuto.runtime.graphs import Graphs
+from tenuto.runtime.graphs import Graphs, Reads
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
 
@@ -215,6 +215,24 @@ def test_a_graph_for_every_pattern_of_a_schedule(split: bool) -> None:
 
 
 @torch.no_grad()
+def test_a_clock_reads_by_a_graph() -> None:
+    """The same steps, streams and runs as without one, with a condition that changes in place."""
+    plain_clock, clock = Clock((9.0, 5.0, 1.0)), Clock((9.0, 5.0, 1.0))
+    again = Again()
+    clock.reads = Reads(again, "cpu")
+    prompt = torch.randn(2, 3, 4)
+    for _ in range(3):
+        for time in (9.0, 5.0, 1.0):
+            sample = torch.randn(2, 4, 2, 2)
+            for one in (plain_clock, clock):
+                one.observe(torch.tensor([time]), 2, [prompt, torch.ones(2)], "cpu", sample)
+            assert clock.streams == plain_clock.streams and clock.step == plain_clock.step
+            assert clock.run == plain_clock.run and clock.exact
+        prompt.add_(1.0)
+    assert (again.captured, again.replayed) == (1, 8) and clock.run == plain_clock.run > 1
+
+
+@torch.no_grad()
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -259,7 +277,7 @@ def test_gradients_are_not_captured() -> None:
 @torch.no_grad()
 def test_a_copy_captures_for_itself() -> None:
     model = tiny.randomized(Denoiser())
-    call, again = captured(model)
+    call, _ = captured(model)
     for seed in range(3):
         model(*inputs(seed))
     twin = copy.deepcopy(model)
