@@ -42,5 +42,5 @@ Without = Annotated[
 ]
 Compile = Annotated[
     bool,
-    Option("--compile", help="Compile the denoiser's blocks, which takes a minute at most."),
+    Option("--compile", help="Compile the denoiser's blocks, which takes a minute or two."),
 ]
