@@ -9,8 +9,8 @@ from .easy_cache import EasyCache
 from .first_block import FirstBlock
 from .forecast import ForecastCalls
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
-from .growing_window import GrowingWindow
 from .forecast_run import forecast_run, why_none
+from .growing_window import GrowingWindow
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .l2p import L2P
 from .learning_to_cache import LearningToCache

@@ -13,6 +13,8 @@ from .history import History
 from .schedule import CacheSchedule
 from .slots import Slot
 
+compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 has none: False
+
 
 def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int = 0) -> Any:
     """What a branch's input must share with an earlier one: shape without batch, dtype, device.
@@ -31,7 +33,13 @@ class CachedBranch:
     rows: whether a step computes. dtype: what is kept in, if not as it is. order: above 0, what is
     not computed is extrapolated from the last `order` + 1 outputs, by a series of that order.
     What is stored and what is returned are copies: models and hosts add to an output in place.
+
+    In compiled code and CUDA graphs nothing may be looked up. Whoever calls `before` and `after`
+    round each call of the denoiser sets `prepared`; then compiled code, and with `handed` all code,
+    takes what is in `given` (None: it computes) and leaves what it computed in `made`.
     """
+
+    prepared = handed = False
 
     def __init__(
         self, clock: Clock, rows: list[bool], dtype: torch.dtype | None = None, order: int = 0
@@ -40,10 +48,18 @@ class CachedBranch:
         self.slot: Slot | History = History(order, dtype) if order else Slot(dtype)
         self.keeps = not all(rows)
         self.counts = [0, 0]  # computed, reused
+        self.given: Any = None
+        self.made: Any = None
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.keeps:
             return original(*args, **kwargs)
+        if self.handed or (self.prepared and compiling()):
+            if self.given is not None:
+                return map_tensors(Tensor.clone, self.given)
+            out = original(*args, **kwargs)
+            self.made = map_tensors(lambda t: t.detach().clone(), out)
+            return out
         shape = self.shape(args, kwargs)
         if self.may_reuse():
             found = self.slot.find(self.clock, shape)
@@ -54,6 +70,20 @@ class CachedBranch:
         self.counts[0] += 1
         self.slot.store(self.clock, shape, map_tensors(Tensor.detach, out))
         return out
+
+    def before(self, shape: Any) -> None:
+        """Look up what the denoiser's next call reuses; shape: what it must share with others."""
+        self.made = None
+        wanted = self.keeps and self.may_reuse()
+        self.given = self.slot.find(self.clock, shape) if wanted else None
+
+    def after(self, shape: Any) -> None:
+        """Keep what the call made."""
+        if self.made is not None:
+            self.slot.store(self.clock, shape, self.made)
+        self.counts[0] += self.made is not None
+        self.counts[1] += self.given is not None
+        self.given = self.made = None
 
     def shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call must share with an earlier one."""

@@ -40,3 +40,7 @@ Without = Annotated[
     str | None,
     Option("--negative", metavar="TEXT", rich_help_panel=CALL, help="What images should not show."),
 ]
+Compile = Annotated[
+    bool,
+    Option("--compile", help="Compile the denoiser's blocks, which takes a minute or two."),
+]

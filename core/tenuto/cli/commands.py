@@ -169,6 +169,7 @@ def generate(
     seed: int = 0,
     device: str | None = None,
     execution: str = "auto",
+    compile: bool = False,
     batch: int = 1,
     out: Path | None = None,
     bars: Bars | None = None,
@@ -181,6 +182,8 @@ def generate(
     check_model(model)
     if speedup is not None and artifact is None:
         raise TenutoError("--speedup skips calls by the forecast of an artifact: give --artifact.")
+    if compile and artifact is None:
+        raise TenutoError("--compile is for a model with an artifact attached: give --artifact.")
     out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
@@ -191,7 +194,7 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution, speedup):
+    with attached_to(pipe, found, execution, speedup, compile):
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),

@@ -163,6 +163,7 @@ def generate(
     seed: o.Seed = 0,
     device: o.Device = None,
     execution: o.Execution = "auto",
+    compile: c.Compile = False,
     batch: o.Batch = 1,
     out: o.Image = None,
 ) -> int:

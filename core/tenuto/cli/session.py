@@ -199,12 +199,16 @@ def silence(watched: bool) -> None:
 
 
 def attached_to(
-    pipe: Any, artifact: Artifact | None, execution: str, speedup: float | None = None
+    pipe: Any,
+    artifact: Artifact | None,
+    execution: str,
+    speedup: float | None = None,
+    compile: bool = False,
 ) -> Any:
     """A context in which `artifact`, if there is one, is attached."""
     if artifact is None:
         return nullcontext()
-    return attach(pipe, artifact, execution=execution, speedup=speedup)
+    return attach(pipe, artifact, execution=execution, speedup=speedup, compile=compile)
 
 
 def recorded(

@@ -78,8 +78,8 @@ def compare(
     `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
     only noted. The three take turns, a few batches each: times are compared side by side. `device`
     moves the model there for the call. `execution` is that of `attach`: "int8" measures the
-    artifact's own arithmetic; so are `describe` and `speedup`. The model is as it was afterwards,
-    whatever happens.
+    artifact's own arithmetic; so are `describe` and `speedup`. There are no CUDA graphs, as each
+    turn attaches anew. The model is as it was afterwards, whatever happens.
     """
     describing(model, describe)
     found, _ = compare_all(
@@ -132,7 +132,7 @@ def compare_all(
     with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
         first, seen = first_calls(model, sample, *batches[0], whole=given)
         facts = facts_of(model, known, first)
-        put_on = partial(attach, model, execution=execution, speedup=speedup)
+        put_on = partial(attach, model, execution=execution, speedup=speedup, graphs=False)
         ways = ways_of(model, known, first, facts, put_on, floor)
         generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {

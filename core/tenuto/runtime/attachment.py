@@ -38,7 +38,9 @@ from ..model import (
 from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
 from .attached import Part, Tenuto
+from .denoiser_call import Calls, captured
 from .execution import Chooser
+from .graphs import Reads
 from .layers import QLayer
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
@@ -55,6 +57,8 @@ def attach(
     policy: Policy | None = None,
     speedup: float | None = None,
     chooser: Chooser | None = None,
+    compile: bool = False,
+    graphs: bool | str = "auto",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -72,6 +76,8 @@ def attach(
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
+    compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
+    graphs, one for every pattern of a step: "auto" on CUDA, where nothing forbids it; see `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.
@@ -85,10 +91,12 @@ def attach(
     else:
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
-    return install(model, patches, chooser)
+    return install(model, patches, chooser, Calls(compile, captured(graphs)))
 
 
-def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Tenuto:
+def install(
+    model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
+) -> Tenuto:
     """`attach`, by what is to be put in."""
     made, denoisers = patches.artifact, parts_of(model)
     for denoiser in denoisers.values():
@@ -115,8 +123,13 @@ def install(model: Any, patches: Patches, chooser: Chooser | None = None) -> Ten
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         for part in found.values():
+            call, around = (how or Calls()).of(part.denoiser, part.plan.policy is not None)
+            attached.patches += around
+            part.clock.reads = Reads() if how is not None and how.graphs else None
             if part.plan.policy is not None:
-                attached.patches += apply_policy_(part.denoiser, part.plan.policy, part.clock)
+                cells = apply_policy_(part.denoiser, part.plan.policy, part.clock)
+                attached.patches += cells
+                call.prepare([c.call for c in cells if c.module is not part.denoiser])
             if part.plan.forecast is not None:
                 calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
                 attached.patches.append(override_(part.denoiser, calls))

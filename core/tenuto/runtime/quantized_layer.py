@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Replacement
+from ..model import Replacement, outside_graphs
 from ..numerics import QTensor, Scheme
 from ..sampling import Clock
 from . import execution
 from .execution import DENSE, Chooser
 from .kernels import Case, Kernel, candidates, packed_bf16, quantize_input
+from .kernels.quantize_input import compiling
 
 
 class QLayer(Replacement):
@@ -55,6 +56,8 @@ class QLayer(Replacement):
         self.memo = memo or quantize_input.Memo()
         self.wanted, self.chooser = wanted, chooser or execution.process
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
+        self.latest: tuple[Kernel | None, ...] = ()  # the last one: what compiled code goes by
+        self.packings = 0  # how often the memory of the weight changed
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
@@ -82,7 +85,7 @@ class QLayer(Replacement):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QLayer:
         self._unpack()  # another device or dtype: pack and choose again
-        self.choices, self._able = {}, {}
+        self.choices, self.latest, self._able = {}, (), {}
         kept = self.weight_scale, self.input_scale, self.input_zero, self.channel
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qdata.device)).dtype
@@ -99,6 +102,7 @@ class QLayer(Replacement):
         """Codes back into `qdata` as they were stored, caches gone."""
         self.qdata = self._stored().qdata
         self._packed, self._float, self._dense_packed = {}, None, None
+        self.packings += 1
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()  # a cache is no state
@@ -182,11 +186,14 @@ class QLayer(Replacement):
         able = () if self.wanted == "float" else self._candidates(x.dtype)
         if not able or self.wanted == "int8":
             return able[0] if able else None
+        if compiling():
+            return self.latest[0] if self.latest else able[0]
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
         if key not in self.choices and execution.may_measure(x):
             kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
             runs = {k: functools.partial(self._anew, x, k) for k in (*able, None)}
             self.choices[key] = execution.decided(self.chooser, kind, runs)
+            self.latest = (self.choices[key],)
             self._forget()
         return self.choices.get(key, able[0])
 
@@ -203,6 +210,7 @@ class QLayer(Replacement):
     def _forget(self) -> None:
         """Drop the caches that no choice so far has a use for."""
         made = set(self.choices.values())
+        self.packings += 1
         used = {k.name: self._packed[k.name] for k in made if k and k.name in self._packed}
         if not used:
             self.qdata = self._stored().qdata
@@ -229,16 +237,28 @@ class QLayer(Replacement):
     def _executed(self, kernel: Kernel, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
         if kernel.name not in self._packed:
-            self._packed[kernel.name] = kernel.pack(self._stored(), self.geometry)
-            self.qdata = self.qdata.new_empty(0)
+            self._pack(kernel)
         packed, bias = self._packed[kernel.name], self._bias(torch.float32)
         with torch.no_grad():
             return kernel.call(codes, scale, zero, packed, bias, x.dtype)
+
+    @outside_graphs
+    def _pack(self, kernel: Kernel) -> None:
+        self._packed[kernel.name] = kernel.pack(self._stored(), self.geometry)
+        self.qdata = self.qdata.new_empty(0)
+        self.packings += 1
+
+    def ready(self) -> None:
+        """Make what compiled code reads, which it cannot make itself."""
+        if self.latest == (None,):
+            self._dense_packed = None
+            self._weight_in(self.dtype)
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, kept."""
         if self._float is None or self._float.dtype is not dtype:
             self._float = self.qtensor().dequantize(dtype)
+            self.packings += 1
         return self._float
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:

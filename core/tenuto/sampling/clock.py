@@ -6,9 +6,10 @@ in the batch and tells when a new run begins. Nothing counts calls, nothing is m
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +25,16 @@ class Clock:
     """Step, streams and run of the sampling run in progress.
 
     timesteps: the calibrated timesteps in executed order (noisiest first).
-    index: the nearest calibrated step, int64 (1,), on the device; read it with `index_select`.
+    index: the nearest calibrated step, int64 (1,), on the device, in the same memory at every step;
+    read it with `index_select`.
     step: the same as a host integer.
     exact: whether the timestep is a calibrated one, up to half a thousandth of the largest.
     streams: one id per row of the batch; equal ids in two calls are the same image's same half.
     run: a number that grows with every new sampling run; stored features never cross runs.
     grid: the timesteps of the run from its first one on, () where the host does not say them;
     place: the nearest of them; per_step: how many of them a step of the scheduler has. whole: how
-    many the run has, where other denoisers have the rest.
+    many the run has, where other denoisers have the rest. reads: who else computes on the device
+    what is read of a call, reads(function, arguments): as a CUDA graph.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
@@ -40,7 +43,8 @@ class Clock:
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         self.timesteps = tuple(float(t) for t in timesteps)
-        self.index = torch.zeros(1, dtype=torch.int64)
+        with torch.inference_mode(False):
+            self.index = torch.zeros(1, dtype=torch.int64)
         self.step = 0
         self.exact = False
         self.streams: tuple[Hashable, ...] = ()
@@ -48,6 +52,7 @@ class Clock:
         self.grid: tuple[float, ...] = ()
         self.place = self.whole = 0
         self.per_step = 1.0
+        self.reads: Callable[..., Tensor] | None = None
         self._offered: Any = None
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
@@ -119,9 +124,16 @@ class Clock:
         self.exact = step < len(self.timesteps) and (
             abs(self.timesteps[step] - timestep) <= self._slack
         )
-        self.index = torch.tensor([step], device=device)
+        self._move(step, device)
         place = self._place(timestep)
         self.place = place if self.grid else 0
+
+    def _move(self, step: int, device: Any) -> None:
+        """`index` at `step`, in the memory that it has: compiled code and CUDA graphs read it."""
+        if self.index.device != torch.empty(0, device=device).device:
+            with torch.inference_mode(False):  # or no call outside of it could write to it
+                self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.index.fill_(step)
 
     def _place(self, timestep: float) -> int:
         """Which step of the run that is: of the run's own, else of the calibrated ones."""
@@ -159,15 +171,14 @@ class Clock:
         sample: the noisy sample, (batch, ...); it shows new runs that the timesteps don't.
         which: a pass of a step beside the usual ones; its streams are others.
         """
-        value = _spread(times_of(timestep, batch))
-        marks = [self._marks_of(c) for c in conditions if _has_rows(c, batch)]
-        marks = marks or [_row_hash(c) for c in _folded(conditions, batch)]
-        parts = [_row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))] if marks else []
-        if sample is not None:
-            parts += [_row_hash(sample), some_values(sample).flatten()]
-        parts = [value.view(torch.int64), *parts]
-        where = parts[-1].device
-        packed: list[int] = torch.cat([part.to(where) for part in parts]).tolist()  # pyright: ignore
+        whole = [c for c in conditions if _has_rows(c, batch)]
+        folded = [] if whole else _folded(conditions, batch)
+        marks, given = whole or folded, (times_of(timestep, batch), whole, folded, sample)
+        if self.reads is None:
+            read = _read(*given, batch, self._marks_of)
+        else:
+            read = self.reads(functools.partial(_read, batch=batch), given)
+        packed: list[int] = read.tolist()  # pyright: ignore
         step = torch.tensor(packed[:2], dtype=torch.int64).view(torch.float64)
         first, spread = float(step[0]), float(step[1])
         rest = packed[2:]
@@ -214,6 +225,26 @@ class Clock:
         mark = _row_hash(condition)
         self._marks[id(condition)] = (weakref.ref(condition), condition._version, mark)
         return mark
+
+
+def _read(
+    times: Tensor,
+    whole: Sequence[Rows],
+    folded: Sequence[Tensor],
+    sample: Rows | None,
+    batch: int,
+    mark: Callable[[Rows], Tensor] | None = None,
+) -> Tensor:
+    """All that is read of a call, int64: the bits of the timestep and its spread in float64, then
+
+    of each row a hash of the conditions (if any), one of the sample, and some values of that.
+    """
+    marks = [*map(mark or _row_hash, whole), *map(_row_hash, folded)]
+    parts = [_row_hash(torch.stack([m.expand(batch) for m in marks], dim=1))] if marks else []
+    if sample is not None:
+        parts += [_row_hash(sample), some_values(sample).flatten()]
+    parts = [_spread(times).view(torch.int64), *parts]
+    return torch.cat([part.to(parts[-1].device) for part in parts])
 
 
 def _spread(steps: Tensor) -> Tensor:

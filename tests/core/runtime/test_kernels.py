@@ -340,6 +340,8 @@ class Calls(torch.nn.Module):
 @pytest.mark.parametrize("kernel", kernels.kernels(), ids=lambda k: k.name)
 def test_a_graph_has_it_as_one_operation(kernel: Kernel, device: str) -> None:
     """Traced whole, with shapes and strides from the operation's fake, and the same bits."""
+    if kernel.name == "int8_linear" and device == "cuda":
+        pytest.skip("its plain operations are in the graph there, for Inductor to fuse")
     seen: list[Any] = []
 
     def keep(graph: Any, inputs: Any) -> Any:

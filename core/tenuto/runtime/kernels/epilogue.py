@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .quantize_input import compiling
+
 PIECE = 2**20  # elements of a product: 4 MiB
 
 
@@ -19,6 +21,8 @@ def finished(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
     bias: as it broadcasts to `y`, fp32 or None.
     """
+    if compiling():
+        return (y * scale if bias is None else y * scale + bias).to(dtype)
     if bias is None:
         return y.mul_(scale).to(dtype)
     return torch.addcmul(bias, y, scale, out=y).to(dtype)

@@ -143,8 +143,11 @@ _operation = graph_operation(SCHEMA, _on_tensors, _fake)
 def _call(
     x: Tensor, x_scale: Tensor, x_zero: Any, packed: Any, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`int8_linear`; one node of a graph that is being made."""
-    if _operation is None or not compiling():
+    """`int8_linear`; one node of a graph that is being made.
+
+    On CUDA the graph gets its plain operations: Inductor fuses those round the product of codes.
+    """
+    if _operation is None or not compiling() or isinstance(packed, IntLinear):
         return int8_linear(x, x_scale, x_zero, packed, bias, dtype)
     facts = packed.tensors(), packed.split, bias, dtype
     return _operation(x, x_scale, *apart(x_zero), *facts)

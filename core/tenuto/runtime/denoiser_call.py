@@ -1,0 +1,156 @@
+"""`DenoiserCall`: what is done round a denoiser's call, so that its inside can be compiled.
+
+Compiled code and CUDA graphs cannot ask which step it is. Before the call every branch gets what it
+reuses, after it what was computed is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..caching import CachedBranch
+from ..errors import TenutoError
+from ..model import Override, describe, outside_graphs, tensors_in
+from .graphs import Graphs
+from .quantized_layer import QLayer
+
+LIMIT = 64  # versions of a block's code: one for each pattern of its branches, dtype and size
+
+
+class Around(Override):
+    """Lies beneath whatever is put round the forward later, offloading say: it keeps no order."""
+
+    def remove(self) -> None:
+        """Take it out, or switch it off beneath what lies on it."""
+        if self.off or vars(self.module).get("forward") is not self:
+            self.off = True
+        else:
+            super().remove()
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How denoisers are called. compile: their blocks by torch.compile. graphs: as CUDA graphs."""
+
+    compile: bool = False
+    graphs: bool = False
+
+    def of(self, denoiser: nn.Module, cells: bool) -> tuple[DenoiserCall, list[Any]]:
+        """What is done round the calls of one, and the patches of it. cells: whether it has any."""
+        blocks = CompiledBlocks(denoiser) if self.compile else None
+        graphs = Graphs(denoiser, warm=1 + self.compile) if self.graphs else None
+        call = DenoiserCall(graphs, blocks)
+        if not (self.compile or self.graphs or cells):
+            return call, []
+        around = Around(denoiser, call)
+        vars(denoiser)["forward"] = around
+        return call, [around, *([blocks] if blocks else [])]
+
+
+def captured(graphs: bool | str) -> bool:
+    """Whether calls on CUDA are captured; TenutoError if they are to be and there is no CUDA."""
+    if graphs not in (True, False, "auto"):
+        raise TenutoError(f"Unknown graphs={graphs!r}: choose True, False or 'auto'.")
+    if graphs is True and not torch.cuda.is_available():
+        raise TenutoError("CUDA graphs need a GPU of CUDA, and there is none: leave graphs='auto'.")
+    return bool(graphs) and torch.cuda.is_available()
+
+
+class DenoiserCall:
+    """The forward of a denoiser with its branches' cells prepared, captured if `graphs` are.
+
+    blocks: are compiled after the first call, in which layers pack their weights and choose.
+    """
+
+    def __init__(self, graphs: Graphs | None = None, blocks: CompiledBlocks | None = None) -> None:
+        self.graphs, self.blocks = graphs, blocks
+        self.cells: list[CachedBranch] = []
+
+    def prepare(self, calls: Sequence[Any]) -> None:
+        """Take care of these forwards of branches; one that decides as it runs forbids graphs."""
+        self.cells = [call for call in calls if isinstance(call, CachedBranch)]
+        for cell in self.cells:
+            cell.prepared = True
+        if self.graphs is not None:
+            self.graphs.cells = self.cells
+            if len(self.cells) < len(calls):
+                self.graphs.off("its cache policy decides while it runs")
+
+    def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        case = self._before(args, kwargs)
+        if case is None:
+            out = original(*args, **kwargs)
+        else:
+            assert self.graphs is not None
+            out = self.graphs.run(case, original, args, kwargs)
+        self._after(args, kwargs)
+        return out
+
+    @outside_graphs
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The case of the call if it may be captured; the cells get what they reuse."""
+        case = None if self.graphs is None else self.graphs.case(args, kwargs)
+        if self.cells:
+            shape = _shape(args, kwargs)
+            for cell in self.cells:
+                cell.handed = case is not None or self.blocks is not None
+                cell.before(shape)
+        return case
+
+    @outside_graphs
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.cells:
+            shape = _shape(args, kwargs)
+            for cell in self.cells:
+                cell.after(shape)
+        if self.blocks is not None and not self.blocks.on:
+            self.blocks.compile()
+
+
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call must share with an earlier one: shapes without rows, dtypes, devices."""
+    found = tensors_in((args, kwargs))
+    return ("call", *((tuple(x.shape[1:]), x.dtype, x.device) for x in found))
+
+
+class CompiledBlocks:
+    """The repeated blocks of a denoiser under torch.compile: one compilation serves equal ones."""
+
+    def __init__(self, denoiser: nn.Module, **options: Any) -> None:
+        self.blocks = [denoiser.get_submodule(name) for name in describe(denoiser).blocks]
+        self.options, self.on = options, False
+        self._before: list[Any] = []
+        self._limit: tuple[str, int] | None = None
+
+    def compile(self) -> None:
+        """From the next call on; what the user compiled is left out until `remove`."""
+        import torch._dynamo.config as config
+
+        self.on = True
+        name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        self._limit = name, getattr(config, name)
+        setattr(config, name, max(LIMIT, self._limit[1]))
+        for layer in (m for block in self.blocks for m in block.modules() if isinstance(m, QLayer)):
+            layer.ready()
+        for block in self.blocks:
+            self._before.append(vars(block).get("_compiled_call_impl"))
+            block.compile(**self.options)
+
+    def remove(self) -> None:
+        """Leave the blocks as they were."""
+        for block, before in zip(self.blocks, self._before, strict=False):
+            if before is None:
+                vars(block).pop("_compiled_call_impl", None)
+            else:
+                vars(block)["_compiled_call_impl"] = before
+        if self._limit is not None:
+            import torch._dynamo.config as config
+
+            setattr(config, *self._limit)
+        self._before, self._limit = [], None
+        self.on = True  # a call that comes later compiles nothing

@@ -1,0 +1,100 @@
+"""Real CUDA graphs of small pipelines, eager and compiled. Needs a GPU, torch and pytest.
+
+python -m pytest tests/core/runtime/test_cuda_graphs.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tenuto as tn
+from tenuto.caching import Interval
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.model import denoiser_of
+from tenuto.numerics import Recipe, Rule
+from tenuto.runtime import Patches
+from tenuto.runtime.attachment import install
+from tenuto.runtime.denoiser_call import Calls, DenoiserCall
+from tests.core import tiny_pipelines as tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CAPTURED = ("sd", "flux")  # of the others a part of the forward may have to run outside
+
+
+class Case:
+    """A small pipeline on the card, and an artifact of it."""
+
+    def __init__(self, kind: str) -> None:
+        pipe, prompts, call = tiny.asked(kind)
+        self.pipe = pipe.to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        trajectory = tn.record(pipe, prompts and prompts[:2], steps=4, call=call, batch=2)
+        recipe = Recipe((Rule("*", tn.schemes.W8A8, RoundToNearest()),))
+        self.artifact = tn.quantize(pipe, recipe, trajectory, temporal="table")
+        found = (c for c in trajectory.calls if c.run == trajectory.calls[0].run)
+        self.calls = [tn.model.map_tensors(lambda t: t.cuda(), c.inputs) for c in found]
+
+    def attach(self, how: Calls, policy: Any) -> tn.Tenuto:
+        """With a schedule or none."""
+        patches = Patches(self.artifact, policy=policy, route=False, execution="int8")
+        return install(self.pipe, patches, None, how)
+
+    def runs(self, count: int) -> list[Tensor]:
+        """The outputs of so many runs of the recorded calls."""
+        denoiser = denoiser_of(self.pipe)
+        with torch.no_grad():
+            outs = [denoiser(**dict(c)) for _ in range(count) for c in self.calls]
+        found = [list(tn.model.tensors_in(out)) for out in outs]
+        return [torch.cat([t.flatten() for t in some]) for some in found]
+
+    def graphs(self) -> Any:
+        """Those of the denoiser."""
+        call = vars(denoiser_of(self.pipe))["forward"].call
+        assert isinstance(call, DenoiserCall)
+        return call.graphs
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("policy", [None, Interval(2)], ids=["whole", "schedule"])
+def test_replayed_as_eager(kind: str, policy: Any) -> None:
+    case = Case(kind)
+    with case.attach(Calls(), policy):
+        expected = case.runs(4)
+    attached = case.attach(Calls(graphs=True), policy)
+    for found, wanted in zip(case.runs(4), expected, strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+    graphs = case.graphs()
+    if kind in CAPTURED:
+        assert graphs.reason is None and graphs.known
+    attached.detach()
+
+
+def test_compiled_blocks_are_captured() -> None:
+    case = Case("flux")
+    with case.attach(Calls(), Interval(2)):
+        expected = case.runs(6)
+    attached = case.attach(Calls(compile=True, graphs=True), Interval(2))
+    for found, wanted in zip(case.runs(6), expected, strict=True):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert case.graphs().reason is None and len(case.graphs().known) == 2
+    attached.detach()
+    torch._dynamo.reset()
+
+
+def test_after_a_move_nothing_is_read_where_it_was() -> None:
+    case = Case("flux")
+    attached = case.attach(Calls(graphs=True), None)
+    expected = case.runs(4)
+    denoiser = denoiser_of(case.pipe)
+    denoiser.to("cpu")
+    torch.cuda.empty_cache()
+    taken = torch.randn(64, 2**20, device="cuda")  # where the weights were
+    denoiser.to("cuda")
+    for found, wanted in zip(case.runs(4), expected, strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+    del taken
+    attached.detach()
