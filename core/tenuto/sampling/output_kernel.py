@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,8 @@ class OutputKernel:
     values: float64 (T, T), symmetric. timesteps: T, in executed order, as the denoiser gets them.
     sigma: the share of noise in the sample at each of them; alpha: of the image. In flow matching
     alpha + sigma = 1, else their squares add up to 1. prediction: what the denoiser answers, one
-    of `PREDICTIONS`. images: how many were recorded.
+    of `PREDICTIONS`. images: how many were recorded. remaining: how much of what an error in each
+    step's output does to the sample is left at the end of a run, where it was measured.
     """
 
     values: Tensor
@@ -40,6 +41,7 @@ class OutputKernel:
     sigma: tuple[float, ...]
     prediction: str
     images: int = 1
+    remaining: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -49,10 +51,12 @@ class OutputKernel:
             raise TenutoError(f"A kernel of {steps} steps is a table of {steps} by {steps}.")
         if len(self.alpha) != steps or len(self.sigma) != steps:
             raise TenutoError("A kernel knows the noise of every step.")
-        steps = [b - a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)]
-        if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        jumps = [b - a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)]
+        if not (all(s > 0 for s in jumps) or all(s < 0 for s in jumps)):
             raise TenutoError("The steps of a kernel go one way.")
         shares = (*self.alpha, *self.sigma)
+        if len(self.remaining) not in (0, steps) or not all(0 < x < 1e9 for x in self.remaining):
+            raise TenutoError("What remains of an error is a positive number of every step.")
         finite = bool(self.values.isfinite().all()) and all(0 <= x <= 1 for x in shares)
         if not finite or float(self.values.diagonal().amin()) < 0:
             raise TenutoError("A kernel of outputs has finite numbers, and noise from 0 to 1.")
@@ -63,8 +67,10 @@ class OutputKernel:
         times, alpha, sigma = (
             tuple(float(x) for x in about[key]) for key in ("timesteps", "alpha", "sigma")
         )
-        images = int(about["images"])
-        return OutputKernel(values, times, alpha, sigma, str(about["prediction"]), images)
+        images, left = int(about["images"]), tuple(float(x) for x in about.get("remaining", ()))
+        return OutputKernel(
+            values, times, alpha, sigma, str(about["prediction"]), images, remaining=left
+        )
 
     @cached_property
     def mark(self) -> str:
@@ -81,7 +87,7 @@ class OutputKernel:
             "sigma": list(self.sigma),
             "prediction": self.prediction,
             "images": self.images,
-        }
+        } | ({"remaining": list(self.remaining)} if self.remaining else {})
 
     def at(self, timesteps: Sequence[float]) -> OutputKernel:
         """The same for a run at other timesteps: outputs between the recorded ones interpolated.
@@ -94,7 +100,18 @@ class OutputKernel:
         mixed = _cubic(places_of(times, self.timesteps), len(self.timesteps))
         alpha, sigma = self._noise(mixed)
         values = mixed @ self.values @ mixed.T
-        return OutputKernel(values, times, alpha, sigma, self.prediction, self.images)
+        left = self._remaining(places_of(times, self.timesteps))
+        return OutputKernel(
+            values, times, alpha, sigma, self.prediction, self.images, remaining=left
+        )
+
+    def _remaining(self, places: Tensor) -> tuple[float, ...]:
+        """What remains of an error at other steps: in proportion between the nearest two."""
+        if not self.remaining:
+            return ()
+        known = torch.tensor(self.remaining, dtype=torch.float64).log()
+        low = places.floor().long().clamp(0, len(known) - 2)
+        return tuple(known[low].lerp(known[low + 1], (places - low).clamp(0, 1)).exp().tolist())
 
     def _noise(self, mixed: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """alpha and sigma at other steps: a flow's share of noise, or the angle, interpolated."""
@@ -110,7 +127,8 @@ class OutputKernel:
         """How far an error of 1 in each step's output moves sample / alpha: float64 (T,).
 
         Of one step of the solver, sample' / alpha' = sample / alpha + (noise' - noise) * eps with
-        noise = sigma / alpha, to a sample without noise after the last.
+        noise = sigma / alpha, to a sample without noise after the last; and what is left
+        of that, where it was measured.
         """
         sigma = torch.tensor(self.sigma, dtype=torch.float64)
         alpha = torch.tensor(self.alpha, dtype=torch.float64).clamp_min(1e-9)
@@ -119,10 +137,10 @@ class OutputKernel:
         # (sigma' / alpha' - sigma / alpha) * alpha, without the quotient that is huge at the start
         moved = (after_sigma * alpha - sigma * after_alpha) / after_alpha
         if self.prediction == "eps":
-            return moved / alpha
+            moved = moved / alpha
         if self.prediction == "x0":
-            return moved / sigma.clamp_min(1e-9)
-        return moved
+            moved = moved / sigma.clamp_min(1e-9)
+        return moved * torch.tensor(self.remaining).double() if self.remaining else moved
 
 
 def _cubic(places: Tensor, count: int) -> Tensor:

@@ -75,8 +75,8 @@ class StepOutputs:
         """Of all runs; None where there was none to see, or the noise of its steps is not known."""
         if self.sums is None or self.steps is None or not bool(self.sums.isfinite().all()):
             return None
-        prediction = prediction_of(self.scheduler)
-        noise = [noise_at(self.scheduler, own) for own in self.steps.values()]
+        prediction = self.prediction()
+        noise = [self.noise(own) for own in self.steps.values()]
         if prediction is None or is_stochastic(self.scheduler) or None in noise:
             return None
         times = list(self.steps)
@@ -86,6 +86,14 @@ class StepOutputs:
         return OutputKernel(
             self.sums / self.images, tuple(times), alpha, sigma, prediction, self.images
         )
+
+    def prediction(self) -> str | None:
+        """What the outputs are, one of `PREDICTIONS`; None where it is not known."""
+        return prediction_of(self.scheduler)
+
+    def noise(self, timestep: float) -> tuple[float, float] | None:
+        """(alpha, sigma) at a timestep of the scheduler's; None where it is not known."""
+        return noise_at(self.scheduler, timestep)
 
 
 class _Watched:
