@@ -17,7 +17,7 @@ from ..errors import TenutoError
 from ..model import all_frozen, denoiser_of, tensors_in, watched
 from .output_kernel import PREDICTIONS, OutputKernel
 from .remaining_error import with_remaining
-from .step_outputs import StepOutputs
+from .step_outputs import Step, StepOutputs
 
 Noise = Callable[[float], tuple[float, float]] | Sequence[tuple[float, float]]
 
@@ -83,7 +83,7 @@ class OwnOutputs(StepOutputs):
                 f"`noise` has {len(self.given)} pairs, and the sampler made {len(found)} steps."
             )
         for number in range(counts.pop() if len(counts) == 1 else 0):
-            self._add({time: (time, answers[number]) for time, answers in found.items()})
+            self._add({time: Step(time, answers[number]) for time, answers in found.items()})
 
     def kernel(self) -> OutputKernel | None:
         """Of all runs, with what is left of an error; runs the sampler again to see that."""
