@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,13 @@ def test_what_is_said_wrongly_is_refused(model: nn.Module, said: Any, words: str
 def test_a_pipeline_needs_no_word_of_it() -> None:
     with pytest.raises(TenutoError, match="scheduler says"):
         outputs_of(object(), None, "eps", noise)
+
+
+def test_a_plan_weighs_errors_by_what_remains(trajectory: Any) -> None:
+    kernel = trajectory.kernel
+    plain = replace(kernel, remaining=())
+    left = torch.tensor(kernel.remaining).double()
+    assert torch.allclose(kernel.gains(), plain.gains() * left)
+    assert kernel.mark != plain.mark
+    with pytest.raises(TenutoError, match="positive number of every step"):
+        replace(kernel, remaining=kernel.remaining[:-1])
