@@ -29,6 +29,7 @@ from .values import WORDS, check_floats, check_values
 
 SECTIONS = ("weights", "ranges", "temporal", "route", "encoder", "forecast")
 STEPWISE = ("ranges/", "temporal/")
+OF_WEIGHTS = ("temporal", "compact", "check", "left_in_float", "kept_in_float")  # header keys
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Artifact:
             header["forecast"] = self.header["forecast"]
             other = Artifact(other.header, other.tensors | _kernel(self))
         header["made"] = self.header["made"] | other.header["made"]
-        for key in ("temporal", "compact", "check", "left_in_float"):  # of the weights
+        for key in OF_WEIGHTS:
             if whole and key not in other.header:
                 header.pop(key, None)
         bound = any(k.startswith(STEPWISE) for k in kept)  # to the steps they were found at

@@ -35,6 +35,8 @@ def check_forms(header: Mapping[str, Any]) -> None:
             shape(size)
     for count in mapping(header.get("left_in_float", {})).values():
         whole(count)
+    for share in mapping(header.get("kept_in_float", {})).values():
+        wanted(int | float, share)
     if header.get("route") is not None:
         _check_route(mapping(header["route"]))
     for facts in named(header.get("compact", {})):

@@ -90,6 +90,10 @@ def _rows(artifact: Artifact) -> list[tuple[str, str]]:
         rows.append(("layers", f"{by_scheme}; weight error up to {_worst(header):.3f}"))
     for kind, count in header.get("left_in_float", {}).items():
         rows.append(("layers", f"{count} {kind} in float: what it computes is its own"))
+    if header.get("kept_in_float"):
+        kept = header["kept_in_float"]
+        count, share = counted(len(kept), "layer"), min(1.0, sum(kept.values()))
+        rows.append(("layers", f"{count} kept in float, with {share:.0%} of the error"))
     rows += [("check", line) for line in check_lines(header)]
     for name, encoder in header.get("encoders", {}).items():
         count = Counter(layer["scheme"] for layer in encoder["layers"].values())

@@ -27,6 +27,7 @@ from .given import prompts_needed, scheme_of, trajectory_of
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
+from .spared import with_spared
 from .temporal.maintenance import check_choice, with_time_only
 
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
@@ -114,4 +115,4 @@ def _of_denoiser(
     job.maintain(choice, chosen.temporal)
     job.run(Work(work, inputs), on_progress)
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
-    return with_result(job, artifact)
+    return with_result(job, artifact if recipe is scheme else with_spared(job, artifact))

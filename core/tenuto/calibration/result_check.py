@@ -63,10 +63,10 @@ def checked(
     model; `denoiser` itself stays as it is.
     """
     twin = private_copy(denoiser).float().to(device).eval()
-    calls = list(_chosen(trajectory))
-    plain = [_answer(twin, call, device) for call in calls]
+    calls = list(chosen(trajectory))
+    plain = [answer(twin, call, device) for call in calls]
     attached = attach(twin, artifact, route=False, execution="int8", simulate=True)
-    errors = [_off(_answer(twin, c, device), y) for c, y in zip(calls, plain, strict=True)]
+    errors = [relative_error(answer(twin, c, device), y) for c, y in zip(calls, plain, strict=True)]
     new = {p.name: p.new for p in attached.patches if isinstance(p, Swap)}
     attached.detach()
     known = [(error, call) for error, call in zip(errors, calls, strict=True) if error is not None]
@@ -87,9 +87,9 @@ def checked_by_block(job: Job, artifact: Artifact) -> dict[str, Any]:
     """`checked` of what nothing can be attached to yet: of the weights alone, inputs in float."""
     known: list[tuple[float, Call]] = []
     plain = job.plain_copy()
-    for call in _chosen(job.trajectory):
-        pair = (_answer(model, call, job.device) for model in (job.model, plain))
-        error = _off(*pair)
+    for call in chosen(job.trajectory):
+        pair = (answer(model, call, job.device) for model in (job.model, plain))
+        error = relative_error(*pair)
         if error is not None:
             known.append((error, call))
     if not known:
@@ -111,13 +111,13 @@ def checked_encoder(
     """
     device = next(encoder.parameters()).device if device is None else device
     twin = private_copy(encoder).float().to(device).eval()
-    plain = _answer(twin, call, device)
+    plain = answer(twin, call, device)
     new = encoder_layers(twin, artifact, name)
     swaps = [Swap(twin, *pair) for pair in new.items()]
-    found = _answer(twin, call, device)
+    found = answer(twin, call, device)
     for swap in reversed(swaps):
         swap.remove()
-    error = _off(found, plain)
+    error = relative_error(found, plain)
     if error is None:
         return {}
 
@@ -161,7 +161,7 @@ def worst(
     gaps = dict.fromkeys(new, 0.0)
 
     def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
-        gap = _off(_flat(new[name](*args, **kwargs)), _flat(out))
+        gap = relative_error(_flat(new[name](*args, **kwargs)), _flat(out))
         gaps[name] = max(gaps[name], gap or 0.0)
 
     follow = None if clock is None else Follow(twin, clock)
@@ -175,7 +175,7 @@ def worst(
     return [name for name in found if gaps[name] > 0]
 
 
-def _chosen(trajectory: Trajectory) -> Iterator[Call]:
+def chosen(trajectory: Trajectory) -> Iterator[Call]:
     """A recorded call of the first, the middle and the last step."""
     last = len(trajectory.timesteps) - 1
     for row in sorted({0, last // 2, last}):
@@ -184,7 +184,7 @@ def _chosen(trajectory: Trajectory) -> Iterator[Call]:
             yield found
 
 
-def _answer(model: nn.Module, call: Call, device: Any) -> list[Tensor]:
+def answer(model: nn.Module, call: Call, device: Any) -> list[Tensor]:
     """What `model` returns for `call`: floats on the CPU, of the tokens that count."""
     found = _flat(model(**arguments(model, call, device)))
     if call.counted is None:
@@ -197,7 +197,7 @@ def _flat(out: Any) -> list[Tensor]:
     return [t.detach().float().cpu() for t in tensors_in(out) if t.is_floating_point()]
 
 
-def _off(found: list[Tensor], wanted: list[Tensor]) -> float | None:
+def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float | None:
     """The relative error, infinite where `found` is not finite; None where `wanted` says nothing.
 
     Of several tensors the largest.

@@ -38,6 +38,8 @@ class OutputKernel:
     unconditional outputs u, of both halves (symmetric) and of conditional ones c, where `values`
     are those of u + guidance * (c - u); None where outputs are not guided so.
     noise_between: (timestep, alpha, sigma) at further timesteps, for runs at other ones.
+    remaining: how much of what an error in each step's output does to the sample is left at the end
+    of a run, where it was measured.
     """
 
     values: Tensor
@@ -49,6 +51,7 @@ class OutputKernel:
     halves: Tensor | None = field(default=None, kw_only=True)
     guidance: float | None = field(default=None, kw_only=True)
     noise_between: tuple[tuple[float, float, float], ...] = field(default=(), kw_only=True)
+    remaining: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -58,8 +61,8 @@ class OutputKernel:
             raise TenutoError(f"A kernel of {steps} steps is a table of {steps} by {steps}.")
         if len(self.alpha) != steps or len(self.sigma) != steps:
             raise TenutoError("A kernel knows the noise of every step.")
-        steps = [b - a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)]
-        if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+        jumps = [b - a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)]
+        if not (all(s > 0 for s in jumps) or all(s < 0 for s in jumps)):
             raise TenutoError("The steps of a kernel go one way.")
         shares = (*self.alpha, *self.sigma)
         shares += tuple(x for row in self.noise_between for x in row[1:])
@@ -68,6 +71,8 @@ class OutputKernel:
             tuple(self.halves.shape) != (3, size, size) or self.guidance is None
         ):
             raise TenutoError("The halves of a kernel are three tables, of a known guidance.")
+        if len(self.remaining) not in (0, steps) or not all(0 < x < 1e9 for x in self.remaining):
+            raise TenutoError("What remains of an error is a positive number of every step.")
         finite = bool(self.values.isfinite().all()) and all(0 <= x <= 1 for x in shares)
         if not finite or float(self.values.diagonal().amin()) < 0:
             raise TenutoError("A kernel of outputs has finite numbers, and noise from 0 to 1.")
@@ -87,6 +92,7 @@ class OutputKernel:
         return OutputKernel(
             stored, times, alpha, sigma, str(about["prediction"]), int(about["images"]),
             halves=halves, guidance=guidance, noise_between=noise,
+            remaining=tuple(float(x) for x in about.get("remaining", ())),
         )  # fmt: skip
 
     @property
@@ -113,6 +119,7 @@ class OutputKernel:
             "of": "both halves of guidance" if self.halves is not None else "guided outputs",
             "guidance": self.guidance,
             "noise": [list(row) for row in self.noise_between],
+            "remaining": list(self.remaining),
         }
         return {
             "timesteps": list(self.timesteps),
@@ -131,7 +138,17 @@ class OutputKernel:
         alpha, sigma = self._noise(times)
         values = between(self.values, depth(*self._noise(self.timesteps)), depth(alpha, sigma))
         shares = tuple(alpha.tolist()), tuple(sigma.tolist())
-        return OutputKernel(values, times, *shares, self.prediction, self.images)
+        left = self._remaining(times)
+        return OutputKernel(values, times, *shares, self.prediction, self.images, remaining=left)
+
+    def _remaining(self, times: Sequence[float]) -> tuple[float, ...]:
+        """What remains of an error at other steps: in proportion between the nearest two."""
+        if not self.remaining:
+            return ()
+        places = places_of(times, self.timesteps)
+        known = torch.tensor(self.remaining, dtype=torch.float64).log()
+        low = places.floor().long().clamp(0, len(known) - 2)
+        return tuple(known[low].lerp(known[low + 1], (places - low).clamp(0, 1)).exp().tolist())
 
     def _noise(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at other steps: a flow's share of noise, or the angle, interpolated."""
@@ -153,7 +170,8 @@ class OutputKernel:
         """How far an error of 1 in each step's output moves sample / alpha: float64 (T,).
 
         Of one step of the solver, sample' / alpha' = sample / alpha + (noise' - noise) * eps with
-        noise = sigma / alpha, to a sample without noise after the last.
+        noise = sigma / alpha, to a sample without noise after the last; and what is left
+        of that, where it was measured.
         """
         sigma = torch.tensor(self.sigma, dtype=torch.float64)
         alpha = torch.tensor(self.alpha, dtype=torch.float64).clamp_min(1e-9)
@@ -162,10 +180,10 @@ class OutputKernel:
         # (sigma' / alpha' - sigma / alpha) * alpha, without the quotient that is huge at the start
         moved = (after_sigma * alpha - sigma * after_alpha) / after_alpha
         if self.prediction == "eps":
-            return moved / alpha
+            moved = moved / alpha
         if self.prediction == "x0":
-            return moved / sigma.clamp_min(1e-9)
-        return moved
+            moved = moved / sigma.clamp_min(1e-9)
+        return moved * torch.tensor(self.remaining).double() if self.remaining else moved
 
 
 def _guided(halves: Tensor, guidance: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +15,7 @@ from ..errors import ModelError, TenutoError
 from ..model import Signature, all_frozen, denoiser_of, map_tensors, parts_of, watched
 from ..progress import Progress
 from .described import described
+from .own_outputs import Noise, outputs_of
 from .pipeline_call import PipelineCall
 from .results import images_of, latents_of
 from .step_outputs import StepOutputs
@@ -113,6 +114,8 @@ def record(
     batch: int = 4,
     runs: int | None = None,
     sample: Sample | None = None,
+    prediction: str | None = None,
+    noise: Noise | None = None,
     on_progress: Progress | None = None,
 ) -> Trajectory:
     """Run the model as its user does and keep every denoiser call, of all its denoisers.
@@ -122,7 +125,11 @@ def record(
     prompt_embeds in place of `prompts`, ... `guidance` is given under the name that the pipeline
     has for it. What it returns does not matter: images, a video, sound. A bare denoiser takes
     `sample(denoiser, seed, batch)`, which runs one trajectory and returns its images,
-    float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does.
+    float (batch, C, H, W) in [-1, 1]; `steps` then follows from what it does. So that calls of it
+    can be forecast, say what it answers, `prediction` "eps", "v", "x0" or "flow", and how much
+    `noise` a sample alpha * x0 + sigma * noise has: a function of the timestep that gives (alpha,
+    sigma), or one such pair a step. A run is then repeated at most eleven times, to see how much
+    of an error in a step is left at the end. A pipeline's scheduler knows all that.
     """
     denoiser, found = denoiser_of(model), parts_of(model)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
@@ -141,18 +148,10 @@ def record(
     batch = min(batch, count) if count else batch
     left = count if count and runs is None else (runs or 2) * batch
     runs = -(-left // batch)
-    calls: list[Call] = []
-    outputs = StepOutputs(None if sample is not None else model)
-    for i in range(runs):
-        if on_progress:
-            on_progress(i, runs, "recording")
-        with ExitStack() as watching, all_frozen(found.values()), torch.no_grad():
-            for name, part in found.items():
-                seen = outputs if len(found) == 1 else None
-                watching.enter_context(recording(part, calls, i, name, seen))
-            run(denoiser, seed + i * batch, min(batch, left - i * batch))
-    if on_progress:
-        on_progress(runs, runs, "recording")
+    starts = {seed + i * batch: min(batch, left - i * batch) for i in range(runs)}
+    repeat = None if sample is None else partial(sample, denoiser, seed, starts[seed])
+    outputs = outputs_of(model, repeat, prediction, noise)
+    calls = _seen(outputs, found, partial(run, denoiser), starts, on_progress)
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
@@ -162,6 +161,29 @@ def record(
         kernel=outputs.kernel(),
     )  # fmt: skip
     return known if asked is None else again(known, asked, steps, call)
+
+
+def _seen(
+    outputs: StepOutputs,
+    parts: Mapping[str, nn.Module],
+    run: Callable[[int, int], Any],
+    starts: Mapping[int, int],
+    on_progress: Progress | None,
+) -> list[Call]:
+    """The calls of the denoisers `parts` in all runs; `outputs` gets what those of one return.
+
+    run: takes a seed and how many images; starts: those of every run.
+    """
+    calls, note = list[Call](), on_progress or (lambda done, total, words: None)
+    for i, (seed, count) in enumerate(starts.items()):
+        note(i, len(starts), "recording")
+        with ExitStack() as watching, all_frozen(parts.values()), torch.no_grad():
+            for name, part in parts.items():
+                beside = outputs if len(parts) == 1 else None
+                watching.enter_context(recording(part, calls, i, name, beside))
+            run(seed, count)
+    note(len(starts), len(starts), "recording")
+    return calls
 
 
 def again(

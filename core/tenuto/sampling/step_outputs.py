@@ -29,7 +29,7 @@ CLOSER = (0.5, 0.25, 0.0)  # of the last timestep: where the noise is told, too
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class Step:
     """A step of a run. gap: what the second half of the answers has that the first has not.
 
     own: the scheduler's timestep. dots: of (output - first half) with the gap, of the gap with
@@ -71,7 +71,7 @@ class StepOutputs:
     def run(self, last: Callable[[], float | None]) -> Iterator[None]:
         """One run of the pipeline. last: the timestep of the denoiser's last call."""
         scheduler: Any = self.scheduler
-        outputs = dict[float, _Step]()
+        outputs = dict[float, Step]()
         self.answers = []
         if not callable(getattr(scheduler, "step", None)):
             yield
@@ -97,7 +97,7 @@ class StepOutputs:
                 scheduler.__dict__["step"] = held
         self._add(outputs)
 
-    def _add(self, outputs: dict[float, _Step]) -> None:
+    def _add(self, outputs: dict[float, Step]) -> None:
         """Add the products of one run's outputs; a run of other steps is left out."""
         found = list(outputs.values())
         steps = {time: step.own for time, step in outputs.items()}
@@ -123,8 +123,8 @@ class StepOutputs:
         """Of all runs; None where there was none to see, or the noise of its steps is not known."""
         if self.sums is None or self.steps is None or not bool(self.sums.isfinite().all()):
             return None
-        prediction = prediction_of(self.scheduler)
-        noise = [noise_at(self.scheduler, own) for own in self.steps.values()]
+        prediction = self.prediction()
+        noise = [self.noise(own) for own in self.steps.values()]
         stochastic = self.noisy or is_stochastic(self.scheduler)
         if prediction is None or stochastic or None in noise:
             return None
@@ -138,6 +138,14 @@ class StepOutputs:
         }  # fmt: skip
         sums = self.sums if self.halves is None else self.halves
         return OutputKernel.of(sums / self.images, known)
+
+    def prediction(self) -> str | None:
+        """What the outputs are, one of `PREDICTIONS`; None where it is not known."""
+        return prediction_of(self.scheduler)
+
+    def noise(self, timestep: float) -> tuple[float, float] | None:
+        """(alpha, sigma) at a timestep of the scheduler's; None where it is not known."""
+        return noise_at(self.scheduler, timestep)
 
     def _between(self) -> list[tuple[float, float, float]]:
         """(timestep, alpha, sigma) between the steps of the run and beyond them."""
@@ -155,26 +163,26 @@ class StepOutputs:
         return found
 
 
-def _step(own: float, output: Tensor, answers: Sequence[Tensor]) -> _Step:
+def _step(own: float, output: Tensor, answers: Sequence[Tensor]) -> Step:
     """A step, with the gap between the halves of the denoiser's answers if there are two."""
     halves = answers
     if len(answers) == 1 and len(answers[0]) == 2 * len(output):
         halves = answers[0].chunk(2)
     kept = output.to("cpu", torch.float32, copy=True)
     if len(halves) != 2 or any(half.ndim != output.ndim for half in halves):
-        return _Step(own, kept)
+        return Step(own, kept)
     if output.ndim > 1:  # of a variance that is learned, too
         halves = [half[:, : output.shape[1]] for half in halves]
     if any(half.shape != output.shape for half in halves):
-        return _Step(own, kept)
+        return Step(own, kept)
     first, second = (half.to("cpu", torch.float32) for half in halves)
     moved, gap = kept - first, second - first
     pairs = (moved, gap), (gap, gap), (moved, moved), (kept, kept)
     dots = [float((a.double() * b).sum()) for a, b in pairs]
-    return _Step(own, kept, gap, (dots[0], dots[1], dots[2], dots[3]))
+    return Step(own, kept, gap, (dots[0], dots[1], dots[2], dots[3]))
 
 
-def _guidance(steps: Sequence[_Step]) -> float | None:
+def _guidance(steps: Sequence[Step]) -> float | None:
     """By which g all outputs are u + g (c - u); None where they are not."""
     gap = sum(step.dots[1] for step in steps)
     found = sum(step.dots[0] for step in steps) / gap if gap > 0 else 0.0
@@ -183,7 +191,7 @@ def _guidance(steps: Sequence[_Step]) -> float | None:
     return round(max(found, 1 - found), 4)  # whichever half comes first
 
 
-def _halves(steps: Sequence[_Step], guidance: float) -> Tensor:
+def _halves(steps: Sequence[Step], guidance: float) -> Tensor:
     """The products of u with u, of u with c (symmetric), of c with c: float64 (3, T, T)."""
     gap = sum(step.dots[1] for step in steps)
     first = sum(step.dots[0] for step in steps) / gap >= 0.5  # else the conditional half is first

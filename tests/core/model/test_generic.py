@@ -13,6 +13,7 @@ from tenuto import Artifact, attach, describe, quantize, record, schemes
 from tenuto.errors import ModelError
 from tenuto.model import Backbone, watched
 from tenuto.model.backbone import layers
+from tenuto.numerics import Recipe, Rule
 from tenuto.runtime.layers import QLayer
 
 WIDTH = 16
@@ -257,9 +258,8 @@ def test_a_layer_with_a_forward_of_its_own_stays_in_float(kind: type[nn.Conv2d])
         return x.clamp(-1, 1)
 
     with torch.no_grad():
-        made: Artifact = quantize(
-            model, schemes.W8A8, record(model, sample=sample, batch=2, runs=1)
-        )
+        every = Recipe((Rule("*", schemes.W8A8),))  # the ends, too
+        made: Artifact = quantize(model, every, record(model, sample=sample, batch=2, runs=1))
         given = torch.randn(2, 3, 4, 4), torch.full((2,), 600.0)
         plain = model(*given)
         with attach(model, made, simulate=True):
