@@ -16,8 +16,10 @@ from .pipeline_call import (
     unprompted,
     wanted_prompts,
 )
+from .processes import launched, launched_size, processes
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
+from .shared_work import work_in
 from .skeleton import Skeleton, skeleton
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
@@ -46,8 +48,11 @@ __all__ = [
     "guidance_name",
     "keep",
     "kept",
+    "launched",
+    "launched_size",
     "one_by_one",
     "places_of",
+    "processes",
     "record",
     "repeated",
     "sampler",
@@ -58,4 +63,5 @@ __all__ = [
     "to_device",
     "unprompted",
     "wanted_prompts",
+    "work_in",
 ]

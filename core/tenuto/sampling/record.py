@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ from ..model import Signature, all_frozen, denoiser_of, map_tensors, parts_of, w
 from ..progress import Progress
 from .described import described
 from .pipeline_call import PipelineCall
+from .processes import processes
 from .results import images_of, latents_of
 from .step_outputs import StepOutputs
 from .trajectory import Call, Sample, Trajectory, nearest
@@ -125,6 +126,7 @@ def record(
     if batch < 1 or (runs is not None and runs < 1):
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
     asked, run, count = None, sample, len(prompts)
+    on_progress = processes().told(on_progress)
     if sample is None:
         if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
@@ -137,18 +139,9 @@ def record(
     batch = min(batch, count) if count else batch
     left = count if count and runs is None else (runs or 2) * batch
     runs = -(-left // batch)
-    calls: list[Call] = []
-    outputs = StepOutputs(None if sample is not None else model)
-    for i in range(runs):
-        if on_progress:
-            on_progress(i, runs, "recording")
-        with ExitStack() as watching, all_frozen(found.values()), torch.no_grad():
-            for name, part in found.items():
-                seen = outputs if len(found) == 1 else None
-                watching.enter_context(recording(part, calls, i, name, seen))
-            run(denoiser, seed + i * batch, min(batch, left - i * batch))
-    if on_progress:
-        on_progress(runs, runs, "recording")
+    starts = {seed + i * batch: min(batch, left - i * batch) for i in range(runs)}
+    pipe = None if sample is not None else model
+    calls, outputs = _seen(pipe, found, partial(run, denoiser), starts, on_progress)
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
@@ -158,6 +151,39 @@ def record(
         kernel=outputs.kernel(),
     )  # fmt: skip
     return known if asked is None else again(known, asked, steps, call)
+
+
+def _seen(
+    pipe: Any,
+    parts: Mapping[str, nn.Module],
+    run: Callable[[int, int], Any],
+    starts: Mapping[int, int],
+    on_progress: Progress | None,
+) -> tuple[list[Call], StepOutputs]:
+    """The calls of the denoisers `parts` in all runs, and the outputs of the steps of `pipe`.
+
+    run: takes a seed and how many images; starts: those of every run.
+    """
+    note = on_progress or (lambda done, total, words: None)
+
+    def one(place: int, seed: int) -> tuple[Any, ...]:
+        note(place, len(starts), "recording")
+        kept, outputs = list[Call](), StepOutputs(pipe)
+        with ExitStack() as watching, all_frozen(parts.values()), torch.no_grad():
+            for name, part in parts.items():
+                beside = outputs if len(parts) == 1 else None
+                watching.enter_context(recording(part, kept, part=name, outputs=beside))
+            run(seed, starts[seed])
+        made = [(c.timestep, c.inputs, c.denoiser) for c in kept]
+        return made, outputs.sums, outputs.steps, outputs.images
+
+    calls, whole = list[Call](), StepOutputs(pipe)
+    shares = processes().each(enumerate(starts), lambda start: one(*start))
+    for i, (made, *own) in enumerate(shares):
+        calls += [Call(i, 0, timestep, inputs, denoiser=of) for timestep, inputs, of in made]
+        whole.add(*own)
+    note(len(starts), len(starts), "recording")
+    return calls, whole
 
 
 def again(

@@ -67,9 +67,17 @@ class StepOutputs:
         for start in range(0, len(rows[0]), CHUNK):
             part = torch.stack([row[start : start + CHUNK] for row in rows]).double()
             found = found + part @ part.T
-        found = found * (count / len(rows[0]))  # the mean over elements, summed over images
-        self.sums = found if self.sums is None else self.sums + found
-        self.steps, self.images = steps, self.images + count
+        self.add(found * (count / len(rows[0])), steps, count)
+
+    def add(self, sums: Tensor | None, steps: dict[float, float] | None, images: int) -> None:
+        """Add what there is of one run; of other steps it is left out.
+
+        sums: the mean products over elements, summed over images; None: there is nothing.
+        """
+        if sums is None or steps is None or self.steps not in (None, steps):
+            return
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.steps, self.images = steps, self.images + images
 
     def kernel(self) -> OutputKernel | None:
         """Of all runs; None where there was none to see, or the noise of its steps is not known."""
