@@ -84,8 +84,12 @@ def recording(
     def last() -> float | None:
         return calls[-1].timestep if len(calls) > start else None
 
+    def answered(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        assert outputs is not None
+        outputs.saw(out)
+
     seen = nullcontext() if outputs is None else outputs.run(last)
-    with watched(denoiser, before=keep), seen:
+    with watched(denoiser, before=keep, after=answered if outputs else None), seen:
         yield calls
 
 
@@ -175,11 +179,11 @@ def _seen(
                 watching.enter_context(recording(part, kept, part=name, outputs=beside))
             run(seed, starts[seed])
         made = [(c.timestep, c.inputs, c.denoiser) for c in kept]
-        return made, outputs.sums, outputs.steps, outputs.images
+        return made, outputs.seen()
 
     calls, whole = list[Call](), StepOutputs(pipe)
     shares = processes().each(enumerate(starts), lambda start: one(*start))
-    for i, (made, *own) in enumerate(shares):
+    for i, (made, own) in enumerate(shares):
         calls += [Call(i, 0, timestep, inputs, denoiser=of) for timestep, inputs, of in made]
         whole.add(*own)
     note(len(starts), len(starts), "recording")
