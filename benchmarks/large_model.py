@@ -2,6 +2,7 @@
 
     python benchmarks/large_model.py --size 4 --scheme w4a8 --cores 2     # klein 4B's shape
     python benchmarks/large_model.py --size 1 --scheme w8a8 --check       # equal to one run?
+    python benchmarks/large_model.py --device cuda --processes 2 --check --once   # to one process?
 
 The folder is written shard by shard, in bf16, with a tiny text encoder and autoencoder. The command
 `tenuto quantize FOLDER --low-memory` runs in a process of its own, which is killed once after a
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -126,14 +128,18 @@ def write_pipeline(folder: Path, size: str) -> int:
     return write_denoiser(folder / "transformer", size)
 
 
-def command(folder: Path, out: Path, asked: argparse.Namespace) -> list[str]:
+def command(folder: Path, out: Path, asked: argparse.Namespace, processes: int = 1) -> list[str]:
     """What a user would type."""
     prompts = folder / "prompts.txt"
     prompts.write_text(PROMPTS)
     pixels = ["--height", str(asked.pixels), "--width", str(asked.pixels)]
     device = ["--device", asked.device] if asked.device else []
+    start = [sys.executable, "-m", "tenuto.cli"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        start = [sys.executable, *launcher, "-m", "tenuto.cli"]
     return [
-        sys.executable, "-m", "tenuto.cli", "quantize", str(folder), "--scheme", asked.scheme,
+        *start, "quantize", str(folder), "--scheme", asked.scheme,
         "--low-memory", "--prompts", str(prompts), "--steps", "2", *pixels, *device,
         "--set", "text_encoder_out_layers=[0,1,2]", "--set", "max_sequence_length=64",
         "--out", str(out),
@@ -150,7 +156,8 @@ def run(words: list[str], work: Path, after: int | None = None) -> dict[str, Any
         if pid:
             break
         if after is not None and len(list(work.glob("*.safetensors"))) >= after:
-            os.kill(child.pid, signal.SIGKILL)
+            several = psutil.Process(child.pid).children()  # of a launcher; it ends the others
+            os.kill(several[-1].pid if several else child.pid, signal.SIGKILL)
             after = None
         time.sleep(0.2)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -170,9 +177,9 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(str(write_pipeline(folder, asked.size)))
     out = asked.folder / f"{asked.size}-{asked.scheme}.safetensors"
-    words, work = command(folder, out, asked), out.with_suffix(".work")
+    words, work = command(folder, out, asked, asked.processes), out.with_suffix(".work")
     row: dict[str, Any] = {"size": asked.size, "parameters": int(known.read_text())}
-    row |= {"scheme": asked.scheme, "pixels": asked.pixels}
+    row |= {"scheme": asked.scheme, "pixels": asked.pixels, "processes": asked.processes}
     if not asked.once:
         _, double, single = SIZES[asked.size]
         row["killed_after"] = random.Random(asked.seed).randint(3, double + single - 1)
@@ -200,6 +207,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256, help="height and width")
     parser.add_argument("--folder", type=Path, default=Path("large-model"), help="for all files")
     parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--once", action="store_true", help="do not kill it")
     parser.add_argument("--check", action="store_true", help="compare with an uninterrupted run")

@@ -24,8 +24,9 @@ from tenuto.measure.bf16 import bf16_copy
 from tenuto.model import map_leaves, map_tensors, tensors_in
 from tenuto.sampling import Clock, calls_of, to_device
 from tenuto.sampling.encoder_calls import _rows
+from tenuto.sampling.plain import unpacked
 from tenuto.sampling.record import recording
-from tenuto.sampling.storage import _full, keep
+from tenuto.sampling.storage import keep
 from tenuto.sampling.trajectory import Call, Trajectory
 from tenuto.work import Work
 
@@ -158,7 +159,7 @@ def test_a_recording_comes_back_as_it_was_or_not_at_all(
         kept = work.load("trajectory")
         assert kept is not None
         inputs = json.loads(bytes(kept["about"].tolist()))["calls"][0][3]
-        same(_full(inputs, kept)["extra"], value)
+        same(unpacked(inputs, kept)["extra"], value)
 
 
 def test_a_bank_gives_back_the_containers(wrap: Callable[..., Any], x: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..model import tensors_in, watched
 from ..numerics import Format, covering
-from ..sampling import Trajectory
+from ..sampling import Call, Trajectory, processes
 from ..work import Work
 from .replay import arguments
 
@@ -53,18 +53,26 @@ def extremes(
     denoiser: nn.Module, names: Sequence[str], trajectory: Trajectory, device: Any
 ) -> dict[str, Tensor]:
     """Smallest and largest input of each layer at each step: NAME.low and NAME.high, fp32 (T,)."""
-    steps, row = len(trajectory.timesteps), 0
+    steps = len(trajectory.timesteps)
     found = {f"{n}.low": torch.full((steps,), torch.inf) for n in names}
     found |= {f"{n}.high": torch.full((steps,), -torch.inf) for n in names}
 
-    def note(name: str, args: Any, kwargs: Any) -> None:
-        low, high = torch.aminmax(next(tensors_in((args, kwargs))).detach())
-        lows, highs = found[f"{name}.low"], found[f"{name}.high"]
-        lows[row] = min(float(lows[row]), float(low))
-        highs[row] = max(float(highs[row]), float(high))
+    def seen(call: Call) -> dict[str, list[float]]:
+        ends: dict[str, list[float]] = {}
 
-    with watched(denoiser, names, before=note):
-        for call in trajectory.calls:
-            row = call.row
+        def note(name: str, args: Any, kwargs: Any) -> None:
+            low, high = torch.aminmax(next(tensors_in((args, kwargs))).detach())
+            least, most = ends.get(name, (torch.inf, -torch.inf))
+            ends[name] = [min(least, float(low)), max(most, float(high))]
+
+        with watched(denoiser, names, before=note):
             denoiser(**arguments(denoiser, call, device))
+        return ends
+
+    calls = trajectory.calls
+    for call, ends in zip(calls, processes().each(calls, seen), strict=True):
+        for name, (low, high) in ends.items():
+            lows, highs = found[f"{name}.low"], found[f"{name}.high"]
+            lows[call.row] = min(float(lows[call.row]), low)
+            highs[call.row] = max(float(highs[call.row]), high)
     return found

@@ -140,6 +140,11 @@ def cut_out(arguments: tuple[tuple[Any, ...], dict[str, Any]], row: int) -> Seen
     return _cut(arguments, cut), cut, row
 
 
+def whole(seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of one call again, with its tensors where they were cut out."""
+    return _filled(seen[0], dict(enumerate(seen[1])))
+
+
 def banked(block: str, found: Sequence[Seen]) -> Bank:
     """The calls that `block` got as one bank, row by row; ModelError where they have no rows."""
     inner = _inner([cut for _, cut, _ in found])

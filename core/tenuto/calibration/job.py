@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..model import (
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..runtime import quantizable
-from ..sampling import Trajectory
+from ..sampling import Trajectory, processes
 from ..work import Work
 from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
@@ -33,6 +33,7 @@ from .temporal.maintenance import Maintenance, per_step
 
 UNIT = 1000  # what one block is worth in the progress
 RANGES = "activation ranges"
+Unit = tuple[str, list[str]]  # its name and its layers
 
 
 class Job:
@@ -109,13 +110,7 @@ class Job:
         chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device, plain)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
-        for unit, names in units:
-            note = notes[unit]
-            note(0, 1, "")
-            kept = work.load(unit)
-            if kept is None:
-                kept = self._quantized(unit, names, chain, note)
-                work.save(unit, kept)
+        for unit, names, kept in self._done(units, needy, chain, work, notes):
             self._take(self._settled(kept) if unit == TEMPORAL else names, kept, unit, work)
             del kept
             chain.passed(unit)
@@ -123,6 +118,31 @@ class Job:
         self._find_ranges(work)
         if not self.time.layers():
             self.maintained = self.time.plain(self.weights, self.ranges)
+
+    def _done(
+        self,
+        units: list[Unit],
+        needy: set[str],
+        chain: Chain,
+        work: Work,
+        notes: Mapping[str, Progress],
+    ) -> Iterator[tuple[str, list[str], dict[str, Tensor]]]:
+        """(unit, its layers, its tensors), each in `work` by then.
+
+        What needs no data depends on no other unit: each process does one.
+        """
+
+        def made(unit: Unit) -> dict[str, Tensor]:
+            notes[unit[0]](0, 1, "")
+            return self._quantized(*unit, chain, notes[unit[0]])
+
+        for some in _windows(units, needy, processes().size):
+            kept = {unit: work.load(unit) for unit, _ in some}
+            left = [(unit, names) for unit, names in some if kept[unit] is None]
+            new = map(made, left) if some[0][0] in needy else processes().each(left, made)
+            for unit, names in some:
+                notes[unit](0, 1, "")
+                yield unit, names, _saved(work, unit, kept.pop(unit), new)
 
     def _settled(self, kept: dict[str, Tensor]) -> list[str]:
         """Take over what became of the time-only modules; returns their layers that are left."""
@@ -171,7 +191,18 @@ class Job:
         note: Progress,
     ) -> dict[str, QTensor]:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
-        return algorithm(root, group, *data, seed=seed, on_progress=note)
+
+        def rounded() -> dict[str, QTensor]:
+            return algorithm(root, group, *data, seed=seed, on_progress=note)
+
+        if processes().size == 1 or getattr(algorithm, "together", False):
+            return rounded()
+        made = processes().once(lambda: {n: q.tensors(n) for n, q in rounded().items()})
+        shapes: Any = {n: root.get_submodule(n).weight.shape for n in made}
+        return {
+            n: QTensor.from_tensors(tensors, n, shapes[n], group[n].weight)
+            for n, tensors in made.items()
+        }
 
     def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
         """Take over quantized weights: what lies in no block gets their float values now."""
@@ -228,6 +259,37 @@ class Job:
             TEMPORAL: self.time.header(self.maintained),
         }
         return artifact
+
+
+def _saved(
+    work: Work,
+    unit: str,
+    tensors: dict[str, Tensor] | None,
+    new: Iterator[dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The tensors of a unit; where there are none yet the next of `new`, once they are in `work`.
+
+    It is all that has them: they are large.
+    """
+    if tensors is None:
+        tensors = next(new)
+        work.save(unit, tensors)
+    return tensors
+
+
+def _windows(units: Iterable[Unit], needy: set[str], size: int) -> Iterator[list[Unit]]:
+    """`units` in order: of those that need no data as many as `size` in a row, others alone."""
+    some: list[Unit] = []
+    for unit in units:
+        if some and (len(some) == size or unit[0] in needy):
+            yield some
+            some = []
+        some.append(unit)
+        if unit[0] in needy:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _needs(rule: Rule) -> bool:

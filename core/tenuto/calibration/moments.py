@@ -29,27 +29,42 @@ def inputs_seen(
     The first chunk tells how often the layers are called; others are left after the last call.
     A layer that a chunk does not call (an expert) is not in it. Tokens that do not count are zero.
     """
-    found: dict[str, Tensor] = {}
-    calls, last = 0, 0
-    counted: Tensor | None = None
+    yield from map(InputsSeen(block, names, bank, rows, device), bank.parts(rows, CHUNK))
 
-    def note(name: str, args: Any, kwargs: Any) -> None:
-        nonlocal calls
-        x = next(tensors_in((args, kwargs))).detach()
-        x, calls = _counted(x, counted), calls + 1
-        found[name] = torch.cat((found[name], x)) if name in found else x
-        if calls == last:
-            raise Leave
 
-    for index in bank.parts(rows, CHUNK):
-        args, kwargs = bank.rows(index, device)
-        counted = None if bank.counted is None else bank.counted[index].to(device)
-        calls = 0
-        with watched(block, names, before=note), suppress(Leave):
-            block(*args, **kwargs)
-        last = calls
-        yield dict(found)
-        found.clear()
+class InputsSeen:
+    """`inputs_seen` of a chunk that is asked for, one of `bank.parts(rows, CHUNK)`."""
+
+    def __init__(
+        self, block: nn.Module, names: Sequence[str], bank: Bank, rows: Tensor, device: Any
+    ) -> None:
+        self.block, self.names, self.bank, self.device = block, names, bank, device
+        self.start = next(bank.parts(rows, CHUNK))
+        self.last: int | None = None  # how often they are called in the first chunk
+
+    def __call__(self, index: Tensor) -> dict[str, Tensor]:
+        """The inputs for the rows `index`, by name of the layer."""
+        if self.last is None and not torch.equal(index, self.start):
+            self._found(self.start)
+        return self._found(index)
+
+    def _found(self, index: Tensor) -> dict[str, Tensor]:
+        bank, found, calls = self.bank, dict[str, Tensor](), 0
+        counted = None if bank.counted is None else bank.counted[index].to(self.device)
+
+        def note(name: str, args: Any, kwargs: Any) -> None:
+            nonlocal calls
+            x = next(tensors_in((args, kwargs))).detach()
+            x, calls = _counted(x, counted), calls + 1
+            found[name] = torch.cat((found[name], x)) if name in found else x
+            if calls == self.last:
+                raise Leave
+
+        args, kwargs = bank.rows(index, self.device)
+        with watched(self.block, self.names, before=note), suppress(Leave):
+            self.block(*args, **kwargs)
+        self.last = calls if self.last is None else self.last
+        return found
 
 
 def _counted(x: Tensor, counted: Tensor | None) -> Tensor:

@@ -20,8 +20,7 @@ from ..model import describe as backbone_of
 from ..numerics import Recipe, Scheme
 from ..progress import Progress
 from ..runtime import check_free
-from ..sampling import Trajectory
-from ..work import Work
+from ..sampling import Trajectory, processes, work_in
 from .by_denoiser import joined, part_seed, recordings, weights_of
 from .given import prompts_needed, scheme_of, trajectory_of
 from .job import Job
@@ -59,7 +58,8 @@ def quantize(
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
-    Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact.
+    Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact. Within
+    `launched` several processes share the work, and each gets the artifact.
     """
     describing(model, describe)
     for denoiser in parts_of(model).values():
@@ -74,7 +74,7 @@ def quantize(
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
     }
-    return joined(makes, weights_of(model), work, on_progress)
+    return joined(makes, weights_of(model), work, processes().told(on_progress))
 
 
 def _of_denoiser(
@@ -113,6 +113,6 @@ def _of_denoiser(
         "version": artifact.header,
     }
     job.maintain(choice, chosen.temporal)
-    job.run(Work(work, inputs), on_progress)
+    job.run(work_in(work, inputs), on_progress)
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
     return with_result(job, artifact if recipe is scheme else with_spared(job, artifact))

@@ -28,10 +28,12 @@ from ..sampling import (
     cosines,
     described,
     encoder_calls,
+    processes,
     schedule_of_run,
     state_count,
     states_read,
     unprompted,
+    work_in,
 )
 from ..work import Work, digest
 from .algorithms import by_name, names
@@ -102,8 +104,8 @@ def quantize_encoder(
     artifact = Artifact.new(pipe, schedule, {"encoder": about})
     artifact.header["encoders"] = {}
     mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
-    shelf = Work(work, mark).path
-    notes = parts(on_progress, dict.fromkeys(calls, WHOLE), named=True)
+    shelf = work_in(work, mark).path
+    notes = parts(processes().told(on_progress), dict.fromkeys(calls, WHOLE), named=True)
     for name, own in calls.items():
         job = encoder_job(
             encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
@@ -111,7 +113,8 @@ def quantize_encoder(
         )  # fmt: skip
         encoder = encoders_of(pipe)[name]
         fill(artifact, name, encoder, job)
-        found = checked_encoder(encoder, artifact, name, own[0], job.device)
+        given = encoder, artifact, name, own[0], job.device
+        found = processes().once(lambda: checked_encoder(*given))  # noqa: B023
         artifact.header["encoders"][name] |= {"check": found} if found else {}
     return artifact
 
@@ -143,7 +146,7 @@ def encoder_job(
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
-    job.run_measured(Work(work, inputs), encoder, on_progress)
+    job.run_measured(work_in(work, inputs), encoder, processes().told(on_progress))
     return job
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model import Leave, device_and_dtype, tensors_in, watched
-from ..sampling import Call, to_device
-from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits
+from ..sampling import Call, processes, to_device
+from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits, whole
 from .by_block import held
 
 log = logging.getLogger("tenuto")
@@ -55,10 +55,13 @@ def inputs_of(
     apart into rows, see `_by_row`, the bank has whole calls; by_call: it has, or has not.
     Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
     """
-    found = []
-    for call in calls:
+
+    def seen(call: Call) -> Any:
         args, kwargs = run_to(denoiser, block, call, device)
-        found.append(cut_out((tuple(args), dict(kwargs)), call.row))
+        return whole(cut_out((tuple(args), dict(kwargs)), call.row))
+
+    taken = processes().each(calls, seen)
+    found = [cut_out(given, call.row) for given, call in zip(taken, calls, strict=True)]
     module = denoiser.get_submodule(block)
     bank = None if by_call else _by_row(module, block, found, device, by_call is None)
     bank = bank or banked_by_call(found)
@@ -102,11 +105,13 @@ def _by_row(
 @torch.no_grad()
 def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor:
     """The outputs of `block` on every row of `bank`, (R, ...), kept on the CPU."""
-    found = []
+
+    def answer(index: Tensor) -> Tensor:
+        args, kwargs = bank.rows(index, device)
+        return first_tensor(block(*args, **kwargs)).cpu()
+
     with held(block):
-        for index in bank.chunks(size):
-            args, kwargs = bank.rows(index, device)
-            found.append(first_tensor(block(*args, **kwargs)).cpu())
+        found = list(processes().each(bank.chunks(size), answer))
     return torch.stack(found) if bank.calls else torch.cat(found)
 
 

@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..model import Swap, key_map_of, own_kinds, private_copy, tensors_in, watched
 from ..numerics import Scheme
 from ..runtime import attach, encoder_layers
-from ..sampling import Call, Clock, Follow, Trajectory
+from ..sampling import Call, Clock, Follow, Trajectory, processes
 from ..text import printable
 from .replay import arguments
 
@@ -42,9 +42,9 @@ def with_result(job: Job, artifact: Artifact) -> Artifact:
     kinds = own_kinds(denoiser)
     elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())
     if elsewhere or key_map_of(denoiser) is not None:  # a host's, before its names are canonical
-        found = checked_by_block(job, artifact)
+        found = processes().once(lambda: checked_by_block(job, artifact))
     else:
-        found = checked(denoiser, artifact, trajectory, job.device)
+        found = processes().once(lambda: checked(denoiser, artifact, trajectory, job.device))
     artifact.header |= {"check": found} if found else {}
     artifact.header |= {"left_in_float": kinds} if kinds else {}
     return artifact

@@ -6,6 +6,7 @@ Each complaint is one sentence, without the argument's name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 
@@ -39,6 +40,14 @@ def real(low: float, high: float, open_low: bool = False) -> Callable[[str | flo
         return value
 
     return parse
+
+
+def size(given: str | int) -> int:
+    """An argument type: bytes, such as 10GiB, 10GB or 800MiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(given).upper())
+    if found is None:
+        raise ValueError(f"takes a size such as 10GiB or 800MB, not {given}")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
 
 
 def text(value: str) -> str:

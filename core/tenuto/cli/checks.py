@@ -15,6 +15,7 @@ from ..calibration import Preset, effort
 from ..errors import ArtifactError, TenutoError
 from ..model import encoders_of
 from ..numerics import Scheme, named
+from ..sampling import processes
 from ..sampling.loading import PREFIX, prompts
 from ..text import printable, prompts_of
 from ..work import MANIFEST
@@ -135,6 +136,8 @@ def damage_told(path: Path | None) -> Iterator[None]:
 
 def device_of(name: str | None) -> torch.device:
     """The device called `name`, else a GPU where there is one; TenutoError if there is none."""
+    if processes().size > 1 and name and ":" in name:
+        raise TenutoError(f"Each process takes a device of its own: {name.partition(':')[0]}.")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

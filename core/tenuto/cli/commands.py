@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..artifact import Artifact
+from ..artifact import compact as compacted
 from ..artifact.summary import about, counted, facts_of
 from ..errors import TenutoError
 from ..measure import FIRST_SEED
@@ -24,7 +25,6 @@ from .app import app
 from .check import check
 from .checks import (
     calibration_prompts,
-    check_encoders,
     check_file,
     check_out,
     check_picture,
@@ -34,7 +34,15 @@ from .checks import (
     load_artifact,
 )
 from .console import Answer, Bars
-from .session import attached_to, pipeline, recorded, sampling_of, silence, work_kept_until_done
+from .session import (
+    attached_to,
+    pipeline,
+    recorded,
+    sampling_of,
+    silence,
+    work_kept_until_done,
+    written,
+)
 
 __all__ = ["app", "check", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
 
@@ -58,11 +66,11 @@ def quantize(
     seed: int = 0,
     device: str | None = None,
     low_memory: bool | None = None,
+    max_memory: int | None = None,
     compact: bool = False,
     bars: Bars | None = None,
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
-    from ..artifact import compact as compacted
     from ..calibration import prompts_needed, quantize, quantize_encoder
 
     bars = bars or Bars()
@@ -75,12 +83,12 @@ def quantize(
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
+    used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     pipe = pipeline(
         model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder,
+        effort={"preset": preset, "rounding": rounding, "prompts": used}, max_memory=max_memory,
         low_memory=low_memory, encoders=text_encoder is None,
     )  # fmt: skip
-    check_encoders(pipe, text_encoder)
-    used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     made = list[Artifact]()
     with work_kept_until_done(work, out):
         if wanted is not None:
@@ -97,7 +105,7 @@ def quantize(
                 steps=sampling.steps, guidance=sampling.guidance, call=sampling.called(pipe),
                 device=sampling.device, work=apart, on_progress=bars("Text encoders"),
             ))  # fmt: skip
-        (whole := made[0] if len(made) == 1 else made[0] | made[1]).save(out)
+        whole = written(made, out)
     bars.close()
     said = quantized_lines(out, whole, pipe, len(used))
     return Answer("\n".join(said), next=compare_line(model, out))

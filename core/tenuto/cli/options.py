@@ -106,14 +106,6 @@ Compact = Annotated[
         help="Write a smaller file, which only works with the model at hand.",
     ),
 ]  # fmt: skip
-LowMemory = Annotated[
-    bool | None,
-    Option(
-        "--low-memory/--no-low-memory", rich_help_panel=CALIBRATION, show_default=False,
-        help="Leave the denoiser on disk and read it block by block, which is slower (where the "
-        "model is large for the memory that is free).",
-    ),
-]  # fmt: skip
 NewArtifact = Annotated[
     Path, Option("--out", metavar="FILE", help="The artifact to write.", rich_help_panel=OUTPUT)
 ]

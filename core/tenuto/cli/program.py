@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from ..measure import FIRST_SEED
 from ..version import __version__
 from . import call_options as c
+from . import memory_options as m
 from . import options as o
 from . import run as runner
 from . import training_options as t
@@ -104,7 +105,8 @@ def quantize(
     given: c.Set = [],  # noqa: B006
     seed: o.Seed = 0,
     device: o.Device = None,
-    low_memory: o.LowMemory = None,
+    low_memory: m.LowMemory = None,
+    max_memory: m.MaxMemory = None,
     compact: o.Compact = False,
 ) -> int:
     """Quantize a model and write one artifact; the same command resumes."""

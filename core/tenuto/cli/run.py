@@ -17,6 +17,7 @@ from ..text import printable
 
 BAD, INTERRUPTED = 2, 130  # exit codes
 RESUMES = ("quantize", "train_router")
+SHARED = "quantize"  # the command that several processes can do together
 
 
 def run(name: str, given: Mapping[str, Any]) -> int:
@@ -32,7 +33,8 @@ def run(name: str, given: Mapping[str, Any]) -> int:
         say(_stopped(options["out"] if name in RESUMES else None))
         return INTERRUPTED
     except TenutoError as error:
-        say(" ".join(str(error).split()))
+        if not getattr(error, "elsewhere", False):  # else another process says it
+            say(" ".join(str(error).split()))
         return BAD
     except OSError as error:
         say(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
@@ -40,6 +42,8 @@ def run(name: str, given: Mapping[str, Any]) -> int:
     except SafetensorError as error:  # a full disk, in its words
         say(f"{error}.")
         return BAD
+    if answer is None:
+        return 0
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer.data) if as_json else answer, flush=True)
     return 0
@@ -51,14 +55,23 @@ def say(text: str) -> None:
 
 
 def _answer(name: str, options: dict[str, Any]) -> Any:
-    """What a command answers. All that is printed meanwhile goes to stderr."""
+    """What a command answers; None where another process says it.
+
+    All that is printed meanwhile goes to stderr.
+    """
     with _quiet():
+        from ..sampling import launched, launched_size
         from . import commands
         from .calls import gathered
         from .console import Bars
 
-        with contextlib.redirect_stdout(sys.stderr), Bars(sys.stderr) as bars:
-            return getattr(commands, name)(**gathered(name, options), bars=bars)
+        if name != SHARED and launched_size() > 1:
+            command = name.replace("_", "-")
+            raise TenutoError(f"{command} runs in one process, and only {SHARED} in several.")
+        with contextlib.redirect_stdout(sys.stderr), launched() as here:
+            with Bars(sys.stderr if here.first else None) as bars:
+                answer = getattr(commands, name)(**gathered(name, options), bars=bars)
+            return answer if here.first else None
 
 
 def _stopped(out: Path | None) -> str:

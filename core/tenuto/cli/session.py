@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from ..artifact import Artifact, fingerprint
 from ..calibration import ENCODERS, Check, check
+from ..calibration.check.peak import kept_to
 from ..errors import TenutoError
 from ..lock import Lock
 from ..model import denoisers_of, encoders_of
@@ -28,15 +29,17 @@ from ..sampling import (
     keep,
     kept,
     one_by_one,
+    processes,
     record,
     repeated,
     skeleton,
     wanted_prompts,
+    work_in,
 )
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
 from ..work import MANIFEST, Work, clear_parts
 from .calls import fitted, with_images
-from .checks import RECORDING, damage_told, device_of
+from .checks import RECORDING, check_encoders, damage_told, device_of
 from .console import Bars
 
 
@@ -64,17 +67,27 @@ class Sampling:
 @contextmanager
 def work_kept_until_done(work: Path, out: Path) -> Iterator[None]:
     """Keep `work` while `out` is not done, unless the job was refused before it began."""
-    with Lock(work):
-        clear_parts(out)
+    first = processes().first  # it alone writes
+    with Lock(work) if first else nullcontext():
+        clear_parts(out) if first else None
         try:
             yield
         except TenutoError:
-            if not (work / MANIFEST).exists():
+            if first and not (work / MANIFEST).exists():
                 Work(work / RECORDING, {}).discard()
                 with suppress(OSError):
                     work.rmdir()
             raise
-        Work(work, {}).discard()
+        processes().meet()
+        if first:
+            Work(work, {}).discard()
+
+
+def written(made: Sequence[Artifact], out: Path) -> Artifact:
+    """What was made, of the denoisers and of the encoders, as one artifact, written once."""
+    whole = made[0] if len(made) == 1 else made[0] | made[1]
+    processes().once(lambda: whole.save(out))
+    return whole
 
 
 def sampling_of(
@@ -118,24 +131,36 @@ def pipeline(
     use: str | None = None,
     scheme: Scheme | None = None,
     encoder: str | None = None,
+    effort: Mapping[str, Any] | None = None,
+    max_memory: int | None = None,
     **memory: Any,
 ) -> Any:
     """The model, loaded and checked; `artifact` (in `file`) fits it.
 
     use: one of `calibration.USES`; the model is checked for it, before it is loaded where that can
     be. For "quantize": to this scheme and its text encoders to this width; what is None is not.
+    effort: what else the check takes. max_memory: bytes that it is kept to, else TenutoError.
     memory: as `load` takes it.
     """
     check_call(model, sampling.call)  # loading takes its time
     uses = () if use is None else (use,)
     if use == "quantize":
         uses = (use,) * (scheme is not None) + (ENCODERS,) * (encoder is not None)
-    found = checked(model, sampling, scheme, encoder is not None) if uses else None
+    given = sampling, scheme, encoder is not None
+    found = checked(model, *given, **effort or {}) if uses else None
     _refused(found, uses, bars)
+    if max_memory is not None:
+        if found is None:
+            raise TenutoError(
+                f"What {model} takes, only a folder tells: download it, and name that."
+            )
+        most = max_memory // processes().size  # each has a model of its own
+        memory["low_memory"] = kept_to(found.memory, most, memory["low_memory"])
     pipe = loaded(model, sampling.device, bars, **memory)
+    check_encoders(pipe, encoder)
     sampling.checked(pipe)
     if uses and found is None:
-        _refused(checked(pipe, sampling, scheme, encoder is not None), uses, bars)
+        _refused(checked(pipe, *given, **effort or {}), uses, bars)
     if artifact is not None:
         with damage_told(file), attach(pipe, artifact):
             pass  # it fits
@@ -234,7 +259,7 @@ def recorded(
         "seed": seed, "batch": batch, "runs": runs, "device": str(sampling.device),
         "model": [fingerprint(m) for m in models],
     } | ({"call": described(call)} if call else {})  # fmt: skip
-    shelf, prompts = Work(work / RECORDING, job), wanted_prompts(pipe, lines, call)
+    shelf, prompts = work_in(work / RECORDING, job), wanted_prompts(pipe, lines, call)
     found = kept(shelf, pipe, prompts, sampling.steps, sampling.guidance, call)
     if found is None:
         found = record(

@@ -18,8 +18,10 @@ from .pipeline_call import (
     unprompted,
     wanted_prompts,
 )
+from .processes import launched, launched_size, processes
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
+from .shared_work import work_in
 from .skeleton import Skeleton, skeleton
 from .storage import keep, kept
 from .trajectory import Call, Sample, Trajectory
@@ -52,8 +54,11 @@ __all__ = [
     "guidance_name",
     "keep",
     "kept",
+    "launched",
+    "launched_size",
     "one_by_one",
     "places_of",
+    "processes",
     "record",
     "repeated",
     "sampler",
@@ -65,4 +70,5 @@ __all__ = [
     "unprompted",
     "visited_once",
     "wanted_prompts",
+    "work_in",
 ]

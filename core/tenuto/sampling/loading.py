@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
+from .processes import processes
 
 log = logging.getLogger("tenuto")
 
@@ -177,7 +178,7 @@ def _is_too_large(folder: Path, dtype: Any) -> bool:
 
     from .low_memory import is_too_large
 
-    found = is_too_large(folder, dtype or torch.float32)
+    found = processes().once(lambda: is_too_large(folder, dtype or torch.float32))
     if found:
         log.warning("The model is large for the memory that is free: it is read block by block.")
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model import describe
+from .processes import processes
 
 SHARE = 0.5  # of the free memory that a model may take
 LARGE = 2**30  # bytes of a text encoder that is read layer by layer
@@ -88,7 +89,7 @@ def is_too_large(folder: Path, dtype: torch.dtype) -> bool:
     import psutil
 
     whole = sum(Shards(folder / name, dtype).size for name in parts_of(folder))
-    return whole > SHARE * psutil.virtual_memory().available
+    return whole * processes().size > SHARE * psutil.virtual_memory().available
 
 
 def parts_on_disk(

@@ -17,6 +17,7 @@ from ..progress import Progress
 from .described import described
 from .own_outputs import Noise, outputs_of
 from .pipeline_call import PipelineCall
+from .processes import processes
 from .results import images_of, latents_of
 from .step_outputs import StepOutputs
 from .trajectory import Call, Sample, Trajectory, nearest
@@ -136,6 +137,7 @@ def record(
     if batch < 1 or (runs is not None and runs < 1):
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
     asked, run, count = None, sample, len(prompts)
+    on_progress = processes().told(on_progress)
     if sample is None:
         if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
@@ -150,8 +152,8 @@ def record(
     runs = -(-left // batch)
     starts = {seed + i * batch: min(batch, left - i * batch) for i in range(runs)}
     repeat = None if sample is None else partial(sample, denoiser, seed, starts[seed])
-    outputs = outputs_of(model, repeat, prediction, noise)
-    calls = _seen(outputs, found, partial(run, denoiser), starts, on_progress)
+    made = partial(outputs_of, model, repeat, prediction, noise)
+    calls, outputs = _seen(made, found, partial(run, denoiser), starts, on_progress)
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
@@ -164,26 +166,35 @@ def record(
 
 
 def _seen(
-    outputs: StepOutputs,
+    made: Callable[[], StepOutputs],
     parts: Mapping[str, nn.Module],
     run: Callable[[int, int], Any],
     starts: Mapping[int, int],
     on_progress: Progress | None,
-) -> list[Call]:
-    """The calls of the denoisers `parts` in all runs; `outputs` gets what those of one return.
+) -> tuple[list[Call], StepOutputs]:
+    """The calls of the denoisers `parts` in all runs, and the outputs of their steps, in a `made()`.
 
     run: takes a seed and how many images; starts: those of every run.
     """
-    calls, note = list[Call](), on_progress or (lambda done, total, words: None)
-    for i, (seed, count) in enumerate(starts.items()):
-        note(i, len(starts), "recording")
+    note = on_progress or (lambda done, total, words: None)
+
+    def one(place: int, seed: int) -> tuple[Any, ...]:
+        note(place, len(starts), "recording")
+        kept, outputs = list[Call](), made()
         with ExitStack() as watching, all_frozen(parts.values()), torch.no_grad():
             for name, part in parts.items():
                 beside = outputs if len(parts) == 1 else None
-                watching.enter_context(recording(part, calls, i, name, beside))
-            run(seed, count)
+                watching.enter_context(recording(part, kept, part=name, outputs=beside))
+            run(seed, starts[seed])
+        return [(c.timestep, c.inputs, c.denoiser) for c in kept], outputs.seen()
+
+    calls, whole = list[Call](), made()
+    shares = processes().each(enumerate(starts), lambda start: one(*start))
+    for i, (known, own) in enumerate(shares):
+        calls += [Call(i, 0, timestep, inputs, denoiser=of) for timestep, inputs, of in known]
+        whole.add(*own)
     note(len(starts), len(starts), "recording")
-    return calls
+    return calls, whole
 
 
 def again(

@@ -104,20 +104,37 @@ class StepOutputs:
         shapes = {tuple(step.output.shape) for step in found}
         if len(steps) < FEWEST or len(shapes) > 1 or self.steps not in (None, steps):
             return
-        guidance = _guidance(found)
+        guidance, count = _guidance(found), len(found[0].output)
+        rows = [step.output for step in found]
+        halves = None if guidance is None else _halves(found, guidance) * count
+        self.add(_products(rows, rows) * count, halves, guidance, steps, count, self.noisy)
+
+    def seen(self) -> tuple[Any, ...]:
+        """What `add` of another object takes."""
+        return self.sums, self.halves, self.guidance, self.steps, self.images, self.noisy
+
+    def add(
+        self,
+        sums: Tensor | None,
+        halves: Tensor | None,
+        guidance: float | None,
+        steps: dict[float, float] | None,
+        images: int,
+        noisy: bool,
+    ) -> None:
+        """Add what there is of one run, see `seen`; of other steps it is left out."""
+        self.noisy |= noisy
+        if sums is None or self.steps not in (None, steps):
+            return
         if self.sums is not None and (
             guidance is None or self.guidance is None or abs(guidance - self.guidance) > 0.01
         ):
             guidance = self.halves = None
-        count = len(found[0].output)
-        rows = [step.output for step in found]
-        sums = _products(rows, rows) * count
         self.sums = sums if self.sums is None else self.sums + sums
-        if guidance is not None:
-            halves = _halves(found, guidance) * count
+        if guidance is not None and halves is not None:
             self.halves = halves if self.halves is None else self.halves + halves
         self.guidance = guidance
-        self.steps, self.images = steps, self.images + count
+        self.steps, self.images = steps, self.images + images
 
     def kernel(self) -> OutputKernel | None:
         """Of all runs; None where there was none to see, or the noise of its steps is not known."""

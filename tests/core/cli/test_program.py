@@ -83,7 +83,7 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
         "model": "m", "out": Path("o"), "scheme": None, "text_encoder": "w4", "method": None,
         "temporal": "auto", "rounding": None, "preset": "quick", "prompts": None, "steps": 5,
         "guidance": 2.5, "seed": 3, "device": "cpu", "low_memory": None, "compact": True,
-        "call": {},
+        "max_memory": None, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6
     assert asked("compare", "m", "--artifact", "a")["seed"] == 10_000

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
 from ...runtime.kernels.column_rounding import compensate, descend
+from ...sampling import processes
 from ..bank import Bank
-from ..moments import CHUNK, inputs_seen, patches, shared_inputs
+from ..moments import CHUNK, InputsSeen, patches, shared_inputs
 from . import Effort
 from .nearest import RoundToNearest, weight_of
 
@@ -46,6 +47,7 @@ class GPTQ:
     asymmetric: bool = True
 
     name: ClassVar[str] = "gptq"
+    together: ClassVar[bool] = True
     needs_inputs = True
     needs_target = False
 
@@ -79,10 +81,16 @@ class GPTQ:
             if moments is None:
                 continue  # none of these rows came to it
             gram, cross = moments
-            for name in group:
-                weight = weight_of(whole, name)
-                found[name] = self.weight(weight, layers[name].weight, gram, cross[name])
+
+            def rounded(name: str) -> dict[str, Tensor]:
+                weight, form = weight_of(whole, name), layers[name].weight
+                return self.weight(weight, form, gram, cross[name]).tensors(name)  # noqa: B023
+
+            for name, made in zip(group, processes().each(group, rounded), strict=True):
                 layer: Any = block.get_submodule(name)
+                found[name] = QTensor.from_tensors(
+                    made, name, layer.weight.shape, layers[name].weight
+                )
                 layer.weight.data.copy_(found[name].dequantize())
         return found
 
@@ -103,23 +111,32 @@ class GPTQ:
         first, name = whole.get_submodule(group[0]), group[0]
         gram: Any = None
         cross: dict[str, Any] = dict.fromkeys(group, 0.0)
-        now = inputs_seen(block, [name], bank, rows, device)
-        was = inputs_seen(whole, [name], bank, rows, device) if self.asymmetric else None
+        now = InputsSeen(block, [name], bank, rows, device)
+        was = InputsSeen(whole, [name], bank, rows, device) if self.asymmetric else None
         paired = Paired() if self.asymmetric else None
-        for index, seen in zip(bank.parts(rows, CHUNK), now, strict=True):
-            old = None if was is None else next(was).get(name)
+
+        def products(index: Tensor) -> tuple[list[int], Tensor | None, dict[str, Tensor]]:
+            """Of a chunk of rows: tokens in both blocks, and its shares of A and B."""
+            new, old = now(index).get(name), None if was is None else was(index).get(name)
+            tokens = [0 if x is None else x.shape[:-1].numel() for x in (new, old)]
+            if new is None:
+                return tokens, None, {}
+            x = patches(first, new)  # (G, R, K)
+            if old is None or not paired or tokens[0] != tokens[1]:
+                return tokens, x.mT @ x, {}
+            y = patches(first, old)
+            weights = {n: _by_group(weight_of(whole, n), len(x)) for n in group}
+            return tokens, x.mT @ x, {n: (y @ w.mT).mT @ x for n, w in weights.items()}
+
+        shares = processes().each(bank.parts(rows, CHUNK), products)
+        for index, (tokens, part, parts) in zip(bank.parts(rows, CHUNK), shares, strict=True):
             if paired is not None:
-                paired.note(len(index), seen.get(name), old)
-            if name not in seen:
+                paired.note(len(index), *tokens)
+            if part is None:
                 continue
-            x = patches(first, seen[name])  # (G, R, K)
-            gram = x.mT @ x if gram is None else gram + x.mT @ x
-            if not paired or old is None:
-                continue
-            old = patches(first, old)
-            for n in group:
-                y = old @ _by_group(weight_of(whole, n), len(x)).mT  # (G, R, N / G)
-                cross[n] = cross[n] + y.mT @ x
+            gram = part if gram is None else gram + part
+            if paired:
+                cross |= {n: cross[n] + t for n, t in parts.items()}
         if gram is not None and not paired:
             cross = {n: _by_group(weight_of(whole, n), len(gram)) @ gram for n in group}
         return None if gram is None else (gram, cross)
@@ -170,12 +187,11 @@ class Paired:
         self.share: float | None = None
         self.holds = True
 
-    def note(self, rows: int, one: Tensor | None, other: Tensor | None) -> None:
-        """One chunk of `rows` rows; None: the layer was not called."""
-        tokens = [0 if x is None else x.shape[:-1].numel() for x in (one, other)]
-        share = tokens[0] / rows
+    def note(self, rows: int, one: int, other: int) -> None:
+        """One chunk of `rows` rows with so many tokens; 0: the layer was not called."""
+        share = one / rows
         self.share = share if self.share is None else self.share
-        self.holds &= tokens[0] == tokens[1] and share == self.share == int(share)
+        self.holds &= one == other and share == self.share == int(share)
 
     def __bool__(self) -> bool:
         return self.holds

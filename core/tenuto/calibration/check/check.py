@@ -42,6 +42,7 @@ from ..route_job import DEFAULT_REUSE, SPREADS
 from ..router.effort import PRESETS, calls_of_search
 from . import estimates, problems
 from .layers import Sorted, parameters
+from .peak import peaks
 from .report import QUANTIZE, ROUTER, USES, Check, Problem
 from .trial import first_inputs, trial
 
@@ -176,7 +177,7 @@ def _checked(asked: Asked, text_encoder: bool, complaints: Sequence[str]) -> Che
         dict(_encoders(asked.pipe)),
         problems.further(asked.pipe, denoiser),
         hosts_of(denoiser),
-        estimates.memory(asked.pipe, asked.device, asked.stored),
+        estimates.memory(asked.pipe, asked.device, asked.stored) | _peaks(asked, text_encoder),
     )
     wrong = [*(Problem(sentence, USES) for sentence in complaints), *_problems(asked, found)]
     if text_encoder:
@@ -188,6 +189,17 @@ def _checked(asked: Asked, text_encoder: bool, complaints: Sequence[str]) -> Che
         return found
     time = estimates.time_of(asked.pipe, _calls(asked), asked.call, asked.device)
     return replace(found, time=time)
+
+
+def _peaks(asked: Asked, encoders: bool) -> dict[str, int]:
+    given = asked.scheme, asked.effort, asked.rounding
+    count = prompts_needed(*given)
+    some = [prompt for prompt in asked.prompts if prompt]
+    rows = min(count, len(some) or count) * asked.steps * _halves(asked)
+    return peaks(
+        asked.pipe, asked.denoiser, asked.backbone, asked.call, rows, asked.stored, asked.device,
+        rounds=needs_every_prompt(*given), encoders=encoders,
+    )  # fmt: skip
 
 
 def _weights(denoiser: nn.Module, backbone: Backbone) -> dict[str, int]:

@@ -38,8 +38,8 @@ class Check:
     tables; None: found when a run is recorded. blocks: how many. branches: {kind: how many}.
     encoders: {name: {"class", "weights", "quantizable", "why"}}. further: {name: class} of other
     networks that are called at every step and stay as they are. hosts: classes of ComfyUI and the
-    WebUIs that take an artifact of the model. memory: bytes; see `estimates.memory`. time: seconds
-    and calls; see `estimates.time_of`.
+    WebUIs that take an artifact of the model. memory: bytes; see `estimates.memory` and `peaks`.
+    time: seconds and calls; see `estimates.time_of`.
     """
 
     model: str

@@ -1,0 +1,122 @@
+"""How much of the host's memory quantizing takes at its peak: the whole model, or block by block.
+
+Estimates on the safe side. What they are made of: the program itself, weights in fp32, the codes,
+the inputs and outputs of a block for all recorded calls, one call of a block, rounding a layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import TenutoError
+from ...model import Backbone, denoisers_of, encoders_of
+from ...sampling.low_memory import LARGE
+from ..moments import CHUNK
+from .estimates import LEVELS, tokens
+
+GIB = 2**30
+PROGRAM = 1.25 * GIB  # Python, torch, diffusers and transformers, and what allocators keep
+STATES = ("joint_attention_dim", "cross_attention_dim", "caption_channels", "text_dim")
+TEXT = 512  # tokens of a prompt where the call does not say
+BANKS = 5  # copies of a block's recorded inputs: of two models, their outputs, and one being made
+HELD = 3  # copies of a block in fp32: of two models, and the one that is rounded
+WIDE = 4  # tensors of a call as large as its widest layer
+SQUARE, FLAT = 24, 40  # bytes a second moment, and a weight, of the layer that is rounded
+NEAREST = 20  # bytes a weight of a layer that is rounded to nearest
+CHECKED = 7  # bytes a weight of the copy that is checked: in fp32, its codes and a layer's making
+
+
+def peaks(
+    pipe: Any,
+    denoiser: nn.Module,
+    backbone: Backbone,
+    call: Mapping[str, Any],
+    rows: int,
+    stored: Mapping[str, int] | None,
+    device: torch.device,
+    *,
+    rounds: bool,
+    encoders: bool,
+) -> dict[str, int]:
+    """{"whole", "by block"}: bytes of memory at the peak, of the denoiser all loaded or on disk.
+
+    rows: of all recorded calls. stored: bytes of each part that is not loaded yet. rounds: whether
+    layers are rounded on what they see. encoders: whether text encoders are quantized too.
+    """
+    inside = {
+        name: sum(p.numel() for p in denoiser.get_submodule(name).parameters())
+        for name in backbone.blocks
+    }
+    whole, on_cpu = sum(p.numel() for p in denoiser.parameters()), device.type == "cpu"
+    block, outside = max(inside.values(), default=0), whole - sum(inside.values())
+    copies = 4 * (2 * outside + HELD * block) if on_cpu else 0
+    count = {name: _count(part) for name, part in denoisers_of(pipe).items()}
+    own = sum(count.values()) or whole
+    texts = {name: 4 * _count(part) for name, part in encoders_of(pipe).items()}
+    other = sum(stored.values()) if stored else 0
+    other = max(0, other - sum((stored or {}).get(name, 0) for name in (*count, *texts)))
+    held = {n: size for n, size in texts.items() if encoders or size <= 2 * LARGE}
+    made = PROGRAM + own + 2 * other + (2 * sum(texts.values()) if encoders else 0)
+    step = _data(pipe, denoiser, call, rows, rounds)
+    work = copies + step + (_rounding(denoiser, rounds) if on_cpu else 0)
+    return {
+        "whole": int(made + sum(texts.values()) + 4 * own + max(work, CHECKED * whole)),
+        "by block": int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + work),
+    }
+
+
+def kept_to(found: Mapping[str, Any], most: int, low_memory: bool | None) -> bool:
+    """Whether the denoiser stays on disk so that quantizing takes at most `most` bytes of memory.
+
+    found: of `peaks`. TenutoError says what it takes, where that is more.
+    """
+    if not low_memory and found["whole"] <= most:
+        return False
+    if low_memory is not False and found["by block"] <= most:
+        return True
+    takes = found["whole"] if low_memory is False else found["by block"]
+    how = " with the whole model in memory" if low_memory is False else ", block by block,"
+    raise TenutoError(
+        f"Quantizing this takes about {takes / GIB:.1f} GiB of memory{how} and --max-memory allows "
+        f"{most / GIB:.1f}: fewer prompts or steps, smaller images or w8a8 take less."
+    )
+
+
+def _count(part: nn.Module) -> int:
+    return sum(p.numel() for p in part.parameters())
+
+
+def _sizes(denoiser: nn.Module) -> list[tuple[int, int]]:
+    """(N, K) of the weight of every Linear and Conv2d."""
+    found = (m.weight for m in denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return [(len(w), w.shape[1:].numel()) for w in found]
+
+
+def _rounding(denoiser: nn.Module, rounds: bool) -> int:
+    """Of the largest layer."""
+    each = (
+        SQUARE * k * k + FLAT * n * k if rounds else NEAREST * n * k for n, k in _sizes(denoiser)
+    )
+    return max(each, default=0)
+
+
+def _data(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any], rows: int, rounds: bool) -> int:
+    """Of recorded calls, a block's inputs and outputs, and one call of it."""
+    config: Any = getattr(denoiser, "config", None) or {}
+    levels = "down_block_types" in config  # a U-Net, with its skip connections
+    places = tokens(pipe, denoiser, call) * (LEVELS if levels else 1)
+    text = int(call.get("max_sequence_length") or TEXT)
+    sizes = [(n, k) for n, k in _sizes(denoiser) if k > 1]
+    width = Counter(k for _, k in sizes).most_common(1)[0][0] if sizes else 1
+    if levels:
+        width = 3 * int((config.get("block_out_channels") or (width,))[0])
+    widest = max((max(n, k) for n, k in sizes), default=1)
+    states = max(int(config.get(name) or 0) for name in STATES)
+    row = (BANKS * (places + text) * width if rounds else 0) + text * states
+    one = WIDE * min(rows, CHUNK if rounds else 1) * (places / (LEVELS if levels else 1) + text)
+    return int(4 * (rows * row + one * widest))
