@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from ..errors import SENTENCE, TenutoError
 from ..text import printable
+from .console import Answer, Bars
 
 BAD, INTERRUPTED = 2, 130  # exit codes
 RESUMES = ("quantize", "train_router")
@@ -42,7 +43,7 @@ def run(name: str, given: Mapping[str, Any]) -> int:
         return BAD
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer.data) if as_json else answer, flush=True)
-    return 0
+    return answer.code
 
 
 def say(text: str) -> None:
@@ -50,12 +51,11 @@ def say(text: str) -> None:
     print(f"tenuto: {printable(text, SENTENCE)}", file=sys.stderr)
 
 
-def _answer(name: str, options: dict[str, Any]) -> Any:
+def _answer(name: str, options: dict[str, Any]) -> Answer:
     """What a command answers. All that is printed meanwhile goes to stderr."""
     with _quiet():
         from . import commands
         from .calls import gathered
-        from .console import Bars
 
         with contextlib.redirect_stdout(sys.stderr), Bars(sys.stderr) as bars:
             return getattr(commands, name)(**gathered(name, options), bars=bars)
