@@ -24,7 +24,7 @@ demo: .venv/.base
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(AT_ONCE)
-	$(BIN)/python -m pytest -m slow --durations=8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(AT_ONCE) --durations=8
 	$(MAKE) hosts
 
 # An environment of its own: ComfyUI brings other versions of what Tenuto uses, and its process must hold nothing of ours.

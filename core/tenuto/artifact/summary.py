@@ -203,9 +203,9 @@ def _made_lines(header: dict[str, Any]) -> Iterator[str]:
         made = {"preset": header["preset"]} | made
     yield ", ".join(f"{name} {value}" for name, value in made.items())
     if calibration:
-        pictures = calibration.get("batch", 0) * calibration.get("runs", 0)
+        images = calibration.get("batch", 0) * calibration.get("runs", 0)
         yield (
-            f"calibrated on {counted(pictures, 'image')} of {calibration.get('steps')} steps, "
+            f"calibrated on {counted(images, 'image')} of {calibration.get('steps')} steps, "
             f"seed {calibration.get('seed')}, prompts {calibration.get('prompts')}"
         )
 

@@ -43,7 +43,7 @@ NAMES = {
 
 
 def showcase(model: str, out: Path, bars: Bars) -> Answer:
-    """Quantize a demo model, draw eight prompts with every variant, write sheet and numbers."""
+    """Quantize a demo model, generate eight prompts with every variant, write sheet and numbers."""
     sampling = defaults(PREFIX + model)
     pipe = demo(model)
     artifacts = {MADE: calibrated(pipe, sampling, bars)}

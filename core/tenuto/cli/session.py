@@ -219,7 +219,7 @@ def recorded(
 ) -> Trajectory:
     """A recording of every prompt, or the one that an interrupted command left in `work`.
 
-    One at a time where it is a video, or made of a picture.
+    One at a time where it is a video, or made from an image.
     """
     call = sampling.called(pipe)
     batch = 1 if one_by_one(pipe, call) else min(batch, len(lines))

@@ -69,11 +69,11 @@ def compare(
     speedup: float | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Draw `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
+    """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
 
-    A pipeline draws `prompts` (else the shipped "evaluation" list) at the artifact's own steps and
+    A pipeline gets `prompts` (else the shipped "evaluation" list), the artifact's own steps and
     guidance, and is called as it was for calibration, unless `steps`, `guidance` and `call` (as in
-    `record`) say otherwise; pictures have to be given again. Each frame of a video counts as an
+    `record`) say otherwise; images have to be given again. Each frame of a video counts as an
     image, and videos come one at a time, like what is made of an image. A bare denoiser takes
     `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
     only noted. The three take turns, a few batches each: times are compared side by side. `device`

@@ -24,8 +24,8 @@ class Comparison:
     seconds_per_picture {float, artifact, bf16}: medians over batches; bf16 is None where it is
     computed in another way than a user would (`bf16_arithmetic`). speedup: median of float over
     artifact, batch by batch; None if any layer was simulated. resident_weight_bytes {float,
-    artifact}: of the denoiser's modules. peak_memory_bytes: while the artifact drew, all else that
-    the comparison holds included; `peak_memory_source` says what was read.
+    artifact}: of the denoiser's modules. peak_memory_bytes: with the artifact, all else that the
+    comparison keeps included; `peak_memory_source` says what was read.
     execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}. encoders: how far the
     states of quantized text encoders are from full precision, by name; see `encoding.py`.
     `to_json` adds `note`.

@@ -1,4 +1,4 @@
-"""Several ways to draw the same images that take turns, so that their times can be compared."""
+"""Several ways to generate the same images that take turns, so that their times can be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FirstCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Generated:
-    """What one way drew, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds.
+    """What one way generated, by batch: images (n, C, H, W), fp32, in [-1, 1] on the CPU; seconds.
 
     Each frame of a video is an image.
     """
@@ -35,7 +35,7 @@ class Generated:
     def per_image(self) -> float:
         """Seconds an image, the median over batches."""
         pairs = zip(self.seconds, self.batches, strict=True)
-        return percentile([seconds / len(pictures) for seconds, pictures in pairs], 50)
+        return percentile([seconds / len(images) for seconds, images in pairs], 50)
 
     @property
     def latency(self) -> Latency:
@@ -52,7 +52,7 @@ def distances(
 
 
 def split(seed: int, count: int, batch: int) -> list[tuple[int, int]]:
-    """(first seed, size) of the batches that draw `count` images from `seed` on."""
+    """(first seed, size) of the batches that generate `count` images from `seed` on."""
     return [(s, min(batch, seed + count - s)) for s in range(seed, seed + count, batch)]
 
 
@@ -62,9 +62,9 @@ def generate_in_turns(
     batches: Sequence[tuple[int, int]],
     on_progress: Progress | None = None,
 ) -> dict[str, Generated]:
-    """Every way draws every batch: some batches by each way, the next ones in the opposite order.
+    """Every way generates every batch: some batches each, the next ones in the opposite order.
 
-    ways: what to enter to draw one way; it gives the denoiser that `sample` is called with.
+    ways: what to enter to generate one way; it gives the denoiser that `sample` is called with.
     batches: (seed, size). Only the sampling is timed. TenutoError if `sample` returns no images.
     """
     found = {name: Generated() for name in ways}
@@ -77,8 +77,8 @@ def generate_in_turns(
                 for seed, size in batches[start : start + length]:
                     if on_progress:
                         on_progress(done, total, name)
-                    pictures, seconds = timed(lambda d=denoiser, s=seed, n=size: sample(d, s, n))
-                    found[name].batches.append(_checked(pictures, size))
+                    images, seconds = timed(lambda d=denoiser, s=seed, n=size: sample(d, s, n))
+                    found[name].batches.append(_checked(images, size))
                     found[name].seconds.append(seconds)
                     done += size
     if on_progress:
@@ -86,12 +86,12 @@ def generate_in_turns(
     return found
 
 
-def _checked(pictures: Any, size: int) -> Tensor:
-    images = isinstance(pictures, Tensor) and pictures.ndim == 4
-    if not images or not len(pictures) or len(pictures) % size:  # several: frames of videos
-        got = tuple(getattr(pictures, "shape", ())) or type(pictures).__name__
+def _checked(images: Any, size: int) -> Tensor:
+    fits = isinstance(images, Tensor) and images.ndim == 4
+    if not fits or not len(images) or len(images) % size:  # several: frames of videos
+        got = tuple(getattr(images, "shape", ())) or type(images).__name__
         raise TenutoError(f"`sample` should return images ({size}, C, H, W), not {got}.")
-    return pictures.detach().float().clamp(-1, 1).cpu()
+    return images.detach().float().clamp(-1, 1).cpu()
 
 
 def first_call(

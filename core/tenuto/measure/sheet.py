@@ -13,20 +13,20 @@ PAPER, INK, FAINT = (251, 251, 249), (24, 26, 30), (110, 114, 122)
 EDGE, GAP, LABEL = 28, 8, 268  # pixels: round the sheet, between images, of the label column
 
 
-def grid(pictures: Sequence[Any], gap: int = 2) -> Any:
+def grid(images: Sequence[Any], gap: int = 2) -> Any:
     """Images of one size side by side, as near to a square as they fit; one stays as it is."""
     from PIL import Image
 
-    if len(pictures) == 1:
-        return pictures[0]
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
+    if len(images) == 1:
+        return images[0]
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
     size = columns * (width + gap) - gap, rows * (height + gap) - gap
     sheet = Image.new("RGB", size, PAPER)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        sheet.paste(picture, (column * (width + gap), row * (height + gap)))
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
 
 
@@ -46,14 +46,14 @@ class Row:
 
     name: str
     lines: Sequence[str]
-    pictures: Sequence[Any]
+    images: Sequence[Any]
 
 
 def sheet(title: str, rows: Sequence[Row], captions: Sequence[str], enlarge: int = 3) -> Any:
     """A labelled sheet: a row a variant, a column a prompt, the prompts under the columns."""
     from PIL import Image, ImageDraw, ImageFont
 
-    width, height = (side * enlarge for side in rows[0].pictures[0].size)
+    width, height = (side * enlarge for side in rows[0].images[0].size)
     big, normal, small = (ImageFont.load_default(size) for size in (24, 20, 15))
     left, top = EDGE + LABEL, EDGE + 46
     foot = 48
@@ -69,8 +69,8 @@ def sheet(title: str, rows: Sequence[Row], captions: Sequence[str], enlarge: int
         pen.text((EDGE, y + 14), row.name, INK, normal)
         for k, line in enumerate(row.lines):
             pen.text((EDGE, y + 46 + 22 * k), line, FAINT, small)
-        for k, picture in enumerate(row.pictures):
-            large = picture.resize((width, height), Image.Resampling.LANCZOS)
+        for k, image in enumerate(row.images):
+            large = image.resize((width, height), Image.Resampling.LANCZOS)
             paper.paste(large, (left + k * (width + GAP), y))
     for k, caption in enumerate(captions):
         middle = left + k * (width + GAP) + width // 2

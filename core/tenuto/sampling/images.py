@@ -53,7 +53,7 @@ def generate_images(
 
 
 def save_png(
-    picture: Any,
+    image: Any,
     path: Path,
     settings: dict[str, Any],
     parameters: str | None = None,
@@ -62,7 +62,7 @@ def save_png(
     """Write a PNG whole or not at all, with `settings` as JSON in the text field "tenuto".
 
     parameters: the text field of that name, in which other programs look for settings. more: the
-    frames that follow on `picture`, the first: the PNG moves, `FRAME` milliseconds a frame.
+    frames that follow on `image`, the first: the PNG moves, `FRAME` milliseconds a frame.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -74,7 +74,7 @@ def save_png(
     options = moving | {"duration": FRAME} if more else {}
     try:
         with whole_file(path) as part:
-            picture.save(part, format="PNG", pnginfo=text, **options)
+            image.save(part, format="PNG", pnginfo=text, **options)
     except OSError as error:
         raise TenutoError(f"Cannot write {path}: {error.strerror or error}.") from error
 

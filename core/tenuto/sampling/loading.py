@@ -250,7 +250,7 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' advice to install torchvision: sampling reads no picture."""
+    """Without transformers' advice to install torchvision: sampling reads no image."""
 
     def other(record: logging.LogRecord) -> bool:
         return "requires torchvision" not in record.getMessage()
