@@ -26,20 +26,10 @@ from tenuto.artifact import Artifact
 from tenuto.caching import Forecast
 from tenuto.errors import TenutoError
 from tenuto.resources import asset
-from tenuto.sampling.output_kernel import OutputKernel
+from tests.app.kernels import kernel
 
 SHIPPED = "shipped:demo-unet.w8a8"
 MODEL = "demo:unet"
-
-
-def kernel(steps: int = 20) -> OutputKernel:
-    """Of smooth random outputs, on a cosine schedule."""
-    angle = torch.linspace(1.5, 0.05, steps, dtype=torch.float64)
-    gap = angle[:, None] - angle
-    values = torch.exp(-gap.square() / 0.7) + 1e-3 * torch.eye(steps, dtype=torch.float64)
-    times = tuple(torch.linspace(999, 49, steps, dtype=torch.float64).tolist())
-    alpha, sigma = tuple(angle.cos().tolist()), tuple(angle.sin().tolist())
-    return OutputKernel(values, times, alpha, sigma, "v", 4)
 
 
 @pytest.fixture(scope="module")
