@@ -81,7 +81,7 @@ def test_a_speedup_is_told_used_and_restored(
 
 
 def test_a_comparison_at_a_speedup(app: Any, visit: Any, forecast: str) -> None:
-    """The slider is there where all of them have a forecast, and one sentence where one has none."""
+    """The slider moves where all of them have a forecast; one sentence names one that has none."""
     tab = visit(app)
     page = tab.page
     tab.show("Compare")
