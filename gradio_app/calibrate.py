@@ -16,6 +16,7 @@ from .call_fields import CallFields
 from .check_view import asking
 from .fields import artifact_choices, noticed
 from .jobs import DONE, FAILED, Job
+from .speedup_fields import forecast_of
 from .view import loss_curve, notice, status, step_map
 from .viewer import AUDIBLE, QUIET
 
@@ -190,7 +191,7 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=not alive and chosen is not None),
         gr.Row(visible=False),
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
-        step_map(found, done),
+        step_map(found, done) + (forecast_of(bench, job.result["name"]) if job and done else ""),
         loss_curve(job.loss if job else []),
         gr.Button(visible=done),
         gr.DownloadButton(value=file, visible=done) if done else gr.DownloadButton(visible=False),

@@ -101,6 +101,21 @@ def told(
     return [gr.Slider(interactive=True) if able else fixed, shown(found)]
 
 
+def forecast_of(bench: Bench, name: str) -> str:
+    """What an artifact's forecast would do in a run as it was recorded; "" where it has none."""
+    try:
+        made = known(bench.places.artifact(name))
+        if made.kernel is None:
+            return ""
+        seen = outlook(made, len(made.kernel.timesteps), OFF)
+    except TenutoError:
+        return ""
+    if seen.why:
+        return ""
+    said = f"{seen.steps - seen.safe} of {seen.steps} calls can be skipped unseen"
+    return f"<p><strong>Forecast:</strong> {said}.</p>{curve(seen)}"
+
+
 def shown(found: dict[str, Outlook]) -> str:
     """What is to be expected of one artifact or of several, and the curve of the first."""
     if len(found) == 1:

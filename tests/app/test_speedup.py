@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from gradio_app import generate, speedup_fields, worker
+from gradio_app import calibrate, generate, speedup_fields, worker
 from gradio_app.bench import Bench
 from gradio_app.curve import curve
 from gradio_app.infotext import parsed
+from gradio_app.jobs import DONE, Job
 from gradio_app.pictures import restored
 from gradio_app.restore import _restored
 from gradio_app.settings import Settings
@@ -142,6 +143,16 @@ def test_the_curve_has_every_plan(out: Path) -> None:
     assert values == sorted(values, reverse=True), "the more are skipped the worse"
     assert 'class="here"' not in curve(outlook(known(out / "plain.safetensors"), 20, 1))
     assert not curve(outlook(Known(None), 20, 2))
+
+
+def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: Path) -> None:
+    job = Job("calibrate", {"out": str(bench.places.out / "plain.safetensors")}, tmp_path / "log")
+    job.state = DONE
+    for name, has in (("plain", True), ("none", False)):
+        job.result = {"name": name}
+        said = calibrate.seen(bench, job)[8]
+        assert ("can be skipped unseen." in said and "<polyline" in said) is has
+    assert not speedup_fields.forecast_of(bench, SHIPPED)
 
 
 def test_a_damaged_forecast_is_told(bench: Bench, tmp_path: Path) -> None:
