@@ -20,6 +20,7 @@ from .call_fields import filled as own_filled
 from .fields import noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
+from .speedup import MOST
 from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields
 from .view import notice, status
 from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
@@ -145,7 +146,8 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
         allow_custom_value=True,
     )  # fmt: skip
     shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
-    rest = [asked["seed"], asked["execution"], asked["prompts_text"], asked["speedup"] or OFF]
+    rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
+    rest.append(min(asked["speedup"] or OFF, MOST))
     own = as_fields(asked["call"], bench.places.inputs)
     return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), model]
 

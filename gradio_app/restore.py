@@ -15,6 +15,7 @@ from .call_fields import filled
 from .fields import artifact_choices, shown_number
 from .guard import drop
 from .pictures import restored
+from .speedup import MOST
 from .speedup_fields import OFF
 from .view import card
 from .viewer import QUIET
@@ -60,7 +61,9 @@ def _restored(bench: Bench, path: str | None) -> list[Any]:
     said += f" Choose again: {', '.join(own.lost.values())}." if own.lost else ""
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in NAMES]
-    values[6] = gr.Slider(value=found.get("speedup", OFF), interactive=True)
+    faster = found.get("speedup", OFF)
+    values[6] = gr.Slider(value=min(faster, MOST), interactive=True)
+    said += f" It was made at a speedup of {faster:g}." if faster > MOST else ""
     if "model" in found:
         values[5] = gr.Dropdown(
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")

@@ -206,6 +206,9 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
     assert "speedup" not in restored(bench.places, made["pictures"]["full"])
     *values, chosen = _restored(bench, str(path))[2:10]
     assert values[6].value == 2 and chosen == (MODEL, "plain")
+    path.write_bytes(path.read_bytes().replace(b"Tenuto speedup: 2", b"Tenuto speedup: 9"))
+    fast = _restored(bench, str(path))
+    assert "at a speedup of 9." in fast[1] and fast[8].value == 4
     gone = Bench(Settings(bench.places.out / "elsewhere"))
     assert "speedup" not in restored(gone.places, path), "its artifact is not there"
     with pytest.raises(TenutoError, match="has no forecast"):
