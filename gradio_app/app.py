@@ -42,9 +42,7 @@ def build(bench: Bench) -> Any:
             with gr.Tab("Compare", id="compare"):
                 comparison = compare.tab(bench, first)
         watch = calibration.watch
-        checking.follow(
-            bench, calibration.fields, [calibration.check, watch.start], calibrating, watch.checked
-        )
+        checking.follow(bench, calibration.fields, calibration.check, calibrating, watch.checked)
         watch.use.click(
             lambda key: calibrate.used(bench, key), watch.key,
             [generation.model, generation.artifact, generation.chosen, tabs], **QUIET,

@@ -21,12 +21,11 @@ CHECKING: dict[str, Any] = QUIET | {
 }  # fmt: skip
 
 
-def follow(bench: Bench, fields: list[Any], parts: list[Any], tab: gr.Tab, said: gr.HTML) -> None:
+def follow(bench: Bench, fields: list[Any], check: gr.Button, tab: gr.Tab, said: gr.HTML) -> None:
     """Check anew when the tab is chosen and when model, scheme or what else decides it changes.
 
-    fields: those of `calibration_fields`. parts: the button Check, and Start, which ends a check.
+    fields: those of `calibration_fields`. A check that is overtaken by another is not shown.
     """
-    check, start = parts
     model, _, scheme, preset, reuse, steps, *_ = fields
     encoder = fields[10]
 
@@ -35,12 +34,14 @@ def follow(bench: Bench, fields: list[Any], parts: list[Any], tab: gr.Tab, said:
 
     changes = [part.change for part in (model, scheme, preset, encoder)]
     changes += [steps.blur, reuse.release, tab.select]
-    event = gr.on([check.click, *changes], look, fields, said, **CHECKING)
-    start.click(None, None, None, cancels=[event], **QUIET)
+    gr.on([check.click, *changes], look, fields, said, **CHECKING)
 
 
 def looked_at(bench: Bench, *values: Any) -> Iterator[str]:
-    """What is shown of a check, as it goes on. values: of the fields."""
+    """What is shown of a check, as it goes on; a calibration that begins ends it.
+
+    values: of the fields.
+    """
     try:
         model, _, scheme, preset, reuse, *rest, encoder, method, rounding, call = asked(
             bench, *values
@@ -54,7 +55,9 @@ def looked_at(bench: Bench, *values: Any) -> Iterator[str]:
         found = None
         for found in check_of(request, request["call"], bench.settings.device):
             if found is None:
-                yield check_view.working(str(model))  # where it can be left
+                yield check_view.working(str(model))
+                if bench.desk.busy == "calibrate":  # it was checked when it began
+                    return
         yield check_view.unknown() if found is None else check_view.report(found, uses(request))
     except TenutoError as error:
         yield check_view.impossible(str(error))

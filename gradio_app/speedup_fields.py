@@ -162,7 +162,8 @@ def _words(seen: Outlook) -> str:
 
 def _named(artifacts: Any) -> Sequence[str]:
     """The names that are chosen."""
-    found = [artifacts] if isinstance(artifacts, str) else list(artifacts or ())
+    found = [artifacts] if isinstance(artifacts, str) else artifacts
+    found = found if isinstance(found, list | tuple) else ()
     return [name for name in found if isinstance(name, str) and name]
 
 

@@ -155,6 +155,8 @@ def test_a_check_can_be_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
         "Checking. The configuration of tiny is read."
     ] * 2
     going.close()
+    monkeypatch.setattr(type(bench.desk), "busy", "calibrate")
+    assert len([*looked_at(bench, *values())]) == 2, "a calibration has begun"
 
 
 def test_what_only_loading_tells(bench: Bench) -> None:

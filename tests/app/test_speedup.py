@@ -103,6 +103,7 @@ def test_what_is_said_of_a_run(bench: Bench) -> None:
         ("plain", 8, True, "in runs of 9 to 200 steps"),
         ("plain", 201, True, "in runs of 9 to 200 steps"),
         ("plain", "x", True, "The number of steps is a number"),
+        (True, 20, True, "choose one"), ({"a": 1}, 20, True, "choose one"),
         ("none", 20, True, "no artifact 'none'"), ([], 20, True, "choose one"),
         (["plain", SHIPPED], 20, True, "demo-unet.w8a8 : has no forecast"),
     ],
