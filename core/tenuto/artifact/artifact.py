@@ -76,7 +76,7 @@ class Artifact:
         """This with the section that says which calls may be skipped, where there is a kernel."""
         if kernel is not None:
             self.header["forecast"] = kernel.about()
-            self.tensors["forecast/kernel"] = kernel.values
+            self.tensors["forecast/kernel"] = kernel.stored
         return self
 
     def section(self, name: str) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+import logging
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..model import map_tensors, tensors_in
-from ..sampling import Clock
+from ..sampling import CallInProgress, Clock, call_in_progress
 from .cells import CallShape
 from .forecast_plan import TAPS, Forecast, ForecastPlan
+from .inner_patches import inner_patch
+
+log = logging.getLogger("tenuto")
 
 NEAR = 1 / 2000  # of the largest timestep: a step further off is not the planned one
+Ask = Callable[[nn.Module], CallInProgress]
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,21 @@ class ForecastCalls:
 
     forecast: makes the plan for the timesteps of a run. Where streams, shapes or timesteps are not
     those that the plan needs, the call computes. What is returned is new: hosts add to it in place.
+    ask: tells the guidance of a run, and whether noise is added; of a pipeline its call is asked.
     """
 
-    def __init__(self, clock: Clock, forecast: Forecast, denoiser: nn.Module) -> None:
+    def __init__(
+        self, clock: Clock, forecast: Forecast, denoiser: nn.Module, ask: Ask = call_in_progress
+    ) -> None:
+        self.ask = ask
         self.clock, self.forecast, self.shape = clock, forecast, CallShape(denoiser)
         self.counts = [0, 0]  # computed, forecast
         self.run: int | None = None
         self.plan = ForecastPlan.full(())
         self.known: list[Computed] = []
+        self.told = CallInProgress()  # of the run
+        self.checked: int | None = None  # the run in which `patch` was looked for
+        self.patch = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForecastCalls:
         made = copy.copy(self)
@@ -51,8 +63,8 @@ class ForecastCalls:
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         shape = self.shape(args, kwargs, rows=True)
-        step = self.step()
-        if step is not None and not self.plan.computed[step]:
+        step = self.step(module)
+        if step is not None and not self.plan.computed[step] and self._may_skip(module):
             found = self._forecast(step, shape)
             if found is not None:
                 self.counts[1] += 1
@@ -63,13 +75,28 @@ class ForecastCalls:
             self._keep(step, shape, out)
         return out
 
-    def step(self) -> int | None:
+    def _may_skip(self, denoiser: nn.Module) -> bool:
+        """Whether nothing inside the denoiser keeps what it sees of a call; once a run."""
+        if self.checked != self.run:
+            self.checked, patch = self.run, inner_patch(denoiser)
+            if patch and not self.patch:
+                log.warning(
+                    "No call is skipped while a hook or a processor in %s reads along: it would "
+                    "miss the skipped ones.", patch,
+                )  # fmt: skip
+            self.patch = patch
+        return not self.patch
+
+    def step(self, denoiser: nn.Module) -> int | None:
         """The step of the plan at which the clock is; None where it is at none of them."""
         clock = self.clock
         times = clock.grid or clock.timesteps
         if clock.run != self.run or times != self.plan.timesteps:
+            if clock.run != self.run:
+                self.told = self.ask(denoiser)
             self.run, self.known = clock.run, []
-            self.plan = self.forecast.plan(times, clock.stochastic, clock.per_step)
+            noisy = clock.stochastic or self.told.noisy
+            self.plan = self.forecast.plan(times, noisy, clock.per_step, self.told.guidance)
         place = clock.place if clock.grid else clock.step
         largest = max((abs(t) for t in times), default=0.0)
         if not times or abs(times[place] - clock.time) > largest * NEAR:

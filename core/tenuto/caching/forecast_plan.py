@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import TenutoError
 from ..sampling import OutputKernel
 from .schedule import SHORTEST
+from .stretch_costs import stretch_costs
 
 TAPS = 3
 RIDGE = 1e-6  # of the mean of the kernel's diagonal, toward linear extrapolation
@@ -49,18 +50,26 @@ class Forecast:
             raise TenutoError(f"A speedup is a number from 1 on, such as 1.8, not {self.speedup}.")
 
     def plan(
-        self, timesteps: Sequence[float], stochastic: bool = False, per_step: float = 1.0
+        self,
+        timesteps: Sequence[float],
+        stochastic: bool = False,
+        per_step: float = 1.0,
+        guidance: float | None = None,
     ) -> ForecastPlan:
-        """The plan for a run at these timesteps. per_step: how many of them a step has."""
+        """The plan for a run at these timesteps. per_step: how many of them a step has.
+
+        guidance: of the run, in u + guidance * (c - u); None: as recorded.
+        """
         times = tuple(float(t) for t in timesteps)
         fits = len(times) / per_step >= SHORTEST and len(times) <= MOST
         if stochastic or self.speedup == 1 or not fits:
             return ForecastPlan.full(times)
-        key = self.kernel.mark, self.speedup, times
+        kernel = self.kernel.guided(guidance)
+        key = kernel.mark, self.speedup, times
         if key not in PLANS:
             if len(PLANS) >= KEPT:
                 PLANS.pop(next(iter(PLANS)))
-            programme = Programme(self.kernel.at(times))
+            programme = Programme(kernel.at(times))
             wanted = int(len(times) / self.speedup + 1e-6)
             PLANS[key] = programme.plan(max(wanted, min(programme.errors)))
         return PLANS[key]
@@ -146,14 +155,9 @@ class Programme:
         """
         states = self._states()
         p0 = states[:, 0]
-        ahead = torch.arange(1, self.span)
-        steps = p0[:, None] + ahead  # (S, span - 1)
-        inside = steps < self.steps
-        residual = self._residual(states, steps.clamp_max(self.steps - 1))
-        residual = residual * (self.gains[steps.clamp_max(self.steps - 1)] * inside)[..., None]
-        total = residual.cumsum(1).square().sum(-1)  # (S, span - 1)
-        costs = torch.cat([total.new_zeros(len(p0), 1), total], dim=1)
-        costs = costs[:, : self.span]
+        last = (p0[:, None] + torch.arange(self.span)).clamp_max(self.steps - 1)
+        known = self.outputs, self.gains, self.times, self.ridge
+        costs = stretch_costs(*known, states, last)
         left = self.steps - 1 - p0  # calls after the newest
         end = torch.where(
             left < self.span,
@@ -163,72 +167,54 @@ class Programme:
         jumps = torch.arange(1, self.span + 1)
         return costs.masked_fill(p0[:, None] + jumps >= self.steps, math.inf), end
 
-    def _residual(self, states: Tensor, steps: Tensor) -> Tensor:
-        """output_t minus its forecast from the taps of a state: (S, n, R) for steps (S, n)."""
-        weights = self._open(states, steps)  # (S, n, 3)
-        taps = self.outputs[states.clamp_min(0)]  # (S, 3, R)
-        return self.outputs[steps] - weights @ taps
-
-    def _open(self, states: Tensor, steps: Tensor) -> Tensor:
-        """Least-squares weights of the taps for the outputs at `steps`: (S, n, 3)."""
-        known = states >= 0
-        places = states.clamp_min(0)
-        kernel = self.kernel.values
-        square = kernel[places[:, :, None], places[:, None, :]]
-        square = square * (known[:, :, None] & known[:, None, :])
-        square = square + torch.diag_embed(torch.where(known, self.ridge, 1.0).double())
-        start = self._linear(states, steps)
-        wanted = kernel[places[:, None, :], steps[:, :, None]] * known[:, None, :]
-        rest = wanted - start @ square + start * self.ridge  # the ridge pulls toward `start`
-        return start + torch.linalg.solve(square, rest.transpose(1, 2)).transpose(1, 2)
-
-    def _linear(self, states: Tensor, steps: Tensor) -> Tensor:
-        """Linear extrapolation in the timestep from the two newest taps: (S, n, 3)."""
-        newest, before = self.times[states[:, :1]], self.times[states[:, 1:2]]
-        slope = (self.times[steps] - newest) / (newest - before)
-        return torch.stack([1 + slope, -slope, torch.zeros_like(slope)], dim=-1)
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """`_costs` by (newest, gap before it, gap before that): (T, span, span, span), and end."""
+        states, (costs, end) = self._states(), self._costs
+        gap2 = torch.where(states[:, 2] < 0, 0, states[:, 1] - states[:, 2])
+        place = states[:, 0], states[:, 0] - states[:, 1], gap2
+        shape = (self.steps, self.span, self.span)
+        full_costs = torch.full((*shape, self.span), math.inf, dtype=torch.float64)
+        full_end = torch.full(shape, math.inf, dtype=torch.float64)
+        full_costs[place], full_end[place] = costs, end
+        return full_costs, full_end
 
     @cached_property
     def _best(self) -> dict[int, tuple[float, list[Tensor]]]:
-        """For each number of calls: the least cost, and what leads there."""
+        """For each number of calls: the least cost, and the least of each state on the way.
+
+        Those are (T, span, span), like `_tables`: of 2 computed calls, of 3, ...
+        """
         if self.steps < 3:
             return {}
-        states, (costs, end) = self._states(), self._costs
+        costs, end = self._tables
         span, count = self.span, self.steps
-        place = torch.full((count, span, span), -1, dtype=torch.int64)
-        gap2 = torch.where(states[:, 2] < 0, 0, states[:, 1] - states[:, 2])
-        place[states[:, 0], states[:, 0] - states[:, 1], gap2] = torch.arange(len(states))
-        full_costs = torch.full((count, span, span, span), math.inf, dtype=torch.float64)
-        full_end = torch.full((count, span, span), math.inf, dtype=torch.float64)
-        where = place >= 0
-        full_costs[where], full_end[where] = costs[place[where]], end[place[where]]
         best = torch.full((count, span, span), math.inf, dtype=torch.float64)
         best[1, 1, 0] = 0.0
         found: dict[int, tuple[float, list[Tensor]]] = {}
         trail: list[Tensor] = []
         for calls in range(2, count + 1):
-            ended = best + full_end
-            least = float(ended.amin())
+            trail.append(best)
+            least = float((best + end).amin())
             if math.isfinite(least):
-                found[calls] = least, [*trail, ended.flatten().argmin()]
-            moved = (best[..., None] + full_costs).min(dim=2)  # over the third tap's gap
-            values, back = moved  # (count, span [gap1], span [jump - 1])
+                found[calls] = least, list(trail)
+            values = (best[..., None] + costs).amin(dim=2)  # over the third tap's gap
             best = torch.full_like(best, math.inf)
             for jump in range(1, span):  # the new state: newest + jump, gap1 = jump, gap2 = gap1
                 best[jump:, jump, :] = values[: count - jump, :, jump - 1]
-            trail.append(back)
         return found
 
     def _table(self, calls: int) -> list[bool]:
         """Which steps are computed."""
+        costs, end = self._tables
         _, (*trail, last) = self._best[calls]
         p0, gap1, gap2 = (
-            int(i) for i in torch.unravel_index(last, (self.steps,) + (self.span,) * 2)
+            int(i) for i in torch.unravel_index((last + end).argmin(), tuple(last.shape))
         )
         chosen = [p0]
-        for back in reversed(trail):
+        for best in reversed(trail):
             before, jump = p0 - gap1, gap1
-            gap1, gap2 = gap2, int(back[before, gap2, jump - 1])
+            gap1, gap2 = gap2, int((best[before, gap2] + costs[before, gap2, :, jump - 1]).argmin())
             p0 = before
             chosen.append(p0)
         return [step in {0, *chosen} for step in range(self.steps)]

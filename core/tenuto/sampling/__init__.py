@@ -1,5 +1,6 @@
 """One sampling run: load a pipeline, call it, record its calls, follow its clock."""
 
+from .call_in_progress import CallInProgress, call_in_progress
 from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
@@ -28,6 +29,7 @@ __all__ = [
     "HELD_OUT",
     "MARK",
     "Call",
+    "CallInProgress",
     "Clock",
     "Follow",
     "OutputKernel",
@@ -36,6 +38,7 @@ __all__ = [
     "Skeleton",
     "Trajectory",
     "answered_once",
+    "call_in_progress",
     "calls_of",
     "check_names",
     "check_needed",

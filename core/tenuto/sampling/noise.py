@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-STOCHASTIC = ("ancestral", "sde", "ddpm", "lcm", "tcd", "consistency")  # in names of classes
+STOCHASTIC = (  # in names of classes
+    "ancestral", "sde", "ddpm", "lcm", "tcd", "consistency", "stochastic", "unclip", "repaint",
+    "sasolver", "scm", "karrasve", "cogvideoxdpm", "cosinedpm", "proteina",
+)  # fmt: skip
+NOISY = ("eta", "s_churn")  # what a step is asked to add noise by
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 

@@ -3,6 +3,8 @@
 The kernel of one recorded run, K[a, b] = mean over images and elements of output_a * output_b, says
 how well a combination of some outputs stands for another one. It is nearly a property of the
 data and the noise schedule: other weights of the same kind have nearly the same.
+
+Where a pipeline guides by u + g (c - u), both halves are kept apart, for a run with another g.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from .between_steps import between, depth
 from .grid import places_of
 
 PREDICTIONS = ("v", "eps", "x0", "flow")
@@ -31,7 +34,10 @@ class OutputKernel:
     values: float64 (T, T), symmetric. timesteps: T, in executed order, as the denoiser gets them.
     sigma: the share of noise in the sample at each of them; alpha: of the image. In flow matching
     alpha + sigma = 1, else their squares add up to 1. prediction: what the denoiser answers, one
-    of `PREDICTIONS`. images: how many were recorded.
+    of `PREDICTIONS`. images: how many were recorded. halves: float64 (3, T, T), the products of
+    unconditional outputs u, of both halves (symmetric) and of conditional ones c, where `values`
+    are those of u + guidance * (c - u); None where outputs are not guided so.
+    noise_between: (timestep, alpha, sigma) at further timesteps, for runs at other ones.
     """
 
     values: Tensor
@@ -40,6 +46,9 @@ class OutputKernel:
     sigma: tuple[float, ...]
     prediction: str
     images: int = 1
+    halves: Tensor | None = field(default=None, kw_only=True)
+    guidance: float | None = field(default=None, kw_only=True)
+    noise_between: tuple[tuple[float, float, float], ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -53,18 +62,43 @@ class OutputKernel:
         if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
             raise TenutoError("The steps of a kernel go one way.")
         shares = (*self.alpha, *self.sigma)
+        shares += tuple(x for row in self.noise_between for x in row[1:])
+        size = self.values.shape[0]
+        if self.halves is not None and (
+            tuple(self.halves.shape) != (3, size, size) or self.guidance is None
+        ):
+            raise TenutoError("The halves of a kernel are three tables, of a known guidance.")
         finite = bool(self.values.isfinite().all()) and all(0 <= x <= 1 for x in shares)
         if not finite or float(self.values.diagonal().amin()) < 0:
             raise TenutoError("A kernel of outputs has finite numbers, and noise from 0 to 1.")
 
     @staticmethod
-    def of(values: Tensor, about: Mapping[str, Any]) -> OutputKernel:
-        """From its table and what `about` says of it."""
+    def of(stored: Tensor, about: Mapping[str, Any]) -> OutputKernel:
+        """From what is `stored`, a table or those of both halves, and what `about` says of it."""
         times, alpha, sigma = (
             tuple(float(x) for x in about[key]) for key in ("timesteps", "alpha", "sigma")
         )
-        images = int(about["images"])
-        return OutputKernel(values, times, alpha, sigma, str(about["prediction"]), images)
+        noise = tuple((float(t), float(a), float(s)) for t, a, s in about.get("noise", ()))
+        guidance, halves = about.get("guidance"), None
+        guidance = None if guidance is None else float(guidance)
+        if stored.ndim == 3:
+            guidance, halves = float(about["guidance"]), stored
+            stored = _guided(halves, guidance)
+        return OutputKernel(
+            stored, times, alpha, sigma, str(about["prediction"]), int(about["images"]),
+            halves=halves, guidance=guidance, noise_between=noise,
+        )  # fmt: skip
+
+    @property
+    def stored(self) -> Tensor:
+        """All that an artifact keeps of it beside `about`: (T, T), or (3, T, T) of both halves."""
+        return self.values if self.halves is None else self.halves
+
+    def guided(self, guidance: float | None) -> OutputKernel:
+        """The same for a run with this guidance; as recorded where either is not known."""
+        if guidance is None or self.halves is None or guidance == self.guidance:
+            return self
+        return replace(self, values=_guided(self.halves, guidance), guidance=guidance)
 
     @cached_property
     def mark(self) -> str:
@@ -74,37 +108,46 @@ class OutputKernel:
         return found.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """Everything but its table, as plain data."""
+        """Everything but what is `stored`, as plain data."""
+        known = {
+            "of": "both halves of guidance" if self.halves is not None else "guided outputs",
+            "guidance": self.guidance,
+            "noise": [list(row) for row in self.noise_between],
+        }
         return {
             "timesteps": list(self.timesteps),
             "alpha": list(self.alpha),
             "sigma": list(self.sigma),
             "prediction": self.prediction,
             "images": self.images,
+            **{key: value for key, value in known.items() if value not in (None, [])},
         }
 
     def at(self, timesteps: Sequence[float]) -> OutputKernel:
-        """The same for a run at other timesteps: outputs between the recorded ones interpolated.
-
-        By the cubic through the four nearest recorded steps.
-        """
+        """The same for a run at other timesteps, of the guidance that this is of; see `between`."""
         times = tuple(float(t) for t in timesteps)
         if times == self.timesteps:
             return self
-        mixed = _cubic(places_of(times, self.timesteps), len(self.timesteps))
-        alpha, sigma = self._noise(mixed)
-        values = mixed @ self.values @ mixed.T
-        return OutputKernel(values, times, alpha, sigma, self.prediction, self.images)
+        alpha, sigma = self._noise(times)
+        values = between(self.values, depth(*self._noise(self.timesteps)), depth(alpha, sigma))
+        shares = tuple(alpha.tolist()), tuple(sigma.tolist())
+        return OutputKernel(values, times, *shares, self.prediction, self.images)
 
-    def _noise(self, mixed: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """alpha and sigma at other steps: a flow's share of noise, or the angle, interpolated."""
-        sigma = torch.tensor(self.sigma, dtype=torch.float64)
-        alpha = torch.tensor(self.alpha, dtype=torch.float64)
-        if self.prediction == "flow":
-            found = (mixed @ sigma).clamp(0, 1)
-            return tuple((1 - found).tolist()), tuple(found.tolist())
-        angle = (mixed @ torch.atan2(sigma, alpha)).clamp(0, math.pi / 2)
-        return tuple(angle.cos().tolist()), tuple(angle.sin().tolist())
+    def _noise(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at other steps: a flow's share of noise, or the angle, interpolated."""
+        rows = {t: (a, s) for t, a, s in self.noise_between}
+        rows |= {t: (a, s) for t, a, s in zip(self.timesteps, self.alpha, self.sigma, strict=True)}
+        known = sorted(rows)
+        alpha, sigma = torch.tensor([rows[t] for t in known], dtype=torch.float64).T
+        flow = self.prediction == "flow"
+        level = sigma if flow else torch.atan2(sigma, alpha)
+        found = _cubic(places_of(times, known), len(known)) @ level
+        found = found + _beyond(times, known, level)
+        if flow:
+            found = found.clamp(0, 1)
+            return 1 - found, found
+        found = found.clamp(0, math.pi / 2)
+        return found.cos(), found.sin()
 
     def gains(self) -> Tensor:
         """How far an error of 1 in each step's output moves sample / alpha: float64 (T,).
@@ -123,6 +166,20 @@ class OutputKernel:
         if self.prediction == "x0":
             return moved / sigma.clamp_min(1e-9)
         return moved
+
+
+def _guided(halves: Tensor, guidance: float) -> Tensor:
+    """The products of u + guidance * (c - u): (T, T)."""
+    g = guidance
+    return (1 - g) ** 2 * halves[0] + 2 * g * (1 - g) * halves[1] + g**2 * halves[2]
+
+
+def _beyond(times: Sequence[float], known: Sequence[float], level: Tensor) -> Tensor:
+    """How much the noise changes from the outermost of the `known` steps (rising), linearly."""
+    at, wanted = (torch.tensor(x, dtype=torch.float64) for x in (known, times))
+    low = (wanted - at[0]).clamp_max(0) * (level[1] - level[0]) / (at[1] - at[0])
+    high = (wanted - at[-1]).clamp_min(0) * (level[-1] - level[-2]) / (at[-1] - at[-2])
+    return low + high
 
 
 def _cubic(places: Tensor, count: int) -> Tensor:

@@ -83,8 +83,12 @@ def recording(
     def last() -> float | None:
         return calls[-1].timestep if len(calls) > start else None
 
+    def answered(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        assert outputs is not None
+        outputs.saw(out)
+
     seen = nullcontext() if outputs is None else outputs.run(last)
-    with watched(denoiser, before=keep), seen:
+    with watched(denoiser, before=keep, after=answered if outputs else None), seen:
         yield calls
 
 

@@ -1,24 +1,51 @@
 """What a pipeline hands to its scheduler, step by step: guided outputs, and their kernel.
 
 The scheduler gets what guidance has made of the denoiser's answers, whichever way the pipeline
-guides; that is what a forecast has to meet.
+guides; that is what a forecast has to meet. Where it is u + g (c - u) of both halves of the
+answers, in one call or in two, that is seen, and both halves count.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import is_stochastic, noise_at, prediction_of
+from ..model import tensors_in
+from .noise import NOISY, is_stochastic, noise_at, prediction_of
 from .output_kernel import OutputKernel
 
 CHUNK = 2**20  # elements of the outputs that are multiplied at once
 FEWEST = 3  # steps that a kernel is of
+OFF = 1e-3, 1e-4  # of |output - u| and |output|, squared: rounding of half precision
+CLOSER = (0.5, 0.25, 0.0)  # of the last timestep: where the noise is told, too
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A step of a run. gap: what the second half of the answers has that the first has not.
+
+    own: the scheduler's timestep. dots: of (output - first half) with the gap, of the gap with
+    itself, of (output - first half) and of the output with themselves.
+    """
+
+    own: float
+    output: Tensor
+    gap: Tensor | None = None
+    dots: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def fits(self, guidance: float) -> bool:
+        """Whether the output is its first half + guidance * gap."""
+        along, gap, moved, whole = self.dots
+        left = moved - 2 * guidance * along + guidance**2 * gap
+        return self.gap is not None and left <= OFF[0] * moved + OFF[1] * whole
 
 
 class StepOutputs:
@@ -27,14 +54,25 @@ class StepOutputs:
     def __init__(self, pipe: Any) -> None:
         self.scheduler = getattr(pipe, "scheduler", None)
         self.sums: Tensor | None = None
+        self.halves: Tensor | None = None
+        self.guidance: float | None = None  # while that of every run is known, and the same
         self.images = 0
+        self.noisy = False  # whether a step was asked to add noise
         self.steps: dict[float, float] | None = None  # the denoiser's timestep: the scheduler's
+        self.answers: list[Tensor] = []  # of the denoiser, since the last step
+
+    def saw(self, out: Any) -> None:
+        """The denoiser's answer to a call."""
+        found = next(tensors_in(out), None)
+        if found is not None and self.scheduler is not None:
+            self.answers = [*self.answers[-2:], found.detach()]
 
     @contextmanager
     def run(self, last: Callable[[], float | None]) -> Iterator[None]:
         """One run of the pipeline. last: the timestep of the denoiser's last call."""
         scheduler: Any = self.scheduler
-        outputs = dict[float, tuple[float, Tensor]]()
+        outputs = dict[float, _Step]()
+        self.answers = []
         if not callable(getattr(scheduler, "step", None)):
             yield
             return
@@ -42,7 +80,9 @@ class StepOutputs:
         def step(given: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
             now = last()
             if now is not None and isinstance(given, Tensor):  # of two calls a step the last one
-                outputs[now] = float(timestep), given.detach().to("cpu", torch.float32, copy=True)
+                outputs[now] = _step(float(timestep), given.detach(), self.answers)
+            self.answers = []
+            self.noisy |= any((kwargs.get(name) or 0) > 0 for name in NOISY)
             return before(given, timestep, *args, **kwargs)
 
         before, held = scheduler.step, scheduler.__dict__.get("step")
@@ -50,25 +90,33 @@ class StepOutputs:
         try:
             yield
         finally:
+            self.answers = []
             if held is None:
                 del scheduler.__dict__["step"]
             else:
                 scheduler.__dict__["step"] = held
         self._add(outputs)
 
-    def _add(self, outputs: dict[float, tuple[float, Tensor]]) -> None:
+    def _add(self, outputs: dict[float, _Step]) -> None:
         """Add the products of one run's outputs; a run of other steps is left out."""
-        steps = {time: own for time, (own, _) in outputs.items()}
-        shapes = {tuple(x.shape) for _, x in outputs.values()}
+        found = list(outputs.values())
+        steps = {time: step.own for time, step in outputs.items()}
+        shapes = {tuple(step.output.shape) for step in found}
         if len(steps) < FEWEST or len(shapes) > 1 or self.steps not in (None, steps):
             return
-        rows = [x.flatten() for _, x in outputs.values()]
-        count, found = len(next(iter(outputs.values()))[1]), torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(rows[0]), CHUNK):
-            part = torch.stack([row[start : start + CHUNK] for row in rows]).double()
-            found = found + part @ part.T
-        found = found * (count / len(rows[0]))  # the mean over elements, summed over images
-        self.sums = found if self.sums is None else self.sums + found
+        guidance = _guidance(found)
+        if self.sums is not None and (
+            guidance is None or self.guidance is None or abs(guidance - self.guidance) > 0.01
+        ):
+            guidance = self.halves = None
+        count = len(found[0].output)
+        rows = [step.output for step in found]
+        sums = _products(rows, rows) * count
+        self.sums = sums if self.sums is None else self.sums + sums
+        if guidance is not None:
+            halves = _halves(found, guidance) * count
+            self.halves = halves if self.halves is None else self.halves + halves
+        self.guidance = guidance
         self.steps, self.images = steps, self.images + count
 
     def kernel(self) -> OutputKernel | None:
@@ -77,22 +125,105 @@ class StepOutputs:
             return None
         prediction = prediction_of(self.scheduler)
         noise = [noise_at(self.scheduler, own) for own in self.steps.values()]
-        if prediction is None or is_stochastic(self.scheduler) or None in noise:
+        stochastic = self.noisy or is_stochastic(self.scheduler)
+        if prediction is None or stochastic or None in noise:
             return None
         times = list(self.steps)
         if times not in (sorted(times), sorted(times, reverse=True)):
             return None
         alpha, sigma = zip(*(n for n in noise if n is not None), strict=True)
-        return OutputKernel(
-            self.sums / self.images, tuple(times), alpha, sigma, prediction, self.images
+        known = {
+            "prediction": prediction, "images": self.images, "guidance": self.guidance,
+            "timesteps": times, "alpha": alpha, "sigma": sigma, "noise": self._between(),
+        }  # fmt: skip
+        sums = self.sums if self.halves is None else self.halves
+        return OutputKernel.of(sums / self.images, known)
+
+    def _between(self) -> list[tuple[float, float, float]]:
+        """(timestep, alpha, sigma) between the steps of the run and beyond them."""
+        times, own = list((self.steps or {}).keys()), list((self.steps or {}).values())
+        config = getattr(self.scheduler, "config", None)
+        most = float(getattr(config, "num_train_timesteps", 1000)) - 1
+        wanted = [(a + b) / 2 for a, b in pairwise(own)]
+        wanted += [share * min(own) for share in CLOSER] + [(max(own) + most) / 2, most]
+        slope = (times[-1] - times[0]) / (own[-1] - own[0])  # the denoiser may count otherwise
+        found = []
+        for time in sorted({t for t in wanted if t not in own and 0 <= t <= most}):
+            noise = noise_at(self.scheduler, time)
+            if noise is not None:
+                found.append((times[0] + slope * (time - own[0]), *noise))
+        return found
+
+
+def _step(own: float, output: Tensor, answers: Sequence[Tensor]) -> _Step:
+    """A step, with the gap between the halves of the denoiser's answers if there are two."""
+    halves = answers
+    if len(answers) == 1 and len(answers[0]) == 2 * len(output):
+        halves = answers[0].chunk(2)
+    kept = output.to("cpu", torch.float32, copy=True)
+    if len(halves) != 2 or any(half.ndim != output.ndim for half in halves):
+        return _Step(own, kept)
+    if output.ndim > 1:  # of a variance that is learned, too
+        halves = [half[:, : output.shape[1]] for half in halves]
+    if any(half.shape != output.shape for half in halves):
+        return _Step(own, kept)
+    first, second = (half.to("cpu", torch.float32) for half in halves)
+    moved, gap = kept - first, second - first
+    pairs = (moved, gap), (gap, gap), (moved, moved), (kept, kept)
+    dots = [float((a.double() * b).sum()) for a, b in pairs]
+    return _Step(own, kept, gap, (dots[0], dots[1], dots[2], dots[3]))
+
+
+def _guidance(steps: Sequence[_Step]) -> float | None:
+    """By which g all outputs are u + g (c - u); None where they are not."""
+    gap = sum(step.dots[1] for step in steps)
+    found = sum(step.dots[0] for step in steps) / gap if gap > 0 else 0.0
+    if gap <= 0 or not all(step.fits(found) for step in steps):
+        return None
+    return round(max(found, 1 - found), 4)  # whichever half comes first
+
+
+def _halves(steps: Sequence[_Step], guidance: float) -> Tensor:
+    """The products of u with u, of u with c (symmetric), of c with c: float64 (3, T, T)."""
+    gap = sum(step.dots[1] for step in steps)
+    first = sum(step.dots[0] for step in steps) / gap >= 0.5  # else the conditional half is first
+    gaps = [(step.gap if first else -step.gap) for step in steps if step.gap is not None]
+    outputs = [step.output for step in steps]
+    whole, mixed, apart = (
+        _products(a, b) for a, b in ((outputs, outputs), (outputs, gaps), (gaps, gaps))
+    )
+    # u = output - g * gap, c = u + gap
+    mixed = (mixed + mixed.T) / 2
+    found = [
+        whole - (p + q) * mixed + p * q * apart
+        for p, q in (
+            (guidance, guidance), (guidance, guidance - 1), (guidance - 1, guidance - 1),
         )
+    ]  # fmt: skip
+    return torch.stack(found)
+
+
+def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The mean over elements of a[i] * b[j], float64 (len(a), len(b))."""
+    rows, others = [x.flatten() for x in a], [x.flatten() for x in b]
+    found = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(rows[0]), CHUNK):
+        part, other = (
+            torch.stack([x[start : start + CHUNK] for x in one]).double() for one in (rows, others)
+        )
+        found = found + part @ other.T
+    return found / len(rows[0])
 
 
 class _Watched:
-    """A scheduler's step that is looked at; a copy of the scheduler has its own, unwatched."""
+    """A scheduler's step that is looked at; a copy of the scheduler has its own, unwatched.
+
+    owner: the scheduler, as it is before this is put into it.
+    """
 
     def __init__(self, owner: Any, call: Callable[..., Any]) -> None:
         self.owner, self.call = owner, call
+        self.__signature__ = inspect.signature(owner.step)  # pipelines ask it what it takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)

@@ -46,7 +46,7 @@ def keep(work: Work, trajectory: Trajectory) -> bool:
     }
     kernel = trajectory.kernel
     if kernel is not None:
-        about["kernel"], store.tensors[KERNEL] = kernel.about(), kernel.values
+        about["kernel"], store.tensors[KERNEL] = kernel.about(), kernel.stored
     text = bytearray(json.dumps(about).encode())
     work.save(UNIT, store.tensors | {ABOUT: torch.frombuffer(text, dtype=torch.uint8)})
     return True
