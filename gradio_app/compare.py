@@ -21,7 +21,7 @@ from .fields import noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
 from .speedup import MOST
-from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields
+from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
 from .view import notice, status
 from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
 
@@ -116,7 +116,8 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
         *chosen, speedup = values[:CHOSEN]
         try:
             call = given(bench, chosen[0], values[CHOSEN:])
-            return [bench.compare(*chosen, call=call, speedup=speedup).id, ""]
+            faster = usable(bench, chosen[1], speedup)
+            return [bench.compare(*chosen, call=call, speedup=faster).id, ""]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]
 

@@ -16,7 +16,7 @@ from .call_fields import CallFields, call_fields, given, watch
 from .fields import artifact_choices, noticed, optional, shown_number
 from .measured import compared, generated
 from .restore import aside
-from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields
+from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
 from .studio import defaults_of
 from .view import card, notice
 from .viewer import AUDIBLE, QUIET, Pair, show, viewer
@@ -134,7 +134,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
         progress(0, desc="Loading the model")
         found = bench.generate(
             model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
-            speedup if used else None,
+            usable(bench, used, speedup),
         )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]

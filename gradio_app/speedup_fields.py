@@ -73,6 +73,15 @@ def default_for(bench: Bench, artifacts: Any) -> float:
         return OFF
 
 
+def usable(bench: Bench, artifacts: Any, value: Any) -> Any:
+    """What the slider says, or that nothing is skipped: where an artifact has no forecast."""
+    try:
+        files = [bench.places.artifact(name) for name in _named(artifacts)]
+        return value if files and all(known(file).kernel is not None for file in files) else OFF
+    except TenutoError:
+        return OFF
+
+
 def told(
     bench: Bench, value: Any, model: str, artifacts: Any, steps: Any, on: bool = True
 ) -> list[Any]:
@@ -80,7 +89,7 @@ def told(
 
     artifacts: a name, or a list of them. steps: None or "" are those of the first artifact.
     """
-    fixed = gr.Slider(value=OFF, interactive=False)
+    fixed = gr.Slider(interactive=False)  # its value stays: other fields may just be filled in
     names = _named(artifacts) if on else []
     if not names:
         return [fixed, _line(NO_ARTIFACT)]
