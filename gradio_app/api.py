@@ -39,11 +39,12 @@ def add(bench: Bench) -> None:
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
         artifact: str | None, beside: bool, call: dict[str, Any] | None = None,
+        speedup: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.generate(
             model, prompt, seed, steps, guidance, artifact or "", beside,
-            lambda done, total: None, call,
+            lambda done, total: None, call, speedup,
         )  # fmt: skip
 
     def calibrate(options: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ CALIBRATE = {
 }  # fmt: skip
 COMPARE = {
     "model": "demo:transformer", "artifacts": [], "count": 8, "steps": None, "guidance": None,
-    "seed": 10_000, "execution": "int8", "prompts": "", "call": None,
+    "seed": 10_000, "execution": "int8", "prompts": "", "call": None, "speedup": None,
 }  # fmt: skip
 
 

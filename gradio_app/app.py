@@ -25,8 +25,7 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with the three tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, calibrate_fields, compare, generate
-    from .call_fields import shown
+    from . import api, calibrate, calibrate_fields, checking, compare, generate
     from .page import Page
     from .viewer import QUIET
 
@@ -38,11 +37,12 @@ def build(bench: Bench) -> Any:
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generation = generate.tab(bench)
-            with gr.Tab("Calibrate", id="calibrate"):
+            with gr.Tab("Calibrate", id="calibrate") as calibrating:
                 calibration = calibrate.tab(bench, first)
             with gr.Tab("Compare", id="compare"):
                 comparison = compare.tab(bench, first)
         watch = calibration.watch
+        checking.follow(bench, calibration.fields, calibration.check, calibrating, watch.checked)
         watch.use.click(
             lambda key: calibrate.used(bench, key), watch.key,
             [generation.model, generation.artifact, generation.chosen, tabs], **QUIET,
@@ -71,9 +71,23 @@ def build(bench: Bench) -> Any:
             [*comparison.outputs, *comparison.fields, comparison.own.accordion, comparison.chosen],
             **QUIET,
         )  # fmt: skip
-        for part in (generation, calibration, comparison):
-            page.load(lambda name: shown(bench, name), part.model, part.own.outputs, **QUIET)
+        _fill(page, bench, generation, calibration, comparison)
     return page
+
+
+def _fill(page: Any, bench: Bench, generation: Any, calibration: Any, comparison: Any) -> None:
+    """When the page is loaded: what the chosen model takes, and what a speedup would do."""
+    from .call_fields import shown
+    from .speedup_fields import told
+    from .viewer import QUIET
+
+    for part in (generation, comparison):
+        page.load(
+            lambda *values: told(bench, *values), [part.speedup.slider, *part.speeds],
+            part.speedup.outputs, **QUIET,
+        )  # fmt: skip
+    for part in (generation, calibration, comparison):
+        page.load(lambda name: shown(bench, name), part.model, part.own.outputs, **QUIET)
 
 
 def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:

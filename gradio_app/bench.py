@@ -15,12 +15,14 @@ from tenuto.work import clear_parts, whole_file, write_text
 from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST
+from .inputs import bounded
 from .jobs import DONE, FAILED, Desk, Job
 from .memory import give_back
 from .pictures import saved
 from .places import SHIPPED, Places, checked_name
-from .requests import CHOSEN, HOW, LINES, calibration
+from .requests import CHOSEN, HOW, LINES, calibration, refuse
 from .settings import Settings
+from .speedup import asked
 from .studio import OnCall, Studio, Wanted
 
 NO_ARTIFACT = ""
@@ -28,6 +30,7 @@ GENERATE = "generate"  # is no job, but can be stopped like one
 FIRST = 10_000  # seed of a comparison, where none is given
 COUNT = {"least": 1, "most": 512}  # of images in a comparison
 SHOWN = 24  # images of a comparison that can be looked at
+SPEEDUP = ("The speedup", 1, 200)
 BATCH = 4  # of a comparison: large enough, and a Stop is never far
 
 
@@ -52,23 +55,26 @@ class Bench:
         beside: bool,
         on_call: OnCall,
         call: Any = None,
+        speedup: Any = None,
     ) -> dict[str, Any]:
         """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
 
-        seed: None takes one by chance. call: what else the pipeline takes.
+        seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
+        the artifact's forecast; None: as the artifact says.
         """
         prompt, folder = words(prompt, "The prompt", LONGEST), self.places.model(model)
         if not prompted(folder):
             prompt = ""
         elif not prompt:
             raise TenutoError("Say what to generate: the prompt is empty.")
+        file = self.places.artifact(artifact) if artifact else None
         wanted = Wanted(
             folder, model, prompt,
             given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
             whole(steps, "The number of steps", 1, 1000),
-            given(guidance, real, "Guidance", 0, 1000),
-            self.places.artifact(artifact) if artifact else None, artifact or "", beside,
+            given(guidance, real, "Guidance", 0, 1000), file, artifact or "", beside,
             checked(folder, call, self.places.inputs), self.places.inputs,
+            asked([(artifact, file)] if file else (), given(speedup, real, *SPEEDUP)),
         )  # fmt: skip
         self.desk.take("image")
         try:
@@ -76,7 +82,9 @@ class Bench:
         finally:
             self.desk.give()
             give_back()
-        return saved(self.places, found)
+        made = saved(self.places, found)
+        bounded(self.places, self.desk.requests)
+        return made
 
     @disk_told()
     def added(self, path: str | Path, name: str) -> str:
@@ -153,6 +161,7 @@ class Bench:
     @disk_told()
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
+        refuse(self.places, request, self.settings.device)
         lines = request["prompts_text"]
         file = self.places.aside(name, ".prompts.txt") if lines else None
         files = {
@@ -164,6 +173,7 @@ class Bench:
         self.places.keep_request(name, request)
         if file is not None:
             write_text(file, lines + "\n")
+        bounded(self.places, [job.request, *self.desk.requests])
         try:
             return self.desk.start(job, lambda job: self._over(name, job))
         except TenutoError:
@@ -208,8 +218,12 @@ class Bench:
         execution: str = "int8",
         prompts: str = "",
         call: Any = None,
+        speedup: Any = None,
     ) -> Job:
-        """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes."""
+        """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes.
+
+        speedup: as in `generate`, of all the artifacts.
+        """
         from tenuto.runtime import check_execution
 
         check_execution(execution)
@@ -217,20 +231,22 @@ class Bench:
         if not artifacts or not listed or not all(isinstance(name, str) for name in artifacts):
             raise TenutoError("Choose one artifact or more to compare with full precision.")
         lines, inputs = words(prompts, "The list of prompts", LINES), self.places.inputs
-        files = {name: str(self.places.artifact(name)) for name in dict.fromkeys(artifacts)}
+        files = {name: self.places.artifact(name) for name in dict.fromkeys(artifacts)}
+        skipping = asked(files.items(), given(speedup, real, *SPEEDUP))
         place = self.places.model(model)
         request = {
             "model": place, "shown_model": model, "inputs": str(inputs),
             "call": kept(checked(place, call, inputs), inputs),
-            "artifacts": {name.removeprefix(SHIPPED): path for name, path in files.items()},
+            "artifacts": {name.removeprefix(SHIPPED): str(path) for name, path in files.items()},
             "names": {name.removeprefix(SHIPPED): name for name in files},
             "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),
             "steps": given(steps, whole, "The number of steps", 1, 1000),
             "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": given(seed, whole, "The seed", 0, 2**53, absent=FIRST),
             "execution": execution, "shown": SHOWN, "batch": BATCH, "device": self.settings.device,
-            "prompts": None, "prompts_text": lines,
+            "prompts": None, "prompts_text": lines, "speedup": skipping,
         }  # fmt: skip
+        bounded(self.places, [request, *self.desk.requests])
         folder = self.places.comparison()
         request["folder"] = str(folder)
         if lines:

@@ -13,8 +13,10 @@ from tenuto.errors import TenutoError
 from .bench import Bench
 from .calibrate_fields import asked, calibration_fields
 from .call_fields import CallFields
+from .check_view import asking
 from .fields import artifact_choices, noticed
 from .jobs import DONE, FAILED, Job
+from .speedup_fields import forecast_of
 from .view import loss_curve, notice, status, step_map
 from .viewer import AUDIBLE, QUIET
 
@@ -41,6 +43,8 @@ class Watch:
     download: gr.DownloadButton
     log: gr.DownloadButton
     refused: gr.HTML
+    checked: gr.HTML
+    before: gr.Column
 
     @property
     def outputs(self) -> list[Any]:
@@ -48,6 +52,7 @@ class Watch:
         return [
             self.timer, self.status, self.start, self.stop, self.resume, self.discard,
             self.sure, self.unfinished, self.map, self.loss, self.use, self.download, self.log,
+            self.before,
         ]  # fmt: skip
 
 
@@ -59,6 +64,7 @@ class Calibrate:
     model: gr.Dropdown
     fields: list[Any]
     own: CallFields
+    check: gr.Button
 
 
 def tab(bench: Bench, model_name: str) -> Calibrate:
@@ -85,6 +91,9 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
                 sure, yes, no = _sure()
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML(status(None, IDLE), elem_id="calibrate-status")
+            with gr.Column() as before:
+                checked = gr.HTML(asking(), elem_id="calibrate-checked")
+                check = gr.Button("Check again", size="sm", elem_id="calibrate-check")
             with gr.Row():
                 use = gr.Button("Use it in Generate", visible=False, elem_id="calibrate-use")
                 download = gr.DownloadButton(
@@ -95,11 +104,11 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
             loss = gr.HTML("", elem_id="calibrate-loss")
     watch = Watch(
         key, timer, said, start, stop, resume, discard, sure, unfinished, shown, loss, use,
-        download, log, refused,
+        download, log, refused, checked, before,
     )  # fmt: skip
     _wire(bench, watch, fields)
     _wire_discard(bench, watch, yes, no)
-    return Calibrate(watch, fields[0], fields, own)
+    return Calibrate(watch, fields[0], fields, own, check)
 
 
 def _sure() -> tuple[gr.Row, gr.Button, gr.Button]:
@@ -182,13 +191,14 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=not alive and chosen is not None),
         gr.Row(visible=False),
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
-        step_map(found, done),
+        step_map(found, done) + (forecast_of(bench, job.result["name"]) if job and done else ""),
         loss_curve(job.loss if job else []),
         gr.Button(visible=done),
         gr.DownloadButton(value=file, visible=done) if done else gr.DownloadButton(visible=False),
         gr.DownloadButton(value=str(job.log), visible=True)
         if job and failed
         else gr.DownloadButton(visible=False),
+        gr.Column(visible=not alive),
     ]
 
 

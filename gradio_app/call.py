@@ -208,7 +208,9 @@ def kept(call: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             stem = re.sub(r"[^A-Za-z0-9]+", "-", stem.removesuffix(f"-{sign}")).strip("-")[:40]
             value.filename = f"{stem or 'image'}-{sign}.png"
             file = folder / value.filename
-            if not file.is_file():
+            if file.is_file():
+                file.touch()  # it is in use: others are older
+            else:
                 folder.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as part:
                     value.save(part, format="PNG")

@@ -20,10 +20,12 @@ from .call_fields import filled as own_filled
 from .fields import noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
+from .speedup import MOST
+from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
 from .view import notice, status
 from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
 
-CHOSEN = 8  # fields before those of the pipeline's own settings
+CHOSEN = 9  # fields before those of the pipeline's own settings
 IDLE = "Choose a model and one artifact or more, and press Compare."
 
 
@@ -38,6 +40,8 @@ class Compare:
     fields: list[Any]
     chosen: gr.State
     own: CallFields
+    speedup: SpeedupFields
+    speeds: list[Any]  # the components that decide what the speedup would do
 
 
 def tab(bench: Bench, model_name: str) -> Compare:
@@ -59,6 +63,7 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 8, label="Images", step=1, elem_id="compare-count",
                 info=f"Up to {COUNT['most']}: more make the numbers steadier; tables have 64",
             )  # fmt: skip
+            speedup = speedup_fields("compare")
             with gr.Row():
                 go = gr.Button("Compare", variant="primary", elem_id="compare-start")
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop")
@@ -78,10 +83,14 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 log = gr.DownloadButton("Download the log", visible=False)
     outputs = [timer, said, go, stop, numbers, chooser, which, number, file, log]
     looks = [view.pair, prompt, *view.outputs]
-    fields = [model, artifacts, count, *rest, *own.fields]
-    made = Compare(key, model, artifacts, outputs, fields, gr.State(model_name), own)
+    fields = [model, artifacts, count, *rest, speedup.slider, *own.fields]
+    speeds = [model, artifacts, rest[0]]
+    chosen = gr.State(model_name)
+    made = Compare(key, model, artifacts, outputs, fields, chosen, own, speedup, speeds)
     _wire(bench, made, (timer, go, stop, refused))
     watch(bench, model, own)
+    follow(bench, speedup, speeds)
+    artifacts.input(lambda names: default_for(bench, names), artifacts, speedup.slider, **QUIET)
     _pictures(bench, key, which, number, view, looks)
     return made
 
@@ -104,9 +113,11 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
     timer, go, stop, refused = parts
 
     def start(*values: Any) -> list[Any]:
-        chosen, own = values[:CHOSEN], values[CHOSEN:]
+        *chosen, speedup = values[:CHOSEN]
         try:
-            return [bench.compare(*chosen, call=given(bench, chosen[0], own)).id, ""]
+            call = given(bench, chosen[0], values[CHOSEN:])
+            faster = usable(bench, chosen[1], speedup)
+            return [bench.compare(*chosen, call=call, speedup=faster).id, ""]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]
 
@@ -137,6 +148,7 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
     )  # fmt: skip
     shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
     rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
+    rest.append(min(asked["speedup"] or OFF, MOST))
     own = as_fields(asked["call"], bench.places.inputs)
     return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), model]
 

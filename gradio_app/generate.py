@@ -16,6 +16,7 @@ from .call_fields import CallFields, call_fields, given, watch
 from .fields import artifact_choices, noticed, optional, shown_number
 from .measured import compared, generated
 from .restore import aside
+from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
 from .studio import defaults_of
 from .view import card, notice
 from .viewer import AUDIBLE, QUIET, Pair, show, viewer
@@ -28,7 +29,7 @@ FULL = "full precision"
 
 @dataclass(frozen=True)
 class Generate:
-    """The components that other tabs change. chosen: the model and artifact that were seen last.
+    """The components that the app wires. chosen: the model and artifact that were seen last.
 
     A dropdown that takes free text tells of input when it is left, too: only what differs from
     `chosen` was chosen.
@@ -38,6 +39,8 @@ class Generate:
     artifact: gr.Dropdown
     chosen: gr.State
     own: CallFields
+    speedup: SpeedupFields
+    speeds: list[Any]  # the components that decide what the speedup would do
 
 
 def tab(bench: Bench) -> Generate:
@@ -65,6 +68,7 @@ def tab(bench: Bench) -> Generate:
             with gr.Row():
                 on = gr.Checkbox(True, label="Artifact on", elem_id="artifact-on")
                 beside = gr.Checkbox(True, label="Beside full precision", elem_id="beside")
+            speedup = speedup_fields("generate")
             with gr.Row():
                 seed = gr.Number(7, label="Seed (empty: any)", minimum=0, elem_id="seed")
                 dice = gr.Button("New seed", size="sm", min_width=80)
@@ -73,7 +77,8 @@ def tab(bench: Bench) -> Generate:
                 guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
             chosen = gr.State((model_name, choices[-1][1]))
             own = call_fields("generate")
-            fields = [prompt, seed, steps_of, guidance_of, model, artifact, chosen, *own.outputs]
+            fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, chosen]
+            fields += own.outputs
             aside(bench, model, artifact, chosen, fields)
         with gr.Column(scale=3, min_width=320):
             view = viewer("generate", "Image")
@@ -83,14 +88,19 @@ def tab(bench: Bench) -> Generate:
                 buttons=["copy"], elem_id="infotext",
             )  # fmt: skip
     inputs = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside, view.mode]
+    inputs.append(speedup.slider)
     outputs = [view.pair, numbers, infotext, *view.outputs]
     _wire(bench, [go, stop, working], prompt, [*inputs, *own.fields], outputs)
     watch(bench, model, own)
     dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
-    told, asked = [artifact, steps_of, guidance_of, chosen, refused], [model, artifact, chosen]
-    model.input(lambda *now: _model_chosen(bench, *now), asked, told, **AUDIBLE)
-    artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told[1:], **AUDIBLE)
-    return Generate(model, artifact, chosen, own)
+    told, asked = (
+        [steps_of, guidance_of, speedup.slider, chosen, refused],
+        [model, artifact, chosen],
+    )
+    model.input(lambda *now: _model_chosen(bench, *now), asked, [artifact, *told], **AUDIBLE)
+    artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told, **AUDIBLE)
+    follow(bench, speedup, [model, artifact, steps_of, on])
+    return Generate(model, artifact, chosen, own, speedup, [model, artifact, steps_of, on])
 
 
 def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outputs: Any) -> None:
@@ -113,7 +123,8 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
 
 def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     """What the image side shows after a press of Generate: generated, stopped or failed."""
-    model, prompt, seed, steps, guidance, artifact, on, beside, mode, *own = values
+    model, prompt, seed, steps, guidance, artifact, on, beside, mode, speedup, *own = values
+    used = artifact if on else NO_ARTIFACT
 
     def on_call(done: int, total: int) -> None:
         progress((done, total), desc="Generating", unit="calls")
@@ -122,8 +133,8 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     try:
         progress(0, desc="Loading the model")
         found = bench.generate(
-            model, prompt, seed, steps, guidance, artifact if on else NO_ARTIFACT, beside, on_call,
-            given(bench, model, own),
+            model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
+            usable(bench, used, speedup),
         )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
@@ -150,22 +161,22 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
 def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
     """Artifacts, steps and guidance for a model, if it is another than before."""
     if before and name == before[0]:
-        return [gr.skip()] * 5
+        return [gr.skip()] * 6
     try:
         steps, guidance = defaults_of(bench.places.model(name))
     except TenutoError as error:
-        return [*[gr.skip()] * 4, notice("This model cannot be used.", str(error))]
+        return [*[gr.skip()] * 5, notice("This model cannot be used.", str(error))]
     new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
-    return [new, steps, shown_number(guidance), (name, NO_ARTIFACT), ""]
+    return [new, steps, shown_number(guidance), OFF, (name, NO_ARTIFACT), ""]
 
 
 def _artifact_chosen(bench: Bench, model: str, name: str, before: Any) -> list[Any]:
-    """Steps and guidance that an artifact was made for, if it is another than before."""
+    """Steps, guidance and speedup that an artifact was made for, if it is another than before."""
     if before and (model, name) == tuple(before):
-        return [gr.skip()] * 4
+        return [gr.skip()] * 5
     try:
         file = bench.places.artifact(name) if name else None
         steps, guidance = defaults_of(bench.places.model(model), file)
-        return [steps, shown_number(guidance), (model, name), ""]
+        return [steps, shown_number(guidance), default_for(bench, name), (model, name), ""]
     except TenutoError as error:
-        return [*[gr.skip()] * 3, notice("This artifact cannot be used.", str(error))]
+        return [*[gr.skip()] * 4, notice("This artifact cannot be used.", str(error))]

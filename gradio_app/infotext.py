@@ -23,7 +23,10 @@ LONGEST_CALL = 10_000  # of the pipeline's own settings, as JSON
 ALL = 8 * (LONGEST + LONGEST_CALL)  # of an infotext, which may have both twice, once escaped
 PAIRS = 100  # values that are looked at
 NEGATIVE = "Negative prompt:"
-NUMBERS = {"steps": (1, 1000), "guidance": (0, 1000), "seed": (0, 2**53)}  # least, most
+NUMBERS = {
+    "steps": (1, 1000), "guidance": (0, 1000), "seed": (0, 2**53), "speedup": (1, 200),
+}  # fmt: skip
+FRACTIONS = ("guidance", "speedup")  # of them; the others are whole
 WHOLE, CALL, NEGATIVE_OF = "Tenuto prompt", "Tenuto call", "negative_prompt"
 FIELDS = {
     "Steps": "steps",
@@ -31,23 +34,26 @@ FIELDS = {
     "Seed": "seed",
     "Model": "model",
     "Tenuto artifact": "artifact",
+    "Tenuto speedup": "speedup",
 }
 
 
 def written(settings: dict[str, Any]) -> str:
     """The infotext of an image.
 
-    settings: prompt, steps, guidance, seed and model; perhaps artifact, sampler, size, call.
+    settings: prompt, steps, guidance, seed and model; perhaps artifact, speedup, sampler, size,
+    call.
     """
     call = settings.get("call") or {}
     values = [
         ("Steps", settings["steps"]),
         ("Sampler", settings.get("sampler")),
-        ("CFG scale", None if settings["guidance"] is None else f"{settings['guidance']:.10g}"),
+        ("CFG scale", _shown(settings["guidance"])),
         ("Seed", settings["seed"]),
         ("Size", settings.get("size")),
         ("Model", settings["model"]),
         ("Tenuto artifact", settings.get("artifact")),
+        ("Tenuto speedup", _shown(settings.get("speedup"))),
         (CALL, json.dumps(call, ensure_ascii=False) if call else None),
         ("Version", settings.get("version")),
     ]
@@ -59,6 +65,10 @@ def written(settings: dict[str, Any]) -> str:
     if parsed(text).get("prompt", "") == prompt:
         return text
     return f"{above}{_line([*values, (WHOLE, prompt)])}"
+
+
+def _shown(value: float | None) -> str | None:
+    return None if value is None else f"{value:.10g}"
 
 
 def _line(values: list[tuple[str, Any]]) -> str:
@@ -85,7 +95,7 @@ def parsed(text: str) -> dict[str, Any]:
     for name, field in FIELDS.items():
         value = pairs.get(name) if "Steps" in pairs else None
         if value is not None and field in NUMBERS:
-            value = _number(value, *NUMBERS[field], whole=field != "guidance")
+            value = _number(value, *NUMBERS[field], whole=field not in FRACTIONS)
         if value is not None:
             found[field] = value
     other = {} if WHOLE in pairs or not negative else {NEGATIVE_OF: negative}

@@ -182,6 +182,11 @@ class Desk:
             return ""
         return next((job.kind for job in self._jobs.values() if job.alive), "image")
 
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """What the jobs that are not over were asked for."""
+        return [job.request for job in list(self._jobs.values()) if job.alive]
+
     def take(self, what: str) -> None:
         """Take the desk for `what`; TenutoError, which says who has it, if it is taken."""
         if not self._free.acquire(blocking=False):

@@ -47,4 +47,6 @@ def restored(places: Places, path: str | Path) -> dict[str, Any]:
     known = places.artifacts(str(found.get("model", "")))
     if "artifact" in found and found["artifact"] not in known:
         del found["artifact"]
+    if "artifact" not in found:
+        found.pop("speedup", None)
     return found

@@ -15,11 +15,13 @@ from .call_fields import filled
 from .fields import artifact_choices, shown_number
 from .guard import drop
 from .pictures import restored
+from .speedup import MOST
+from .speedup_fields import OFF
 from .view import card
 from .viewer import QUIET
 
-NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact")
-FIELDS = 15  # those of `NAMES`, the model that was seen last, the pipeline's own
+NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact", "speedup")
+FIELDS = 16  # those of `NAMES`, the model that was seen last, the pipeline's own
 
 
 def aside(
@@ -59,6 +61,9 @@ def _restored(bench: Bench, path: str | None) -> list[Any]:
     said += f" Choose again: {', '.join(own.lost.values())}." if own.lost else ""
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in NAMES]
+    faster = found.get("speedup", OFF)
+    values[6] = gr.Slider(value=min(faster, MOST), interactive=True)
+    said += f" It was made at a speedup of {faster:g}." if faster > MOST else ""
     if "model" in found:
         values[5] = gr.Dropdown(
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")

@@ -26,7 +26,8 @@ class Wanted:
     """One image, or a video. model: what `load` takes; name: as the user knows it.
 
     artifact: its file. call: the pipeline's own keywords, images opened. described: the same as
-    plain data. inputs: where the images lie that an artifact was calibrated with.
+    plain data. inputs: where the images lie that an artifact was calibrated with. speedup: as
+    `attach` takes it.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Wanted:
     beside: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     inputs: Path | None = None
+    speedup: float | None = None
 
 
 @dataclass
@@ -69,10 +71,12 @@ class Generated:
 
 def settings_of(wanted: Wanted, which: str, call: Mapping[str, Any]) -> dict[str, Any]:
     """What a PNG says of itself. call: as plain data."""
-    used = wanted.artifact_name if which == "artifact" else None
+    own = which == "artifact"
     return {
         "model": wanted.name, "prompt": wanted.prompt, "steps": wanted.steps,
-        "guidance": wanted.guidance, "seed": wanted.seed, "artifact": used,
+        "guidance": wanted.guidance, "seed": wanted.seed,
+        "artifact": wanted.artifact_name if own else None,
+        "speedup": wanted.speedup if own else None,
     } | ({"call": dict(call)} if call else {})  # fmt: skip
 
 
@@ -149,7 +153,7 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     from tenuto.cli.session import attached_to
     from tenuto.sampling.images import generate_images
 
-    with attached_to(pipe, artifact, "auto") as attached:
+    with attached_to(pipe, artifact, "auto", wanted.speedup) as attached:
         start = time.perf_counter()
         images = generate_images(
             pipe, wanted.prompt, negative=None, steps=wanted.steps, guidance=wanted.guidance,
@@ -159,7 +163,11 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
         execution = attached.execution() if attached else {"mode": "float", "layers": {}}
         counts = attached.counts() if attached else {}
     reused, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
-    numbers = {"execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0}
+    numbers = {
+        "execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0,
+        "asked_speedup": wanted.speedup,
+        "calls": [made, reused] if wanted.speedup else None,
+    }  # fmt: skip
     return Generated({"artifact" if artifact else "full": images}, seconds, wanted, numbers)
 
 
@@ -173,13 +181,14 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     found, generated = compare_all(
         pipe, {ARTIFACT: artifact}, [wanted.prompt], count=1, steps=wanted.steps,
         guidance=wanted.guidance, call=wanted.call, seed=wanted.seed, execution="auto", floor=False,
+        speedup=wanted.speedup,
     )  # fmt: skip
     pictures = {
         name: to_images(torch.cat(generated[key].batches))
         for name, key in (("full", FULL), ("artifact", ARTIFACT))
     }
-    said = {"said": found[ARTIFACT].speed_note()}
-    numbers = found[ARTIFACT].to_json() | said
+    more = {"said": found[ARTIFACT].speed_note(), "asked_speedup": wanted.speedup}
+    numbers = found[ARTIFACT].to_json() | more
     return Generated(pictures, time.perf_counter() - start, wanted, numbers)
 
 

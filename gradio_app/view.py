@@ -70,6 +70,8 @@ def what_of(job: Job) -> str:
     parts = [str(asked["shown_model"])]
     if job.kind == "compare":
         parts += [*asked["names"].values(), counted(asked["count"], "image", "images")]
+        if asked.get("speedup"):
+            parts.append(f"speedup {asked['speedup']:g}")
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
         if asked["reuse"] is not None:

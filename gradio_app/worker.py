@@ -175,13 +175,16 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     found, generated = compare_all(
         pipe, artifacts, lines, count=count, steps=sampling.steps, call=call,
         guidance=sampling.guidance, seed=seed, execution=request["execution"], batch=batch,
-        on_progress=bars("Generating"),
+        speedup=request.get("speedup"), on_progress=bars("Generating"),
     )  # fmt: skip
     used = replace(sampling, call=call)
     prompts, pictures = _saved(request, generated, wanted_prompts(pipe, lines, call), used)
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
-        "numbers": {name: comparison.to_json() for name, comparison in found.items()},
+        "numbers": {
+            name: comparison.to_json() | {"asked_speedup": request.get("speedup")}
+            for name, comparison in found.items()
+        },
         "text": {name: str(comparison) for name, comparison in found.items()},
     }  # fmt: skip
     folder = Path(request["folder"])
@@ -213,6 +216,7 @@ def _saved(
                 "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
                 "steps": sampling.steps, "guidance": sampling.guidance,
                 "artifact": request["names"].get(name),
+                "speedup": request.get("speedup") if name in request["names"] else None,
             } | ({"call": call} if call else {})  # fmt: skip
             save_png(image, folder / file, settings | {"drawn": name}, written(settings))
     return prompts, pictures

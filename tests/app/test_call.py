@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gradio_app.worker import Reports
 from tenuto.artifact import read_header
 from tenuto.errors import TenutoError
 from tenuto.sampling import described
-from tests.core.tiny_pipelines import picture
+from tests.core.tiny_pipelines import picture, stable_diffusion
 
 INPAINT = diffusers.StableDiffusionInpaintPipeline
 VIDEO = diffusers.StableVideoDiffusionPipeline
@@ -195,6 +196,9 @@ def test_a_calibration_keeps_its_image(
 ) -> None:
     """While it runs its fields show it, and it is resumed with it when the upload is gone."""
     monkeypatch.setattr(jobs, "WORKER", "import sys; sys.stdin.readline(); sys.exit(7)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stable_diffusion(INPAINT.__name__).save_pretrained(model)
     bench = Bench(Settings(tmp_path / "out", (tmp_path / "roots",)))
     upload = uploads / "a" / "my photo.png"
     call = {"image": {"path": str(upload)}, "strength": 0.5}

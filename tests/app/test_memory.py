@@ -10,7 +10,7 @@ from benchmarks.app_memory import settled, work
 
 pytestmark = pytest.mark.slow
 
-WARM, COUNT, MOST = 50, 250, 20.0  # rounds, rounds, MiB
+WARM, COUNT, MOST = 40, 120, 9.6  # rounds, rounds, MiB: 80 kB a round
 TINY = "mine/tiny"  # images of 32 x 32
 FEW = """
 from tenuto.cli.app import module
@@ -19,7 +19,7 @@ module("app").SESSIONS = 4  # as many pages are remembered after a short while
 
 
 def test_memory_stays_flat(start: Any, models: Any, record_property: Any) -> None:
-    """300 images and 300 other calls, every tenth by a page of its own: flat after the first 50."""
+    """160 images and 160 other calls, every tenth by a page of its own: flat after the first 40."""
     from gradio_client import Client
 
     with start(roots=models, before=FEW) as app:

@@ -107,7 +107,7 @@ def started(tab: Any, name: str) -> None:
     page.fill("#calibrate-negative textarea", "blur")
     page.fill("#calibrate-more textarea", "clip_skip = 1")
     page.click("#calibrate-start")
-    page.wait_for_selector("#calibrate-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#calibrate-status [data-state=running]")
 
 
 def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     page.reload()
     page.wait_for_selector("#generate")
     tab.show("Calibrate")
-    page.wait_for_selector("#calibrate-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#calibrate-status [data-state=running]")
     assert said in tab.text("#calibrate-status")
     page.wait_for_function("document.querySelector('#calibrate-model input').value == 'demo:unet'")
     assert page.input_value("#calibrate-scheme input").startswith("W4A8")
@@ -133,7 +133,7 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     assert page.input_value("#calibrate-more textarea") == "clip_skip = 1"
 
     page.click("#calibrate-stop")
-    page.wait_for_selector("#calibrate-status [data-state=stopped]", timeout=10_000)
+    page.wait_for_selector("#calibrate-status [data-state=stopped]")
     assert said in tab.text("#calibrate-status")
 
     page.click("#calibrate-discard")  # it asks
@@ -155,18 +155,18 @@ def test_a_reload_shows_the_comparison_that_runs(app: Any, visit: Any) -> None:
     tab.show("Compare")
     number(page, "#compare-count", "200")
     page.click("#compare-start")
-    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#compare-status [data-state=running]")
     artifact = tab.text("#compare-artifacts .token")
     said = f"demo:transformer, {artifact}, 200 images"
     page.reload()
     page.wait_for_selector("#generate")
     tab.show("Compare")
-    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#compare-status [data-state=running]")
     assert said in tab.text("#compare-status")
     page.wait_for_function("document.querySelector('#compare-count input').value == '200'")
     assert tab.text("#compare-artifacts .token") == artifact
     page.click("#compare-stop")
-    page.wait_for_selector("#compare-status [data-state=stopped]", timeout=10_000)
+    page.wait_for_selector("#compare-status [data-state=stopped]")
     assert said in tab.text("#compare-status")
 
 
@@ -208,10 +208,10 @@ def test_refusals_are_beside_their_button(app: Any, visit: Any) -> None:
     assert page.get_by_test_id("toast-body").count() == 0
     page.fill("#compare-more textarea", "")
     page.click("#compare-start")
-    page.wait_for_selector("#compare-status [data-state=running]", timeout=10_000)
+    page.wait_for_selector("#compare-status [data-state=running]")
     page.wait_for_selector("#compare-refused", state="hidden")
     page.click("#compare-stop")
-    page.wait_for_selector("#compare-status [data-state=stopped]", timeout=10_000)
+    page.wait_for_selector("#compare-status [data-state=stopped]")
 
 
 @pytest.mark.parametrize("width", [1280, 1400, 1920])
@@ -233,16 +233,16 @@ def test_progress_is_seen_on_a_phone(app: Any, visit: Any) -> None:
     page.locator("#generate").scroll_into_view_if_needed()
     page.click("#generate")
     place = page.locator("#generate-working")
-    place.wait_for(state="visible", timeout=5000)
+    place.wait_for(state="visible")
     page.wait_for_function(
-        "document.querySelector('#generate-working').innerText.trim().length > 3", timeout=10_000
+        "document.querySelector('#generate-working').innerText.trim().length > 3"
     )
     box = place.bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= 700, "it is on the screen"
     assert "No image yet" not in place.inner_text()
     page.click("#generate-stop")
-    page.wait_for_selector("#numbers [data-state=stopped]", state="attached", timeout=10_000)
-    place.wait_for(state="hidden", timeout=5000)
+    page.wait_for_selector("#numbers [data-state=stopped]", state="attached")
+    place.wait_for(state="hidden")
 
 
 def test_an_empty_seed_is_any_and_no_step_is_an_error(app: Any, visit: Any) -> None:

@@ -407,8 +407,8 @@ def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert filled == values and getattr(accordion, "open", False) is (values[-7:] != OWN)
         bench.stop(job.id, "calibrate")
         assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(bench, job))
-    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb"]
-    job = bench.compare(*values)
+    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb", 1.0]
+    job = bench.compare(*values[:-1], speedup=values[-1])
     model, artifacts, *rest, _, chosen = compare.filled(bench, job)
     assert [model, artifacts.value, *rest] == [*values, *OWN] and chosen == "demo:unet"
     bench.desk.close()
@@ -609,7 +609,7 @@ def test_a_model_that_fails_while_it_draws_is_told(
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
-    card = drawn_now(bench, lambda *args, **options: None, "demo:unet", *["x"] * 8, *OWN)[1]
+    card = drawn_now(bench, lambda *args, **options: None, "demo:unet", *["x"] * 9, *OWN)[1]
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 

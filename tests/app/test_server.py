@@ -199,7 +199,7 @@ def test_what_is_no_picture_restores_nothing(app: Any, visit: Any, tmp_path: Pat
     for number, (kind, (data, words)) in enumerate(PICTURES.items()):
         began, name = time.monotonic(), f"{number}.png"
         assert words in sent(tab, "#restore", tmp_path / name, data, f"{name}: nothing"), kind
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert tab.page.input_value("#seed input") == "7"
         assert app.alive
 
@@ -294,7 +294,7 @@ def test_a_taken_port_gets_one_sentence(
 # --- the API --------------------------------------------------------------------------------------
 
 
-def until_over(client: Any, kind: str, seconds: float = 60) -> dict[str, Any]:
+def until_over(client: Any, kind: str, seconds: float = 300) -> dict[str, Any]:
     end = time.monotonic() + seconds
     found = client.predict(kind, api_name="/job")
     while found["state"] in ("running", "stopping"):
@@ -382,7 +382,7 @@ def test_a_killed_worker_is_told_and_goes_on(app: Any, client: Any) -> None:
         time.sleep(0.05)
     (worker,) = children(app.process.pid)
     os.kill(worker, signal.SIGKILL)
-    found = until_over(client, "calibrate", 10)
+    found = until_over(client, "calibrate")
     assert found["state"] == "failed" and "exit code -9" in found["error"]
     other = options | {"scheme": "w4a8"}
     assert "other settings" in refused(client.predict, other, api_name="/calibrate")
@@ -419,7 +419,7 @@ def test_the_worker_ends_with_the_app(start: Any, models: Path) -> None:
     assert "The app is closed." in app.log.read_text()
     assert len(said) == 3 and said[0].startswith("tenuto: starting"), said
     assert said[1].startswith("tenuto: No window: "), said
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not Path(f"/proc/{worker}").exists()

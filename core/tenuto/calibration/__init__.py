@@ -1,7 +1,7 @@
 """All that is learnt: quantization, text encoders, the cache router."""
 
 from . import algorithms
-from .check import ENCODERS, USES, Check, check
+from .check import ENCODERS, QUANTIZE, ROUTER, USES, Check, check
 from .given import prompts_needed
 from .presets import Preset, effort, recipe_for
 from .quantize import quantize
@@ -12,6 +12,8 @@ from .train_router import PRESETS, train_router
 __all__ = [
     "ENCODERS",
     "PRESETS",
+    "QUANTIZE",
+    "ROUTER",
     "USES",
     "WIDTHS",
     "Check",

@@ -6,10 +6,13 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ..calibration import ENCODERS, QUANTIZE
 from ..sampling.loading import check_model
 from .checks import check_quantization
 from .console import Answer, Bars
 from .session import checked, loaded, sampling_of
+
+IMPOSSIBLE = 1  # exit code; that of bad input is another
 
 
 def check(
@@ -27,7 +30,8 @@ def check(
 ) -> Answer:
     """Say what works with a model and what does not; `run` times one call of the denoiser.
 
-    A folder or a demo model is not loaded for it, unless it runs.
+    A folder or a demo model is not loaded for it, unless it runs. The exit code is `IMPOSSIBLE`
+    where `tenuto quantize` would refuse to do what is asked for.
     """
     bars = bars or Bars()
     wanted, _ = check_quantization(scheme, preset, text_encoder=text_encoder)
@@ -39,6 +43,10 @@ def check(
         pipe = loaded(model, sampling.device, bars)
         found = checked(pipe, sampling, wanted, encoder, preset=preset, run=run)
     assert found is not None
-    what = f"--scheme {scheme or 'w8a8'}"
-    line = f"tenuto quantize {shlex.quote(model)} {what} --out quantized.safetensors"
-    return Answer(str(found), found.to_json(), next="" if found.stopping("quantize") else line)
+    what, uses = [f"--text-encoder {text_encoder}"] * encoder, [ENCODERS] * encoder
+    if scheme is not None or not encoder:
+        what, uses = [f"--scheme {scheme or 'w8a8'}", *what], [QUANTIZE, *uses]
+    if found.stopping(*uses):
+        return Answer(str(found), found.to_json(), code=IMPOSSIBLE)
+    line = f"tenuto quantize {shlex.quote(model)} {' '.join(what)} --out quantized.safetensors"
+    return Answer(str(found), found.to_json(), next=line)

@@ -17,11 +17,15 @@ NOTE = 22  # columns of WIDTH that are left beside the longest label and hours o
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: text for people, plain data for `--json`, and what to do next."""
+    """What a command found: text for people, plain data for `--json`, and what to do next.
+
+    code: the exit code.
+    """
 
     text: str
     data: dict[str, Any] = field(default_factory=dict)
     next: str = ""
+    code: int = 0
 
     def __str__(self) -> str:
         """The text in lines of at most 80 columns (but for what cannot be broken), then `next`."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from ..errors import SENTENCE, TenutoError
 from ..text import printable
+from .console import Answer, Bars
 
 BAD, INTERRUPTED = 2, 130  # exit codes
 RESUMES = ("quantize", "train_router")
@@ -46,7 +47,7 @@ def run(name: str, given: Mapping[str, Any]) -> int:
         return 0
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer.data) if as_json else answer, flush=True)
-    return 0
+    return answer.code
 
 
 def say(text: str) -> None:
@@ -54,7 +55,7 @@ def say(text: str) -> None:
     print(f"tenuto: {printable(text, SENTENCE)}", file=sys.stderr)
 
 
-def _answer(name: str, options: dict[str, Any]) -> Any:
+def _answer(name: str, options: dict[str, Any]) -> Answer | None:
     """What a command answers; None where another process says it.
 
     All that is printed meanwhile goes to stderr.
@@ -63,7 +64,6 @@ def _answer(name: str, options: dict[str, Any]) -> Any:
         from ..sampling import launched, launched_size
         from . import commands
         from .calls import gathered
-        from .console import Bars
 
         if name != SHARED and launched_size() > 1:
             command = name.replace("_", "-")

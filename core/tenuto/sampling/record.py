@@ -172,7 +172,7 @@ def _seen(
     starts: Mapping[int, int],
     on_progress: Progress | None,
 ) -> tuple[list[Call], StepOutputs]:
-    """The calls of the denoisers `parts` in all runs, and the outputs of their steps, in a `made()`.
+    """The calls of the denoisers `parts` in all runs, and what a `made()` saw of their steps.
 
     run: takes a seed and how many images; starts: those of every run.
     """

@@ -72,6 +72,15 @@ def skeleton(model: str) -> Skeleton | None:
     return found
 
 
+def scheduler_of(model: str) -> Any:
+    """The scheduler of the pipeline in a folder, or of a demo model; None where none is there."""
+    folder = folder_of(model)
+    named = dict(_parts(folder)).get("scheduler") if folder else None
+    if folder is None or named is None or named[0] != "diffusers":
+        return None
+    return _scheduler(folder / "scheduler", named[1])
+
+
 def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """(name, (library, class)) of every part that model_index.json says there is."""
     try:

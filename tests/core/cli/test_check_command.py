@@ -54,11 +54,40 @@ def test_a_run_is_timed(tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[s
 def test_what_cannot_be_is_said(
     tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By `check` as an answer, with no command to go on with."""
-    assert cli.main(["check", str(tiny_pixart_folder), "--steps", "2000"]) == 0
+    """By `check` as an answer, with no command to go on with, and by its exit code."""
+    assert cli.main(["check", str(tiny_pixart_folder), "--steps", "2000"]) == 1
     out = capfd.readouterr().out
     assert "nothing works: This model samples in at most 1000 steps" in " ".join(out.split())
     assert "Next:" not in out
+    assert cli.main(["check", str(tiny_pixart_folder), "--steps", "2000", "--json"]) == 1
+    assert json.loads(capfd.readouterr().out)["stops"]["quantize"]
+
+
+CODES: list[tuple[str, list[str], int]] = [
+    ("a cache schedule alone cannot be", ["--steps", "1"], 0),
+    ("weights that are quantized", ["--scheme", "w8a8"], 1),
+    ("text encoders of the same model", ["--text-encoder", "w8"], 0),
+    ("both", ["--scheme", "w8a8", "--text-encoder", "w8"], 1),
+    ("no such setting", ["--set", "hight=9"], 1),
+    ("no such scheme", ["--scheme", "w9a9"], 2),
+]
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize(("what", "options", "code"), CODES, ids=[row[0] for row in CODES])
+def test_the_exit_code_is_that_of_what_is_asked_for(
+    what: str, options: list[str], code: int, tiny_pixart_folder: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """1 where `quantize` would refuse just that, however the rest is."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pixart_folder, model)
+    if "--steps" not in options:
+        of_another_library(model)
+    assert cli.main(["check", str(model), *options]) == code, what
+    out = capfd.readouterr().out
+    assert ("Next: tenuto quantize" in out) == (code == 0)
+    assert ("--text-encoder w8 " in out) == (what.startswith("text"))
 
 
 def without_weights(folder: Path) -> None:

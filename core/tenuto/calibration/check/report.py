@@ -83,12 +83,18 @@ class Check:
 
     def __str__(self) -> str:
         """A short table, then what does not work."""
-        lines = table([*self._rows()]) if self.family else [f"model  {self.model}"]
+        lines = table([*self.rows()]) or [f"model  {self.model}"]
         for problem in self.problems:
             lines.append(f"{_beginning(problem.stops)}: {problem.sentence}")
         return "\n".join(lines)
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """(what, what is known of it), in the order of the table; none where there is no family.
+
+        Costs of a use are under its name, one of `USES`.
+        """
+        if not self.family:
+            return
         of = f" of {self.pipeline}" if self.pipeline else ""
         yield "model", f"{self.model}{of}, {millions(self.weights['all'])} parameters"
         yield "family", self.family if self.known else "none: described by its lists of blocks"

@@ -1,0 +1,249 @@
+"""The speedup without a server: what is said of it before a run, what a run does, what is kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradio_app import calibrate, generate, speedup_fields, worker
+from gradio_app.bench import Bench
+from gradio_app.curve import curve
+from gradio_app.infotext import parsed
+from gradio_app.jobs import DONE, Job
+from gradio_app.pictures import restored
+from gradio_app.restore import _restored
+from gradio_app.settings import Settings
+from gradio_app.speedup import Known, asked, decibels, in_words, known, outlook
+from gradio_app.speedup_fields import default_for, told, usable
+from gradio_app.worker import Reports
+from tenuto.artifact import Artifact
+from tenuto.caching import Forecast
+from tenuto.errors import TenutoError
+from tenuto.resources import asset
+from tests.app.kernels import kernel
+
+SHIPPED = "shipped:demo-unet.w8a8"
+MODEL = "demo:unet"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with artifacts of the shipped U-Net that have a forecast."""
+    folder = tmp_path_factory.mktemp("out")
+    for name, source, more in (
+        ("plain", "w8a8", {}),
+        ("routed", "w4a8-router", {}),
+        ("preset", "w8a8", {"default": 1.5, "measured": {"scores": [
+            {"skipped": 10, "psnr_db": 47.25, "predicted": 1e-4},
+        ]}}),
+    ):  # fmt: skip
+        made = Artifact.load(asset(f"artifacts/demo-unet.{source}.safetensors"))
+        made.add_forecast(kernel()).header["forecast"] |= more
+        made.save(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def bench(out: Path) -> Bench:
+    return Bench(Settings(out, device="cpu"))
+
+
+def seen(html: str) -> str:
+    """The words of a piece of HTML."""
+    text = re.sub("<[^>]+>", " ", html.partition("<figure")[0])
+    return " ".join(unescape(text).split())
+
+
+# --- before a run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [9, 20, 33])
+def test_as_many_calls_are_told_as_are_computed(out: Path, steps: int) -> None:
+    """The plan of the library says the same, at the steps of the kernel to the last digit."""
+    found = known(out / "plain.safetensors")
+    for speedup in (1, 1.3, 2, 3.7, 200):
+        told = outlook(found, steps, speedup)
+        times = torch.linspace(999, 49, steps, dtype=torch.float64).tolist()
+        plan = Forecast(kernel(), speedup).plan(times)
+        assert (told.calls, told.db is None) == (plan.calls, plan.calls == steps)
+        if told.db is not None:
+            assert told.db == pytest.approx(decibels(plan.error), abs=1e-6 if steps == 20 else 0.1)
+
+
+def test_what_is_said_of_a_run(bench: Bench) -> None:
+    slider, said = told(bench, 2, MODEL, "plain", 20)
+    assert slider.interactive and 'data-calls="10" data-steps="20"' in said
+    found = outlook(known(bench.places.artifact("plain")), 20, 2)
+    assert found.db is not None
+    assert seen(said) == (
+        f"10 of 20 calls computed , the others forecast. Predicted: about {found.db:.0f} dB to "
+        f"the run with every call, {in_words(found.db)}."
+    )
+    assert "left out meanwhile" in told(bench, 2, MODEL, "routed", 20)[1]
+    assert "Measured at calibration: 47.2 dB" in told(bench, 2, MODEL, "preset", 20)[1]
+    assert "Measured" not in told(bench, 2, MODEL, "preset", 30)[1], "of another run"
+    off = seen(told(bench, 1, MODEL, "plain", 20)[1])
+    assert off.startswith("Off: each of the 20 calls is computed. At ")
+    safe = float(off.split("At ")[1].split(",")[0])
+    assert outlook(known(bench.places.artifact("plain")), 20, safe).calls == found.safe
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "steps", "on", "words"),
+    [
+        (SHIPPED, 20, True, "This artifact has no forecast, so no call can be skipped"),
+        ("", 20, True, "choose one"), ("plain", 20, False, "choose one"),
+        ("plain", 8, True, "in runs of 9 to 200 steps"),
+        ("plain", 201, True, "in runs of 9 to 200 steps"),
+        ("plain", "x", True, "The number of steps is a number"),
+        (True, 20, True, "choose one"), ({"a": 1}, 20, True, "choose one"),
+        ("none", 20, True, "no artifact 'none'"), ([], 20, True, "choose one"),
+        (["plain", SHIPPED], 20, True, "demo-unet.w8a8 : has no forecast"),
+    ],
+)  # fmt: skip
+def test_where_nothing_can_be_skipped_one_sentence_says_why(
+    bench: Bench, artifacts: Any, steps: Any, on: bool, words: str
+) -> None:
+    slider, said = told(bench, 2, MODEL, artifacts, steps, on)
+    assert slider.interactive is False
+    assert words in seen(said)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+def test_a_sampler_with_noise_of_its_own_skips_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    monkeypatch.setattr(speedup_fields, "_scheduler", lambda _: EulerAncestralDiscreteScheduler())
+    slider, said = told(bench, 2, MODEL, "plain", 20)
+    assert slider.interactive is False and "noise of its own" in said
+
+
+def test_several_artifacts_are_told_one_by_one(bench: Bench) -> None:
+    said = told(bench, 2, MODEL, ["plain", "preset"], "")[1]
+    assert seen(said).count("10 of 20 calls computed") == 2
+    assert "plain :" in seen(said) and "preset :" in seen(said) and said.count("<figure") == 1
+
+
+def test_the_curve_has_every_plan(out: Path) -> None:
+    """Its points, where one is, what was measured; the same as a table."""
+    made = curve(outlook(known(out / "preset.safetensors"), 20, 2))
+    rows = re.findall(r"<td>(\d+) of 20</td><td>([\d.]+)</td><td>([\d.]*)</td>", made)
+    assert made.count('class="here"') == 1 and made.count('class="measured"') == 1
+    assert f'data-points="{len(rows)}"' in made and len(rows) >= 15
+    assert [db for calls, _, db in rows if calls == "10"] == ["47.2"]
+    values = [float(db) for _, db, _ in rows]
+    assert values == sorted(values, reverse=True), "the more are skipped the worse"
+    assert 'class="here"' not in curve(outlook(known(out / "plain.safetensors"), 20, 1))
+    assert not curve(outlook(Known(None), 20, 2))
+
+
+def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: Path) -> None:
+    job = Job("calibrate", {"out": str(bench.places.out / "plain.safetensors")}, tmp_path / "log")
+    job.state = DONE
+    for name, has in (("plain", True), ("none", False)):
+        job.result = {"name": name}
+        said = calibrate.seen(bench, job)[8]
+        assert ("can be skipped unseen." in said and "<polyline" in said) is has
+    assert not speedup_fields.forecast_of(bench, SHIPPED)
+
+
+def test_a_damaged_forecast_is_told(bench: Bench, tmp_path: Path) -> None:
+    made = Artifact.load(bench.places.artifact("plain"))
+    made.header["forecast"]["sigma"] = [1.0]
+    bad = Bench(Settings(tmp_path))
+    made.save(tmp_path / "bad.safetensors")
+    slider, said = told(bad, 2, MODEL, "bad", 20)
+    assert slider.interactive is False and "is damaged" in said
+
+
+def test_where_the_slider_begins(bench: Bench) -> None:
+    assert default_for(bench, "preset") == 1.5 and default_for(bench, ["plain", "preset"]) == 1.5
+    assert default_for(bench, "plain") == default_for(bench, "none") == default_for(bench, "") == 1
+    changed = generate._artifact_chosen(bench, MODEL, "preset", (MODEL, "plain"))
+    assert changed[2] == 1.5 and changed[3] == (MODEL, "preset")
+
+
+def test_a_slider_that_cannot_be_moved_counts_for_nothing(bench: Bench) -> None:
+    """Its value stays, so that what is filled in beside it does not change it."""
+    for artifacts in (SHIPPED, "", "none", None, True, ["plain", SHIPPED], []):
+        assert usable(bench, artifacts, 2) == 1
+    assert usable(bench, "plain", 2) == usable(bench, ["plain", "preset"], 2) == 2
+
+
+def test_what_the_library_is_asked(bench: Bench) -> None:
+    """1 is off: the cache schedule counts then, but for an artifact that skips by itself."""
+    files = {name: bench.places.artifact(name) for name in ("plain", "preset", SHIPPED)}
+
+    def of(speedup: float | None, *names: str) -> float | None:
+        return asked([(name, files[name]) for name in names], speedup)
+
+    assert (of(None, "preset"), of(1, "plain"), of(1, SHIPPED), of(1)) == (None,) * 4
+    assert (of(1, "preset"), of(2, "plain"), of(2, "plain", "preset")) == (1, 2, 2)
+    with pytest.raises(TenutoError, match=f"^{SHIPPED} has no forecast"):
+        of(2, "plain", SHIPPED)
+    with pytest.raises(TenutoError, match="choose one"):
+        of(1.5)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
+    """Beside full precision and alone; the settings come back from the PNG, and into the page."""
+    for beside in (False, True):
+        made = bench.generate(
+            MODEL, "a goldfish", 7, 10, 2.0, "plain", beside, lambda *_: None, None, 2
+        )
+        numbers = made["numbers"]
+        assert numbers["reuse_ratio"] == 0.5 and numbers["asked_speedup"] == 2
+    assert numbers["psnr_db"]["median"] > 15
+    found = parsed(made["infotext"])
+    assert (found["speedup"], found["artifact"]) == (2, "plain")
+    path = Path(made["pictures"]["artifact"])
+    assert restored(bench.places, path)["speedup"] == 2
+    assert "speedup" not in restored(bench.places, made["pictures"]["full"])
+    *values, chosen = _restored(bench, str(path))[2:10]
+    assert values[6].value == 2 and chosen == (MODEL, "plain")
+    path.write_bytes(path.read_bytes().replace(b"Tenuto speedup: 2", b"Tenuto speedup: 9"))
+    fast = _restored(bench, str(path))
+    assert "at a speedup of 9." in fast[1] and fast[8].value == 4
+    gone = Bench(Settings(bench.places.out / "elsewhere"))
+    assert "speedup" not in restored(gone.places, path), "its artifact is not there"
+    with pytest.raises(TenutoError, match="has no forecast"):
+        bench.generate(MODEL, "a", 7, 10, 2.0, SHIPPED, False, lambda *_: None, None, 2)
+    for wrong in (0.5, 201, "x", float("nan")):
+        with pytest.raises(TenutoError, match="The speedup is a number from 1 to 200"):
+            bench.generate(MODEL, "a", 7, 10, 2.0, "plain", False, lambda *_: None, None, wrong)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_comparison_has_the_speedup(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the artifacts and not of full precision; what is asked is in the request and the card."""
+    monkeypatch.setattr(bench.desk, "start", lambda job, after=None: job)  # done here instead
+    with pytest.raises(TenutoError, match="has no forecast"):
+        bench.compare(MODEL, [SHIPPED], 1, speedup=2)
+    job = bench.compare(MODEL, ["plain"], 1, steps=10, speedup=2)
+    assert "speedup 2" in worker_words(job)
+    result = worker.compare(job.request, Reports(lambda **event: None, threading.Event()))
+    numbers = result["numbers"]["plain"]
+    assert numbers["reuse_ratio"] == 0.5 and numbers["asked_speedup"] == 2
+    folder = Path(result["folder"])
+    assert json.loads((folder / "comparison.json").read_text())["numbers"]["plain"] == numbers
+    assert restored(bench.places, folder / result["pictures"]["plain"][0])["speedup"] == 2
+    assert "speedup" not in restored(bench.places, folder / result["pictures"]["bf16"][0])
+
+
+def worker_words(job: Any) -> str:
+    from gradio_app.view import what_of
+
+    return what_of(job)
