@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model import Signature, denoisers_of, outside_graphs, parts_of, tensors_in
+from ..model import Rows, Signature, denoisers_of, outside_graphs, parts_of, tensors_in
 from .clock import Clock
 from .grid import own_times
 from .noise import is_stochastic
+from .steady_run import SteadyRun
 
 
 class Follow:
@@ -28,6 +29,7 @@ class Follow:
         self.clock, self.streams = clock, streams
         self.pipeline = None if isinstance(handle, nn.Module) else weakref.ref(handle)
         self.facts = Signature(denoiser)
+        self.steady: SteadyRun | None = None  # of the run of a pipeline
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
     @outside_graphs
@@ -44,18 +46,32 @@ class Follow:
                 self.clock.uneven = getattr(scheduler, "order", 1) > 1 or _turns(times)
                 self.clock.per_step = _per_step(times, scheduler)
                 self.clock.stochastic = is_stochastic(scheduler)
+                self.steady = SteadyRun(times, self.clock.uneven)
         if self.streams:
             conditions = self.facts.conditions(inputs)
-            which = self.facts.which(inputs)
-            self.clock.observe(step, count, conditions, device, sample, which)
+            self._observe(step, count, conditions, device, sample, self.facts.which(inputs))
         else:
             self.clock.observe(step, count, (), device)
+
+    def _observe(
+        self, step: Any, count: int, conditions: list[Rows], device: Any, sample: Rows, which: str
+    ) -> None:
+        """Move the clock; the device is read where objects don't say which call this is."""
+        steady = self.steady
+        known = steady.find(step, count, conditions, which) if steady is not None else None
+        if known is not None:
+            self.clock.tick(*known, device)
+            return
+        seen = None if steady is not None and steady.calm else sample
+        self.clock.observe(step, count, conditions, device, seen, which)
+        if steady is not None:
+            steady.learn(self.clock.time, self.clock.streams, count, conditions, which)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Follow:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(self.__dict__)
-        clone.clock = copy.deepcopy(self.clock, memo)
+        clone.clock, clone.steady = copy.deepcopy(self.clock, memo), None
         pipeline = self.pipeline() if self.pipeline is not None else None
         copied = memo.get(id(pipeline))  # where the whole pipeline is copied
         if pipeline is not None and copied is not None:
