@@ -3,8 +3,11 @@
 from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, CallShape, Slot, apply_schedule_, for_branch, shape_of
+from .default_kernel import NAME as DEFAULT_FORECAST
+from .default_kernel import about_defaults, default_kernel
 from .forecast import ForecastCalls
-from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
+from .forecast_budget import AT_ONE, AUTO, SAFE, Speedup, about_db, calls_for, check_speedup
+from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .policy import Facts, candidates, made, policies, rules
 from .random_table import RandomTable
@@ -13,8 +16,12 @@ from .schedule import SHORTEST, CacheSchedule
 from .step_programme import POWERS, StepProgramme
 
 __all__ = [
+    "AT_ONE",
+    "AUTO",
+    "DEFAULT_FORECAST",
     "MOST",
     "POWERS",
+    "SAFE",
     "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
@@ -29,10 +36,16 @@ __all__ = [
     "RandomTable",
     "RouterScores",
     "Slot",
+    "Speedup",
     "StepProgramme",
+    "about_db",
+    "about_defaults",
     "apply_schedule_",
     "at_share",
+    "calls_for",
     "candidates",
+    "check_speedup",
+    "default_kernel",
     "for_branch",
     "interval_for",
     "late_interval_for",
@@ -42,6 +55,7 @@ __all__ = [
     "rules",
     "saved",
     "shape_of",
+    "speedup_of",
     "unmeasured",
     "whole_steps",
 ]

@@ -41,6 +41,16 @@ def real(low: float, high: float, open_low: bool = False) -> Callable[[str | flo
     return parse
 
 
+def speedup(given: str | float) -> float | str:
+    """An argument type: a number from 1 on, or auto."""
+    if given == "auto":
+        return "auto"
+    try:
+        return real(1, math.inf)(given)
+    except ValueError as error:
+        raise ValueError(f"{error} (or auto)") from error
+
+
 def text(value: str) -> str:
     """An argument type: text with something in it."""
     if not value.strip():
