@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError, SchemeError, TenutoError
+from ..errors import ArtifactError, SchemeError
 from ..model import check_weights, describe, parts_of
 from ..numerics import Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
+from .forecast import joined_forecast, kernel_of
 from .forms import check_forms, wanted
 from .header import ALONE, KEY, WRONG, check_fingerprint, opened
 from .parts import apart, joined
@@ -96,10 +97,8 @@ class Artifact:
         taken |= {"weights", "ranges", "temporal"} if whole else set()
         kept = {k: v for k, v in self.tensors.items() if k.split("/", 1)[0] not in taken}
         header = self.header | other.header
-        mine, theirs = (a.header.get("forecast", {}).get("images", 0) for a in (self, other))
-        if mine > theirs > 0:  # of more images
-            header["forecast"] = self.header["forecast"]
-            other = Artifact(other.header, other.tensors | _kernel(self))
+        facts, kernel = joined_forecast(self, other)
+        header |= facts
         header["made"] = self.header["made"] | other.header["made"]
         for key in OF_WEIGHTS:
             if whole and key not in other.header:
@@ -109,7 +108,7 @@ class Artifact:
             header["schedule"] = self.header["schedule"]
         parts = self.parts | other.parts
         parts |= {n: self.parts[n] | other.parts[n] for n in self.parts.keys() & other.parts.keys()}
-        return Artifact(header, kept | other.tensors, parts)
+        return Artifact(header, kept | other.tensors | kernel, parts)
 
     def alone(self) -> Artifact:
         """What it has of the main denoiser."""
@@ -262,23 +261,6 @@ class Artifact:
         if not same(self.header["fingerprint"], fingerprint(denoiser)):
             said = f"those of {part} differ" if part else "the weights differ"
             raise ArtifactError(f"The artifact was made for another model: {said}.")
-
-
-def _kernel(artifact: Artifact) -> dict[str, Tensor]:
-    return {k: v for k, v in artifact.tensors.items() if k.startswith("forecast/")}
-
-
-def kernel_of(artifact: Artifact) -> OutputKernel | None:
-    """The kernel of the outputs, from which a forecast is planned; None where there is none."""
-    facts, values = artifact.header.get("forecast"), artifact.tensors.get("forecast/kernel")
-    if facts is None and values is None:
-        return None
-    try:
-        if facts is None or values is None or values.dtype is not torch.float64:
-            raise ValueError("header and tensor belong together")
-        return OutputKernel.of(values, facts)
-    except (TenutoError, *WRONG) as error:
-        raise ArtifactError("The artifact is damaged: its forecast has no kernel.") from error
 
 
 def tabled(header: dict[str, Any]) -> dict[str, dict[str, Any]]:

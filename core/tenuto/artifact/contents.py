@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caching import MOST, SHORTEST, CacheSchedule, Facts, Programme, RouterScores
+from ..caching import MOST, SHORTEST, CacheSchedule, Facts, Programme, RouterScores, about_db
 from ..errors import ArtifactError, TenutoError
 from ..model import WHOLE
 from ..numerics import Format, Scheme, ends
 from ..sampling import OutputKernel
 from .artifact import Artifact
+from .forecast import at_one, scores_of
 
 KINDS = {  # what a branch is called last, and what it is
     **dict.fromkeys(("attn1", "attn", "self_attn", "attention"), "attention"),
@@ -80,11 +81,16 @@ class Gaps:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a forecast is predicted to cost. errors: by the number of calls that are skipped."""
+    """What a forecast costs. errors: predicted, by the number of calls that are skipped.
+
+    predicted: the PSNR in dB that goes with them; measured: that of held-out images.
+    """
 
     errors: dict[int, float]
     steps: int
     note: str
+    predicted: dict[int, float]
+    measured: dict[int, float]
 
 
 def step_map(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StepMap | None:
@@ -157,7 +163,11 @@ def curve(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Curve | N
     found = Programme(kernel).errors
     errors = {steps - calls: error for calls, error in found.items() if calls < steps}
     images = f"{kernel.images} image{'s' if kernel.images > 1 else ''}"
-    return Curve(errors, steps, f"kernel of {images}, {steps} steps")
+    scores, one = scores_of(dict(facts)), at_one(dict(facts))
+    predicted = {skipped: about_db(error, one) for skipped, error in errors.items()}
+    measured = {skipped: db for skipped, (db, _) in scores.items() if skipped < steps}
+    note = f"kernel of {images}, {steps} steps"
+    return Curve(errors, steps, note, predicted, measured)
 
 
 def _activation(header: Mapping[str, Any], layer: str) -> Format:

@@ -175,21 +175,26 @@ def gaps_panel(errors: Gaps) -> Panel:
 
 
 def curve_panel(curve: Curve) -> Panel:
-    """The predicted error of a forecast over the calls that it skips, on a logarithmic scale."""
-    places = sorted(curve.errors)
-    values = [max(curve.errors[place], 1e-16) for place in places]
+    """The PSNR of a forecast over the calls that it skips: predicted, and measured where it was."""
+    places, dots = sorted(curve.predicted), sorted(curve.measured)
+    values = [curve.predicted[place] for place in places]
 
     def fill(axes: Axes) -> None:
-        axes.set_yscale("log")
         axes.plot(places, values, color=BLUE, **_curve(len(places)))
-        axes.set_ylim(*_powers(values))
+        axes.plot(
+            dots, [curve.measured[n] for n in dots], color=RUST, lw=0, marker="D", ms=6,
+            clip_on=False,
+        )  # fmt: skip
+        axes.margins(y=0.08)
         axes.grid(axis="y", color=LINE, lw=0.6)
         axes.set_axisbelow(True)
-        axes.minorticks_off()
         axes.set_xlim(-0.5, curve.steps - 0.5)
         shares = range(0, 100, 10)
         axes.set_xticks([share * curve.steps / 100 for share in shares], [f"{s}%" for s in shares])
-        _heading(axes, "Forecast: predicted squared error of the result", curve.note)
+        said = "" if dots else ", which is an estimate"
+        _heading(axes, "Forecast: PSNR to the full run in dB", "" if dots else curve.note + said)
+        if dots:
+            _legend(axes, [(f"predicted: {curve.note}", BLUE), ("measured", RUST)])
         where: dict[str, Any] = {"ha": "right", "va": "top"}
         _say(axes, "calls skipped", (0, 0), (-8, -4), size=8, color=FAINT, **where)
 

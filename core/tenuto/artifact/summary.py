@@ -9,17 +9,18 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ..caching import CacheSchedule, Forecast
+from ..caching import MOST, SHORTEST, CacheSchedule, Programme, about_db, calls_for
 from ..errors import TenutoError
 from ..model import WHOLE
 from ..text import printable
-from .artifact import SECTIONS, Artifact, kernel_of
+from .artifact import SECTIONS, Artifact
 from .contents import schedule_of
+from .forecast import at_one, kernel_of, scores_of
 
 MAP_ROWS = 120  # branches that a step map shows
 LINE = 500  # characters of a line of the table
 WIDTH = 80  # columns of a table
-SPEEDUPS = (1.5, 2.0, 2.5, 3.0)  # for which `inspect` shows the predicted error
+SPEEDUPS = (1.4, 2.0, 2.5, 3.0)  # for which `inspect` shows the predicted error
 
 
 def facts_of(artifact: Artifact, size: int) -> dict[str, Any]:
@@ -169,17 +170,23 @@ def _route_lines(header: dict[str, Any]) -> Iterator[str]:
 
 
 def _forecast_lines(artifact: Artifact) -> Iterator[str]:
-    """What the forecast was measured on, and the error that it predicts for a few speedups."""
+    """What the forecast was recorded on, and for a few speedups what is predicted and measured."""
     kernel = kernel_of(artifact)
     if kernel is None:
         return
-    steps = len(kernel.timesteps)
-    yield f"for any --speedup, from {counted(kernel.images, 'image')} of {counted(steps, 'step')}"
-    for speedup in SPEEDUPS:
-        plan = Forecast(kernel, speedup).plan(kernel.timesteps)
-        if plan.calls < steps:
-            how = f"{counted(plan.calls, 'call')} of {steps}, predicted error {plan.error:.1e}"
-            yield f"  {speedup:g} x: {how}"
+    facts, steps = artifact.header["forecast"], len(kernel.timesteps)
+    default = facts.get("default")
+    used = "for any --speedup" if default is None else f"{default:.3g} x unless --speedup says"
+    yield f"{used}, from {counted(kernel.images, 'image')} of {counted(steps, 'step')}"
+    scores, one, programme = scores_of(facts), at_one(facts), Programme(kernel)
+    for speedup in SPEEDUPS if SHORTEST <= steps <= MOST else ():
+        calls = calls_for(programme.errors, steps, speedup)
+        if calls < steps:
+            error, found = programme.errors[calls], scores.get(steps - calls)
+            said = f"error {error:.1e}, about {about_db(error, one):.0f} dB"
+            yield f"  {speedup:g} x: {counted(calls, 'call')} of {steps}, predicted {said}" + (
+                "" if found is None else f"; measured {found[0]:.1f} dB"
+            )
 
 
 def _order(score: Any) -> float:

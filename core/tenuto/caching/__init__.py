@@ -5,10 +5,13 @@ from .at_share import at_share, unmeasured
 from .budget import reuse_for, saved, whole_steps
 from .cells import CachedBranch, CallShape, apply_policy_, apply_schedule_, for_branch, shape_of
 from .deep_cache import DeepCache
+from .default_kernel import NAME as DEFAULT_FORECAST
+from .default_kernel import about_defaults, default_kernel
 from .easy_cache import EasyCache
 from .first_block import FirstBlock
 from .forecast import ForecastCalls
-from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
+from .forecast_budget import AT_ONE, AUTO, SAFE, Speedup, about_db, calls_for, check_speedup
+from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
 from .forecast_run import forecast_run, why_none
 from .growing_window import GrowingWindow
 from .interval import Interval, LateInterval, interval_for, late_interval_for
@@ -24,9 +27,13 @@ from .step_programme import POWERS, StepProgramme
 from .taylor_seer import TaylorSeer
 
 __all__ = [
+    "AT_ONE",
+    "AUTO",
+    "DEFAULT_FORECAST",
     "L2P",
     "MOST",
     "POWERS",
+    "SAFE",
     "SHORTEST",
     "CacheSchedule",
     "CachedBranch",
@@ -49,12 +56,18 @@ __all__ = [
     "RouterScores",
     "RunTimeCalls",
     "Slot",
+    "Speedup",
     "StepProgramme",
     "TaylorSeer",
+    "about_db",
+    "about_defaults",
     "apply_policy_",
     "apply_schedule_",
     "at_share",
+    "calls_for",
     "candidates",
+    "check_speedup",
+    "default_kernel",
     "for_branch",
     "forecast_run",
     "interval_for",
@@ -65,6 +78,7 @@ __all__ = [
     "rules",
     "saved",
     "shape_of",
+    "speedup_of",
     "table_policy",
     "unmeasured",
     "whole_steps",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import TenutoError
 from ..sampling import OutputKernel
+from .forecast_budget import Speedup, calls_for, check_speedup, tell
 from .schedule import SHORTEST
 from .stretch_costs import stretch_costs
 
@@ -38,18 +39,18 @@ MOST = 200  # steps of a run above which nothing is skipped, as below `SHORTEST`
 class Forecast:
     """How many calls to skip in any run, by what a kernel knows of the outputs.
 
-    speedup: calls of the run over calls that are computed, above 1. Nothing is skipped in runs of
-    fewer than `SHORTEST` steps and where the sampler adds noise of its own at every step.
+    speedup: calls of the run over calls that are computed, from 1 on; "auto": as many as can be
+    skipped with a predicted error of at most `SAFE`. Nothing is skipped in runs of fewer than
+    `SHORTEST` steps and where the sampler adds noise of its own at every step.
     """
 
     kernel: OutputKernel
-    speedup: float
+    speedup: Speedup
 
     taps: ClassVar[int] = TAPS
 
     def __post_init__(self) -> None:
-        if not 1 <= self.speedup <= MOST:
-            raise TenutoError(f"A speedup is a number from 1 on, such as 1.8, not {self.speedup}.")
+        check_speedup(self.speedup, MOST)
 
     def plan(
         self,
@@ -72,9 +73,19 @@ class Forecast:
             if len(PLANS) >= KEPT:
                 PLANS.pop(next(iter(PLANS)))
             programme = Programme(kernel.at(times))
-            wanted = int(len(times) / self.speedup + 1e-6)
-            PLANS[key] = programme.plan(max(wanted, min(programme.errors)))
+            plan = programme.plan(calls_for(programme.errors, len(times), self.speedup))
+            tell(plan.calls, len(times), plan.error, getattr(self.kernel, "origin", ""))
+            PLANS[key] = plan
         return PLANS[key]
+
+
+def speedup_of(kernel: OutputKernel, speedup: Speedup) -> float:
+    """A speedup as a number: of the recorded steps' own plan where it is "auto"."""
+    check_speedup(speedup, MOST)
+    if isinstance(speedup, str):
+        plan = Forecast(kernel, speedup).plan(kernel.timesteps)
+        return math.floor(1e4 * len(plan.timesteps) / max(1, plan.calls)) / 1e4  # never a call less
+    return float(speedup)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from ..model import (
 )
 from ..model import describe as backbone_of
 from ..numerics import Recipe, Scheme
-from ..progress import Progress
+from ..progress import Progress, parts
 from ..runtime import check_free
 from ..sampling import Trajectory, processes, work_in
 from .by_denoiser import joined, part_seed, recordings, weights_of
+from .forecast_scores import images_of, measurable, with_scores
 from .given import prompts_needed, scheme_of, trajectory_of
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
@@ -43,6 +44,7 @@ def quantize(
     rounding: str | None = None,
     temporal: str = "auto",
     describe: Describe | None = None,
+    measure: bool | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -54,7 +56,9 @@ def quantize(
     such as "gptq"; None: as the preset does. temporal: what becomes of the modules that depend on
     the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
     "auto"; see `maintenance.py`. describe: what the model is made of, where no family file says
-    it or says it otherwise; see `describing`.
+    it or says it otherwise; see `describing`. measure: whether the forecast of skipped calls is
+    measured on four images, which takes about as long as generating ten; None: where that is
+    estimated to take less than a minute.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -74,7 +78,13 @@ def quantize(
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
     }
-    return joined(makes, weights_of(model), work, processes().told(on_progress))
+    told = processes().told(on_progress)
+    if not measurable(model, trajectory, measure):
+        return joined(makes, weights_of(model), work, told)
+    sizes = {"layers": len(trajectory.calls) * trajectory.batch, "forecast": images_of(trajectory)}
+    notes = parts(told, sizes)
+    made = joined(makes, weights_of(model), work, notes["layers"])
+    return with_scores(model, made, trajectory, notes["forecast"])
 
 
 def _of_denoiser(

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact
+from ..artifact import Artifact, kernel_of, set_default
+from ..caching import SHORTEST
 from ..errors import TenutoError
 from ..model import (
     Describe,
@@ -20,7 +21,7 @@ from ..runtime import quantized
 from ..sampling import Sample, Trajectory
 from .by_denoiser import joined, recordings
 from .given import trajectory_of
-from .route_job import RouteJob
+from .route_job import DEFAULT_REUSE, RouteJob
 from .router.effort import PRESETS
 
 
@@ -49,7 +50,8 @@ def train_router(
     a run is to do instead; the share of branch work follows (`reuse_for`). Neither is 30 % reuse.
     policy: this one alone, by its name among `caching.policies()`; without one the best is taken.
     weighting: the rule of a router's step weights: "gain", "paper" or "code" (`HarmoniCa`).
-    whole: reuse whole calls of the denoiser, not its branches; no router is trained then.
+    whole: reuse whole calls of the denoiser: the steps are what the policies make of measured
+    costs, no router is trained, and `attach` takes a forecast of that budget, if there is one.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     The router and what the cache policies make of that share are measured on held-out seeds. The
     best becomes the route; scores and the router's own table are kept. describe: as in `quantize`.
@@ -83,7 +85,19 @@ def train_router(
     idle = {name: partial(_routeless, model, name, part) for name, part in parts.items()}
     makes = idle | {name: job.run for name, job in jobs.items()}
     sizes = {name: sum(jobs[name].sizes().values()) if name in jobs else 0 for name in makes}
-    return joined(makes, sizes, work, on_progress)
+    made = joined(makes, sizes, work, on_progress)
+    return _forecast_by_default(made, reuse, speedup) if whole else made
+
+
+def _forecast_by_default(
+    artifact: Artifact, reuse: float | None, speedup: float | None
+) -> Artifact:
+    """`artifact` of whole calls, which its forecast skips at this budget where it has one."""
+    kernel = kernel_of(artifact)
+    if kernel is None or len(kernel.timesteps) < SHORTEST:
+        return artifact
+    asked = DEFAULT_REUSE if reuse is None else reuse
+    return set_default(artifact, 1 / (1 - asked) if speedup is None else speedup)
 
 
 def _quantize(

@@ -10,7 +10,7 @@ from ..artifact import Artifact
 from ..artifact.summary import check_lines, counted, layers_by_scheme, mib
 from ..measure import resident_weight_bytes
 from ..model import denoisers_of
-from ..runtime import attach
+from ..runtime import Tenuto, attach
 from ..sampling.loading import on_disk
 
 
@@ -34,6 +34,18 @@ def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> lis
     found += [f"Checked: {line}." for line in check_lines(artifact.header)]
     found += [f"{name}: {counted(n, 'layer')}, weights alone." for name, n in encoders.items()]
     return [*found, f"Calibrated on {counted(count, 'prompt')}."]
+
+
+def skipped_line(attached: Any) -> list[str]:
+    """What a forecast did in the run that is over: nothing, or one sentence."""
+    found = attached.forecast() if isinstance(attached, Tenuto) else None
+    if not found or not found["skipped"]:
+        return []
+    whose = ", predicted and not measured on your model" if found["kernel"] else " by prediction"
+    return [
+        f"{found['skipped']} of {found['steps']} calls were skipped: about "
+        f"{found['predicted_db']:.0f} dB to the full run{whose}."
+    ]
 
 
 def compare_line(model: str, artifact: Path) -> str:

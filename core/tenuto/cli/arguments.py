@@ -50,6 +50,16 @@ def size(given: str | int) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
 
 
+def speedup(given: str | float) -> float | str:
+    """An argument type: a number from 1 on, or auto."""
+    if given == "auto":
+        return "auto"
+    try:
+        return real(1, math.inf)(given)
+    except ValueError as error:
+        raise ValueError(f"{error} (or auto)") from error
+
+
 def text(value: str) -> str:
     """An argument type: text with something in it."""
     if not value.strip():

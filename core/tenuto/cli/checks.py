@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 
 from ..artifact import Artifact
+from ..caching import Speedup, check_speedup
 from ..calibration import Preset, effort
 from ..errors import ArtifactError, TenutoError
 from ..model import encoders_of
 from ..numerics import Scheme, named
-from ..sampling import processes
+from ..sampling import Trajectory, processes
 from ..sampling.loading import PREFIX, prompts
 from ..text import printable, prompts_of
 from ..work import MANIFEST
@@ -116,6 +117,29 @@ def check_quantization(
         raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
     check_choice(temporal)
     return found, effort_of
+
+
+def check_wanted(
+    scheme: str | None, text_encoder: str | None, speedup: Speedup | None, reuse: float | None
+) -> Speedup | None:
+    """The budget that an artifact is to have by default, None for none; what it is to be of."""
+    if scheme is None and text_encoder is None:
+        raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
+    if speedup is not None and reuse is not None:
+        raise TenutoError("Give --speedup or --reuse, not both: each follows from the other.")
+    asked = speedup if reuse is None else 1 / (1 - reuse)
+    if asked is not None and scheme is None:
+        raise TenutoError("Text encoders alone have no forecast: --speedup needs --scheme.")
+    return None if asked is None else check_speedup(asked)
+
+
+def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> None:
+    """TenutoError where a speedup is to be stored and nothing was recorded that it needs."""
+    if speedup not in (None, 1) and recorded.kernel is None:
+        raise TenutoError(
+            "This pipeline has no forecast: --speedup needs one denoiser, and a sampler that adds "
+            "no noise of its own."
+        )
 
 
 def load_artifact(path: Path) -> Artifact:

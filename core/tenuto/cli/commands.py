@@ -13,22 +13,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..artifact import Artifact
+from .. import calibration
+from ..artifact import Artifact, set_default
 from ..artifact import compact as compacted
 from ..artifact.summary import about, counted, facts_of
+from ..caching import Speedup
+from ..calibration import prompts_needed
 from ..errors import TenutoError
 from ..measure import FIRST_SEED
 from ..sampling import described, one_by_one
 from ..sampling.loading import PREFIX, check_model
-from .answers import compare_line, quantized_lines
+from .answers import compare_line, quantized_lines, skipped_line
 from .app import app
 from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
+    check_kernel,
     check_out,
     check_picture,
     check_quantization,
+    check_wanted,
     comparison_prompts,
     damage_told,
     load_artifact,
@@ -36,6 +41,7 @@ from .checks import (
 from .console import Answer, Bars
 from .session import (
     attached_to,
+    low_encoders,
     pipeline,
     recorded,
     sampling_of,
@@ -68,18 +74,18 @@ def quantize(
     low_memory: bool | None = None,
     max_memory: int | None = None,
     compact: bool = False,
+    speedup: Speedup | None = None,
+    reuse: float | None = None,
+    measure: bool | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
-    from ..calibration import prompts_needed, quantize, quantize_encoder
-
     bars = bars or Bars()
-    if scheme is None and text_encoder is None:
-        raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
     wanted, effort = check_quantization(
         scheme, preset, text_encoder=text_encoder, method=method, rounding=rounding,
         temporal=temporal,
     )  # fmt: skip
+    default = check_wanted(scheme, text_encoder, speedup, reuse)
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
@@ -93,18 +99,17 @@ def quantize(
     with work_kept_until_done(work, out):
         if wanted is not None:
             trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
-            artifact = quantize(
+            check_kernel(default, trajectory)
+            artifact = calibration.quantize(
                 pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
-                rounding=rounding, temporal=temporal, work=work, on_progress=bars("Quantizing"),
+                rounding=rounding, temporal=temporal, measure=measure, work=work,
+                on_progress=bars("Quantizing"),
             )  # fmt: skip
+            set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)
         if text_encoder is not None:
-            apart = work if wanted is None else work / ENCODERS
-            made.append(quantize_encoder(
-                pipe, text_encoder, lines, method=method or "gptq", seed=seed,
-                steps=sampling.steps, guidance=sampling.guidance, call=sampling.called(pipe),
-                device=sampling.device, work=apart, on_progress=bars("Text encoders"),
-            ))  # fmt: skip
+            at = work if wanted is None else work / ENCODERS
+            made.append(low_encoders(pipe, text_encoder, lines, sampling, method, seed, at, bars))
         whole = written(made, out)
     bars.close()
     said = quantized_lines(out, whole, pipe, len(used))
@@ -170,7 +175,7 @@ def generate(
     prompt: str,
     negative: str | None = None,
     artifact: Path | None = None,
-    speedup: float | None = None,
+    speedup: Speedup | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
@@ -188,8 +193,6 @@ def generate(
 
     bars = bars or Bars()
     check_model(model)
-    if speedup is not None and artifact is None:
-        raise TenutoError("--speedup skips calls by the forecast of an artifact: give --artifact.")
     if compile and artifact is None:
         raise TenutoError("--compile is for a model with an artifact attached: give --artifact.")
     out = out or image_name(prompt, seed)
@@ -202,23 +205,22 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution, speedup, compile):
+    with attached_to(pipe, found, execution, speedup, compile) as attached:
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
         )  # fmt: skip
-    seconds = time.perf_counter() - start
+        seconds, skipped = time.perf_counter() - start, skipped_line(attached)
     settings = {
         "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
         "guidance": sampling.guidance, "seed": seed, "batch": batch,
         "artifact": artifact and artifact.name, "speedup": speedup,
     } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
     save_png(grid(images), out, settings)
-    quoted = shlex.quote(model)
-    what = f"tenuto quantize {quoted} --scheme w8a8 --out quantized.safetensors"
+    what = f"tenuto quantize {shlex.quote(model)} --scheme w8a8 --out quantized.safetensors"
     size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
     return Answer(
-        f"{out}: {size} in {seconds:.1f} s.",
+        "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped]),
         next=what if artifact is None else compare_line(model, artifact),
     )
 
@@ -226,8 +228,8 @@ def generate(
 def compare(
     model: str,
     *,
-    artifact: Path,
-    speedup: float | None = None,
+    artifact: Path | None = None,
+    speedup: Speedup | None = None,
     prompts: Path | None = None,
     count: int = 64,
     steps: int | None = None,
@@ -243,8 +245,10 @@ def compare(
 
     bars = bars or Bars()
     check_model(model)
+    if artifact is None and speedup is None:
+        raise TenutoError("Say what to compare: --artifact, --speedup or both.")
     lines = comparison_prompts(model, prompts, count)
-    found = load_artifact(artifact)
+    found = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
         model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
@@ -254,11 +258,12 @@ def compare(
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
         call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
-        speedup=speedup,        on_progress=bars("Comparing"),
+        speedup=speedup, on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
-    use = f"tenuto generate {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
-    return Answer(str(measured), measured.to_json(), next=f"{use} --prompt TEXT")
+    with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else f" --speedup {speedup}"
+    use = f"tenuto generate {shlex.quote(model)}{with_it} --prompt TEXT"
+    return Answer(str(measured), measured.to_json(), next=use)
 
 
 def inspect(

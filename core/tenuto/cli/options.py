@@ -127,13 +127,6 @@ Whole = Annotated[
         help="Reuse whole calls of the denoiser instead of its branches.",
     ),
 ]  # fmt: skip
-SkipCalls = Annotated[
-    float | None,
-    Option(
-        "--speedup", metavar="X", parser=real(1, math.inf),
-        help="Skip denoiser calls, by the artifact's forecast: 2 skips half of them.",
-    ),
-]  # fmt: skip
 Reuse = Annotated[
     float | None,
     Option(
@@ -205,8 +198,12 @@ Negative = Annotated[
     str | None, Option("--negative", metavar="TEXT", help="What it should not show.")
 ]
 Artifact = Annotated[
-    Path, Option("--artifact", metavar="FILE", help="The artifact to compare with the model.")
-]
+    Path | None,
+    Option(
+        "--artifact", metavar="FILE",
+        help="The artifact to compare with the model; without one, --speedup alone is compared.",
+    ),
+]  # fmt: skip
 WithArtifact = Annotated[
     Path | None, Option("--artifact", metavar="FILE", help="Use this artifact.")
 ]

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from ..measure import FIRST_SEED
 from ..version import __version__
 from . import call_options as c
+from . import forecast_options as f
 from . import memory_options as m
 from . import options as o
 from . import run as runner
@@ -108,6 +109,9 @@ def quantize(
     low_memory: m.LowMemory = None,
     max_memory: m.MaxMemory = None,
     compact: o.Compact = False,
+    speedup: f.SkipByDefault = None,
+    reuse: f.ReuseByDefault = None,
+    measure: f.Measure = None,
 ) -> int:
     """Quantize a model and write one artifact; the same command resumes."""
     return run("quantize", locals())
@@ -153,7 +157,7 @@ def generate(
     prompt: o.Prompt,
     negative: o.Negative = None,
     artifact: o.WithArtifact = None,
-    speedup: o.SkipCalls = None,
+    speedup: f.SkipCalls = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     image: c.Image = None,
@@ -178,8 +182,8 @@ def generate(
 )
 def compare(
     model: o.Model,
-    artifact: o.Artifact,
-    speedup: o.SkipCalls = None,
+    artifact: o.Artifact = None,
+    speedup: f.SkipCalls = None,
     prompts: o.OtherPrompts = None,
     count: o.Count = 64,
     steps: o.Steps = None,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..artifact import Artifact, fingerprint
+from ..caching import Speedup
 from ..calibration import ENCODERS, Check, check
 from ..calibration.check.peak import kept_to
 from ..errors import TenutoError
@@ -227,11 +228,11 @@ def attached_to(
     pipe: Any,
     artifact: Artifact | None,
     execution: str,
-    speedup: float | None = None,
+    speedup: Speedup | None = None,
     compile: bool = False,
 ) -> Any:
-    """A context in which `artifact`, if there is one, is attached."""
-    if artifact is None:
+    """A context in which `artifact`, if there is one, is attached, and calls are forecast."""
+    if artifact is None and speedup is None:
         return nullcontext()
     return attach(pipe, artifact, execution=execution, speedup=speedup, compile=compile)
 
@@ -268,3 +269,23 @@ def recorded(
         )  # fmt: skip
         keep(shelf, found)
     return found
+
+
+def low_encoders(
+    pipe: Any,
+    width: str,
+    lines: list[str],
+    sampling: Sampling,
+    method: str | None,
+    seed: int,
+    work: Path,
+    bars: Bars,
+) -> Artifact:
+    """The text encoders of a pipeline, in weights of `width`."""
+    from ..calibration import quantize_encoder
+
+    return quantize_encoder(
+        pipe, width, lines, method=method or "gptq", seed=seed, steps=sampling.steps,
+        guidance=sampling.guidance, call=sampling.called(pipe), device=sampling.device, work=work,
+        on_progress=bars("Text encoders"),
+    )  # fmt: skip

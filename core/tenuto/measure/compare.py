@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import Artifact
+from ..caching import AUTO, DEFAULT_FORECAST, Speedup
 from ..errors import TenutoError
 from ..model import (
     Describe,
@@ -31,6 +32,7 @@ from ..progress import Progress
 from ..resources import prompts as shipped_prompts
 from ..runtime import Latency, attach, check_execution, latency, percentile
 from ..sampling import Sample, one_by_one
+from ..sampling.loading import defaults
 from .bf16 import NATIVE
 from .comparison import Comparison
 from .encoder_states import hidden_distance
@@ -53,7 +55,7 @@ FIRST_SEED = 10_000  # far from the seeds of calibration
 
 def compare(
     model: Any,
-    artifact: Artifact | str | Path,
+    artifact: Artifact | str | Path | None = None,
     prompts: Sequence[str] | str | None = None,
     *,
     count: int = 64,
@@ -66,7 +68,7 @@ def compare(
     device: torch.device | str | None = None,
     execution: str = "int8",
     describe: Describe | None = None,
-    speedup: float | None = None,
+    speedup: Speedup | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -78,10 +80,17 @@ def compare(
     `sample(denoiser, seed, batch)`, which runs one trajectory; its steps are counted, `guidance` is
     only noted. The three take turns, a few batches each: times are compared side by side. `device`
     moves the model there for the call. `execution` is that of `attach`: "int8" measures the
-    artifact's own arithmetic; so are `describe` and `speedup`. There are no CUDA graphs, as each
-    turn attaches anew. The model is as it was afterwards, whatever happens.
+    artifact's own arithmetic; so are `describe` and `speedup`, which may be compared without an
+    artifact. There are no CUDA graphs, as each turn attaches anew. The model is as it was
+    afterwards, whatever happens.
     """
     describing(model, describe)
+    if artifact is None or artifact == DEFAULT_FORECAST:
+        if artifact is None and speedup is None:
+            raise TenutoError("Say what to compare: an artifact or a speedup.")
+        usual, speedup = defaults(model), AUTO if speedup is None else speedup
+        schedule = {"timesteps": [], "steps": usual.steps, "guidance": usual.guidance}
+        artifact = Artifact.new(model, schedule)
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
@@ -104,7 +113,7 @@ def compare_all(
     batch: int = 8,
     device: torch.device | str | None = None,
     execution: str = "int8",
-    speedup: float | None = None,
+    speedup: Speedup | None = None,
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..artifact import Artifact
-from ..caching import CachedBranch, ForecastCalls, RunTimeCalls
+from ..artifact import Artifact, at_one
+from ..caching import CachedBranch, ForecastCalls, RunTimeCalls, about_db
 from ..model import (
     Attached,
     KeyMap,
@@ -116,6 +116,25 @@ class Tenuto(Attached):
             and DENSE not in module.execution
         )
         return sum(low) / max(1, sum(part.total for part in self.parts.values()))
+
+    def forecast(self) -> dict[str, Any] | None:
+        """What the plan of the last run says; None where no calls are forecast.
+
+        {"steps", "skipped": calls, "predicted_db": about which PSNR to the full run, "kernel":
+        "forecast-default" where that is not of this model, else ""}.
+        """
+        calls = (p.call for p in self.patches if isinstance(p, Override))
+        found = next((call for call in calls if isinstance(call, ForecastCalls)), None)
+        if found is None:
+            return None
+        plan, kernel = found.plan, getattr(found.forecast, "kernel", None)
+        origin = getattr(kernel, "origin", "")
+        facts = self.artifact.header.get("forecast") if self.artifact and not origin else None
+        steps = len(plan.computed)
+        return {
+            "steps": steps, "skipped": steps - plan.calls, "kernel": origin,
+            "predicted_db": about_db(plan.error, at_one(facts or {})),
+        }  # fmt: skip
 
     def counts(self) -> dict[str, list[int]]:
         """[computed, reused] calls of every branch, by canonical name, since it was attached.

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact, fingerprint, same
-from ..caching import ForecastCalls, apply_policy_
+from ..caching import AUTO, DEFAULT_FORECAST, ForecastCalls, Speedup, apply_policy_
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Describe,
@@ -38,6 +38,7 @@ from ..model import (
 from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
 from .attached import Part, Tenuto
+from .default_forecast import default_kernel_of, with_default
 from .denoiser_call import Calls, captured
 from .execution import Chooser
 from .graphs import Reads
@@ -49,13 +50,13 @@ log = logging.getLogger("tenuto")
 
 def attach(
     model: Any,
-    artifact: Artifact | Scheme | str | Path,
+    artifact: Artifact | Scheme | str | Path | None = None,
     *,
     execution: str = "auto",
     simulate: bool = False,
     route: bool = True,
     policy: Policy | None = None,
-    speedup: float | None = None,
+    speedup: Speedup | None = None,
     chooser: Chooser | None = None,
     compile: bool = False,
     graphs: bool | str = "auto",
@@ -65,7 +66,8 @@ def attach(
 
     artifact: what calibration made, or the file of it. A scheme instead, or its name, rounds every
     layer to nearest where it is, without calibration. A denoiser of another code (ldm, ComfyUI)
-    gets it too, by the key map of its family.
+    gets it too, by the key map of its family. None or "forecast-default" changes no layer: calls
+    are skipped by a kernel that ships, which knows nothing of the model.
     execution: "int8" executes in low precision what the kernels support and simulates the rest: the
     artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
     inputs as they are. "auto" times both when a layer is first called for about so many rows, once
@@ -75,7 +77,10 @@ def attach(
     `tenuto.caching`, in place of the artifact's schedule. speedup:
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
-    adds noise of its own, none. chooser: what decides under "auto" in place of the process's own.
+    adds noise of its own, none. "auto" skips as many as are predicted to do no harm that one sees,
+    1 none; None: as the artifact says, which has a default if it was made with one. Where no
+    artifact has a forecast of the model, the shipped one serves, with a warning. chooser: what
+    decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
     graphs, one for every pattern of a step: "auto" on CUDA, where nothing forbids it; see `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
@@ -84,6 +89,11 @@ def attach(
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
+    if artifact is None or artifact == DEFAULT_FORECAST:
+        if artifact is None and speedup is None:
+            raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
+        speedup = AUTO if speedup is None else speedup
+        return install(model, Patches(speedup=speedup, kernel=default_kernel_of(model)), chooser)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -98,6 +108,7 @@ def install(
     model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
+    patches = with_default(model, patches)
     made, denoisers = patches.artifact, parts_of(model)
     for denoiser in denoisers.values():
         check_free(denoiser)
@@ -146,7 +157,7 @@ def _part(denoiser: nn.Module, patches: Patches, chooser: Chooser | None) -> Par
         check_fused(denoiser)
     if plan.policy is not None or plan.forecast is not None:
         refuse_cache(denoiser, "a cache schedule")
-        if not plan.clock.timesteps:
+        if plan.policy is not None and not plan.clock.timesteps:
             raise ArtifactError("A cache policy needs the timesteps of an artifact.")
     modules = dict(own_modules(denoiser))
     new: dict[str, nn.Module] = {
@@ -160,7 +171,7 @@ def _part(denoiser: nn.Module, patches: Patches, chooser: Chooser | None) -> Par
 
 def _put_in(model: Any, name: str, part: Part) -> Iterator[Any]:
     """What follows the denoiser of a part, and what takes the place of its modules."""
-    if part.clock.timesteps:
+    if part.clock.timesteps or part.plan.forecast is not None:
         streams = part.plan.policy is not None or part.plan.forecast is not None
         yield Follow(model, part.clock, streams=streams, part=name)
     for pair in part.new.items():

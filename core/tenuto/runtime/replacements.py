@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artifact import Artifact, kernel_of, localized, schedule_of, tabled
-from ..caching import CacheSchedule, Forecast
+from ..artifact import Artifact, default_speedup, kernel_of, localized, schedule_of, tabled
+from ..caching import CacheSchedule, Forecast, Speedup, check_speedup
 from ..errors import ArtifactError, ModelError, SchemeError
 from ..model import describe, key_map_of, own_modules
 from ..model import layers as layers_of
 from ..numerics import QTensor, Scheme
-from ..sampling import Clock
+from ..sampling import Clock, OutputKernel
 from .execution import Chooser, check_execution
 from .kernels.quantize_input import Memo
 from .layers import QConv2d, QLayer, QLinear
@@ -42,7 +42,8 @@ class Patches:
     the canonical ones; convolutions: whether they are quantized too. weights: False leaves all
     layers and tables alone. route: the artifact's cache schedule; policy: another one; limit:
     what is made of it at the timesteps of a run. speedup: whole calls are forecast instead, by the
-    artifact's kernel. execution and simulate: as in `attach`.
+    artifact's kernel, else by `kernel`; None: as the artifact says, "auto": see `Forecast`, 1: none
+    are, and nothing is reused. execution and simulate: as in `attach`.
     """
 
     artifact: Artifact | None = None
@@ -53,7 +54,8 @@ class Patches:
     route: bool = True
     policy: Policy | None = None
     limit: Callable[[CacheSchedule], CacheSchedule] | None = None
-    speedup: float | None = None
+    speedup: Speedup | None = None
+    kernel: OutputKernel | None = None
     execution: str = "auto"
     simulate: bool = False
 
@@ -142,8 +144,9 @@ def replacements_for(
     found.options = {
         "wanted": patches.execution, "simulate": patches.simulate, "chooser": chooser,
     }  # fmt: skip
-    if patches.speedup is not None:
-        found.policy, found.forecast = None, _forecast(made, patches.speedup)
+    speedup = _speedup(patches)
+    if speedup is not None:
+        found.policy, found.forecast = None, _forecast(made, patches.kernel, speedup)
     if callable(found.policy) and patches.limit is not None:
         found.policy = _limited(found.policy, patches.limit)
     return found
@@ -209,15 +212,31 @@ def _rounded(denoiser: nn.Module, layers: Mapping[str, Any], patches: Patches) -
     return chosen
 
 
-def _forecast(made: Artifact | None, speedup: float) -> Forecast:
-    """What skips whole calls; ArtifactError where no kernel was recorded."""
-    kernel = None if made is None else kernel_of(made)
-    if kernel is None:
-        raise ArtifactError(
-            "A speedup needs an artifact with a forecast: calibrate again with a pipeline whose "
-            "sampler adds no noise of its own."
-        )
-    return Forecast(kernel, speedup)
+def _speedup(patches: Patches) -> Speedup | None:
+    """What is asked, else the artifact's own where nothing else is to be applied."""
+    if patches.speedup is not None:
+        return check_speedup(patches.speedup)
+    if patches.artifact is None or patches.policy is not None or not patches.route:
+        return None
+    return default_speedup(patches.artifact)
+
+
+def _forecast(
+    made: Artifact | None, shipped: OutputKernel | None, speedup: Speedup
+) -> Forecast | None:
+    """What skips whole calls; ArtifactError where there is no kernel to plan it from.
+
+    made: in the host's own timesteps.
+    """
+    kernel = (None if made is None else kernel_of(made)) or shipped
+    if kernel is not None:
+        return Forecast(kernel, speedup)
+    if speedup == 1:
+        return None
+    raise ArtifactError(
+        "A speedup needs a pipeline, or an artifact with a forecast: calibrate again with a "
+        "pipeline whose sampler adds no noise of its own."
+    )
 
 
 def _limited(policy: Policy, limit: Callable[[CacheSchedule], CacheSchedule]) -> Policy:

@@ -7,6 +7,8 @@ from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
 from .grid import places_of
+from .noise import prediction_of
+from .noise_kernel import Noise, NoiseKernel, PipelineNoise, noises_at
 from .output_kernel import OutputKernel
 from .pipeline_call import (
     PipelineCall,
@@ -35,8 +37,11 @@ __all__ = [
     "CallInProgress",
     "Clock",
     "Follow",
+    "Noise",
+    "NoiseKernel",
     "OutputKernel",
     "PipelineCall",
+    "PipelineNoise",
     "Sample",
     "Skeleton",
     "Trajectory",
@@ -56,8 +61,10 @@ __all__ = [
     "kept",
     "launched",
     "launched_size",
+    "noises_at",
     "one_by_one",
     "places_of",
+    "prediction_of",
     "processes",
     "record",
     "repeated",

@@ -152,7 +152,8 @@ class Clock:
             return False
         if self._doubled and abs(timestep - self._time) <= self._slack:
             return False
-        return (timestep > self._time) == self._falls
+        falls = self._falls if self.timesteps else self.grid[:1] >= self.grid[-1:]
+        return (timestep > self._time) == falls
 
     def observe(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
-from tenuto.artifact import Artifact, kernel_of
+from tenuto.artifact import Artifact, at_one, kernel_of
 from tenuto.artifact.contents import curve
 from tenuto.artifact.plots import figure
 from tenuto.artifact.summary import about
@@ -364,7 +364,7 @@ def test_damage_is_told(artifact: Artifact, change: dict[str, Any] | None, flux:
     with pytest.raises(ArtifactError, match="forecast"):
         Artifact(header, artifact.tensors).validate()
     with pytest.raises(ArtifactError, match="speedup"):
-        tn.attach(flux, "w8a8", speedup=2)
+        tn.attach(denoiser_of(flux), "w8a8", speedup=2)
 
 
 def test_half_of_the_calls_of_a_trained_model_is_nearer_than_reuse() -> None:
@@ -414,3 +414,13 @@ def test_the_curve_is_plotted(artifact: Artifact) -> None:
     assert axes.get_lines()[0].get_xdata().tolist() == sorted(found.errors)
     text = about("a.safetensors", artifact, 1)
     assert "2 x: 6 calls of 12" in text
+    scores = artifact.header["forecast"]["measured"]["scores"]  # measured, of a model so small
+    assert (
+        axes.get_lines()[1].get_xdata().tolist() == [row["skipped"] for row in scores] == [4, 6, 8]
+    )
+    assert axes.get_lines()[1].get_ydata().tolist() == [row["psnr_db"] for row in scores]
+    assert f"measured {scores[1]['psnr_db']:.1f} dB" in " ".join(text.split())
+    one = at_one(bare.header["forecast"])
+    wanted = sorted(row["psnr_db"] + 10 * math.log10(row["predicted"]) for row in scores)[1]
+    assert one == pytest.approx(wanted)
+    assert found.predicted[6] == pytest.approx(min(100, one - 10 * math.log10(found.errors[6])))

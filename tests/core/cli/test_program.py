@@ -83,9 +83,13 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
         "model": "m", "out": Path("o"), "scheme": None, "text_encoder": "w4", "method": None,
         "temporal": "auto", "rounding": None, "preset": "quick", "prompts": None, "steps": 5,
         "guidance": 2.5, "seed": 3, "device": "cpu", "low_memory": None, "compact": True,
-        "max_memory": None, "call": {},
+        "max_memory": None, "speedup": None, "reuse": None, "measure": None, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6
+    for given, wanted in (("1.6", 1.6), ("auto", "auto")):
+        for command in (("generate", "m", "--prompt", "x"), ("compare", "m")):
+            assert asked(*command, "--speedup", given)["speedup"] == wanted
+    assert asked("quantize", "m", "--out", "o", "--no-measure")["measure"] is False
     assert asked("compare", "m", "--artifact", "a")["seed"] == 10_000
     assert asked("generate", "m", "--prompt", "x", "--execution", "int8")["execution"] == "int8"
     assert asked("app", "--no-browser", "--port", "7")["no_browser"] is True

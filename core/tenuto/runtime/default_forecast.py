@@ -1,0 +1,43 @@
+"""A forecast without calibration: the shipped kernel, read by the noise of a pipeline's runs."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..artifact import kernel_of
+from ..caching import default_kernel
+from ..errors import ModelError
+from ..model import parts_of
+from ..sampling import NoiseKernel, PipelineNoise, prediction_of
+from .replacements import Patches
+
+WITHOUT = "A forecast without calibration needs "
+
+
+def default_kernel_of(model: Any) -> NoiseKernel:
+    """The shipped kernel for a pipeline of diffusers; ModelError where it can have none."""
+    scheduler = getattr(model, "scheduler", None)
+    if isinstance(model, nn.Module) or scheduler is None:
+        raise ModelError(f"{WITHOUT}a pipeline with its scheduler, which says what noise there is.")
+    if len(parts_of(model)) > 1:
+        raise ModelError(f"{WITHOUT}a pipeline of one denoiser.")
+    found = default_kernel(prediction_of(scheduler), PipelineNoise(weakref.ref(model)))
+    if found.noise((999.0, 0.0)) is None:
+        raise ModelError(f"{WITHOUT}the noise at every step, which this scheduler does not say.")
+    return found
+
+
+def with_default(model: Any, patches: Patches) -> Patches:
+    """`patches` with the shipped kernel where calls are to be skipped and none was recorded.
+
+    For pipelines of several denoisers and for bare ones they stay as they are.
+    """
+    own = None if patches.artifact is None else kernel_of(patches.artifact)
+    alone = not isinstance(model, nn.Module) and len(parts_of(model)) == 1
+    if patches.speedup in (None, 1) or patches.kernel or own or not alone:
+        return patches
+    return replace(patches, kernel=default_kernel_of(model))
