@@ -53,11 +53,9 @@ def train_router(
     whole: reuse whole calls of the denoiser: the steps are what the policies make of measured
     costs, no router is trained, and `attach` takes a forecast of that budget, if there is one.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
-    The router and what the cache policies make of that share are measured on held-out seeds. The
-    best becomes the route; scores and the router's own table are kept. describe: as in `quantize`.
-    Of several denoisers each has a route for its own steps, measured on the result while the others
-    compute all of theirs; one that is called at a single step has none.
-    `work`: a folder for finished parts: after a stop or a kill the same call goes on there.
+    Router and cache policies are measured on held-out seeds; the best becomes the route, scores and
+    the router's own table are kept. describe, work: as in `quantize`. Of several denoisers each has
+    a route for its own steps; one that is called at a single step has none.
     """
     describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)

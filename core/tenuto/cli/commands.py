@@ -11,12 +11,12 @@ import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .. import calibration
 from ..artifact import Artifact, set_default
 from ..artifact import compact as compacted
-from ..artifact.summary import about, counted, facts_of
+from ..artifact.summary import about, counted
 from ..caching import Speedup
 from ..calibration import prompts_needed
 from ..errors import TenutoError
@@ -31,14 +31,13 @@ from .checks import (
     check_file,
     check_kernel,
     check_out,
-    check_picture,
     check_quantization,
     check_wanted,
     comparison_prompts,
-    damage_told,
     load_artifact,
 )
 from .console import Answer, Bars
+from .inspect import inspect
 from .session import (
     attached_to,
     low_encoders,
@@ -264,32 +263,6 @@ def compare(
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else f" --speedup {speedup}"
     use = f"tenuto generate {shlex.quote(model)}{with_it} --prompt TEXT"
     return Answer(str(measured), measured.to_json(), next=use)
-
-
-def inspect(
-    file: Path,
-    *,
-    plot: Path | Literal[True] | None = None,
-    layer: str | None = None,
-    bars: Bars | None = None,
-) -> Answer:
-    """Show what is in an artifact; `plot` (True: beside it) is a PNG of what it says by step."""
-    from ..artifact.plots import plot_all
-    from ..sampling.images import save_png
-
-    if layer is not None and plot is None:
-        raise TenutoError("--layer says whose ranges --plot shows: ask for --plot too.")
-    out = None if plot is None else check_picture(plot, file)
-    artifact = load_artifact(file)
-    size = file.stat().st_size
-    with damage_told(file):
-        text, data = about(str(file), artifact, size), facts_of(artifact, size)
-        if out is None:
-            return Answer(text, data, next=f"tenuto inspect {shlex.quote(str(file))} --plot")
-        image = plot_all(artifact, file.name, layer)
-    save_png(image, out, {"artifact": file.name, "layer": layer})
-    text, data = f"{text}\n\nThe plot is in {out}.", data | {"plot": str(out)}
-    return Answer(text, data, next=f"tenuto compare MODEL --artifact {shlex.quote(str(file))}")
 
 
 def demo(
