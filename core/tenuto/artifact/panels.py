@@ -191,10 +191,10 @@ def curve_panel(curve: Curve) -> Panel:
         axes.set_xlim(-0.5, curve.steps - 0.5)
         shares = range(0, 100, 10)
         axes.set_xticks([share * curve.steps / 100 for share in shares], [f"{s}%" for s in shares])
-        said = "" if dots else ", which is an estimate"
-        _heading(axes, "Forecast: PSNR to the full run in dB", "" if dots else curve.note + said)
+        said = f"Forecast, {curve.note}: PSNR to the full run in dB"
+        _heading(axes, said, "" if dots else "predicted, not measured")
         if dots:
-            _legend(axes, [(f"predicted: {curve.note}", BLUE), ("measured", RUST)])
+            _legend(axes, [("predicted", BLUE), ("measured", RUST)])
         where: dict[str, Any] = {"ha": "right", "va": "top"}
         _say(axes, "calls skipped", (0, 0), (-8, -4), size=8, color=FAINT, **where)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import TenutoError
+from .between_steps import between, depth
 from .noise import noise_at
 from .output_kernel import OutputKernel
 
@@ -42,9 +43,10 @@ class NoiseKernel(OutputKernel):
         if found is None:
             raise TenutoError("The noise at the steps of this run is not known.")
         alpha, sigma = (torch.tensor(row, dtype=torch.float64) for row in zip(*found, strict=True))
-        mixed = super().at(torch.atan2(sigma, alpha).tolist())
+        own = (torch.tensor(row, dtype=torch.float64) for row in (self.alpha, self.sigma))
+        values = between(self.values, depth(*own), depth(alpha, sigma))
         shares = tuple(alpha.tolist()), tuple(sigma.tolist())
-        return OutputKernel(mixed.values, times, *shares, self.prediction, self.images)
+        return OutputKernel(values, times, *shares, self.prediction, self.images)
 
 
 def noises_at(scheduler: Any, timesteps: Sequence[float]) -> list[tuple[float, float]] | None:

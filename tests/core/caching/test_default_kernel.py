@@ -206,7 +206,7 @@ def test_an_error_is_told_in_db(caplog: Any) -> None:
 @pytest.fixture(scope="module")
 def trajectory(flux: Any) -> tn.Trajectory:
     """Twelve steps of it."""
-    return tn.record(flux, ["a"], steps=12)
+    return tn.record(flux, ["a", "b", "c", "d"], steps=12)
 
 
 def test_the_default_of_an_artifact(flux: Any, trajectory: Any, tmp_path: Any) -> None:
