@@ -234,8 +234,8 @@ def _forecast(
     if speedup == 1:
         return None
     raise ArtifactError(
-        "A speedup needs a pipeline, or an artifact with a forecast: calibrate again with a "
-        "pipeline whose sampler adds no noise of its own."
+        "A speedup needs an artifact with a forecast, or a pipeline of diffusers: calibrate again "
+        "with a pipeline whose sampler adds no noise of its own."
     )
 
 

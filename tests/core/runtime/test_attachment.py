@@ -151,7 +151,7 @@ def test_a_failure_while_attaching_changes_nothing(
     def late(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attachment, "apply_schedule_", late)
+    monkeypatch.setattr(attachment, "apply_policy_", late)
     with pytest.raises(KeyboardInterrupt):
         attach(model, weights(kind) | route(kind))
     assert bits(model) == before
