@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,16 @@ def made(tab: Any, count: int = 1) -> list[Path]:
     page, folder = tab.page, tab.out / "pictures"
     before = {*folder.glob("*.png")}
     page.click("#generate")
+    end, new = time.monotonic() + 120, list[Path]()
+    while (
+        len(new) < count and time.monotonic() < end
+    ):  # the page need not show at once that it works
+        page.wait_for_timeout(100)
+        new = sorted({*folder.glob("*.png")} - before)
     page.wait_for_function(
         "document.querySelector('#generate-working')?.offsetParent == null"
         " && !document.querySelector('#generate').disabled"
     )
-    new = sorted({*folder.glob("*.png")} - before)
     assert len(new) == count, tab.text("#numbers")
     return new
 

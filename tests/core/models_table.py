@@ -121,7 +121,7 @@ def check_layers(row: Row, made: Artifact) -> None:
     keep = default_recipe(tn.schemes.W8A8, describe(row.denoiser))
     wanted = {n for n, layer in layers(row.denoiser) if quantizable(layer)}
     wanted = {n for n in wanted if keep.rule(n) is not None and keep.rule(n).scheme is not None}
-    done = set(made.header["layers"])
+    done = set(made.header["layers"]) | set(made.header.get("kept_in_float", ()))
     assert {n for n in wanted - done if not f"{n}.".startswith(known)} == set()
 
 
