@@ -234,7 +234,14 @@ def attached_to(
     """A context in which `artifact`, if there is one, is attached, and calls are forecast."""
     if artifact is None and speedup is None:
         return nullcontext()
-    return attach(pipe, artifact, execution=execution, speedup=speedup, compile=compile)
+    return attach(
+        pipe,
+        artifact,
+        execution=execution,
+        speedup=speedup,
+        compile=compile,
+        graphs="auto" if compile else False,
+    )
 
 
 def recorded(

@@ -59,7 +59,7 @@ def attach(
     speedup: Speedup | None = None,
     chooser: Chooser | None = None,
     compile: bool = False,
-    graphs: bool | str = "auto",
+    graphs: bool | str = False,
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -82,7 +82,8 @@ def attach(
     artifact has a forecast of the model, the shipped one serves, with a warning. chooser: what
     decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
-    graphs, one for every pattern of a step: "auto" on CUDA, where nothing forbids it; see `Graphs`.
+    graphs, one for every pattern of a step; "auto": if there is CUDA. Weights may then be moved or
+    changed in place, but not replaced by other tensors while it is attached; see `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.
