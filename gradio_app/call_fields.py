@@ -16,7 +16,7 @@ from tenuto.sampling.loading import class_of
 from .bench import Bench
 from .call import IMAGES, OPTIONS, Fields, from_fields, opened, others, taken
 from .fields import noticed, optional
-from .guard import drop, fresh
+from .guard import fresh
 from .view import notice
 from .viewer import QUIET
 
@@ -75,7 +75,10 @@ def _image(label: str, name: str) -> gr.Image:
 
 
 def _taken(path: str | None) -> list[Any]:
-    """A new image in place of its upload, upright and of a known size, or why it is none."""
+    """A new image in place of its upload, upright and of a known size, or why it is none.
+
+    The upload is left to the sweep: the page may be loading it to show it.
+    """
     if path is None:
         return [None, ""]
     file = Path(path)
@@ -85,8 +88,6 @@ def _taken(path: str | None) -> list[Any]:
         image.save(place, format="PNG")
     except TenutoError as error:
         return [None, notice(f"{file.name} is not taken.", str(error))]
-    finally:
-        drop(file)
     return [str(place), ""]
 
 
