@@ -54,7 +54,7 @@ def test_every_node_is_there_and_none_is_red(tab: Any, path: Path) -> None:
         )
         values = next(n["widgets"] for n in nodes if n["type"] == node["type"])
         if node["type"].startswith("Tenuto_") and node.get("widgets_values"):
-            there = node["widgets_values"]  # inputs that came later are last, and have their default
+            there = node["widgets_values"]  # inputs that came later are last, at their default
             assert [value for _, value in values][: len(there)] == there, "a widget has moved"
     picture = page.picture(tab, nodes)
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
