@@ -68,7 +68,7 @@ class Real:
     def drawn_features(
         self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
     ) -> tuple[Tensor, float]:
-        """The features of `count` pictures at the seeds of `drawn`, and the seconds for each."""
+        """The features of `count` images at the seeds of `drawn`, and the seconds for each."""
         sample, found = sampler(pipe, self.captions, steps, guidance), []
         begin = time.perf_counter()
         with tf32(self.fast):

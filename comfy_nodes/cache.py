@@ -64,7 +64,7 @@ class Cache(Wrapped):
         self.plan, self.denoiser = plan, weakref.ref(denoiser)
         self.keys, self.branches = key_map_of(denoiser), ()
         if not isinstance(plan, Forecast):
-            if self.keys is None:  # what its parts hand out is not known to be theirs alone
+            if self.keys is None:  # its parts may return tensors that others write to
                 raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
             self.branches = tuple(b.name for b in describe(denoiser).branches)
         self.run: Run | None = None

@@ -2,7 +2,7 @@
 
 Reference formula: at a skipped step the layers 0..depth-1 of the first down block and the last
 depth + 1 of the last up block are computed, on what the up block's layer before them returned at
-the last computed step; all that lies deeper is held. One of every period is computed ("uniform").
+the last computed step; all that lies deeper is reused. One of every period is computed ("uniform").
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DeepCache:
         return f"{self.name} depth {self.depth} {self.first}/{self.period}"
 
     def branches_of(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """What is held: every module deeper than `depth`; ModelError where it is no U-Net."""
+        """What is reused: every module deeper than `depth`; ModelError where it is no U-Net."""
         model: Any = denoiser
         if not all(hasattr(model, part) for part in ("down_blocks", "mid_block", "up_blocks")):
             raise ModelError(f"DeepCache is for U-Nets, not for a {type(denoiser).__name__}.")
@@ -49,7 +49,7 @@ class DeepCache:
         if not 0 <= self.depth < len(last.resnets) - 1:
             raise ModelError(f"The outermost block of the U-Net has no depth {self.depth}.")
         if self.depth == 0:
-            found = ["down_blocks.0"]  # nothing of it is computed: its outputs are held as one
+            found = ["down_blocks.0"]  # nothing of it is computed: its outputs are reused as one
         else:
             found = _layers("down_blocks.0", first, range(self.depth, len(first.resnets)))
             found += [

@@ -22,7 +22,7 @@ from .at_run_time import Gate, RunTimeCalls
 class EasyCache:
     """Skip while the error is under `threshold`; `first` steps compute, and where `last` the last.
 
-    residual: as published for flow matching; without it the output itself is handed out again,
+    residual: as published for flow matching; without it the output itself is reused,
     which is nearer where the model predicts v.
     """
 
