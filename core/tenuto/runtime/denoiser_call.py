@@ -28,7 +28,7 @@ class Around(Override):
 
     def remove(self) -> None:
         """Take it out, or switch it off beneath what lies on it."""
-        if self.off or vars(self.module).get("forward") is not self:
+        if self.off or not self.lies_on_top():
             self.off = True
         else:
             super().remove()
@@ -59,7 +59,7 @@ class Calls:
         if not (self.compile or self.graphs or cells):
             return call, []
         around = Around(denoiser, call)
-        vars(denoiser)["forward"] = around
+        around.put()
         return call, [around, *([blocks] if blocks else [])]
 
 

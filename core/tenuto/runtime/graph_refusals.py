@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model import Override
+from ..model import patch_of
 from ..model.hooks import CAST, GROUPS
 
 MOVES = "offloading moves its weights"
@@ -55,8 +55,10 @@ def _offloads(hook: Any) -> bool:
 
 def _known(forward: Any) -> bool:
     """Whether a forward of one instance is ours, down to the class's own."""
-    while isinstance(forward, Override):
-        forward = forward.before
+    patch = patch_of(forward)
+    while patch is not None:
+        forward = patch.before
+        patch = patch_of(forward)
     return forward is None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import Override, Replacement
+from ..model import Replacement
 from ..model.adapters import BASE
 from .graph_refusals import refusal_of
 
@@ -222,7 +222,7 @@ class _Walk:
             self.facts.append((type(value), len(value)))
             for item in value:
                 self._value(item, deep)
-        elif deep >= DEEP or isinstance(value, Override | type) or inspect.isroutine(value):
+        elif deep >= DEEP or isinstance(value, type) or inspect.isroutine(value):
             self.facts.append(id(value))
             self.opaque[id(value)] = value
         elif not self._again(value):

@@ -53,7 +53,7 @@ class Case:
 
     def graphs(self) -> Any:
         """Those of the denoiser."""
-        call = vars(denoiser_of(self.pipe))["forward"].call
+        call = vars(denoiser_of(self.pipe))["forward"].__self__.call
         assert isinstance(call, DenoiserCall)
         return call.graphs
 
@@ -86,7 +86,7 @@ def test_other_weights_and_loras_are_what_is_computed_with(compile: bool) -> Non
     def right(message: str) -> int:
         """The graphs that there are after many runs, the last as it is without any."""
         found = case.runs(6)[-1]
-        call = vars(denoiser)["forward"].call
+        call = vars(denoiser)["forward"].__self__.call
         graphs, call.graphs = call.graphs, None
         wanted = case.runs(1)[-1]
         call.graphs = graphs

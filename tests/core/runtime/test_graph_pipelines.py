@@ -45,7 +45,7 @@ class Case:
     @property
     def graphs(self) -> Graphs:
         """Those of the denoiser."""
-        return vars(denoiser_of(self.pipe))["forward"].call.graphs
+        return vars(denoiser_of(self.pipe))["forward"].__self__.call.graphs
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -461,7 +461,7 @@ def test_a_copy_captures_for_itself() -> None:
     for seed in range(3):
         model(*inputs(seed))
     twin = copy.deepcopy(model)
-    own = twin.forward.call.graphs  # type: ignore[union-attr]
+    own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
     assert own is not call.graphs and not own.known and own.denoiser is twin
     assert torch.equal(twin(*inputs(9))["sample"], plain(model, inputs(9)))
 
