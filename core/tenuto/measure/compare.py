@@ -30,7 +30,7 @@ from ..model import (
 )
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
-from ..runtime import Latency, attach, check_execution, latency, percentile
+from ..runtime import Calls, Latency, attach, check_execution, latency, percentile
 from ..sampling import Sample, one_by_one
 from ..sampling.loading import defaults
 from .bf16 import NATIVE
@@ -69,6 +69,8 @@ def compare(
     execution: str = "int8",
     describe: Describe | None = None,
     speedup: Speedup | None = None,
+    compile: bool = False,
+    graphs: bool | str = False,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -81,8 +83,9 @@ def compare(
     only noted. The three take turns, a few batches each: times are compared side by side. `device`
     moves the model there for the call. `execution` is that of `attach`: "int8" measures the
     artifact's own arithmetic; so are `describe` and `speedup`, which may be compared without an
-    artifact. There are no CUDA graphs, as each turn attaches anew. The model is as it was
-    afterwards, whatever happens.
+    artifact. `compile` and `graphs` are those of `attach` too, and of the model without it: each
+    turn then has a batch more, not timed, in which blocks are compiled and calls captured. The
+    model is as it was afterwards, whatever happens.
     """
     describing(model, describe)
     if artifact is None or artifact == DEFAULT_FORECAST:
@@ -94,7 +97,7 @@ def compare(
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
-        speedup=speedup, on_progress=on_progress,
+        speedup=speedup, compile=compile, graphs=graphs, on_progress=on_progress,
     )  # fmt: skip
     return found[ARTIFACT]
 
@@ -114,6 +117,8 @@ def compare_all(
     device: torch.device | str | None = None,
     execution: str = "int8",
     speedup: Speedup | None = None,
+    compile: bool = False,
+    graphs: bool | str = False,
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:
@@ -125,6 +130,7 @@ def compare_all(
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
+    how = Calls.asked(compile, graphs)
     denoisers = parts_of(model)
     for denoiser in denoisers.values():
         refuse_cache(denoiser, "a comparison with full precision")
@@ -141,14 +147,17 @@ def compare_all(
     with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
         first, seen = first_calls(model, sample, *batches[0], whole=given)
         facts = facts_of(model, known, first)
-        put_on = partial(attach, model, execution=execution, speedup=speedup, graphs=False)
-        ways = ways_of(model, known, first, facts, put_on, floor)
+        put_on = partial(attach, model, execution=execution, speedup=speedup)
+        put_on = partial(put_on, compile=compile, graphs=graphs)
+        warm = (lambda d: sample(d, *batches[0])) if how.compile or how.graphs else None
+        ways = ways_of(model, known, first, facts, put_on, floor, how, warm)
         generated = generate_in_turns(ways, sample, batches, on_progress)
         states = {
             n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
         }
         taken = {"steps": seen if given else steps, "guidance": guidance}
         run = surroundings(denoisers[""]) | taken
+    run |= {"compiled": how.compile, "graphs": how.graphs}
     run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
     return {
         name: Comparison(
