@@ -124,19 +124,15 @@ def compare_all(
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:
     """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
-    Steps, guidance and call are the first artifact's unless given; without `floor`, bf16 is left
-    out. Returns the comparisons by name, and the images: under the same names, `FULL` and `BF16`.
+    Steps, guidance and call are the first artifact's unless given; `floor`: bf16 too. Returns the
+    comparisons by name, and the images: under the same names, `FULL` and `BF16`.
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
     how = Calls.asked(compile, graphs)
     denoisers = parts_of(model)
-    for denoiser in denoisers.values():
-        refuse_cache(denoiser, "a comparison with full precision")
-    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
-    for artifact in known.values():
-        artifact.check(model)
+    known = _checked(denoisers, model, artifacts)
     given, lines = sample is not None, prompts or shipped_prompts("evaluation")
     lines = (lines,) if isinstance(lines, str) else tuple(lines)
     if sample is None:
@@ -147,27 +143,41 @@ def compare_all(
     with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
         first, seen = first_calls(model, sample, *batches[0], whole=given)
         facts = facts_of(model, known, first)
-        put_on = partial(attach, model, execution=execution, speedup=speedup)
-        put_on = partial(put_on, compile=compile, graphs=graphs)
-        warm = (lambda d: sample(d, *batches[0])) if how.compile or how.graphs else None
+        more = {"execution": execution, "speedup": speedup, "compile": compile, "graphs": graphs}
+        warm, put_on = _warm(sample, batches[0], how), partial(attach, model, **more)
         ways = ways_of(model, known, first, facts, put_on, floor, how, warm)
         generated = generate_in_turns(ways, sample, batches, on_progress)
-        states = {
-            n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
-        }
+        far = {} if given else {n: hidden_distance(model, a, lines, call) for n, a in known.items()}
         taken = {"steps": seen if given else steps, "guidance": guidance}
         run = surroundings(denoisers[""]) | taken
-    run |= {"compiled": how.compile, "graphs": how.graphs}
     run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
+    run |= {"compiled": how.compile, "graphs": how.graphs}
     return {
         name: Comparison(
             **_distances(generated, name),
             **_costs(generated, name, facts[name]),
             **run,
-            encoders=states[name],
+            encoders=far.get(name, {}),
         )
         for name in known
     }, generated
+
+
+def _checked(
+    denoisers: Mapping[str, Any], model: Any, artifacts: Mapping[str, Artifact | str | Path]
+) -> dict[str, Artifact]:
+    """The artifacts, which are of this model; ModelError where a cache of diffusers is on."""
+    for denoiser in denoisers.values():
+        refuse_cache(denoiser, "a comparison with full precision")
+    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
+    for artifact in known.values():
+        artifact.check(model)
+    return known
+
+
+def _warm(sample: Sample, batch: tuple[int, int], how: Calls) -> Callable[[Any], Any] | None:
+    """A run of one batch where something is compiled or captured meanwhile, else None."""
+    return (lambda denoiser: sample(denoiser, *batch)) if how.compile or how.graphs else None
 
 
 @contextmanager
