@@ -54,7 +54,10 @@ class InPlaceWeights:
         self._opaque: dict[int, Any] = {}  # known by identity: no other may get it
 
     def latest(self) -> int | None:
-        """The state at the last call if every weight is where it was then; for the rest `same`."""
+        """The state at the last call if every weight is where it was then; for the rest `same`.
+
+        What a graph of it reads is in memory as long as this is not None.
+        """
         seen = self._seen
         return self._mark if seen is not None and seen.in_place() else None
 
@@ -130,7 +133,7 @@ class _Walk:
     def __init__(self, model: nn.Module) -> None:
         self.facts: list[Any] = []
         self.opaque: dict[int, Any] = {}
-        self._modules: list[nn.Module] = []
+        self._modules: list[Any] = []
         self._tensors: list[Tensor] = []
         self._held: list[Any] = []  # dicts of which all counts
         self._lists: list[Any] = []
@@ -144,6 +147,8 @@ class _Walk:
         self._classes = [*map(type, self._modules)]
         self._items = self._inner()
         self._size = sum(map(len, self._sized))
+        self._packed = [m for m in self._modules if hasattr(m, "packings")]
+        self._packings = self._packed_so_far()
         self._places = [x.data_ptr() for x in self._tensors]
         self._numbers = list(range(len(self._tensors)))
 
@@ -164,10 +169,15 @@ class _Walk:
         return [*inside, *chain.from_iterable(self._lists)]
 
     def in_place(self) -> bool:
-        """Whether every weight is at its address."""
+        """Whether every weight is at its address, those too that layers have packed."""
+        if self._packed_so_far() != self._packings:
+            return False
         if _equal is not None:
             return _equal(self._tensors, self._places, self._numbers)
         return [*map(Tensor.data_ptr, self._tensors)] == self._places
+
+    def _packed_so_far(self) -> int:
+        return sum([module.packings for module in self._packed])
 
     def _module(self, module: nn.Module) -> None:
         if self._again(module):

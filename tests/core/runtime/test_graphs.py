@@ -275,6 +275,9 @@ def test_a_packed_weight_is_another_graph() -> None:
     weights = Graphs(pipe.transformer, device="cpu").weights
     before = weights.state()
     assert weights.state() == before and weights.walks == 1
+    layer = next(m for m in pipe.transformer.modules() if isinstance(m, tn.runtime.QLayer))
+    copy.deepcopy(layer)  # which unpacks it
+    assert weights.latest() is None, "nothing may be read of what is freed"
     pipe.transformer.to(torch.float32)
     assert weights.state() != before
     attached.detach()
