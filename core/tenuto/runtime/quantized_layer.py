@@ -108,9 +108,10 @@ class QLayer(Replacement):
         self._unpack()  # a cache is no state
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
+        if any(prefix + name in state_dict for name in self._buffers):  # not where it is a LoRA's
+            self._unpack()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
