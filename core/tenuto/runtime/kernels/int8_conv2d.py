@@ -17,7 +17,7 @@ from . import onednn
 from .epilogue import finished, in_pieces
 from .int8_linear import IntLinear, signed
 from .kernel import Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling
+from .quantize_input import MIDDLE, compiling, counted
 
 EIGHT = 8  # what cuBLAS wants a multiple of
 
@@ -34,7 +34,8 @@ def reference(
     """The operation in float64."""
     w = codes.double() * w_scale.double().view(-1, 1, 1, 1)
     zero = x_zero.double() if isinstance(x_zero, Tensor) else float(x_zero)
-    y = torch.nn.functional.conv2d(x.double() - zero, w, None, *geometry) * x_scale.double()
+    x = counted(x, torch.float64) - zero
+    y = torch.nn.functional.conv2d(x, w, None, *geometry) * x_scale.double()
     return y if bias is None else y + bias.double().view(-1, 1, 1)
 
 

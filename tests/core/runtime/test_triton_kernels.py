@@ -1,0 +1,274 @@
+"""The kernels in Triton against their references: in its interpreter where there is no GPU.
+
+What `torch.empty` gives is poisoned, so that nothing which is not written passes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenuto.numerics import float8
+from tenuto.runtime import kernels
+from tenuto.runtime.kernels import int8_fused, quantize_input
+from tenuto.runtime.kernels.int8_linear import IntLinear
+
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative: half a step; the interpreter cuts fp32 off to bf16.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if HERE == "cpu":
+    ROUNDING[torch.bfloat16] *= 2
+ROWS = [(1, 1), (3, 7), (2, 3, 130), (2, 1153)]
+PRODUCTS = [(1, 1, 1), (17, 33, 40), (64, 5, 32), (70, 21, 48)]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no wheel for this platform"
+)
+
+
+def codes_match(found: Tensor, wanted: Tensor) -> None:
+    """Equal, up to rounding where a quotient lies on an edge."""
+    gap = (quantize_input.counted(found) - wanted.float()).abs()
+    assert found.shape == wanted.shape and float(gap.max()) <= 1
+    assert float(gap.sum()) <= 1 + 2e-3 * gap.numel()
+
+
+def floats_match(found: Tensor, wanted: Tensor) -> None:
+    """8-bit floats: nearly all equal, the others neighbours.
+
+    The interpreter of Triton (3.6 to 3.9) loses the carry where a mantissa is rounded up to 2, and
+    cuts the smallest off.
+    """
+    found, wanted = found.float(), wanted.float()
+    lost = (found == wanted / 2) if HERE == "cpu" else torch.zeros_like(found, dtype=torch.bool)
+    assert float((found != wanted).sum()) <= 1 + (0.1 if HERE == "cpu" else 1e-2) * found.numel()
+    assert torch.allclose(found[~lost], wanted[~lost], rtol=0.126, atol=2**-9)
+
+
+def check_rows() -> None:
+    """Whole codes and 8-bit floats of a range a row."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    for shape, dtype in itertools.product(ROWS, DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        codes, scale = fused.per_row(x)
+        wanted, their = quantize_input.reference_per_row(x)
+        assert codes.dtype is torch.int8 and scale.shape == their.shape
+        assert torch.allclose(scale, their, rtol=1e-6)
+        codes_match(codes, wanted)
+        values, scale = fused.per_row(x, "e4m3")
+        near, their = float8.per_row(x)
+        assert values.dtype is torch.float8_e4m3fn and torch.allclose(scale, their, rtol=1e-6)
+        floats_match(values, near)
+    wide = torch.randn(4, 5, 96, device=HERE)
+    part = wide[..., 32:64]
+    assert torch.equal(fused.per_row(part)[0], fused.per_row(part.contiguous())[0])
+    wide[1, 2] = 0
+    wide[2, 3, 4] = float("nan")
+    codes, scale = fused.per_row(wide)
+    assert not codes[1, 2].any(), "zeros stay zeros"
+    assert scale.isnan().sum() == 1 and scale[2, 3].isnan().all(), "NaN is seen, in its row alone"
+
+
+def check_stored() -> None:
+    """One of several stored ranges, chosen by an index that stays on the device."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    scales = (torch.rand(5, device=HERE) + 0.2) / 20
+    zeros = torch.randint(0, 256, (5,), device=HERE).float()
+    for shape, dtype in itertools.product([*ROWS, (2, 3, 5, 4)], DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        forms = [x, x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else [x]
+        for given, one in itertools.product(forms, (0, 4)):
+            index = torch.tensor([one], device=HERE)
+            codes, scale, zero = fused.stored(given, scales, zeros, index)
+            pair = scales[one : one + 1], zeros[one : one + 1]
+            assert torch.equal(scale, pair[0]) and torch.equal(zero, pair[1].int())
+            codes_match(codes, quantize_input.reference_per_tensor(given, *pair))
+            assert codes.stride() == given.stride()
+            values = fused.stored(given, scales, zeros, index, "e4m3")[0]
+            floats_match(values, float8.per_tensor(given, pair[0]))
+
+
+def tilings() -> Iterator[Any]:
+    """What is chosen, and tiles that make several of a small product, by every way of loading."""
+    from tenuto.runtime.kernels.tiles_triton import Tiles
+
+    yield from (None, Tiles(16, 16, 32, group=2), Tiles(16, 32, 32, persistent=True, group=3))
+    yield from (Tiles(32, 16, 32, tma=True), Tiles(16, 16, 64, tma=True, persistent=True))
+
+
+def check_product() -> None:
+    """Odd shapes, all that follows the product, every way of loading tiles."""
+    from tenuto.runtime.kernels import int8_fused_triton as fused
+
+    for (m, n, k), tiles in itertools.product(PRODUCTS, tilings()):
+        if tiles is not None and tiles.tma and k % 16:
+            continue
+        x = torch.randint(-128, 128, (m, k), device=HERE).to(torch.int8)
+        codes = torch.randint(-127, 128, (n, k), device=HERE).to(torch.int8)
+        packed = IntLinear(codes, torch.rand(n, device=HERE) + 0.5)
+        zero = torch.tensor([37], dtype=torch.int32, device=HERE)
+        every = itertools.product((None, zero), "bgr") if tiles is None else [(None, "b")]
+        for number, (zero, more) in enumerate(every):
+            dtype = DTYPES[number % 3]
+            bias, gate, residual = after(m, n, dtype, more)
+            scale = torch.rand((m, 1) if number % 2 else (1,), device=HERE) / k
+            given = codes, packed.scale, packed.sums, bias, dtype, gate, residual, tiles
+            found = fused.linear(x, scale, zero, *given)
+            each = None if gate is None else gate.repeat_interleave(m // len(gate), 0)
+            middle = 128 if zero is None else zero
+            rest = codes, packed.scale, bias, each, residual
+            near(found, int8_fused.reference(x, scale, middle, *rest), dtype)
+
+
+def after(m: int, n: int, dtype: torch.dtype, more: str) -> tuple[Tensor | None, ...]:
+    """What follows a product: a bias, that and a gate, or a gate and a residual."""
+    bias, residual = torch.randn(n, device=HERE).to(dtype), torch.randn(m, n, device=HERE)
+    gate = torch.randn(1 if m % 2 else 2, n, device=HERE)
+    return (
+        None if more == "r" else bias,
+        None if more == "b" else gate,
+        residual.to(dtype) if more == "r" else None,
+    )
+
+
+def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Equal to the rounding of `dtype` and the noise of fp32; NaN never passes."""
+    assert found.dtype is dtype and found.shape == wanted.shape and found.is_contiguous()
+    gap = (found.double() - wanted).abs() - ROUNDING[dtype] * wanted.abs()
+    assert float(gap.max()) <= 3e-6 * float(wanted.abs().max()) + 1e-6
+
+
+def check_operation() -> None:
+    """What the layers call: any leading dimensions, uint8 too; whole in a graph."""
+    x = torch.randint(0, 256, (2, 3, 40), device=HERE).to(torch.uint8)
+    codes = torch.randint(-127, 128, (24, 40), device=HERE).to(torch.int8)
+    w_scale, bias = torch.rand(24, device=HERE), torch.randn(24, device=HERE)
+    gate, residual = torch.randn(2, 1, 24, device=HERE), torch.randn(2, 3, 24, device=HERE)
+    packed, scale = IntLinear(codes, w_scale), torch.rand(2, 3, 1, device=HERE) / 40
+
+    def call(x: Tensor, zero: Any) -> Tensor:
+        return int8_fused.fused_linear(x, scale, zero, packed, bias, torch.bfloat16, gate, residual)
+
+    for zero in (128, 5, torch.tensor([200], dtype=torch.int32, device=HERE)):
+        wanted = int8_fused.reference(x, scale, zero, codes, w_scale, bias, gate, residual)
+        near(call(x, zero), wanted, torch.bfloat16)
+        near(call((x ^ 128).view(torch.int8), zero), wanted, torch.bfloat16)
+        compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, zero), call(x, zero))
+    rows = x.view(6, 40).view(torch.int8)
+    more = (packed.scale, packed.sums, bias, None, None, torch.bfloat16)
+    args = (rows, scale.view(6, 1), None, packed.weight, *more)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.tenuto.int8_fused.default, args, test_utils=tests)
+
+
+CHECKS = (check_rows, check_stored, check_product, check_operation)
+
+
+@needs_triton
+def test_the_kernels_equal_their_references() -> None:
+    """Without a GPU in a process of its own: the interpreter is chosen when triton is imported."""
+    code = (
+        "import torch, test_triton_kernels as t\n"
+        "torch.use_deterministic_algorithms(True, warn_only=True)\n"
+        "x = torch.empty(9)\nassert x.isnan().all(), 'no poison'\n"
+        "for check in t.CHECKS: check()"
+    )
+    folder = str(Path(__file__).parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])}
+    if HERE == "cpu":
+        env["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_no_kernel_of_triton_runs_without_a_gpu() -> None:
+    """The plain operations serve there, and the product is a candidate on no CPU."""
+    assert not int8_fused.supported(torch.device("cpu"))
+    assert not int8_fused.supported(torch.device("meta"))
+    assert not quantize_input.fused(torch.randn(2, 8))
+    assert "int8_fused" in [kernel.name for kernel in kernels.kernels()]
+    codes, _ = quantize_input.per_row(torch.randn(2, 8))
+    assert codes.dtype is torch.uint8
+
+
+def test_a_range_of_a_step_is_that_of_its_index() -> None:
+    x = torch.randn(3, 8)
+    scales, zeros = torch.tensor([0.1, 0.02]), torch.tensor([3.0, 200.0])
+    for one in (0, 1):
+        index = torch.tensor([one])
+        codes, scale, zero = quantize_input.stored_at(x, scales, zeros, index, "int")
+        assert scale.tolist() == [float(scales[one])] and zero.tolist() == [int(zeros[one])]
+        assert zero.dtype is torch.int32
+        wanted = quantize_input.reference_per_tensor(x, scales[one], zeros[one])
+        assert torch.equal(codes, wanted)
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_the_fastest_tiles_are_kept_and_failures_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By card and version, in files of Triton's cache; a broken file is measured anew."""
+    from tenuto.runtime.kernels import tiles_triton as tiles
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiles, "card", lambda: "a card")
+    some = [tiles.Tiles(16, 16, k) for k in (32, 64, 128)]
+    seen: list[int] = []
+
+    def measured(run: Any) -> float:
+        return float(run())
+
+    def run(one: Any) -> float:
+        seen.append(one.k)
+        if one.k == 32:
+            raise RuntimeError("out of resources")
+        return 1.0 / one.k
+
+    class Function:
+        cache_key = "source"
+
+    monkeypatch.setattr(tiles, "milliseconds", measured)
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and seen == [32, 64, 128]
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 3
+    tiles._kept(Function, (4, 9), some, run)
+    assert len(seen) == 6, "another shape is measured"
+    monkeypatch.setattr(tiles, "card", lambda: "another")
+    tiles._kept(Function, (4, 8), some, run)
+    assert len(seen) == 9, "another card is measured"
+    files = sorted(tmp_path.rglob(tiles.FILE))
+    assert len(files) == 3 and all(json.loads(f.read_text()) == list(some[2]) for f in files)
+    for file in files:
+        file.write_text("{", encoding="utf-8")
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 12
+    with pytest.raises(RuntimeError, match="out of resources"):
+        tiles.fastest(some[:1], run)
+    cpu = torch.device("cpu")
+    assert tiles.chosen(Function, (), some, cpu, run) == some[0] and len(seen) == 13
+
+
+@needs_triton
+def test_numbers_of_rows_that_are_near_share_their_tiles() -> None:
+    from tenuto.runtime.kernels.tiles_triton import bucket
+
+    assert [bucket(m) for m in (1, 7, 8, 9, 512, 639, 640, 4608)] == [
+        1, 7, 8, 8, 512, 512, 640, 4096
+    ]  # fmt: skip
