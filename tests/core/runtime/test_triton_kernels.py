@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenuto.numerics import float8
+from tenuto.numerics import QTensor, float8, integer_codes
+from tenuto.numerics.scheme import Format, schemes
 from tenuto.runtime import kernels
-from tenuto.runtime.kernels import int8_fused, quantize_input
+from tenuto.runtime.kernels import int4_fused, int8_fused, quantize_input
 from tenuto.runtime.kernels.int8_linear import IntLinear
+from tenuto.runtime.layers import QLinear
+from tenuto.sampling import Clock
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,7 +178,65 @@ def check_operation() -> None:
     torch.library.opcheck(torch.ops.tenuto.int8_fused.default, args, test_utils=tests)
 
 
-CHECKS = (check_rows, check_stored, check_product, check_operation)
+def check_four_bits() -> None:
+    """Two codes a byte, with groups and without, odd widths: codes, product, graph."""
+    from tenuto.runtime.kernels import int4_fused_triton as fused
+
+    forms = [Format(b, symmetric=False, group=g) for b in (3, 4) for g in (0, 8, 32)]
+    for (n, k), form in itertools.product([(3, 7), (9, 80), (2, 2051)], [*forms, Format(4)]):
+        q = QTensor.nearest(torch.randn(n, k, device=HERE), form)
+        assert q.zero_point is not None
+        found = fused.unpacked(q.qdata, q.zero_point, q.step, k, q.group)
+        assert torch.equal(found, q.codes()), (n, k, form)
+    q = QTensor.nearest(torch.randn(24, 80, device=HERE), Format(4, symmetric=False, group=32))
+    x = torch.randint(0, 256, (2, 3, 80), device=HERE).to(torch.uint8)
+    scale, bias = torch.rand(2, 3, 1, device=HERE) / 80, torch.randn(24, device=HERE)
+    packed = int4_fused.KERNEL.pack(q, None)
+    assert torch.equal(packed.codes(), q.codes())
+    assert sum(t.nbytes for t in packed.tensors()) < 0.8 * 24 * 80, "it stays packed"
+
+    def call(x: Tensor, zero: Any) -> Tensor:
+        return int4_fused.KERNEL.call(x, scale, zero, packed, bias, torch.bfloat16)
+
+    for zero in (128, torch.tensor([200], dtype=torch.int32, device=HERE)):
+        wanted = int4_fused.KERNEL.reference(x, scale, zero, q, bias, None)
+        near(call(x, zero), wanted, torch.bfloat16)
+        compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, zero), call(x, zero))
+
+
+def check_layers() -> None:
+    """Layers compute by the kernels, eager and in a graph, and what is simulated is the same."""
+    if HERE == "cpu":  # of this process alone
+        quantize_input.fused = lambda x: not quantize_input.compiling()
+        int8_fused.supported = lambda device: True
+    for scheme, name in (
+        (schemes.W8A8, "int8_fused"), (schemes.W8A8_STATIC, "int8_fused"),
+        (schemes.W4A8, "int4_fused"), (schemes.W4A8_STATIC, "int4_fused"),
+    ):  # fmt: skip
+        base = torch.nn.Linear(48, 40).to(HERE, torch.bfloat16)
+        weight, clock = QTensor.nearest(base.weight.float(), scheme.weight), Clock((999, 1))
+        pair = integer_codes.affine(torch.tensor([-3.0, -4.0]), torch.tensor([3.0, 5.0]), 8, False)
+        ranges = None if scheme is schemes.W8A8 or scheme is schemes.W4A8 else pair
+        one, other = (
+            QLinear(base, weight, scheme, clock, ranges, simulate=s) for s in (False, True)
+        )
+        clock.tick(1, range(2), HERE)
+        x = torch.randn(2, 5, 48, device=HERE).bfloat16()
+        with torch.no_grad():
+            found, wanted = one(x), other(x)
+            assert list(one._packed) == [name] and found.dtype is torch.bfloat16
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+            compiled: Any = torch.compile(one, backend="aot_eager", fullgraph=True)
+            assert float((compiled(x) - found).norm() / found.norm()) < 1e-2
+            before = one.qtensor().codes()
+            one._unpack()
+            assert torch.equal(one.qdata, weight.qdata) and torch.equal(before, weight.codes())
+
+
+CHECKS = (
+    check_rows, check_stored, check_product, check_operation, check_four_bits, check_layers
+)  # fmt: skip
 
 
 @needs_triton
@@ -202,7 +263,7 @@ def test_no_kernel_of_triton_runs_without_a_gpu() -> None:
     assert not int8_fused.supported(torch.device("cpu"))
     assert not int8_fused.supported(torch.device("meta"))
     assert not quantize_input.fused(torch.randn(2, 8))
-    assert "int8_fused" in [kernel.name for kernel in kernels.kernels()]
+    assert {"int4_fused", "int8_fused"} <= {kernel.name for kernel in kernels.kernels()}
     codes, _ = quantize_input.per_row(torch.randn(2, 8))
     assert codes.dtype is torch.uint8
 

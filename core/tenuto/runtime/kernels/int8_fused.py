@@ -54,15 +54,19 @@ def fused_linear(
 
     gate: a row of N values for every so many rows of `x`, (G, N) or (G, 1, N). residual: (..., N).
     """
-    rows, scale = signed(x).reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
-    zero, number = apart(x_zero)
-    if zero is None and number != MIDDLE:
-        zero = torch.full((1,), number, dtype=torch.int32, device=x.device)
     n = packed.scale.shape[0]
     more = [None if t is None else t.reshape(-1, n) for t in (gate, residual)]
     call = _operation if _operation is not None and compiling() else _on_tensors
-    y = call(rows, scale, zero, *packed.tensors(), bias, *more, dtype)
+    y = call(*plain(x, x_scale, x_zero), *packed.tensors(), bias, *more, dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+
+
+def plain(x: Tensor, x_scale: Tensor, x_zero: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """An input as the operations take it: int8 rows, scales (M, 1) or (1, 1), None for 128."""
+    zero, number = apart(x_zero)
+    if zero is None and number != MIDDLE:
+        zero = torch.full((1,), number, dtype=torch.int32, device=x.device)
+    return signed(x).reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1), zero
 
 
 # --- the kernel -----------------------------------------------------------------------------------
