@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tiles_triton import start
 
 BYTES = 1024  # of a program: columns side by side of one row
 
@@ -42,8 +42,8 @@ def unpacked(packed: Tensor, zero: Tensor, step: Tensor | None, columns: int, gr
     """
     rows, size = packed.shape
     out = torch.empty((rows, columns), dtype=torch.int8, device=packed.device)
-    launch: Any = _unpack[(rows, triton.cdiv(size, BYTES))]
-    launch(
+    start(
+        _unpack, (rows, triton.cdiv(size, BYTES)), packed,
         packed, zero, step, out, columns, size, zero.shape[-1], BYTES=BYTES,
         GROUP=group if step is not None else 0, num_warps=4,
     )  # fmt: skip

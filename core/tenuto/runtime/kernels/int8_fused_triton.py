@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles_triton import Tiles, bucket, chosen
+from .tiles_triton import Tiles, bucket, chosen, start
 
 FEW = 64  # rows: the product waits for the weight, not for the tensor cores
 NARROW = (
@@ -176,8 +176,8 @@ def _launch(
         sides = zip((x, weight), (tiles.m, tiles.n), strict=True)
         operands = tuple(TensorDescriptor.from_tensor(t, [side, tiles.k]) for t, side in sides)
     target = TensorDescriptor.from_tensor(out, [tiles.m, tiles.n]) if store else out
-    launch: Any = _product[(programs,)]
-    launch(
+    start(
+        _product, (programs,), x,
         *operands, target, x_scale, w_scale, sums, zero, bias, gate, residual,
         m, n, k, span,
         M=tiles.m, N=tiles.n, K=tiles.k, GROUP=tiles.group, PER_ROW=x_scale.numel() > 1,

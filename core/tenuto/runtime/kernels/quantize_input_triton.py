@@ -5,14 +5,13 @@ Codes of whole numbers come out as int8, less 128: what the products of a GPU ta
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...numerics import float8, integer_codes
+from .tiles_triton import start
 
 TILE, BLOCK = 2048, 4096  # elements of a program: of short rows, of a stored range
 TOP = {"int": 127.0, "e4m3": float8.MOST}
@@ -86,8 +85,8 @@ def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     wide = triton.next_power_of_2(columns)
     high = max(1, TILE // wide)
-    launch: Any = _rows[(triton.cdiv(rows, high),)]
-    launch(
+    start(
+        _rows, (triton.cdiv(rows, high),), x,
         flat, codes, scale, rows, columns, flat.stride(0), ROWS=high, WIDE=wide, TOP=TOP[dtype],
         TINY=integer_codes.TINY, WHOLE=dtype == "int", num_warps=_warps(high * wide),
     )  # fmt: skip
@@ -106,8 +105,8 @@ def stored(
     codes = torch.empty_like(given, dtype=TYPES[dtype])
     scale = torch.empty(1, dtype=torch.float32, device=x.device)
     zero = torch.empty(1, dtype=torch.int32, device=x.device)
-    launch: Any = _stored[(triton.cdiv(x.numel(), BLOCK),)]
-    launch(
+    start(
+        _stored, (triton.cdiv(x.numel(), BLOCK),), x,
         given, codes, scales, zeros, index, scale, zero, x.numel(), BLOCK=BLOCK, MOST=float8.MOST,
         WHOLE=dtype == "int", num_warps=8,
     )  # fmt: skip

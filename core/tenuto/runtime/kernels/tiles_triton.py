@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 from triton.testing import do_bench
 
@@ -58,7 +59,7 @@ def chosen(
     device: torch.device,
     run: Callable[[Tiles], Any],
 ) -> Tiles:
-    """The fastest of `candidates` for this kind of call; `run` makes it. Raises what all raised."""
+    """The fastest of `candidates` for this kind of call, which `run` makes."""
     if device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
     key = (kernel.__name__, device.index, *kind)
@@ -66,11 +67,13 @@ def chosen(
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         with torch.cuda.device(device):
-            _known[key] = _kept(kernel, kind, candidates, run)
+            _known[key] = _kept(kernel, kind, candidates, run) or candidates[0]
     return _known[key]
 
 
-def _kept(kernel: Any, kind: Any, candidates: Sequence[Tiles], run: Callable[[Tiles], Any]) -> Any:
+def _kept(
+    kernel: Any, kind: Any, candidates: Sequence[Tiles], run: Callable[[Tiles], Any]
+) -> Tiles | None:
     facts = (card(), triton.__version__, kernel.cache_key, kind, list(candidates))
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     try:
@@ -81,31 +84,33 @@ def _kept(kernel: Any, kind: Any, candidates: Sequence[Tiles], run: Callable[[Ti
         log.debug("The choice of tiles cannot be read: %s.", error)
     found = fastest(candidates, run)
     try:
-        get_cache_manager(name).put(json.dumps(found), FILE, binary=False)
+        if found is not None:
+            get_cache_manager(name).put(json.dumps(found), FILE, binary=False)
     except (OSError, RuntimeError) as error:
         log.debug("The choice of tiles is not kept: %s.", error)
     return found
 
 
-def fastest(candidates: Sequence[Tiles], run: Callable[[Tiles], Any]) -> Tiles:
-    """The one with the least median; those that a card cannot run are left out."""
+def fastest(candidates: Sequence[Tiles], run: Callable[[Tiles], Any]) -> Tiles | None:
+    """The one with the least median; those that a card cannot run are left out. None: all are."""
     found: dict[Tiles, float] = {}
-    failed: Exception | None = None
     for tiles in candidates:
         try:
             found[tiles] = milliseconds(functools.partial(run, tiles))
         except Exception as error:  # Triton has many: too little shared memory, a failed compiler
             log.debug("Tiles %s do not run here: %s.", tiles, error)
-            failed = error
-    if not found:
-        assert failed is not None
-        raise failed
-    return min(found, key=lambda tiles: found[tiles])
+    return min(found, key=lambda tiles: found[tiles]) if found else None
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
     """The median of one call, the L2 cache cleared before each."""
     return float(do_bench(run, warmup=WARM, rep=REPEAT, return_mode="median"))  # pyright: ignore
+
+
+def start(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **options: Any) -> None:
+    """Start `kernel` where `near` is: Triton itself takes the device that the process is on."""
+    with torch.cuda.device_of(near):
+        kernel[grid](*args, **options)
 
 
 @functools.cache
