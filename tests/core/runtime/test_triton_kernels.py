@@ -22,7 +22,13 @@ from torch import Tensor
 from tenuto.numerics import QTensor, float8, integer_codes
 from tenuto.numerics.scheme import Format, schemes
 from tenuto.runtime import kernels
-from tenuto.runtime.kernels import int4_fused, int8_fused, quantize_input
+from tenuto.runtime.kernels import (
+    int4_fused,
+    int8_conv2d,
+    int8_conv2d_fused,
+    int8_fused,
+    quantize_input,
+)
 from tenuto.runtime.kernels.int8_linear import IntLinear
 from tenuto.runtime.layers import QLinear
 from tenuto.sampling import Clock
@@ -34,6 +40,11 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 if HERE == "cpu":
     ROUNDING[torch.bfloat16] *= 2
 ROWS = [(1, 1), (3, 7), (2, 3, 130), (2, 1153)]
+FILTERS: list[Any] = [  # input, taps, outputs, stride, padding, dilation
+    ((2, 16, 5, 4), (3, 3), 5, (1, 1), (1, 1), (1, 1)),
+    ((1, 48, 4, 3), (1, 1), 17, (1, 1), (0, 0), (1, 1)),
+    ((2, 32, 7, 6), (2, 3), 3, (2, 1), (0, 2), (1, 2)),
+]
 PRODUCTS = [(1, 1, 1), (17, 33, 40), (64, 5, 32), (70, 21, 48)]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no wheel for this platform"
@@ -205,6 +216,48 @@ def check_four_bits() -> None:
         assert torch.equal(compiled(x, zero), call(x, zero))
 
 
+def check_convolution() -> None:
+    """Strides, borders, holes, odd sizes; both layouts; whole in a graph."""
+    from tenuto.runtime.kernels import int8_conv2d_fused_triton as fused
+    from tenuto.runtime.kernels.tiles_triton import Tiles
+
+    few = (None, Tiles(16, 16, 32, group=2))
+    for (size, taps, n, *sides), tiles in itertools.product(FILTERS, few):
+        x = torch.randint(0, 256, size, device=HERE).to(torch.uint8)
+        codes = torch.randint(-127, 128, (n, size[1], *taps), device=HERE).to(torch.int8)
+        geometry: Any = (*(list(pair) for pair in sides), 1)
+        packed = int8_conv2d_fused.Filters(codes, torch.rand(n, device=HERE) + 0.5, geometry)
+        assert torch.equal(packed.codes(), codes)
+        bias, zero = torch.randn(n, device=HERE).bfloat16(), torch.tensor([37], device=HERE).int()
+        for some, scale in ((128, torch.rand(size[0], 1, 1, 1)), (zero, torch.rand(1))):
+            scale = scale.to(HERE) / codes[0].numel()
+            last = (x ^ 128).view(torch.int8).permute(0, 2, 3, 1)
+            given = None if some == 128 else some, *packed.tensors(), bias, torch.float32
+            found = fused.conv2d(last, scale, *given, geometry[:3], tiles).permute(0, 3, 1, 2)
+            wanted = int8_conv2d.reference(x, scale, some, codes, packed.scale, bias, geometry)
+            near(found.contiguous(), wanted, torch.float32)
+
+
+def check_convolution_in_graphs() -> None:
+    """Both layouts, whole in a graph."""
+    x = torch.randint(0, 256, (2, 16, 5, 4), device=HERE).to(torch.uint8)
+    codes, scale = torch.randint(-127, 128, (5, 16, 3, 3)).to(HERE, torch.int8), torch.rand(5)
+    geometry: Any = ([1, 1], [1, 1], [1, 1], 1)
+    packed = int8_conv2d_fused.Filters(codes, scale.to(HERE), geometry)
+    one, zero = torch.rand(1, device=HERE) / 99, torch.tensor([37], device=HERE).int()
+    wanted = int8_conv2d.reference(x, one, zero, codes, packed.scale, None, geometry)
+
+    def call(x: Tensor) -> Tensor:
+        return int8_conv2d_fused.call(x, one, zero, packed, None, torch.bfloat16)
+
+    compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=form)
+        found = call(given)
+        near(found.contiguous(), wanted, torch.bfloat16)
+        assert found.is_contiguous(memory_format=form) and torch.equal(compiled(given), found)
+
+
 def check_layers() -> None:
     """Layers compute by the kernels, eager and in a graph, and what is simulated is the same."""
     if HERE == "cpu":  # of this process alone
@@ -235,7 +288,8 @@ def check_layers() -> None:
 
 
 CHECKS = (
-    check_rows, check_stored, check_product, check_operation, check_four_bits, check_layers
+    check_rows, check_stored, check_product, check_operation, check_four_bits,
+    check_convolution, check_convolution_in_graphs, check_layers,
 )  # fmt: skip
 
 
