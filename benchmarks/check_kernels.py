@@ -29,8 +29,16 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))
 
-from tenuto.numerics import float8
-from tenuto.runtime.kernels import int8_fused, int8_linear, quantize_input
+from tenuto.numerics import QTensor, float8
+from tenuto.numerics.scheme import Format
+from tenuto.runtime.kernels import (
+    int4_fused,
+    int8_conv2d,
+    int8_conv2d_fused,
+    int8_fused,
+    int8_linear,
+    quantize_input,
+)  # fmt: skip
 from tenuto.runtime.kernels.int8_linear import IntLinear
 
 SHAPES = [  # M, N, K
@@ -38,6 +46,11 @@ SHAPES = [  # M, N, K
     (4096, 1152, 4608), (4608, 9216, 3072), (4608, 3072, 12288), (8192, 1280, 1280),
     (8192, 10240, 1280), (2048, 10240, 1280), (2, 6912, 1152),
 ]  # fmt: skip
+FILTERS = [  # of SDXL: batch, channels, side, outputs, taps
+    (2, 320, 128, 320, 3), (2, 960, 128, 320, 3), (2, 640, 64, 640, 3), (2, 1280, 32, 1280, 3),
+    (2, 1280, 32, 1280, 1),
+]  # fmt: skip
+ODD_FILTERS = [(3, 48, 17, 33, 3)]
 ODD = [(3, 5, 7), (65, 127, 1153), (130, 72, 208), (300, 1001, 96)]
 CALLS, REPLAYS = 20, 15
 SPREAD = 160 * 2**20  # bytes of inputs that go round: more than any L2 cache
@@ -157,6 +170,36 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
+def filter_errors(card: Card, shape: tuple[int, ...]) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of a convolution, in all tiles."""
+    from tenuto.runtime.kernels import int8_conv2d_fused_triton as fused
+
+    o = filters(card, *shape)
+    packed, last = o["fused"], o["x"].permute(0, 2, 3, 1)
+    zero = torch.tensor([90], dtype=torch.int32, device=card.device)
+    for name, scale, some in (("image", o["scale"], None), ("stored", o["scale"][:1], zero)):
+        given = o["codes"], packed.scale, o["bias"], o["geometry"]
+        wanted = int8_conv2d.reference(o["x"], scale, 128 if some is None else some, *given)
+        for tiles in fused.HOPPER:
+            more: Any = some, *packed.tensors(), o["bias"], torch.bfloat16, o["geometry"][:3], tiles
+            found = fused.conv2d(last, scale, *more).permute(0, 3, 1, 2)
+            yield f"{name} {tuple(tiles)}", off(found, wanted)
+
+
+def four_errors(card: Card, shape: tuple[int, int, int]) -> Iterator[tuple[str, float]]:
+    """(what, relative error) of products with weights of 4 bits."""
+    o = operands(card, *shape)
+    for group in (0, 32, 64, 128):
+        weight = torch.randn(shape[1:], device=card.device)
+        q = QTensor.nearest(weight, Format(4, symmetric=False, group=group))
+        for zero in (128, o["zero"]):
+            given = o["x"], o["scale"], zero
+            packed = int4_fused.KERNEL.pack(q, None)
+            found = int4_fused.KERNEL.call(*given, packed, o["bias"], torch.bfloat16)
+            wanted = int4_fused.KERNEL.reference(*given, q, o["bias"], None)
+            yield f"groups of {group}", off(found, wanted)
+
+
 def rows_errors(card: Card, shape: tuple[int, int, int]) -> Iterator[tuple[str, float]]:
     """(what, share of codes that differ) of the quantization of rows and of stored ranges."""
     from tenuto.runtime.kernels import quantize_input_triton as fused
@@ -186,18 +229,21 @@ def different(found: Tensor, wanted: Tensor, scale: Tensor, their: Tensor) -> fl
     return max(0.0, float((found.float() != wanted.float()).sum()) - 1) / found.numel()
 
 
-def check(card: Card, shapes: list[tuple[int, int, int]]) -> bool:
+def check(card: Card, shapes: list[Any], sides: list[Any]) -> bool:
     """Whether all are right; the worst of each shape is noted."""
-    fine = True
-    for shape in shapes:
-        for kind, errors, bound in (("product", product_errors, 4e-3), ("rows", rows_errors, 2e-3)):
+    fine, bound = True, 4e-3 * (1 if card.cuda else 20)  # the interpreter cuts off, a card rounds
+    every = [*itertools.product(shapes, (product_errors, rows_errors))]
+    every += [(shapes[-1], four_errors), (ODD[-1], four_errors)]
+    for shape, errors in (*every, *((shape, filter_errors) for shape in sides)):
+        try:
             found = list(errors(card, shape))
-            if not card.cuda:  # the interpreter cuts off where a card rounds
-                bound *= 20
-            wrong = [(what, error) for what, error in found if not error <= bound]
-            worst = max((error for _, error in found), default=0.0)
-            card.note(check=kind, shape=shape, cases=len(found), worst=worst, wrong=wrong[:9])
-            fine &= not wrong
+        except Exception as error:  # the others are still to be seen
+            found = [(repr(error)[:300], float("nan"))]
+        wrong = [(what, error) for what, error in found if not error <= bound]
+        worst = max((error for _, error in found), default=0.0)
+        kind = errors.__name__.partition("_")[0]
+        card.note(check=kind, shape=shape, cases=len(found), worst=worst, wrong=wrong[:9])
+        fine &= not wrong
     return fine
 
 
@@ -217,6 +263,8 @@ def products(card: Card, m: int, n: int, k: int) -> None:
     many = [operands(card, m, n, k) for _ in range(sets(moved) if card.cuda else 1)]
     for o in many:
         o["wide"], o["weight"] = (t.bfloat16() for t in (o["x"], o["packed"].codes()))
+        q = QTensor.nearest(o["weight"].float(), Format(4, symmetric=False, group=32))
+        o["four"] = int4_fused.KERNEL.pack(q, None)
     ways: dict[str, Callable[[dict[str, Any]], Any]] = {
         "bf16": lambda o: F.linear(o["wide"], o["weight"], o["bias"]),
         "bf16 gated": lambda o: torch.addcmul(
@@ -227,7 +275,8 @@ def products(card: Card, m: int, n: int, k: int) -> None:
         "fused gated": lambda o: int8_fused.fused_linear(
             o["x"], o["scale"], 128, o["packed"], o["bias"], torch.bfloat16, o["gate"],
             o["residual"]),
-        "layer": layer,
+        "layer": layer, "4-bit": lambda o: int4_fused.KERNEL.call(
+            o["x"], o["scale"], 128, o["four"], o["bias"], torch.bfloat16),
     }  # fmt: skip
     if m > 16 and n % 8 == 0 and k % 8 == 0:
         ways["cublas"] = lambda o: torch._int_mm(o["x"], o["packed"].weight)
@@ -285,14 +334,60 @@ def quantized(card: Card, m: int, k: int) -> None:
     card.note(kernel="codes", shape=(m, k), floor=floor, **found)
 
 
+def filters(card: Card, b: int, c: int, side: int, n: int, taps: int) -> dict[str, Any]:
+    """Fresh inputs of a convolution that keeps the size, channels last, one of a kind."""
+    here: Any = {"device": card.device}
+    x = torch.randint(-128, 128, (b, side, side, c), **here).to(torch.int8).permute(0, 3, 1, 2)
+    codes = torch.randint(-127, 128, (n, c, taps, taps), **here).to(torch.int8)
+    geometry: Any = ([1, 1], [taps // 2] * 2, [1, 1], 1)
+    w_scale = torch.rand(n, **here) + 0.5
+    return {
+        "x": x, "codes": codes, "geometry": geometry, "bias": torch.randn(n, **here).bfloat16(),
+        "fused": int8_conv2d_fused.Filters(codes, w_scale, geometry),
+        "patches": int8_conv2d.IntConv2d(codes, w_scale, geometry),
+        "scale": torch.rand(b, 1, 1, 1, **here) / codes[0].numel(),
+    }  # fmt: skip
+
+
+def convolutions(card: Card, *shape: int) -> None:
+    """A convolution beside bf16 in both layouts, and the codes of its input."""
+    b, c, side, n, taps = shape
+    moved = b * side * side * (c + 2 * n) + n * c * taps * taps
+    many = [filters(card, *shape) for _ in range(sets(moved) if card.cuda else 1)]
+    for o in many:
+        o["wide"], o["rows"] = o["x"].bfloat16(), o["x"].bfloat16().contiguous()
+        o["weight"], o["x rows"] = o["codes"].bfloat16(), o["x"].contiguous()
+        o["last"] = o["weight"].contiguous(memory_format=torch.channels_last)
+    half, pad = torch.bfloat16, taps // 2
+    ways: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "bf16": lambda o: F.conv2d(o["rows"], o["weight"], o["bias"], 1, pad),
+        "bf16 last": lambda o: F.conv2d(o["wide"], o["last"], o["bias"], 1, pad),
+        "patches": lambda o: int8_conv2d.int8_conv2d(
+            o["x"], o["scale"], 128, o["patches"], o["bias"].float(), half),
+        "fused": lambda o: int8_conv2d_fused.call(
+            o["x rows"], o["scale"], 128, o["fused"], o["bias"], half),
+        "fused last": lambda o: int8_conv2d_fused.call(
+            o["x"], o["scale"], 128, o["fused"], o["bias"], half),
+        "codes": lambda o: quantize_input.per_row(o["rows"], (1, 2, 3)),
+    }  # fmt: skip
+    torch.backends.cudnn.benchmark = True
+    found = {name: round(card.time([functools.partial(way, o) for o in many]), 2)
+             for name, way in ways.items()}  # fmt: skip
+    operations = 2.0 * b * side * side * n * c * taps * taps
+    card.note(kernel="conv", shape=shape, floor=round(card.floor(moved, operations, True), 2),
+              **found)  # fmt: skip
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: microseconds, and how many times as fast as bf16; of codes as the floor allows."""
     lines = ["| M, N, K | floor | bf16 | cuBLAS int8 | + epilogue | fused (x bf16) | of the floor |"
-             " layer (x bf16) | bf16 gated | fused gated |", "| --- " * 10 + "|"]  # fmt: skip
+             " layer (x bf16) | 4-bit (x bf16) | bf16 gated | fused gated |",
+             "| --- " * 11 + "|"]  # fmt: skip
     for r in (r for r in rows if r.get("kernel") == "product"):
         cells = [r["floor"], r["bf16"], r.get("cublas", ""), r.get("cublas, epilogue", "")]
-        cells += [f"{r[w]} ({r['bf16'] / r[w]:.2f})" for w in ("fused",)]
-        cells += [f"{r['floor'] / r['fused']:.0%}", f"{r['layer']} ({r['bf16'] / r['layer']:.2f})"]
+        ratios = {w: f"{r[w]} ({r['bf16'] / r[w]:.2f})" for w in ("fused", "layer", "4-bit")}
+        cells += [ratios["fused"], f"{r['floor'] / r['fused']:.0%}"]
+        cells += [ratios["layer"], ratios["4-bit"]]
         cells += [r["bf16 gated"], r["fused gated"]]
         lines.append(f"| {', '.join(map(str, r['shape']))} | {' | '.join(map(str, cells))} |")
     lines += ["", "| M, K | floor | plain | rows | of the floor | rows e4m3 | stored |",
@@ -301,6 +396,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = r["floor"], r["plain"], r["rows"], f"{r['floor'] / r['rows']:.0%}"
         more = (*cells, r["rows e4m3"], r["stored"])
         lines.append(f"| {', '.join(map(str, r['shape']))} | {' | '.join(map(str, more))} |")
+    names = ("floor", "bf16", "bf16 last", "patches", "fused", "fused last", "codes")
+    lines += ["", f"| B, C, side, N, taps | {' | '.join(names)} |", "| --- " * 8 + "|"]
+    for r in (r for r in rows if r.get("kernel") == "conv"):
+        cells = " | ".join(str(r[name]) for name in names)
+        lines.append(f"| {', '.join(map(str, r['shape']))} | {cells} |")
     return "\n".join(lines)
 
 
@@ -315,16 +415,22 @@ def main() -> None:
     with torch.no_grad():
         card.measure()
         torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what is not written
-        fine = check(card, [*ODD, *shapes[4:6]] if card.cuda else ODD[:3])
+        sides = [*ODD_FILTERS, FILTERS[3]] if card.cuda else ODD_FILTERS[:1]
+        fine = check(card, [*ODD, *shapes[4:6]] if card.cuda else ODD[:1], sides)
         torch.use_deterministic_algorithms(False)
         card.note(right=fine)
-        for (m, n, k), seen in zip(shapes, itertools.count(), strict=False):
+        work = [(quantized, shape) for shape in sorted({(m, k) for m, _, k in shapes})]
+        work = [*((products, shape) for shape in shapes), *work]
+        work += [(convolutions, s) for s in (FILTERS if card.cuda else ODD_FILTERS[:1])]
+        for measure, shape in work:
             if time.time() > card.end:
-                card.note(left_out=shapes[seen:])
-                break
-            products(card, m, n, k)
-        for m, k in sorted({(m, k) for m, _, k in shapes}):
-            quantized(card, m, k)
+                card.note(left_out=[shape, measure.__name__])
+                continue
+            try:
+                measure(card, *shape)
+            except Exception as error:  # one row is missing, the others are measured
+                card.note(failed=measure.__name__, shape=shape, error=repr(error)[:300])
+                fine = False
     print(table(card.rows))
     sys.exit(not fine)
 

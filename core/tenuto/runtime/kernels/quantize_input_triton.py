@@ -52,6 +52,16 @@ def _rows(
 
 
 @triton.jit
+def _images(x_ptr, codes_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, where = at < size, image * size + at
+    scale = tl.broadcast_to(tl.load(scale_ptr + image), (BLOCK,))
+    x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    value = _rounded(tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0))
+    tl.store(codes_ptr + where, value.to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _stored(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, index_ptr, scale_ptr, zero_ptr, count,
     BLOCK: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr,
@@ -93,6 +103,21 @@ def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def per_image(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (B, C, H, W) and fp32 scales (B, 1, 1, 1) of a range an image, laid out as `x`."""
+    given = _dense(x)
+    size = torch.linalg.vector_norm(
+        given, float("inf"), dim=(1, 2, 3), keepdim=True, dtype=torch.float32
+    )
+    scale = size.div_(TOP["int"]).clamp_min_(integer_codes.TINY)
+    codes, inner = torch.empty_like(given, dtype=torch.int8), x[0].numel()
+    start(
+        _images, (len(x), triton.cdiv(inner, BLOCK)), x, given, codes, scale, inner, BLOCK=BLOCK,
+        num_warps=8,
+    )  # fmt: skip
+    return codes, scale
+
+
 def stored(
     x: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: str = "int"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +125,7 @@ def stored(
 
     index: int64 (1,), which one; it stays on the device. zeros: fp32; of "e4m3" there are none.
     """
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    given = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    given = _dense(x)
     codes = torch.empty_like(given, dtype=TYPES[dtype])
     scale = torch.empty(1, dtype=torch.float32, device=x.device)
     zero = torch.empty(1, dtype=torch.int32, device=x.device)
@@ -117,6 +141,12 @@ def _lines(x: Tensor) -> Tensor:
     """(R, K) with neighbouring columns side by side; a part of a wider tensor is not copied."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` without holes in memory, channels last if it is so."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _warps(elements: int) -> int:
