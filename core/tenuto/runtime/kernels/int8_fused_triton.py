@@ -6,6 +6,7 @@ of 32 bits, the rest is fp32, rounded once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -155,9 +156,15 @@ def candidates(m: int, k: int, device: torch.device, aligned: bool = True) -> tu
     """
     if m <= FEW:
         return NARROW
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+    if not has_copy_engine(device):
         return OTHERS
     return tuple(tiles for tiles in HOPPER if not tiles.tma or (aligned and k % 16 == 0))
+
+
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a card copies tiles by an engine, and has the shared memory that `HOPPER` takes."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _launch(
@@ -187,6 +194,7 @@ def _launch(
     )  # fmt: skip
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors a card has; a few elsewhere."""
     if device.type != "cuda":
