@@ -44,3 +44,10 @@ Compile = Annotated[
     bool,
     Option("--compile", help="Compile the denoiser's blocks, which takes a minute or two."),
 ]
+Graphs = Annotated[
+    bool,
+    Option(
+        "--graphs/--no-graphs",
+        help="Run the denoiser's calls as CUDA graphs, where there is CUDA and they are faster.",
+    ),
+]

@@ -183,6 +183,7 @@ def generate(
     device: str | None = None,
     execution: str = "auto",
     compile: bool = False,
+    graphs: bool = True,
     batch: int = 1,
     out: Path | None = None,
     bars: Bars | None = None,
@@ -193,8 +194,8 @@ def generate(
 
     bars = bars or Bars()
     check_model(model)
-    if compile and artifact is None:
-        raise TenutoError("--compile is for a model with an artifact attached: give --artifact.")
+    if compile and artifact is None and speedup is None:
+        raise TenutoError("--compile is for a model with something attached: give --artifact.")
     out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
@@ -205,7 +206,7 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution, speedup, compile) as attached:
+    with attached_to(pipe, found, execution, speedup, compile, graphs) as attached:
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
@@ -238,6 +239,8 @@ def compare(
     seed: int = FIRST_SEED,
     device: str | None = None,
     execution: str = "int8",
+    compile: bool = False,
+    graphs: bool = False,
     bars: Bars | None = None,
 ) -> Answer:
     """Measure time, memory and the distance from full precision at equal seeds."""
@@ -258,7 +261,8 @@ def compare(
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
         call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
-        speedup=speedup, on_progress=bars("Comparing"),
+        speedup=speedup, compile=compile, graphs="auto" if graphs else False,
+        on_progress=bars("Comparing"),
     )  # fmt: skip
     bars.close()
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else f" --speedup {speedup}"

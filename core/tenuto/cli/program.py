@@ -170,6 +170,7 @@ def generate(
     device: o.Device = None,
     execution: o.Execution = "auto",
     compile: c.Compile = False,
+    graphs: c.Graphs = True,
     batch: o.Batch = 1,
     out: o.Image = None,
 ) -> int:
@@ -198,6 +199,8 @@ def compare(
     seed: o.Seed = FIRST_SEED,
     device: o.Device = None,
     execution: o.Execution = "int8",
+    compile: c.Compile = False,
+    graphs: c.Graphs = False,
     as_json: o.Json = False,
 ) -> int:
     """Measure what an artifact costs and what it gains."""

@@ -230,6 +230,7 @@ def attached_to(
     execution: str,
     speedup: Speedup | None = None,
     compile: bool = False,
+    graphs: bool = True,
 ) -> Any:
     """A context in which `artifact`, if there is one, is attached, and calls are forecast."""
     if artifact is None and speedup is None:
@@ -240,7 +241,7 @@ def attached_to(
         execution=execution,
         speedup=speedup,
         compile=compile,
-        graphs="auto" if compile else False,
+        graphs="auto" if graphs else False,
     )
 
 

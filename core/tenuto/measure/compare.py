@@ -30,7 +30,7 @@ from ..model import (
 )
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
-from ..runtime import Latency, attach, check_execution, latency, percentile
+from ..runtime import Calls, Latency, attach, check_execution, latency, percentile
 from ..sampling import Sample, one_by_one
 from ..sampling.loading import defaults
 from .bf16 import NATIVE
@@ -69,6 +69,8 @@ def compare(
     execution: str = "int8",
     describe: Describe | None = None,
     speedup: Speedup | None = None,
+    compile: bool = False,
+    graphs: bool | str = False,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -81,8 +83,9 @@ def compare(
     only noted. The three take turns, a few batches each: times are compared side by side. `device`
     moves the model there for the call. `execution` is that of `attach`: "int8" measures the
     artifact's own arithmetic; so are `describe` and `speedup`, which may be compared without an
-    artifact. There are no CUDA graphs, as each turn attaches anew. The model is as it was
-    afterwards, whatever happens.
+    artifact. `compile` and `graphs` are those of `attach` too, and of the model without it: each
+    turn then has a batch more, not timed, in which blocks are compiled and calls captured. The
+    model is as it was afterwards, whatever happens.
     """
     describing(model, describe)
     if artifact is None or artifact == DEFAULT_FORECAST:
@@ -94,7 +97,7 @@ def compare(
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
-        speedup=speedup, on_progress=on_progress,
+        speedup=speedup, compile=compile, graphs=graphs, on_progress=on_progress,
     )  # fmt: skip
     return found[ARTIFACT]
 
@@ -114,23 +117,22 @@ def compare_all(
     device: torch.device | str | None = None,
     execution: str = "int8",
     speedup: Speedup | None = None,
+    compile: bool = False,
+    graphs: bool | str = False,
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:
     """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
-    Steps, guidance and call are the first artifact's unless given; without `floor`, bf16 is left
-    out. Returns the comparisons by name, and the images: under the same names, `FULL` and `BF16`.
+    Steps, guidance and call are the first artifact's unless given; `floor`: bf16 too. Returns the
+    comparisons by name, and the images: under the same names, `FULL` and `BF16`.
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
     check_execution(execution)
+    how = Calls.asked(compile, graphs)
     denoisers = parts_of(model)
-    for denoiser in denoisers.values():
-        refuse_cache(denoiser, "a comparison with full precision")
-    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
-    for artifact in known.values():
-        artifact.check(model)
+    known = _checked(denoisers, model, artifacts)
     given, lines = sample is not None, prompts or shipped_prompts("evaluation")
     lines = (lines,) if isinstance(lines, str) else tuple(lines)
     if sample is None:
@@ -141,24 +143,41 @@ def compare_all(
     with _on(model, device), all_frozen(denoisers.values()), torch.no_grad():
         first, seen = first_calls(model, sample, *batches[0], whole=given)
         facts = facts_of(model, known, first)
-        put_on = partial(attach, model, execution=execution, speedup=speedup, graphs=False)
-        ways = ways_of(model, known, first, facts, put_on, floor)
+        more = {"execution": execution, "speedup": speedup, "compile": compile, "graphs": graphs}
+        warm, put_on = _warm(sample, batches[0], how), partial(attach, model, **more)
+        ways = ways_of(model, known, first, facts, put_on, floor, how, warm)
         generated = generate_in_turns(ways, sample, batches, on_progress)
-        states = {
-            n: {} if given else hidden_distance(model, a, lines, call) for n, a in known.items()
-        }
+        far = {} if given else {n: hidden_distance(model, a, lines, call) for n, a in known.items()}
         taken = {"steps": seen if given else steps, "guidance": guidance}
         run = surroundings(denoisers[""]) | taken
     run |= {"count": sum(map(len, generated[FULL].batches)), "batch": batch, "seed": seed}
+    run |= {"compiled": how.compile, "graphs": how.graphs}
     return {
         name: Comparison(
             **_distances(generated, name),
             **_costs(generated, name, facts[name]),
             **run,
-            encoders=states[name],
+            encoders=far.get(name, {}),
         )
         for name in known
     }, generated
+
+
+def _checked(
+    denoisers: Mapping[str, Any], model: Any, artifacts: Mapping[str, Artifact | str | Path]
+) -> dict[str, Artifact]:
+    """The artifacts, which are of this model; ModelError where a cache of diffusers is on."""
+    for denoiser in denoisers.values():
+        refuse_cache(denoiser, "a comparison with full precision")
+    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
+    for artifact in known.values():
+        artifact.check(model)
+    return known
+
+
+def _warm(sample: Sample, batch: tuple[int, int], how: Calls) -> Callable[[Any], Any] | None:
+    """A run of one batch where something is compiled or captured meanwhile, else None."""
+    return (lambda denoiser: sample(denoiser, *batch)) if how.compile or how.graphs else None
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class Comparison:
     comparison keeps included; `peak_memory_source` says what was read.
     execution: {"mode": ..., "layers": {"int8": n, "simulated": n, ...}}. encoders: how far the
     states of quantized text encoders are from full precision, by name; see `encoding.py`.
+    compiled, graphs: whether all ran with compiled blocks, and as CUDA graphs where those could be.
     `to_json` adds `note`.
     """
 
@@ -58,6 +59,8 @@ class Comparison:
     batch: int
     seed: int
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compiled: bool = False
+    graphs: bool = False
     whole_calls: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +134,8 @@ class Comparison:
             self.speed_note(),
             self.note() or "",
             f"{self.bf16_arithmetic}." if self.bf16_arithmetic.startswith(NONE) else "",
-            f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'}).",
+            f"Executed as {self.execution['mode']} (layers: {layers or 'none replaced'})"
+            f"{', blocks compiled' * self.compiled}{', as CUDA graphs' * self.graphs}.",
             f"{counted(self.count, 'image')}, {counted(self.steps, 'step')}{guidance}, "
             f"{self.device}, {counted(self.threads, 'thread')}, torch {self.versions['torch']}",
         ]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..artifact import Artifact, schedule_of
 from ..model import Leave, device_and_dtype, multiply_adds, parts_of, watched
-from ..runtime import Tenuto
+from ..runtime import Calls, Tenuto
 from ..sampling import Sample, answered_once
 from .bf16 import bf16_arithmetic, bf16_floor
 from .memory import PeakMemory, resident_weight_bytes
@@ -115,11 +115,15 @@ def ways_of(
     facts: Mapping[str, Facts],
     put_on: Callable[[Artifact], Tenuto],
     floor: bool,
+    how: Calls | None = None,
+    warm: Callable[[Any], Any] | None = None,
 ) -> dict[str, Way]:
     """The ways to generate; each makes one call on entry that is not timed: it packs weights.
 
-    put_on: attaches an artifact.
+    put_on: attaches an artifact. how: what is done round the calls of the others. warm: a run on
+    entry that is not timed either, in which blocks are compiled and calls captured.
     """
+    how, warm = how or Calls(), warm or (lambda denoiser: None)
     found = parts_of(model)
     device, dtype = device_and_dtype(found[""])
 
@@ -128,6 +132,7 @@ def ways_of(
         on = put_on(artifacts[name])
         with on, PeakMemory(device) as peak, ExitStack() as counting:
             called(found)
+            warm(found[""])
             before = on.counts()
             for part in on.parts.values():
                 part.clock.begin()  # that call is no part of the run that comes
@@ -140,8 +145,13 @@ def ways_of(
 
     @contextmanager
     def plain(denoisers: Mapping[str, nn.Module]) -> Iterator[Any]:
-        called(denoisers)
-        yield denoisers[""] if len(denoisers) == 1 else denoisers
+        given = denoisers[""] if len(denoisers) == 1 else denoisers
+        with ExitStack() as on:
+            for patch in (p for d in denoisers.values() for p in how.of(d, False)[1]):
+                on.callback(patch.remove)
+            called(denoisers)
+            warm(given)
+            yield given
 
     def called(denoisers: Mapping[str, nn.Module]) -> None:
         for name, (args, kwargs) in calls.items():

@@ -19,7 +19,7 @@ from .parts import (
     uncompiled,
 )
 from .passes import patches_on
-from .patches import Attached, Override, Replacement, Swap, override_
+from .patches import Attached, Override, Replacement, Swap, override_, patch_of
 from .signature import Rows, Signature, is_listed, times_of
 from .tree import map_leaves, map_tensors, tensors_in
 from .watch import Leave, outside_graphs, watched
@@ -66,6 +66,7 @@ __all__ = [
     "own_modules",
     "own_parameters",
     "parts_of",
+    "patch_of",
     "patches_on",
     "private_copy",
     "refuse_cache",

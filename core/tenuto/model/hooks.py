@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ModelError
 from .elsewhere import Weights
 from .own_family import described_like
-from .patches import Override
+from .patches import patch_of
 
 GROUPS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 CAST = "layerwise_casting"
@@ -151,8 +151,9 @@ def _forwards(module: nn.Module) -> Iterator[Any]:
     found = vars(module).get("forward")
     while found is not None:
         yield found
-        if isinstance(found, Override):
-            found = found.before
+        patch = patch_of(found)
+        if patch is not None:
+            found = patch.before
         else:
             found = _beneath(module, found) if _is_hook(found) else None
 
@@ -166,8 +167,9 @@ def _unhook(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     before = None
     for forward in reversed(own):
         copied = copy.deepcopy(forward, memo)
-        if isinstance(copied, Override):
-            copied.before = before
+        patch = patch_of(copied)
+        if patch is not None:
+            patch.before = before
         before = copied
     if before is not None:
         vars(twin)["forward"] = before

@@ -6,6 +6,7 @@ old one comes back bit for bit.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -22,13 +23,22 @@ Self = TypeVar("Self", bound="Attached")  # typing has one from 3.11 on
 class Override:
     """A replaced forward on one instance; a deep copy of the module keeps it and its own state.
 
-    call(original, module, *args, **kwargs) computes the new output.
+    call(original, module, *args, **kwargs) computes the new output. What is put in is a method of
+    it: a compiler takes two blocks with methods of one function for alike, two objects it does not.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call
         self.own = type(module).forward  # found here: a compiler cannot ask a class
         self.before, self.off = _live(module.__dict__.get("forward")), False
+
+    def put(self) -> None:
+        """Make it the forward of its module."""
+        self.module.__dict__["forward"] = types.MethodType(Override.__call__, self)
+
+    def lies_on_top(self) -> bool:
+        """Whether the module's forward is this one."""
+        return patch_of(self.module.__dict__.get("forward")) is self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.off:
@@ -43,7 +53,7 @@ class Override:
 
     def remove(self) -> None:
         """Take the replacement out."""
-        if self.module.__dict__.get("forward") is not self:
+        if not self.lies_on_top():
             raise ModelError("Another patch was put on top of this one: remove that first.")
         self.before = _live(self.before)
         if self.before is None:
@@ -57,21 +67,29 @@ class Override:
         What is put on or taken out later finds it and lets go of it.
         """
         self.off = True
-        if self.module.__dict__.get("forward") is self:
+        if self.lies_on_top():
             self.remove()
 
 
 def _live(forward: Any) -> Any:
     """What `forward` leads to: retired overrides are left out."""
-    while isinstance(forward, Override) and forward.off:
-        forward = forward.before
+    patch = patch_of(forward)
+    while patch is not None and patch.off:
+        forward = patch.before
+        patch = patch_of(forward)
     return forward
+
+
+def patch_of(forward: Any) -> Override | None:
+    """The patch that a forward is of, if it is one of ours."""
+    own = forward.__self__ if type(forward) is types.MethodType else None
+    return own if isinstance(own, Override) else None
 
 
 def override_(module: nn.Module, call: Callable[..., Any]) -> Override:
     """Replace the forward of `module` by `call(original, module, *args, **kwargs)`."""
     patch = Override(module, call)
-    module.__dict__["forward"] = patch
+    patch.put()
     return patch
 
 

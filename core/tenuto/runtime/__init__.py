@@ -1,6 +1,7 @@
 """An artifact applied to a model: `attach`, quantized layers, tables, kernels and hosts."""
 
 from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
+from .denoiser_call import Calls
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
 from .host import Host, InPlace, as_chosen, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
@@ -12,6 +13,7 @@ from .timing import Latency, latency, percentile, timed
 __all__ = [
     "DENSE",
     "EXECUTIONS",
+    "Calls",
     "Chooser",
     "Host",
     "InPlace",

@@ -38,10 +38,10 @@ from ..model import (
 from ..numerics import Scheme, known
 from ..sampling import Clock, Follow
 from .attached import Part, Tenuto
+from .captures import Reads
 from .default_forecast import default_kernel_of, with_default
-from .denoiser_call import Calls, captured
+from .denoiser_call import Calls
 from .execution import Chooser
-from .graphs import Reads
 from .layers import QLayer
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
@@ -59,7 +59,7 @@ def attach(
     speedup: Speedup | None = None,
     chooser: Chooser | None = None,
     compile: bool = False,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -82,19 +82,21 @@ def attach(
     artifact has a forecast of the model, the shipped one serves, with a warning. chooser: what
     decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
-    graphs, one for every pattern of a step; "auto": if there is CUDA. Weights may then be moved or
-    changed in place, but not replaced by other tensors while it is attached; see `Graphs`.
+    graphs, one for every pattern of a step; "auto": on CUDA, where a graph is faster than the call
+    and the card has the memory. Weights may be moved, changed and replaced all the while: `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
+    how = Calls.asked(compile, graphs)
     if artifact is None or artifact == DEFAULT_FORECAST:
         if artifact is None and speedup is None:
             raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
         speedup = AUTO if speedup is None else speedup
-        return install(model, Patches(speedup=speedup, kernel=default_kernel_of(model)), chooser)
+        patches = Patches(speedup=speedup, kernel=default_kernel_of(model))
+        return install(model, patches, chooser, how)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -102,7 +104,7 @@ def attach(
     else:
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
-    return install(model, patches, chooser, Calls(compile, captured(graphs)))
+    return install(model, patches, chooser, how)
 
 
 def install(
@@ -191,6 +193,7 @@ def check_free(denoiser: nn.Module, hooked: bool = False) -> None:
 
 def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     """A deep copy of a denoiser with `artifact` attached; the caller's stays as it is."""
+    options = {"graphs": False} | options
     return attach(private_copy(denoiser_of(model)), artifact, **options)
 
 

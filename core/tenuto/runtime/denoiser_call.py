@@ -17,6 +17,7 @@ from ..caching import CachedBranch
 from ..errors import TenutoError
 from ..model import Override, describe, outside_graphs, tensors_in
 from .graphs import Graphs
+from .kernels.quantize_input import compiling
 from .quantized_layer import QLayer
 
 LIMIT = 64  # versions of a block's code: one for each pattern of its branches, dtype and size
@@ -27,7 +28,7 @@ class Around(Override):
 
     def remove(self) -> None:
         """Take it out, or switch it off beneath what lies on it."""
-        if self.off or vars(self.module).get("forward") is not self:
+        if self.off or not self.lies_on_top():
             self.off = True
         else:
             super().remove()
@@ -35,20 +36,30 @@ class Around(Override):
 
 @dataclass(frozen=True)
 class Calls:
-    """How denoisers are called. compile: their blocks by torch.compile. graphs: as CUDA graphs."""
+    """How denoisers are called. compile: their blocks by torch.compile. graphs: as CUDA graphs.
+
+    choose: only those that are faster, and that the card has the memory for.
+    """
 
     compile: bool = False
     graphs: bool = False
+    choose: bool = False
+
+    @classmethod
+    def asked(cls, compile: bool, graphs: bool | str) -> Calls:
+        """As the options of `attach` say."""
+        return cls(compile, captured(graphs), graphs == "auto")
 
     def of(self, denoiser: nn.Module, cells: bool) -> tuple[DenoiserCall, list[Any]]:
         """What is done round the calls of one, and the patches of it. cells: whether it has any."""
         blocks = CompiledBlocks(denoiser) if self.compile else None
-        graphs = Graphs(denoiser, warm=1 + self.compile) if self.graphs else None
+        warm = 1 + self.compile
+        graphs = Graphs(denoiser, warm=warm, choose=self.choose) if self.graphs else None
         call = DenoiserCall(graphs, blocks)
         if not (self.compile or self.graphs or cells):
             return call, []
         around = Around(denoiser, call)
-        vars(denoiser)["forward"] = around
+        around.put()
         return call, [around, *([blocks] if blocks else [])]
 
 
@@ -83,6 +94,8 @@ class DenoiserCall:
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         case = self._before(args, kwargs)
+        if self.blocks is not None and not compiling() and self.blocks.unpacked():
+            original = self.blocks.as_they_are(original)
         if case is None:
             out = original(*args, **kwargs)
         else:
@@ -123,8 +136,9 @@ class CompiledBlocks:
 
     def __init__(self, denoiser: nn.Module, **options: Any) -> None:
         self.blocks = [denoiser.get_submodule(name) for name in describe(denoiser).blocks]
-        self.options, self.on = options, False
+        self.options, self.on, self._packings = options, False, 0
         self._before: list[Any] = []
+        self._layers: list[QLayer] = []
         self._limit: tuple[str, int] | None = None
 
     def compile(self) -> None:
@@ -135,11 +149,35 @@ class CompiledBlocks:
         name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
         self._limit = name, getattr(config, name)
         setattr(config, name, max(LIMIT, self._limit[1]))
-        for layer in (m for block in self.blocks for m in block.modules() if isinstance(m, QLayer)):
-            layer.ready()
+        self._ready()
         for block in self.blocks:
             self._before.append(vars(block).get("_compiled_call_impl"))
             block.compile(**self.options)
+
+    def unpacked(self) -> bool:
+        """Whether a move of the model has undone what compiled code reads of a layer."""
+        return self.on and sum([layer.packings for layer in self._layers]) != self._packings
+
+    def as_they_are(self, call: Any) -> Any:
+        """A call of the denoiser with blocks that are not compiled: layers pack and choose."""
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            impl = [vars(block).pop("_compiled_call_impl", None) for block in self.blocks]
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for block, compiled in zip(self.blocks, impl, strict=True):
+                    vars(block)["_compiled_call_impl"] = compiled
+                self._ready()
+
+        return once
+
+    def _ready(self) -> None:
+        modules = (m for block in self.blocks for m in block.modules())
+        self._layers = [m for m in modules if isinstance(m, QLayer)]
+        for layer in self._layers:
+            layer.ready()
+        self._packings = sum([layer.packings for layer in self._layers])
 
     def remove(self) -> None:
         """Leave the blocks as they were."""
@@ -152,5 +190,5 @@ class CompiledBlocks:
             import torch._dynamo.config as config
 
             setattr(config, *self._limit)
-        self._before, self._limit = [], None
+        self._before, self._limit, self._layers, self._packings = [], None, [], 0
         self.on = True  # a call that comes later compiles nothing

@@ -1,125 +1,32 @@
 """`Graphs`: a denoiser's calls as CUDA graphs, one for every pattern of a step, replayed.
 
 A graph starts all kernels of a call at once, where a model in eager mode waits for Python. What a
-call computes depends on the shapes of its inputs, on what is reused, and on the adapters that are
-on: for each such case the second call is captured, and later ones copy their inputs into the
-memory that the graph reads and replay it. Prompts, seeds, steps and guidance are such inputs.
+call computes depends on the shapes of its inputs, on what is reused, and on the weights and
+adapters that are there: for each such case the second call is captured, and later ones copy their
+inputs into the memory that the graph reads and replay it. Prompts, seeds, steps and guidance are
+such inputs.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..caching import CachedBranch
 from ..model import map_leaves, map_tensors, tensors_in
+from .captures import Capture, Captured, CudaCapture, Replay, first
 from .kernels.quantize_input import compiling
-from .weights_in_place import InPlaceWeights
+from .weights_in_place import PLAIN, InPlaceWeights
 
 log = logging.getLogger("tenuto")
 
 MOST = 16  # graphs of one denoiser: each keeps its own outputs
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-Replay = Callable[[], None]
-
-
-class Capture(Protocol):
-    """Records what `call` does on the device.
-
-    Returns what does it again, and what `call` returned: the same tensors at every replay, with
-    values from the first replay on. RuntimeError where it cannot be recorded.
-    """
-
-    def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]: ...
-
-
-class CudaCapture:
-    """By `torch.cuda.CUDAGraph`; all graphs share one pool of memory, as they never run at once."""
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-
-    def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = call()
-        return graph.replay, out
-
-
-@dataclass(eq=False)
-class Captured:
-    """One graph. inputs: the tensors that it reads, in order. made: by number of the cell."""
-
-    replay: Replay
-    inputs: list[Tensor]
-    out: Any
-    made: dict[int, Any]
-    seen: list[tuple[Any, int]]
-
-    def fill(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the inputs of a call in; a tensor that is the same as in the last call is there."""
-        for number, (own, given) in enumerate(zip(self.inputs, tensors, strict=True)):
-            version = -1 if given.is_inference() else given._version
-            known, before = self.seen[number]
-            if known is not None and known() is given and before == version >= 0:
-                continue
-            own.copy_(given)
-            self.seen[number] = weakref.ref(given), version
-
-
-class Reads:
-    """Functions of tensors alone as graphs, by the shapes of these: what a clock reads of a call.
-
-    Some forty small kernels start at once. What comes out is written over by the next call.
-    """
-
-    def __init__(self, capture: Capture | None = None, device: str = "cuda", most: int = 8) -> None:
-        self.capture, self.device, self.most = capture or CudaCapture(), device, most
-        self.known: OrderedDict[Any, Captured | None] = OrderedDict()  # None: it was seen once
-
-    def __call__(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
-        """call(*args)."""
-        tensors = list(tensors_in(args))
-        if any(x.device.type != self.device for x in tensors) or compiling() or self.most == 0:
-            return call(*args)
-        shapes = tuple((x.shape, x.dtype) for x in tensors)
-        lengths = tuple(len(a) for a in args if isinstance(a, list))
-        key = shapes, lengths, torch.is_inference_mode_enabled()
-        if key not in self.known:
-            self.known[key] = None
-            if len(self.known) > self.most:
-                self.known.popitem(last=False)
-            return call(*args)
-        found = self.known[key]
-        if found is None:
-            own = map_tensors(lambda x: torch.empty_like(x).copy_(x), args)
-            try:
-                replay, out = self.capture(lambda: call(*own))
-            except RuntimeError as error:
-                self.most = 0
-                log.warning("The step of a call is read without a CUDA graph: %s.", first(error))
-                return call(*args)
-            inputs = list(tensors_in(own))
-            found = Captured(replay, inputs, out, {}, [(None, -1)] * len(inputs))
-            self.known[key] = found
-        self.known.move_to_end(key)
-        found.fill(tensors)
-        found.replay()
-        return found.out
-
-
-def first(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return str(error).strip().partition("\n")[0][:120]
+GAIN = 0.98  # of the time of a call as it is: what its graph must stay below to be kept
 
 
 class Graphs:
@@ -127,7 +34,8 @@ class Graphs:
 
     cells: what reuses outputs inside the call. capture: what records. most: how many graphs are
     kept, the one used last the longest. device: of the calls that are captured. warm: how many
-    calls of a case run before it is captured.
+    calls of a case run before it is captured. choose: keep a graph only where it is faster than
+    the call, and only while the card has the memory.
     """
 
     def __init__(
@@ -139,26 +47,30 @@ class Graphs:
         most: int = MOST,
         device: str = "cuda",
         warm: int = 1,
+        choose: bool = False,
     ) -> None:
         self.denoiser, self.cells, self.device = denoiser, list(cells), device
         self.capture, self.most, self.warm = capture or CudaCapture(), most, warm
+        self.choose = choose
         self.known: OrderedDict[Any, Captured] = OrderedDict()
+        self.gains: dict[Any, bool] = {}  # by the form of a call: whether its graph is faster
         self.calls: dict[Any, int] = {}
-        self.reason: str | None = None  # why none is made any more
-        self.weights = InPlaceWeights(denoiser)
+        self.reason: str | None = None  # why none is made now
+        self.final = False  # nor later
+        self.weights = InPlaceWeights(denoiser, device)
         self.evicted = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         import copy
 
         cells = copy.deepcopy(self.cells, memo)
-        kept = {"most": self.most, "device": self.device, "warm": self.warm}
+        kept = {"most": self.most, "device": self.device, "warm": self.warm, "choose": self.choose}
         capture = self.capture if not isinstance(self.capture, CudaCapture) else None
         return Graphs(copy.deepcopy(self.denoiser, memo), cells, capture=capture, **kept)
 
     def case(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call must share with an earlier one to be its graph; None: it runs as it is."""
-        if self.reason is not None or torch.is_grad_enabled() or compiling():
+        if self.final or torch.is_grad_enabled() or compiling():
             return None
         parts: list[Any] = []
         strange: list[str] = []
@@ -177,46 +89,83 @@ class Graphs:
         map_leaves(leaf, (args, kwargs))
         if not any(x.device.type == self.device for x in tensors_in((args, kwargs))):
             return None  # the model is elsewhere
-        if strange or self.weights.hooked():
-            return self.off(strange[0] if strange else "hooks of another library move its weights")
-        if self.device == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        autocast = torch.is_autocast_enabled()
-        return (*parts, self.weights.state(), torch.is_inference_mode_enabled(), autocast)
+        if strange:
+            return self.off(strange[0])
+        if torch._C._len_torch_dispatch_stack() or (
+            self.device == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):
+            return None  # somebody counts, traces or captures what is inside
+        return (*parts, torch.is_inference_mode_enabled(), torch.is_autocast_enabled())
 
     def run(self, case: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`call` on these arguments, or the graph of it; the cells have what they reuse."""
-        key = case, tuple(map(_form, (cell.given for cell in self.cells)))
+        reused = tuple(map(_form, (cell.given for cell in self.cells)))
+        key = case, reused, self.weights.latest()
         found = self.known.get(key)
         if found is not None:
-            self.known.move_to_end(key)
-            return self._replayed(found, args, kwargs)
-        count = self.calls[key] = self.calls.get(key, 0) + 1
-        if count <= self.warm or self.evicted > 4 * self.most:
-            if len(self.calls) > 8 * self.most:
-                self.calls.clear()
+            self._launch(found, args, kwargs)
+            if self.weights.same():  # asked while the device works
+                self.known.move_to_end(key)
+                return self._answer(found)
+        key = case, reused, self.weights.state()
+        if self._refused() or not (key in self.known or self._take(key, call, args, kwargs)):
             return call(*args, **kwargs)
-        try:
-            found = self._captured(call, args, kwargs)
-        except RuntimeError as error:
-            self.off(f"it cannot be captured ({first(error)})")
-            return call(*args, **kwargs)
-        self.known[key] = found
-        if len(self.known) > self.most:
-            self.known.popitem(last=False)
-            self.evicted += 1
-        return self._replayed(found, args, kwargs)
+        self.known.move_to_end(key)
+        self._launch(self.known[key], args, kwargs)
+        return self._answer(self.known[key])
 
     def forget(self) -> None:
         """Drop every graph: their memory is free."""
         self.known.clear()
         self.calls.clear()
+        self.gains.clear()
+        self.weights.forget()
+
+    def _refused(self) -> bool:
+        """Whether the model as it is now must not be captured; what is said of it is said once."""
+        if self.weights.restless:
+            self.off("something inside the model changes from call to call")
+        elif self.weights.refusal != self.reason:
+            self.reason = self.weights.refusal
+            if self.reason is not None:
+                self.known.clear()
+                self._say(self.reason)
+        return self.reason is not None
+
+    def _take(self, key: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Capture a case that has run often enough; whether it is known from now on."""
+        count = self.calls[key] = self.calls.get(key, 0) + 1
+        if len(self.calls) > 8 * self.most:
+            self.calls.clear()
+        form = key[0]
+        slower = self.gains.get(form) is False
+        if count <= self.warm or self.evicted > 4 * self.most or slower:
+            return False
+        try:
+            found = self._captured(call, args, kwargs, self.choose and form not in self.gains)
+        except RuntimeError as error:
+            self.off(f"it cannot be captured ({first(error)})")
+            return False
+        self.gains[form] = found is not None
+        if found is None:
+            return False
+        crowded = self.capture.crowded() if self.choose else None
+        if crowded is not None:
+            self.off(crowded)
+            return False
+        self.known[key] = found
+        if len(self.known) > self.most:
+            self.known.popitem(last=False)
+            self.evicted += 1
+        return True
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return list(tensors_in((args, kwargs, [cell.given for cell in self.cells])))
 
-    def _captured(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
-        """The call, recorded on tensors of its own."""
+    def _captured(
+        self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timed: bool
+    ) -> Captured | None:
+        """The call, recorded on tensors of its own; None: it is timed, and gains nothing."""
         given = [cell.given for cell in self.cells]
         own: list[Tensor] = []
         there = next(x.device for x in tensors_in((args, kwargs)) if x.device.type == self.device)
@@ -226,28 +175,44 @@ class Graphs:
             return own[-1]
 
         own_args, own_kwargs, own_given = map_tensors(twin, (args, kwargs, given))
+
+        def again() -> Any:
+            return call(*own_args, **own_kwargs)
+
         try:
             for cell, value in zip(self.cells, own_given, strict=True):
                 cell.given, cell.made = value, None
-            replay, out = self.capture(lambda: call(*own_args, **own_kwargs))
+            replay, out = self.capture(again)
             made = {n: c.made for n, c in enumerate(self.cells) if c.made is not None}
+            slow = timed and not self._gains(replay, again)
         finally:
             for cell, value in zip(self.cells, given, strict=True):
                 cell.given, cell.made = value, None
-        return Captured(replay, own, out, made, [(None, -1)] * len(own))
+        return None if slow else Captured(replay, own, out, made, [(None, -1)] * len(own))
 
-    def _replayed(self, graph: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _gains(self, replay: Replay, call: Callable[[], Any]) -> bool:
+        """Whether a graph is faster than the call that it was made of, which has run before."""
+        replay()
+        return self.capture.seconds(replay) <= GAIN * self.capture.seconds(call)
+
+    def _launch(self, graph: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         graph.fill(self._tensors(args, kwargs))
         graph.replay()
+
+    def _answer(self, graph: Captured) -> Any:
         for number, made in graph.made.items():
             self.cells[number].made = made  # whoever keeps it copies it
         return map_tensors(Tensor.clone, graph.out)  # the next replay writes over it
 
     def off(self, reason: str) -> None:
         """Make no graph from now on, and say so once."""
-        self.reason = reason
+        self.reason, self.final = reason, True
         self.forget()
-        log.warning("%s runs without CUDA graphs: %s.", type(self.denoiser).__name__, reason)
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        level = logging.INFO if self.choose else logging.WARNING  # nobody asked for them
+        log.log(level, "%s runs without CUDA graphs: %s.", type(self.denoiser).__name__, reason)
 
 
 def _form(given: Any) -> Any:

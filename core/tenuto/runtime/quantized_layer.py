@@ -108,9 +108,10 @@ class QLayer(Replacement):
         self._unpack()  # a cache is no state
         super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:  # pyright: ignore
+        if any(prefix + name in state_dict for name in self._buffers):  # not where it is a LoRA's
+            self._unpack()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
@@ -230,7 +231,7 @@ class QLayer(Replacement):
 
     def _simulated(self, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
-        near = (codes.float() - zero) * scale
+        near = (quantize_input.counted(codes) - zero) * scale
         weight, bias = self._weight_in(torch.float32), self._bias(torch.float32)
         return self._dense(near, weight, bias).to(x.dtype)
 
@@ -238,7 +239,8 @@ class QLayer(Replacement):
         codes, scale, zero = self._quantize(x)
         if kernel.name not in self._packed:
             self._pack(kernel)
-        packed, bias = self._packed[kernel.name], self._bias(torch.float32)
+        packed = self._packed[kernel.name]
+        bias = self.bias if kernel.any_bias else self._bias(torch.float32)
         with torch.no_grad():
             return kernel.call(codes, scale, zero, packed, bias, x.dtype)
 
@@ -271,8 +273,7 @@ class QLayer(Replacement):
             return *self.memo.per_row(x, self._dims, dtype), quantize_input.ZERO[dtype]
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
-        scale, zero = (t.index_select(0, index) for t in (self.input_scale, self.input_zero))
-        return quantize_input.stored(x, scale, zero, dtype)
+        return quantize_input.stored_at(x, self.input_scale, self.input_zero, index, dtype)
 
     operation: str
     _dims: tuple[int, ...] = (-1,)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TenutoError
-from ..model import denoisers_of, parts_of, uncompiled, watched
+from ..model import denoisers_of, map_tensors, parts_of, uncompiled, watched
 from .described import described, is_plain
 
 OURS = {
@@ -267,9 +267,12 @@ class PipelineCall:
             return [value] * len(images)
         if not is_of_prompts(name, value):
             return copy.copy(value) if isinstance(value, list | dict) else value  # some write to it
+        place = getattr(self.pipe, "_execution_device", None)  # pipelines move what they made only
         if isinstance(value, Tensor):
-            return value[[i % len(value) for i in images]]
-        return [value[i % len(value)] for i in images]
+            return value[[i % len(value) for i in images]].to(place or value.device)
+        return map_tensors(
+            lambda t: t.to(place or t.device), [value[i % len(value)] for i in images]
+        )
 
     @contextmanager
     def _using(self, denoisers: Mapping[str, nn.Module], quiet: bool) -> Iterator[None]:

@@ -200,8 +200,8 @@ def test_a_copy_of_a_laid_model_has_its_own_slots(transformer, trajectory, alter
     alone = loop()(transformer, 3, 2)
     twin = copy.deepcopy(transformer)
     assert torch.equal(loop()(twin, 3, 2), alone)
-    theirs = twin.get_submodule("transformer_blocks.0.ff").__dict__["forward"].call
-    mine = transformer.get_submodule("transformer_blocks.0.ff").__dict__["forward"].call
+    theirs = twin.get_submodule("transformer_blocks.0.ff").__dict__["forward"].__self__.call
+    mine = transformer.get_submodule("transformer_blocks.0.ff").__dict__["forward"].__self__.call
     assert theirs.slot is not mine.slot
     assert theirs.counts == [6, 6] and mine.counts == [3, 3]
     for patch in reversed(patches):

@@ -309,6 +309,39 @@ def test_it_is_measured_as_asked(
         compare(denoiser, quantized, count=2, sample=sample, execution="fast")
 
 
+def test_all_sides_are_compiled(
+    denoiser: nn.Module, quantized: tn.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full precision, bf16 and the artifact, turn by turn; one run of a turn is not timed."""
+    on: set[str] = set()
+    runs = 0
+
+    def stand_in(block: Any, **options: Any) -> None:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            quantized = any(isinstance(m, tn.runtime.QLayer) for m in block.modules())
+            on.add("W8A8" if quantized else str(args[0].dtype))
+            return block._call_impl(*args, **kwargs)
+
+        block._compiled_call_impl = run
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return sample(*args)
+
+    monkeypatch.setattr(nn.Module, "compile", stand_in)
+    before = state(denoiser)
+    found = compare(denoiser, quantized, count=2, sample=counted, compile=True)
+    assert_untouched(denoiser, before)
+    assert not any("_compiled_call_impl" in vars(m) for m in denoiser.modules())
+    assert on == {"torch.float32", "torch.bfloat16", "W8A8"}
+    assert runs == 1 + 2 * 3, "what is called first, then each way untimed and timed"
+    assert found.to_json()["compiled"] and "blocks compiled" in str(found)
+    if not torch.cuda.is_available():
+        with pytest.raises(tn.TenutoError, match="need a GPU"):
+            compare(denoiser, quantized, count=2, sample=sample, graphs=True)
+
+
 @pytest.mark.parametrize("stop", [0, 3, 5])
 def test_stopping_in_the_middle_leaves_the_model(
     denoiser: nn.Module, quantized: tn.Artifact, stop: int

@@ -103,8 +103,8 @@ def test_codes_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     for dims in ((-1,), (1, 2, 3)):
         mine, scale = quantize_input.per_row(x.cuda(), dims)
         theirs, their_scale = quantize_input.per_row(x, dims)
-        assert int((mine.cpu().int() - theirs.int()).abs().max()) <= 1
-        assert float((mine.cpu() != theirs).float().mean()) < 1e-3  # on an edge
+        gap = (quantize_input.counted(mine).cpu() - theirs.float()).abs()
+        assert float(gap.max()) <= 1 and float(gap.mean()) < 1e-3  # on an edge
         assert torch.allclose(scale.cpu(), their_scale, rtol=1e-6)
 
 
@@ -189,7 +189,8 @@ def test_auto_measures_once_and_computes_what_it_says(
             assert q.execution in (INT8, DENSE)
             wanted = "int8" if q.execution == INT8 else "float"
             same = layer(kind, schemes.W8A8, wanted=wanted).to("cuda", dtype)
-            assert torch.equal(found, same(x))
+            gap = (found - same(x)).norm() / found.norm()
+            assert gap < 2e-3, "another kernel of 8 bits may round otherwise"
         assert len(chooser.known) == 2
         layer(kind, schemes.W8A8, wanted="auto", chooser=chooser).to("cuda", dtype)(x)
         assert len(chooser.known) == 2

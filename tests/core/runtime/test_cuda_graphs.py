@@ -53,7 +53,7 @@ class Case:
 
     def graphs(self) -> Any:
         """Those of the denoiser."""
-        call = vars(denoiser_of(self.pipe))["forward"].call
+        call = vars(denoiser_of(self.pipe))["forward"].__self__.call
         assert isinstance(call, DenoiserCall)
         return call.graphs
 
@@ -70,6 +70,73 @@ def test_replayed_as_eager(kind: str, policy: Any) -> None:
     graphs = case.graphs()
     if kind in CAPTURED:
         assert graphs.reason is None and graphs.known
+    attached.detach()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_other_weights_and_loras_are_what_is_computed_with(compile: bool) -> None:
+    """What is exchanged between two calls is seen at the next; LoRAs of one shape share graphs."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case = Case("flux")
+    denoiser: Any = denoiser_of(case.pipe)
+    attached = case.attach(Calls(compile=compile, graphs=True), None)
+
+    def right(message: str) -> int:
+        """The graphs that there are after many runs, the last as it is without any."""
+        found = case.runs(6)[-1]
+        call = vars(denoiser)["forward"].__self__.call
+        graphs, call.graphs = call.graphs, None
+        wanted = case.runs(1)[-1]
+        call.graphs = graphs
+        assert (found - wanted).norm() < 0.01 * wanted.norm(), message
+        assert graphs.reason is None and graphs.known, message
+        return len(graphs.known)
+
+    before = right("as it was")
+    norm = denoiser.norm_out.linear
+    norm.bias = torch.nn.Parameter(torch.randn_like(norm.bias), requires_grad=False)
+    assert right("another bias") == before + 1
+    counts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+        inject_adapter_in_model(config, denoiser, "style")
+        counts.append(right(f"LoRA {seed}"))
+        recurse_remove_peft_layers(denoiser)
+        del denoiser.peft_config
+    assert counts == [before + 2] * 3
+    attached.detach()
+    torch._dynamo.reset()
+
+
+def test_graphs_are_the_default_where_they_are_faster() -> None:
+    """The calls of a model as small as this one are all launches."""
+    case = Case("flux")
+    with tn.attach(case.pipe, case.artifact, graphs=False):
+        expected = case.runs(4)
+    attached = tn.attach(case.pipe, case.artifact)
+    for found, wanted in zip(case.runs(4), expected, strict=True):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+    graphs = case.graphs()
+    assert graphs.choose and graphs.reason is None and graphs.known, graphs.reason
+    assert set(graphs.gains.values()) == {True} and graphs.capture.bytes > 0
+    attached.detach()
+
+
+def test_offloading_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """A pipeline whose models come to the card one at a time runs without graphs, and says so."""
+    pipe, prompts, call = tiny.asked("flux")
+    pipe.set_progress_bar_config(disable=True)
+    assert prompts is not None
+    attached = tn.attach(pipe, tn.schemes.W8A8, execution="int8", graphs=True)
+    pipe.enable_model_cpu_offload()
+    for _ in range(2):
+        pipe(prompts[0], num_inference_steps=3, output_type="latent", **call)
+    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and "offloading moves its weights" in said[0]
+    pipe.remove_all_hooks()
     attached.detach()
 
 

@@ -15,8 +15,9 @@ import tenuto as tn
 from tenuto.caching import CacheSchedule, apply_schedule_
 from tenuto.errors import TenutoError
 from tenuto.model import map_tensors, override_, tensors_in
+from tenuto.runtime.captures import Reads
 from tenuto.runtime.denoiser_call import DenoiserCall
-from tenuto.runtime.graphs import Graphs, Reads
+from tenuto.runtime.graphs import Graphs
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
 
@@ -28,6 +29,8 @@ class Again:
         self.captured = self.replayed = 0
         self.error: Exception | None = None
         self.cells: list[Any] = []
+        self.times: list[float] = []  # of a replay and of the call as it is, in turn
+        self.full: str | None = None
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         if self.error is not None:
@@ -50,6 +53,13 @@ class Again:
                 cell.given, cell.made = old, made_before
 
         return replay, out
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        run()
+        return self.times.pop(0)
+
+    def crowded(self) -> str | None:
+        return self.full
 
 
 class Block(nn.Module):
@@ -138,29 +148,123 @@ def test_the_graph_used_longest_ago_goes() -> None:
     assert again.captured == 4 and call.graphs.evicted == 2, "that of 2 rows, then it again"
 
 
+class Right:
+    """A captured model that is asked whether it answers as it would without graphs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seed = model, 0
+        call, self.again = captured(model)
+        assert call.graphs is not None
+        self.graphs: Graphs = call.graphs
+
+    def __call__(self, calls: int = 1) -> bool:
+        found = []
+        for _ in range(calls):
+            self.seed += 1
+            given = inputs(self.seed)
+            found.append(torch.equal(self.model(*given)["sample"], plain(self.model, given)))
+        return all(found)
+
+
 @torch.no_grad()
 def test_other_weights_are_another_graph() -> None:
     """A weight elsewhere in memory, a LoRA, its strength: none is read where it was."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = tiny.randomized(Denoiser())
-    call, again = captured(model)
-    assert call.graphs is not None
-
-    def right(seed: int) -> bool:
-        given = inputs(seed)
-        return torch.equal(model(*given)["sample"], plain(model, given))
-
-    assert right(0) and right(1) and again.captured == 1
-    call.graphs.weights.state()
-    inner: Any = model.one.inner  # type: ignore[union-attr]
+    right = Right(tiny.randomized(Denoiser()))
+    inner: Any = right.model.one.inner  # type: ignore[union-attr]
+    assert right(2) and right.again.captured == 1
     inner.weight.data = inner.weight.data * 2
-    assert right(2) and right(3) and again.captured == 2
+    assert right(2) and right.again.captured == 2
     config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
-    inject_adapter_in_model(config, model, "a")
-    assert right(4) and right(5) and again.captured == 3
-    model.one.inner.set_scale("a", 0.3)  # type: ignore[union-attr]
-    assert right(6) and right(7) and again.captured == 4
+    inject_adapter_in_model(config, right.model, "a")
+    assert right(2) and right.again.captured == 3
+    right.model.one.inner.set_scale("a", 0.3)  # type: ignore[union-attr]
+    assert right(2) and right.again.captured == 4
+
+
+@torch.no_grad()
+def test_whatever_is_exchanged_is_seen_at_the_next_call() -> None:
+    """A parameter, a layer, a value of a module or of an object in it, a class."""
+    model = tiny.randomized(Denoiser())
+    one: Any = model.one
+    right = Right(model)
+
+    class Other(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - self.inner(x)
+
+    class Doubled(nn.Linear):
+        by: Any = type("By", (), {})()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.by.values[0]["factor"]
+
+    Doubled.by.values = [{"factor": 2.0}]
+    old = one.inner
+
+    def doubled() -> None:
+        one.inner = Doubled(4, 4)
+        one.inner.by = Doubled.by
+
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(old, "weight", nn.Parameter(torch.randn(4, 4))),
+        lambda: old._parameters.update(bias=nn.Parameter(torch.randn(4))),
+        lambda: setattr(one, "inner", nn.Linear(4, 4)),
+        doubled,
+        lambda: one.inner.by.values[0].update(factor=3.0),
+        lambda: setattr(one, "__class__", Other),
+        lambda: setattr(one.inner, "bias", None),
+    ]
+    assert right(3)
+    for number, change in enumerate(changes):
+        change()
+        assert right(3), number
+        assert right.again.captured == number + 2
+    one.inner, one.__class__ = old, Block
+    assert right(3) and right.again.captured == len(changes) + 1, "as it was after the second"
+    assert right.graphs.weights.walks == len(changes) + 2 and right.graphs.reason is None
+
+
+@torch.no_grad()
+def test_a_model_that_changes_all_the_time_runs_as_it_is() -> None:
+    right = Right(tiny.randomized(Denoiser()))
+    for number in range(60):
+        right.model.one.count = number  # type: ignore[union-attr]
+        assert right()
+    assert right.again.captured == 0 and "changes from call to call" in str(right.graphs.reason)
+
+
+@torch.no_grad()
+def test_loras_of_one_shape_share_a_graph() -> None:
+    """Loaded under one name after another: what is read stays where it was, with other values."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    right = Right(tiny.randomized(Denoiser()))
+    twin: Any = tiny.randomized(Denoiser())
+    model: Any = right.model
+    assert right(3) and right.again.captured == 1
+    for seed, rank in enumerate((2, 2, 3, 2)):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=["inner"], init_lora_weights=False
+        )
+        inject_adapter_in_model(config, model, "a")
+        given = {k: v.clone() for k, v in model.state_dict().items() if "lora" in k}
+        assert right(3), "another LoRA"
+        inject_adapter_in_model(config, twin, "a")
+        twin.load_state_dict(given, strict=False)
+        assert torch.equal(model(*inputs(7))["sample"], twin(*inputs(7))["sample"])
+        model.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))  # swapped in place
+        twin.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))
+        assert torch.equal(model(*inputs(8))["sample"], twin(*inputs(8))["sample"])
+        assert all(torch.equal(given[k], v) for k, v in given.items()), "no tensor of the user's"
+        for unloaded in (model, twin):
+            recurse_remove_peft_layers(unloaded)
+            del unloaded.peft_config
+        assert right(3), "and none"
+        assert right.again.captured == (2 if seed < 2 else 3), seed
 
 
 @torch.no_grad()
@@ -170,10 +274,35 @@ def test_a_packed_weight_is_another_graph() -> None:
     attached = tn.attach(pipe, tn.schemes.W8A8, execution="int8")
     weights = Graphs(pipe.transformer, device="cpu").weights
     before = weights.state()
-    assert weights.state() == before
+    assert weights.state() == before and weights.walks == 1
+    layer = next(m for m in pipe.transformer.modules() if isinstance(m, tn.runtime.QLayer))
+    copy.deepcopy(layer)  # which unpacks it
+    assert weights.latest() is None, "nothing may be read of what is freed"
     pipe.transformer.to(torch.float32)
     assert weights.state() != before
     attached.detach()
+
+
+@torch.no_grad()
+def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) -> None:
+    """By two times a form of a call; and only while there is memory."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model, choose=True)
+    assert call.graphs is not None
+    again.times = [1.0, 2.0, 3.0, 2.0]
+    for rows, kept in ((2, 1), (3, 1)):
+        for seed in range(4):
+            given = inputs(seed, rows)
+            assert torch.equal(model(*given)["sample"], plain(model, given))
+        assert len(call.graphs.known) == kept
+    assert again.captured == 2 and not again.times and call.graphs.reason is None
+    again.full, again.times = "they would take 9 GiB", [1.0, 2.0]
+    with caplog.at_level(logging.INFO, "tenuto"):
+        for seed in range(4):
+            model(*inputs(seed, 4))
+    (said,) = [r for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert "9 GiB" in said.getMessage() and said.levelno == logging.INFO, "nobody asked for them"
+    assert not call.graphs.known
 
 
 def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Again]:
@@ -232,27 +361,81 @@ def test_a_clock_reads_by_a_graph() -> None:
     assert (again.captured, again.replayed) == (1, 8) and clock.run == plain_clock.run > 1
 
 
+def moved(model: nn.Module, again: Again) -> None:
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(model, "cpu")
+
+
+def grouped(model: nn.Module, again: Again) -> None:
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    HookRegistry.check_if_exists_or_initialize(model.one).register_hook(ModelHook(), "some_cache")  # type: ignore[arg-type]
+
+
+def patched(model: nn.Module, again: Again) -> None:
+    inner: Any = model.two
+    inner.forward = lambda x, own=inner.forward: own(x)
+
+
+SPOILT: dict[str, Callable[[Any, Again], Any]] = {
+    "offloading moves its weights": moved,
+    "the hook some_cache of diffusers": grouped,
+    "another library's patch lies on its Block": patched,
+    "a hook lies on its Linear": lambda model, again: model.two.inner.register_forward_hook(
+        lambda *args: None
+    ),
+    "operation not permitted": lambda model, again: setattr(
+        again, "error", RuntimeError("CUDA error: operation not permitted\nmore")
+    ),
+}
+
+
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("reason", "late"),
+    [(r, late) for r in SPOILT for late in (False, True) if not (late and "permitted" in r)],
+)
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(
-    caplog: pytest.LogCaptureFixture,
+    reason: str, late: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for reason, spoil in {
-        "hooks of another library": lambda model, again: vars(model).update(_hf_hook=object()),
-        "operation not permitted": lambda model, again: setattr(
-            again, "error", RuntimeError("CUDA error: operation not permitted\nmore")
-        ),
-    }.items():
-        model = tiny.randomized(Denoiser())
-        call, again = captured(model)
-        spoil(model, again)
-        with caplog.at_level(logging.WARNING, "tenuto"):
-            for seed in range(4):
-                given = inputs(seed)
-                assert torch.equal(model(*given)["sample"], plain(model, given))
-        said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
-        assert len(said) == 1 and reason in said[0] and "\n" not in said[0]
-        assert again.captured == 0 and call.graphs is not None and call.graphs.reason
-        caplog.clear()
+    """From the start, or when it comes after a graph was made."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model)
+    twin = copy.deepcopy(model)
+    del vars(twin)["forward"]
+    for seed in range(3 if late else 0):
+        model(*inputs(seed))
+    before = again.replayed
+    SPOILT[reason](model, again)
+    with caplog.at_level(logging.WARNING, "tenuto"):
+        for seed in range(4):
+            given = inputs(seed)
+            assert torch.equal(model(*given)["sample"], plain(twin, given))
+    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and reason in said[0] and "\n" not in said[0]
+    assert again.captured == late and call.graphs is not None and call.graphs.reason
+    assert again.replayed <= before + 1 and not call.graphs.known
+
+
+@torch.no_grad()
+def test_when_a_hook_is_gone_graphs_are_made_again() -> None:
+    right = Right(tiny.randomized(Denoiser()))
+    hook = right.model.one.register_forward_hook(lambda *args: None)  # type: ignore[union-attr]
+    assert right(3) and right.again.captured == 0 and right.graphs.reason
+    hook.remove()
+    assert right(3) and right.again.captured == 1 and right.graphs.reason is None
+
+
+@torch.no_grad()
+def test_who_counts_operations_sees_them() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    right = Right(tiny.randomized(Denoiser()))
+    assert right(3)
+    with FlopCounterMode(display=False) as counted:
+        right.model(*inputs(0))
+    assert counted.get_total_flops() > 0
 
 
 @torch.no_grad()
@@ -281,7 +464,7 @@ def test_a_copy_captures_for_itself() -> None:
     for seed in range(3):
         model(*inputs(seed))
     twin = copy.deepcopy(model)
-    own = twin.forward.call.graphs  # type: ignore[union-attr]
+    own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
     assert own is not call.graphs and not own.known and own.denoiser is twin
     assert torch.equal(twin(*inputs(9))["sample"], plain(model, inputs(9)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tenuto as tn
-from tenuto.model import denoiser_of
+from tenuto.model import denoiser_of, tensors_in
 from tenuto.sampling import PipelineCall, described, keep, kept, repeated, sampler
 from tenuto.sampling.images import generate_images
 from tenuto.sampling.pipeline_call import guidance_name
@@ -219,6 +219,26 @@ def test_embeddings_are_drawn_like_prompts() -> None:
     assert torch.equal(calls[0].inputs["encoder_hidden_states"], call["prompt_embeds"][[2, 0]])
     rows = PipelineCall(asked("z-image")[0], (), 1, None, {"prompt_embeds": list(tiny.embeds(3))})
     assert rows.count == 3
+
+
+@pytest.mark.parametrize("kind", ["wan", "qwen-image"])
+def test_embeddings_go_where_the_pipeline_computes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipelines move what they encode themselves, and no more: not what is given from the CPU."""
+    pipe, _, call = asked(kind)
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("meta"))
+    seen: dict[str, Any] = {}
+
+    def encode(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.update(kwargs)
+        raise tn.Cancelled
+
+    monkeypatch.setattr(type(pipe), "encode_prompt", encode)
+    with pytest.raises(tn.Cancelled):
+        PipelineCall(pipe, (), 1, None, call)(pipe.transformer, 0, 1, "latent")
+    given = [t for name in call for t in tensors_in(seen.get(name)) if "prompt" in name]
+    assert given and {t.device.type for t in given} == {"meta"}
 
 
 def test_one_negative_prompt_is_for_all_images() -> None:

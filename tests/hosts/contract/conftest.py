@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenuto import Artifact, describe, quantize, record, schemes
-from tenuto.model import families
+from tenuto.model import families, patch_of
 from tenuto.runtime import InPlace, Patches
 from tenuto.sampling import OutputKernel
 
@@ -238,7 +238,7 @@ def _webui(bench: Bench, handle: Any, settings: Settings) -> Tensor:
     from webui_ext.forecast import Skips, Watched
 
     denoiser = bench.host.denoiser(handle)
-    skips = getattr(vars(denoiser).get("forward"), "call", None)
+    skips = getattr(patch_of(vars(denoiser).get("forward")), "call", None)
 
     def watch(sampler: Any) -> Any:
         return Watched(handle, sampler, skips.begins) if isinstance(skips, Skips) else None

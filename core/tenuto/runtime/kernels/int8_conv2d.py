@@ -17,7 +17,7 @@ from . import onednn
 from .epilogue import finished, in_pieces
 from .int8_linear import IntLinear, signed
 from .kernel import Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling
+from .quantize_input import MIDDLE, compiling, counted
 
 EIGHT = 8  # what cuBLAS wants a multiple of
 
@@ -34,7 +34,8 @@ def reference(
     """The operation in float64."""
     w = codes.double() * w_scale.double().view(-1, 1, 1, 1)
     zero = x_zero.double() if isinstance(x_zero, Tensor) else float(x_zero)
-    y = torch.nn.functional.conv2d(x.double() - zero, w, None, *geometry) * x_scale.double()
+    x = counted(x, torch.float64) - zero
+    y = torch.nn.functional.conv2d(x, w, None, *geometry) * x_scale.double()
     return y if bias is None else y + bias.double().view(-1, 1, 1)
 
 
@@ -67,7 +68,7 @@ def int8_conv2d(
 
     Norms of contiguous models are many times slower on channels_last, which the operators return.
     """
-    form = _form(x)
+    form = layout(x)
     if onednn.takes(packed, x_scale, x_zero, dtype):
         return packed(x, x_zero, x_scale.view(1), bias, dtype).contiguous(memory_format=form)
     wide = None if bias is None else bias.view(-1, 1, 1)
@@ -78,10 +79,16 @@ def int8_conv2d(
     )
 
 
-def _form(x: Tensor) -> Any:
+def layout(x: Tensor) -> Any:
     """How `x` lies in memory."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
+
+
+def out_size(size: Any, taps: Any, geometry: Any) -> list[int]:
+    """(H', W') of the output; geometry: stride, padding, dilation."""
+    every = zip(size, taps, *geometry, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
 
 class IntConv2d:
@@ -182,11 +189,9 @@ def _on_tensors(
 
 
 def _fake(x: Tensor, x_scale: Tensor, zero: Any, number: int, *rest: Any) -> Tensor:
-    shape, stride, padding, dilation = rest[2:6]
-    pairs = zip(x.shape[2:], shape[2:], stride, padding, dilation, strict=True)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in pairs]
-    return x.new_empty((x.shape[0], shape[0], *size), dtype=rest[-1]).contiguous(
-        memory_format=_form(x)
+    size = out_size(x.shape[2:], rest[2][2:], rest[3:6])
+    return x.new_empty((x.shape[0], rest[2][0], *size), dtype=rest[-1]).contiguous(
+        memory_format=layout(x)
     )
 
 

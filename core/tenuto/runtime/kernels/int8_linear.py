@@ -15,14 +15,16 @@ from ...numerics import QTensor
 from . import onednn
 from .epilogue import finished, in_pieces
 from .kernel import Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling
+from .quantize_input import MIDDLE, compiling, counted
 
 
 def reference(
     x: Tensor, x_scale: Tensor, x_zero: Any, codes: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The operation in float64."""
-    y = (x.double() - _number(x_zero, x)) @ (w_scale.double()[:, None] * codes.double()).T
+    y = (counted(x, torch.float64) - _number(x_zero, x)) @ (
+        w_scale.double()[:, None] * codes.double()
+    ).T
     y = y * x_scale.double()
     return y if bias is None else y + bias.double()
 
@@ -101,8 +103,8 @@ class IntLinear:
 
 
 def signed(x: Tensor) -> Tensor:
-    """x - 128 as int8, of uint8 codes: the highest bit turned over."""
-    return (x ^ MIDDLE).view(torch.int8)
+    """x - 128 as int8, of uint8 codes: the highest bit turned over. Codes in int8 are that."""
+    return x if x.dtype is torch.int8 else (x ^ MIDDLE).view(torch.int8)
 
 
 def _number(zero: Any, like: Tensor) -> Any:

@@ -3,7 +3,8 @@
 A file that defines a `Kernel` at its top level is enough, see `registry.py`. It opens with its
 reference and declares what it takes; what goes in is the same for all kernels of an operation:
     call(x, x_scale, x_zero, packed, bias, dtype) -> y
-x: codes of the input, (..., K) or (B, I, H, W): uint8 for whole codes, torch's 8-bit type for e4m3.
+x: codes of the input, (..., K) or (B, I, H, W): uint8 for whole codes, or the same less 128 as int8
+(on CUDA), torch's 8-bit type for e4m3.
 x_scale: fp32, one element, or one for each row (..., 1) or image (B, 1, 1, 1). x_zero: an int, or
 one int32 element. packed: what `pack` made. bias: fp32 (N,) or None. y: in `dtype`, laid out as x.
 """
@@ -82,6 +83,7 @@ class Kernel:
     a weight and a geometry. reference: (x, x_scale, x_zero, weight, bias, geometry), the weight a
     `QTensor`, in float64. word: what a layer says of itself that computes with it. priority: where
     nothing is measured the highest of those that take a case is used, then the first by name.
+    any_bias: whether it takes a bias of any float type, not fp32 alone.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Kernel:
     call: Callable[..., Tensor]
     word: str = "int8"
     priority: int = 0
+    any_bias: bool = False
 
     def takes(self, case: Case) -> bool:
         """Whether it computes `case`."""

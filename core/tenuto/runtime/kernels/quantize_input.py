@@ -3,11 +3,15 @@
 The oneDNN kernels want uint8, so a symmetric range has zero point 128. On the CPU the work is done
 a piece at a time in a buffer that is kept: passes over a cache, and no page faults. Codes come out
 by adding 1.5 * 2^23, which leaves the rounded number in the lowest byte of a float. Every device
-computes the same codes.
+computes the same codes. On CUDA one kernel of Triton finds the range of a row and writes the codes,
+less 128 as int8 (`quantize_input_triton.py`); in a graph that is being made they are plain
+operations, which compilers fuse with what comes before.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import threading
 import weakref
 from collections.abc import Iterator
@@ -22,6 +26,9 @@ MIDDLE = 128  # zero point of a symmetric range in uint8
 TINY = 1e-8
 MAGIC = 1.5 * 2**23  # from here to 2^24 floats are whole numbers
 PIECE = 2**18  # elements a thread: 1 MiB of floats, about a core's second cache
+
+WIDEST = 2**15  # columns of a row that a kernel of Triton keeps in registers
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _kept = threading.local()
 compiling = getattr(torch.compiler, "is_compiling", bool)  # torch 2.1 has none: False
@@ -65,8 +72,12 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     """Codes (uint8) and fp32 scales of a symmetric range found over `dims` of `x`.
 
     dims (-1,) is one range per token (..., 1); (1, 2, 3) one per image (B, 1, 1, 1). Never over
-    the batch: an image must not depend on its neighbours.
+    the batch: an image must not depend on its neighbours. On CUDA codes may be int8, less 128.
     """
+    if fused(x) and dims in ((-1,), (1, 2, 3)):
+        from . import quantize_input_triton as kernels
+
+        return kernels.per_image(x) if len(dims) > 1 else kernels.per_row(x)
     if not _lean(x):
         return reference_per_row(x, dims)
     with torch.no_grad():
@@ -84,6 +95,46 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
             out.copy_(work.view(torch.int32))
         wide = (*x.shape[:-1], 1) if len(dims) == 1 else (len(x), *[1] * (x.ndim - 1))
         return restore(codes.view(ordered.shape)), scale.view(wide)
+
+
+def per_row_float8(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
+    """`float8.per_row`, in one kernel where that runs."""
+    if fused(x) and dims == (-1,) and has_float8(x.device.index):
+        from .quantize_input_triton import per_row as rows
+
+        return rows(x, "e4m3")
+    return float8.per_row(x, dims)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the kernels of Triton quantize `x`: real tensors on CUDA, outside graphs."""
+    if x.device.type != "cuda" or compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    fits = 0 < x.shape[-1] <= WIDEST and x.numel() > 0
+    return fits and x.dtype in FLOATS and triton_runs(x.device.index)
+
+
+@functools.cache
+def triton_runs(index: int | None = None) -> bool:
+    """Whether Triton is here and takes this CUDA device: compute capability 8.0 or newer."""
+    try:
+        found = importlib.util.find_spec("triton.tools.tensor_descriptor")  # of 3.4 and newer
+    except ModuleNotFoundError:
+        return False
+    if found is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@functools.cache
+def has_float8(index: int | None = None) -> bool:
+    """Whether a CUDA device casts to the 8-bit float: compute capability 8.9 or newer."""
+    return torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+def counted(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes as numbers that zero points are among: int8 is 128 less than uint8."""
+    return codes.to(dtype) + MIDDLE if codes.dtype is torch.int8 else codes.to(dtype)
 
 
 def _lean(x: Tensor) -> bool:
@@ -123,7 +174,7 @@ def _scratch(like: Tensor) -> Tensor:
     return buffer[: like.numel()].view(like.shape)
 
 
-PER_ROW = {"int": per_row, "e4m3": float8.per_row}
+PER_ROW = {"int": per_row, "e4m3": per_row_float8}
 ZERO = {"int": MIDDLE, "e4m3": 0}
 
 
@@ -132,6 +183,19 @@ def stored(x: Tensor, scale: Tensor, zero: Tensor, dtype: str) -> tuple[Tensor, 
     if dtype == "e4m3":
         return float8.per_tensor(x, scale), scale, 0
     return per_tensor(x, scale, zero), scale, zero.to(torch.int32)
+
+
+def stored_at(
+    x: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: str
+) -> tuple[Tensor, Tensor, Any]:
+    """`stored` of one of the ranges (T,), that of `index` int64 (1,), which stays on its device."""
+    if fused(x) and (dtype == "int" or has_float8(x.device.index)):
+        from .quantize_input_triton import stored as at
+
+        codes, scale, zero = at(x, scales, zeros, index, dtype)
+        return codes, scale, zero if dtype == "int" else 0
+    scale, zero = (t.index_select(0, index) for t in (scales, zeros))
+    return stored(x, scale, zero, dtype)
 
 
 class Memo:

@@ -129,7 +129,7 @@ def test_the_mixture_itself(transformer, trajectory, branches, loop):
             weights[2] = 0.25
             mixer.set(weights)
             transformer(**calls[1])
-            slot = probe.__dict__["forward"].call.slot
+            slot = probe.__dict__["forward"].__self__.call.slot
             kept = slot.find(clock, shape_of((outputs[-1],), {}))
             hook.remove()
         held, fresh, out = outputs[-3:]
@@ -144,7 +144,7 @@ def test_a_slot_is_written_only_above_tau(transformer, trajectory, branches):
         intercepted(transformer, trajectory.timesteps) as clock,
         mixed(transformer, branches, clock, 0.1, "mixture") as mixer,
     ):
-        slot = transformer.get_submodule(branches[0]).__dict__["forward"].call.slot
+        slot = transformer.get_submodule(branches[0]).__dict__["forward"].__self__.call.slot
         mixer.set(torch.ones(9))
         transformer(**calls[0])
         first = slot.last[2]

@@ -1,0 +1,165 @@
+"""The ways to run a model that `gpu_speed.py` measures: bf16, attached, and other libraries'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+import tenuto as tn
+from tenuto.caching import Forecast, ForecastCalls
+from tenuto.model import override_
+from tenuto.numerics import known
+from tenuto.runtime import Calls
+from tenuto.runtime.denoiser_call import CompiledBlocks
+from tenuto.sampling import Clock, Follow, OutputKernel
+
+STEPS = 20  # of a run
+BASE = "bf16 eager"
+TUNED = "max-autotune-no-cudagraphs"  # Triton's products of codes, what is round them fused
+Way = Callable[[nn.Module], nn.Module]
+
+
+def attached(
+    scheme: str, execution: str, compile: bool, graphs: bool, mode: str | None = None
+) -> Any:
+    """`attach` with these options. mode: of torch.compile."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        on = graphs and torch.cuda.is_available()
+        found = tn.attach(denoiser, scheme, execution=execution, compile=compile, graphs=on)
+        for patch in found.patches:
+            if isinstance(patch, CompiledBlocks) and mode:
+                patch.options = {"mode": mode}
+        return denoiser
+
+    return way
+
+
+def plain(compile: bool, graphs: bool, forecast: bool = False) -> Any:
+    """The bf16 model itself, with what `attach` does round its calls."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        calls = Calls(compile, graphs and torch.cuda.is_available()).of(denoiser, False)
+        vars(denoiser)["calls"] = calls[0]
+        if forecast:
+            clock = Clock(times())
+            Follow(denoiser, clock)
+            override_(denoiser, ForecastCalls(clock, half(), denoiser))
+        return denoiser
+
+    return way
+
+
+def times() -> tuple[float, ...]:
+    """20 steps from 999 down."""
+    return tuple(float(t) for t in torch.linspace(999, 1, STEPS).round())
+
+
+def half() -> Forecast:
+    """Half of the calls skipped, by a kernel of smooth outputs."""
+    sigma = torch.linspace(0.99, 0.05, STEPS, dtype=torch.float64)
+    values = torch.exp(-((sigma[:, None] - sigma[None, :]) ** 2) / 0.1)
+    alpha = (1 - sigma**2).sqrt()
+    kernel = OutputKernel(values, times(), tuple(alpha.tolist()), tuple(sigma.tolist()), "eps")
+    return Forecast(kernel, 2.0)
+
+
+def compiled(mode: str | None) -> Any:
+    """torch.compile of the whole model."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        denoiser.compile(mode=mode)
+        return denoiser
+
+    return way
+
+
+def torchao(kind: str, then: Way | None = None) -> Way:
+    """Linears by torchao, per row; kind: "fp8" or "int8". then: what is done afterwards."""
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and not any(n % 16 for n in module.weight.shape)
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        from torchao import quantization as q  # pyright: ignore[reportMissingImports]
+
+        if kind == "fp8":
+            config = q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())
+        else:
+            config = q.Int8DynamicActivationInt8WeightConfig()
+        q.quantize_(denoiser, config, filter_fn=fits)
+        return then(denoiser) if then else denoiser
+
+    return way
+
+
+def sdnq(kind: str, then: Way | None = None) -> Way:
+    """Linears and convolutions by SDNQ, products in low precision; kind: "int8" or "fp8"."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        from sdnq.quantizer import sdnq_post_load_quant  # pyright: ignore[reportMissingImports]
+
+        word = {"int8": "int8", "fp8": "float8_e4m3fn"}[kind]
+        made = sdnq_post_load_quant(
+            denoiser, weights_dtype=word, use_quantized_matmul=True, torch_dtype=torch.bfloat16
+        )
+        return then(made) if then else made
+
+    return way
+
+
+def cache_dit(then: Way | None = None) -> Way:
+    """DBCache: the first block is computed at every step, the others at every second."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        import cache_dit as peer  # pyright: ignore[reportMissingImports]
+
+        config = peer.DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=STEPS,
+            steps_computation_mask=[1, 0] * (STEPS // 2), steps_computation_policy="static",
+        )  # fmt: skip
+        peer.enable_cache(denoiser, cache_config=config)
+        return then(denoiser) if then else denoiser
+
+    return way
+
+
+WAYS: dict[str, Way] = {
+    BASE: lambda denoiser: denoiser,
+    "bf16 compile": compiled(None),
+    "bf16 reduce-overhead": compiled("reduce-overhead"),
+    "bf16 graph": plain(False, True),
+    "bf16 blocks": plain(True, False),
+    "bf16 blocks, graph": plain(True, True),
+    "w8a8 int8": attached("w8a8", "int8", False, False),
+    "w8a8 auto": attached("w8a8", "auto", False, False),
+    "w8a8 int8 graph": attached("w8a8", "int8", False, True),
+    "w8a8 int8 blocks": attached("w8a8", "int8", True, False),
+    "w8a8 int8 blocks, graph": attached("w8a8", "int8", True, True),
+    "w8a8 int8 tuned blocks, graph": attached("w8a8", "int8", True, True, TUNED),
+    "w8a8 auto blocks, graph": attached("w8a8", "auto", True, True),
+    "fp8 blocks, graph": attached("fp8", "int8", True, True),
+    "run: forecast": plain(False, False, True),
+    "run: forecast, blocks, graph": plain(True, True, True),
+    "torchao fp8 compile": torchao("fp8", compiled(None)),
+    "torchao fp8 blocks, graph": torchao("fp8", plain(True, True)),
+    "torchao int8 compile": torchao("int8", compiled(None)),
+    "torchao int8 blocks, graph": torchao("int8", plain(True, True)),
+    "sdnq int8 compile": sdnq("int8", compiled(None)),
+    "sdnq fp8 compile": sdnq("fp8", compiled(None)),
+    "run: cache-dit": cache_dit(),
+    "run: cache-dit compile": cache_dit(compiled(None)),
+    "run: cache-dit, torchao fp8 compile": torchao("fp8", cache_dit(compiled(None))),
+}
+PEERS = {"torchao": "torchao", "sdnq": "sdnq", "cache-dit": "cache_dit"}
+
+
+def missing(way: str) -> list[str]:
+    """The packages, or the scheme, that a way needs and that are not there."""
+    scheme = ["fp8"] if way.startswith("fp8") and "fp8" not in known() else []
+    gone = (name for name, module in PEERS.items() if name in way and find_spec(module) is None)
+    return [*scheme, *gone]

@@ -1,0 +1,143 @@
+"""What records a call on a device, and does it again: CUDA graphs, and what is kept of each."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..model import map_tensors, tensors_in
+from .kernels.quantize_input import compiling
+
+log = logging.getLogger("tenuto")
+
+SHARE = 1 / 8  # of a card's memory: what graphs take at most, and what they leave at least
+Replay = Callable[[], None]
+
+
+class Capture(Protocol):
+    """Records what `call` does on the device.
+
+    Returns what does it again, and what `call` returned: the same tensors at every replay, with
+    values from the first replay on. RuntimeError where it cannot be recorded.
+    """
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]: ...
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """How long `run` takes until the device has done it."""
+        ...
+
+    def crowded(self) -> str | None:
+        """Why what is recorded takes too much of the device's memory, or None."""
+        ...
+
+
+class CudaCapture:
+    """By `torch.cuda.CUDAGraph`; all graphs share one pool of memory, as they never run at once."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.bytes = 0  # of the pool
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            out = call()
+        self.bytes += max(0, torch.cuda.memory_reserved() - before)
+        return graph.replay, out
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """By the clock of the host."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def crowded(self) -> str | None:
+        """Of what is allowed of the card's memory, see `SHARE`."""
+        free, whole = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.bytes
+        if self.bytes <= SHARE * whole and free >= SHARE * whole:
+            return None
+        taken, left = (f"{x / 2**30:.1f} GiB" for x in (self.bytes, max(0, free)))
+        return f"they would take {taken} of the card's memory and leave {left}"
+
+
+@dataclass(eq=False)
+class Captured:
+    """One graph. inputs: the tensors that it reads, in order. made: by number of the cell."""
+
+    replay: Replay
+    inputs: list[Tensor]
+    out: Any
+    made: dict[int, Any]
+    seen: list[tuple[Any, int]]
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the inputs of a call in; a tensor that is the same as in the last call is there."""
+        for number, (own, given) in enumerate(zip(self.inputs, tensors, strict=True)):
+            version = -1 if given.is_inference() else given._version
+            known, before = self.seen[number]
+            if known is not None and known() is given and before == version >= 0:
+                continue
+            own.copy_(given)
+            self.seen[number] = weakref.ref(given), version
+
+
+class Reads:
+    """Functions of tensors alone as graphs, by the shapes of these: what a clock reads of a call.
+
+    Some forty small kernels start at once. What comes out is written over by the next call.
+    """
+
+    def __init__(self, capture: Capture | None = None, device: str = "cuda", most: int = 8) -> None:
+        self.capture, self.device, self.most = capture or CudaCapture(), device, most
+        self.known: OrderedDict[Any, Captured | None] = OrderedDict()  # None: it was seen once
+
+    def __call__(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
+        """call(*args)."""
+        tensors = list(tensors_in(args))
+        if any(x.device.type != self.device for x in tensors) or compiling() or self.most == 0:
+            return call(*args)
+        shapes = tuple((x.shape, x.dtype) for x in tensors)
+        lengths = tuple(len(a) for a in args if isinstance(a, list))
+        key = shapes, lengths, torch.is_inference_mode_enabled()
+        if key not in self.known:
+            self.known[key] = None
+            if len(self.known) > self.most:
+                self.known.popitem(last=False)
+            return call(*args)
+        found = self.known[key]
+        if found is None:
+            own = map_tensors(lambda x: torch.empty_like(x).copy_(x), args)
+            try:
+                replay, out = self.capture(lambda: call(*own))
+            except RuntimeError as error:
+                self.most = 0
+                log.warning("The step of a call is read without a CUDA graph: %s.", first(error))
+                return call(*args)
+            inputs = list(tensors_in(own))
+            found = Captured(replay, inputs, out, {}, [(None, -1)] * len(inputs))
+            self.known[key] = found
+        self.known.move_to_end(key)
+        found.fill(tensors)
+        found.replay()
+        return found.out
+
+
+def first(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return str(error).strip().partition("\n")[0][:120]

@@ -1,0 +1,154 @@
+"""`quantize_input.py` on CUDA in one pass: a program keeps its rows in registers.
+
+Codes of whole numbers come out as int8, less 128: what the products of a GPU take.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...numerics import float8, integer_codes
+from .tiles_triton import start
+
+TILE, BLOCK = 2048, 4096  # elements of a program: of short rows, of a stored range
+TOP = {"int": 127.0, "e4m3": float8.MOST}
+TYPES = {"int": torch.int8, "e4m3": float8.CODES}
+
+
+@triton.jit
+def _rounded(x):
+    """To nearest, ties to even; |x| below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rows(
+    x_ptr, codes_ptr, scale_ptr, rows, columns, stride,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    far = row.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + far * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    size = tl.reduce(tl.abs(x), 1, _larger)
+    scale = _larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
+    value = tl.div_rn(x, tl.broadcast_to(scale[:, None], (ROWS, WIDE)))
+    value = tl.minimum(tl.maximum(value, -TOP), TOP)
+    if WHOLE:
+        value = _rounded(value)
+    codes = value.to(codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + far * columns + column[None, :], codes, mask=inside)
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _images(x_ptr, codes_ptr, scale_ptr, size, BLOCK: tl.constexpr):
+    image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, where = at < size, image * size + at
+    scale = tl.broadcast_to(tl.load(scale_ptr + image), (BLOCK,))
+    x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
+    value = _rounded(tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0))
+    tl.store(codes_ptr + where, value.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _stored(
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, index_ptr, scale_ptr, zero_ptr, count,
+    BLOCK: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    index = tl.load(index_ptr)
+    scale = tl.load(scales_ptr + index)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    value = tl.div_rn(x, tl.broadcast_to(scale, (BLOCK,)))
+    if WHOLE:
+        zero = tl.load(zeros_ptr + index)
+        value = _rounded(tl.minimum(tl.maximum(value, -512.0), 512.0)) + zero
+        value = tl.minimum(tl.maximum(value, 0.0), 255.0) - 128.0
+        if tl.program_id(0) == 0:
+            tl.store(zero_ptr, zero.to(tl.int32))
+    else:
+        value = tl.minimum(tl.maximum(value, -MOST), MOST)
+    tl.store(codes_ptr + at, value.to(codes_ptr.dtype.element_ty), mask=at < count)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, scale)
+
+
+def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
+    """Codes (..., K) and fp32 scales (..., 1) of a range a row; x: fp16, bf16 or fp32.
+
+    dtype: "int" gives int8 codes, "e4m3" torch's 8-bit floats. K at most `quantize_input.WIDEST`.
+    """
+    flat = _lines(x)
+    rows, columns = flat.shape
+    codes = torch.empty(x.shape, dtype=TYPES[dtype], device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    wide = triton.next_power_of_2(columns)
+    high = max(1, TILE // wide)
+    start(
+        _rows, (triton.cdiv(rows, high),), x,
+        flat, codes, scale, rows, columns, flat.stride(0), ROWS=high, WIDE=wide, TOP=TOP[dtype],
+        TINY=integer_codes.TINY, WHOLE=dtype == "int", num_warps=_warps(high * wide),
+    )  # fmt: skip
+    return codes, scale
+
+
+def per_image(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (B, C, H, W) and fp32 scales (B, 1, 1, 1) of a range an image, laid out as `x`."""
+    given = _dense(x)
+    size = torch.linalg.vector_norm(
+        given, float("inf"), dim=(1, 2, 3), keepdim=True, dtype=torch.float32
+    )
+    scale = size.div_(TOP["int"]).clamp_min_(integer_codes.TINY)
+    codes, inner = torch.empty_like(given, dtype=torch.int8), x[0].numel()
+    start(
+        _images, (len(x), triton.cdiv(inner, BLOCK)), x, given, codes, scale, inner, BLOCK=BLOCK,
+        num_warps=8,
+    )  # fmt: skip
+    return codes, scale
+
+
+def stored(
+    x: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, dtype: str = "int"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of one of the ranges (T,), its scale fp32 (1,) and its zero point int32 (1,).
+
+    index: int64 (1,), which one; it stays on the device. zeros: fp32; of "e4m3" there are none.
+    """
+    given = _dense(x)
+    codes = torch.empty_like(given, dtype=TYPES[dtype])
+    scale = torch.empty(1, dtype=torch.float32, device=x.device)
+    zero = torch.empty(1, dtype=torch.int32, device=x.device)
+    start(
+        _stored, (triton.cdiv(x.numel(), BLOCK),), x,
+        given, codes, scales, zeros, index, scale, zero, x.numel(), BLOCK=BLOCK, MOST=float8.MOST,
+        WHOLE=dtype == "int", num_warps=8,
+    )  # fmt: skip
+    return codes, scale, zero
+
+
+def _lines(x: Tensor) -> Tensor:
+    """(R, K) with neighbouring columns side by side; a part of a wider tensor is not copied."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` without holes in memory, channels last if it is so."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _warps(elements: int) -> int:
+    """About 16 to 64 elements a thread."""
+    return 4 if elements <= 4096 else 8 if elements <= 8192 else 16

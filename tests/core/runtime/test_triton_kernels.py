@@ -1,0 +1,409 @@
+"""The kernels in Triton against their references: in its interpreter where there is no GPU.
+
+What `torch.empty` gives is poisoned, so that nothing which is not written passes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenuto.numerics import QTensor, float8, integer_codes
+from tenuto.numerics.scheme import Format, schemes
+from tenuto.runtime import kernels
+from tenuto.runtime.kernels import (
+    int4_fused,
+    int8_conv2d,
+    int8_conv2d_fused,
+    int8_fused,
+    quantize_input,
+)
+from tenuto.runtime.kernels.int8_linear import IntLinear
+from tenuto.runtime.layers import QConv2d, QLinear
+from tenuto.sampling import Clock
+
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative: half a step; the interpreter cuts fp32 off to bf16.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if HERE == "cpu":
+    ROUNDING[torch.bfloat16] *= 2
+ROWS = [(1, 1), (3, 7), (2, 3, 130), (2, 1153)]
+FILTERS: list[Any] = [  # input, taps, outputs, stride, padding, dilation
+    ((2, 16, 5, 4), (3, 3), 5, (1, 1), (1, 1), (1, 1)),
+    ((1, 48, 4, 3), (1, 1), 17, (1, 1), (0, 0), (1, 1)),
+    ((2, 32, 7, 6), (2, 3), 3, (2, 1), (0, 2), (1, 2)),
+]
+PRODUCTS = [(1, 1, 1), (17, 33, 40), (64, 5, 32), (70, 21, 48), (33, 24, 32)]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no wheel for this platform"
+)
+
+
+def codes_match(found: Tensor, wanted: Tensor) -> None:
+    """Equal, up to rounding where a quotient lies on an edge."""
+    gap = (quantize_input.counted(found) - wanted.float()).abs()
+    assert found.shape == wanted.shape and float(gap.max()) <= 1
+    assert float(gap.sum()) <= 1 + 2e-3 * gap.numel()
+
+
+def floats_match(found: Tensor, wanted: Tensor) -> None:
+    """8-bit floats: nearly all equal, the others neighbours.
+
+    The interpreter of Triton (3.6 to 3.9) loses the carry where a mantissa is rounded up to 2, and
+    cuts the smallest off.
+    """
+    found, wanted = found.float(), wanted.float()
+    lost = (found == wanted / 2) if HERE == "cpu" else torch.zeros_like(found, dtype=torch.bool)
+    assert float((found != wanted).sum()) <= 1 + (0.1 if HERE == "cpu" else 1e-2) * found.numel()
+    assert torch.allclose(found[~lost], wanted[~lost], rtol=0.126, atol=2**-9)
+
+
+def check_rows() -> None:
+    """Whole codes and 8-bit floats of a range a row."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    for shape, dtype in itertools.product(ROWS, DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        codes, scale = fused.per_row(x)
+        wanted, their = quantize_input.reference_per_row(x)
+        assert codes.dtype is torch.int8 and scale.shape == their.shape
+        assert torch.allclose(scale, their, rtol=1e-6)
+        codes_match(codes, wanted)
+        values, scale = fused.per_row(x, "e4m3")
+        near, their = float8.per_row(x)
+        assert values.dtype is torch.float8_e4m3fn and torch.allclose(scale, their, rtol=1e-6)
+        floats_match(values, near)
+    wide = torch.randn(4, 5, 96, device=HERE)
+    part = wide[..., 32:64]
+    assert torch.equal(fused.per_row(part)[0], fused.per_row(part.contiguous())[0])
+    wide[1, 2] = 0
+    wide[2, 3, 4] = float("nan")
+    codes, scale = fused.per_row(wide)
+    assert not codes[1, 2].any(), "zeros stay zeros"
+    assert scale.isnan().sum() == 1 and scale[2, 3].isnan().all(), "NaN is seen, in its row alone"
+
+
+def check_images() -> None:
+    """A range an image, in both layouts."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    for shape, dtype in itertools.product([(1, 1, 1, 1), (3, 5, 7, 4), (2, 16, 17, 19)], DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        x[0] = 0
+        for form in (torch.contiguous_format, torch.channels_last):
+            given = x.contiguous(memory_format=form)
+            codes, scale = fused.per_image(given)
+            wanted, their = quantize_input.reference_per_row(x, (1, 2, 3))
+            assert torch.allclose(scale, their, rtol=1e-6) and codes.stride() == given.stride()
+            codes_match(codes, wanted)
+            assert not codes[0].any(), "zeros stay zeros"
+
+
+def check_stored() -> None:
+    """One of several stored ranges, chosen by an index that stays on the device."""
+    from tenuto.runtime.kernels import quantize_input_triton as fused
+
+    scales = (torch.rand(5, device=HERE) + 0.2) / 20
+    zeros = torch.randint(0, 256, (5,), device=HERE).float()
+    for shape, dtype in itertools.product([*ROWS, (2, 3, 5, 4)], DTYPES):
+        x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        forms = [x, x.contiguous(memory_format=torch.channels_last)] if x.ndim == 4 else [x]
+        for given, one in itertools.product(forms, (0, 4)):
+            index = torch.tensor([one], device=HERE)
+            codes, scale, zero = fused.stored(given, scales, zeros, index)
+            pair = scales[one : one + 1], zeros[one : one + 1]
+            assert torch.equal(scale, pair[0]) and torch.equal(zero, pair[1].int())
+            codes_match(codes, quantize_input.reference_per_tensor(given, *pair))
+            assert codes.stride() == given.stride()
+            values = fused.stored(given, scales, zeros, index, "e4m3")[0]
+            floats_match(values, float8.per_tensor(given, pair[0]))
+
+
+def tilings() -> Iterator[Any]:
+    """What is chosen, and tiles that make several of a small product, by every way of loading."""
+    from tenuto.runtime.kernels.tiles_triton import Tiles
+
+    yield from (None, Tiles(16, 16, 32, group=2), Tiles(16, 32, 32, persistent=True, group=3))
+    yield from (Tiles(32, 16, 32, tma=True), Tiles(16, 16, 64, tma=True, persistent=True))
+
+
+def check_product() -> None:
+    """Odd shapes, all that follows the product, every way of loading tiles."""
+    from tenuto.runtime.kernels import int8_fused_triton as fused
+
+    for (m, n, k), tiles in itertools.product(PRODUCTS, tilings()):
+        if tiles is not None and tiles.tma and k % 16:
+            continue
+        x = torch.randint(-128, 128, (m, k), device=HERE).to(torch.int8)
+        codes = torch.randint(-127, 128, (n, k), device=HERE).to(torch.int8)
+        packed = IntLinear(codes, torch.rand(n, device=HERE) + 0.5)
+        zero = torch.tensor([37], dtype=torch.int32, device=HERE)
+        every = itertools.product((None, zero), "bgr") if tiles is None else [(None, "b")]
+        for number, (zero, more) in enumerate(every):
+            dtype = DTYPES[number % 3 if tiles is None else 1]
+            bias, gate, residual = after(m, n, dtype, more)
+            scale = torch.rand((m, 1) if number % 2 else (1,), device=HERE) / k
+            given = codes, packed.scale, packed.sums, bias, dtype, gate, residual, tiles
+            found = fused.linear(x, scale, zero, *given)
+            each = None if gate is None else gate.repeat_interleave(m // len(gate), 0)
+            middle = 128 if zero is None else zero
+            rest = codes, packed.scale, bias, each, residual
+            near(found, int8_fused.reference(x, scale, middle, *rest), dtype)
+
+
+def after(m: int, n: int, dtype: torch.dtype, more: str) -> tuple[Tensor | None, ...]:
+    """What follows a product: a bias, that and a gate, or a gate and a residual."""
+    bias, residual = torch.randn(n, device=HERE).to(dtype), torch.randn(m, n, device=HERE)
+    gate = torch.randn(1 if m % 2 else 2, n, device=HERE)
+    return (
+        None if more == "r" else bias,
+        None if more == "b" else gate,
+        residual.to(dtype) if more == "r" else None,
+    )
+
+
+def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Equal to the rounding of `dtype` and the noise of fp32; NaN never passes."""
+    assert found.dtype is dtype and found.shape == wanted.shape and found.is_contiguous()
+    gap = (found.double() - wanted).abs() - ROUNDING[dtype] * wanted.abs()
+    assert float(gap.max()) <= 3e-6 * float(wanted.abs().max()) + 1e-6
+
+
+def check_operation() -> None:
+    """What the layers call: any leading dimensions, uint8 too; whole in a graph."""
+    x = torch.randint(0, 256, (2, 3, 40), device=HERE).to(torch.uint8)
+    codes = torch.randint(-127, 128, (24, 40), device=HERE).to(torch.int8)
+    w_scale, bias = torch.rand(24, device=HERE), torch.randn(24, device=HERE)
+    gate, residual = torch.randn(2, 1, 24, device=HERE), torch.randn(2, 3, 24, device=HERE)
+    packed, scale = IntLinear(codes, w_scale), torch.rand(2, 3, 1, device=HERE) / 40
+
+    def call(x: Tensor, zero: Any) -> Tensor:
+        return int8_fused.fused_linear(x, scale, zero, packed, bias, torch.bfloat16, gate, residual)
+
+    for zero in (128, 5, torch.tensor([200], dtype=torch.int32, device=HERE)):
+        wanted = int8_fused.reference(x, scale, zero, codes, w_scale, bias, gate, residual)
+        near(call(x, zero), wanted, torch.bfloat16)
+        near(call((x ^ 128).view(torch.int8), zero), wanted, torch.bfloat16)
+        compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, zero), call(x, zero))
+    rows = x.view(6, 40).view(torch.int8)
+    more = (packed.scale, packed.sums, bias, None, None, torch.bfloat16)
+    args = (rows, scale.view(6, 1), None, packed.weight, *more)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.tenuto.int8_fused.default, args, test_utils=tests)
+
+
+def check_four_bits() -> None:
+    """Two codes a byte, with groups and without, odd widths: codes, product, graph."""
+    from tenuto.runtime.kernels import int4_fused_triton as fused
+
+    forms = [Format(b, symmetric=False, group=g) for b in (3, 4) for g in (0, 8, 32)]
+    for (n, k), form in itertools.product([(3, 7), (9, 80), (2, 2051)], [*forms, Format(4)]):
+        q = QTensor.nearest(torch.randn(n, k, device=HERE), form)
+        assert q.zero_point is not None
+        found = fused.unpacked(q.qdata, q.zero_point, q.step, k, q.group)
+        assert torch.equal(found, q.codes()), (n, k, form)
+    q = QTensor.nearest(torch.randn(24, 80, device=HERE), Format(4, symmetric=False, group=32))
+    x = torch.randint(0, 256, (2, 3, 80), device=HERE).to(torch.uint8)
+    scale, bias = torch.rand(2, 3, 1, device=HERE) / 80, torch.randn(24, device=HERE)
+    packed = int4_fused.KERNEL.pack(q, None)
+    assert torch.equal(packed.codes(), q.codes())
+    assert sum(t.nbytes for t in packed.tensors()) < 0.8 * 24 * 80, "it stays packed"
+
+    def call(x: Tensor, zero: Any) -> Tensor:
+        return int4_fused.KERNEL.call(x, scale, zero, packed, bias, torch.bfloat16)
+
+    for zero in (128, torch.tensor([200], dtype=torch.int32, device=HERE)):
+        wanted = int4_fused.KERNEL.reference(x, scale, zero, q, bias, None)
+        near(call(x, zero), wanted, torch.bfloat16)
+        compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, zero), call(x, zero))
+
+
+def check_convolution() -> None:
+    """Strides, borders, holes, odd sizes; both layouts; whole in a graph."""
+    from tenuto.runtime.kernels import int8_conv2d_fused_triton as fused
+    from tenuto.runtime.kernels.tiles_triton import Tiles
+
+    few = (None, Tiles(16, 16, 32, group=2))
+    for (size, taps, n, *sides), tiles in itertools.product(FILTERS, few):
+        x = torch.randint(0, 256, size, device=HERE).to(torch.uint8)
+        codes = torch.randint(-127, 128, (n, size[1], *taps), device=HERE).to(torch.int8)
+        geometry: Any = (*(list(pair) for pair in sides), 1)
+        packed = int8_conv2d_fused.Filters(codes, torch.rand(n, device=HERE) + 0.5, geometry)
+        assert torch.equal(packed.codes(), codes)
+        bias, zero = torch.randn(n, device=HERE).bfloat16(), torch.tensor([37], device=HERE).int()
+        for some, scale in ((128, torch.rand(size[0], 1, 1, 1)), (zero, torch.rand(1))):
+            scale = scale.to(HERE) / codes[0].numel()
+            last = (x ^ 128).view(torch.int8).permute(0, 2, 3, 1)
+            given = None if some == 128 else some, *packed.tensors(), bias, torch.float32
+            found = fused.conv2d(last, scale, *given, geometry[:3], tiles).permute(0, 3, 1, 2)
+            wanted = int8_conv2d.reference(x, scale, some, codes, packed.scale, bias, geometry)
+            near(found.contiguous(), wanted, torch.float32)
+
+
+def check_convolution_in_graphs() -> None:
+    """Both layouts, whole in a graph."""
+    x = torch.randint(0, 256, (2, 16, 5, 4), device=HERE).to(torch.uint8)
+    codes, scale = torch.randint(-127, 128, (5, 16, 3, 3)).to(HERE, torch.int8), torch.rand(5)
+    geometry: Any = ([1, 1], [1, 1], [1, 1], 1)
+    packed = int8_conv2d_fused.Filters(codes, scale.to(HERE), geometry)
+    one, zero = torch.rand(1, device=HERE) / 99, torch.tensor([37], device=HERE).int()
+    wanted = int8_conv2d.reference(x, one, zero, codes, packed.scale, None, geometry)
+
+    def call(x: Tensor) -> Tensor:
+        return int8_conv2d_fused.call(x, one, zero, packed, None, torch.bfloat16)
+
+    compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=form)
+        found = call(given)
+        near(found.contiguous(), wanted, torch.bfloat16)
+        assert found.is_contiguous(memory_format=form) and torch.equal(compiled(given), found)
+
+
+def check_layers() -> None:
+    """Layers compute by the kernels, eager and in a graph, and what is simulated is the same."""
+    if HERE == "cpu":  # of this process alone
+        quantize_input.fused = lambda x: not quantize_input.compiling()
+        int8_fused.supported = lambda device: True
+    for scheme, made, name in (
+        (schemes.W8A8, QLinear, "int8_fused"), (schemes.W8A8_STATIC, QLinear, "int8_fused"),
+        (schemes.W4A8, QLinear, "int4_fused"), (schemes.W4A8_STATIC, QLinear, "int4_fused"),
+        (schemes.W8A8, QConv2d, "int8_conv2d_fused"),
+        (schemes.W4A8_STATIC, QConv2d, "int8_conv2d_fused"),
+    ):  # fmt: skip
+        base: Any = torch.nn.Linear(48, 40) if made is QLinear else torch.nn.Conv2d(48, 40, 3)
+        base = base.to(HERE, torch.bfloat16)
+        weight, clock = QTensor.nearest(base.weight.float(), scheme.weight), Clock((999, 1))
+        pair = integer_codes.affine(torch.tensor([-3.0, -4.0]), torch.tensor([3.0, 5.0]), 8, False)
+        ranges = None if scheme is schemes.W8A8 or scheme is schemes.W4A8 else pair
+        one, other = (made(base, weight, scheme, clock, ranges, simulate=s) for s in (False, True))
+        clock.tick(1, range(2), HERE)
+        x = torch.randn((2, 5, 48) if made is QLinear else (2, 48, 5, 4), device=HERE).bfloat16()
+        with torch.no_grad():
+            found, wanted = one(x), other(x)
+            assert list(one._packed) == [name] and found.dtype is torch.bfloat16
+            assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+            if scheme is schemes.W8A8:
+                compiled: Any = torch.compile(one, backend="aot_eager", fullgraph=True)
+                assert float((compiled(x) - found).norm() / found.norm()) < 1e-2
+            before = one.qtensor().codes()
+            one._unpack()
+            assert torch.equal(one.qdata, weight.qdata) and torch.equal(before, weight.codes())
+
+
+CHECKS = (
+    check_rows, check_images, check_stored, check_product, check_operation, check_four_bits,
+    check_convolution, check_convolution_in_graphs, check_layers,
+)  # fmt: skip
+
+
+@needs_triton
+def test_the_kernels_equal_their_references() -> None:
+    """Without a GPU in a process of its own: the interpreter is chosen when triton is imported."""
+    code = (
+        "import torch, test_triton_kernels as t\n"
+        "from tenuto.runtime.kernels import tiles_triton\n"
+        "tiles_triton.fastest = lambda *_: None\n"  # the first ones: no time is spent on others
+        "torch.use_deterministic_algorithms(True, warn_only=True)\n"
+        "x = torch.empty(9)\nassert x.isnan().all(), 'no poison'\n"
+        "for check in t.CHECKS: check()"
+    )
+    folder = str(Path(__file__).parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path])}
+    if HERE == "cpu":
+        env["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_no_kernel_of_triton_runs_without_a_gpu() -> None:
+    """The plain operations serve there, and the product is a candidate on no CPU."""
+    assert not int8_fused.supported(torch.device("cpu"))
+    assert not int8_fused.supported(torch.device("meta"))
+    assert not quantize_input.fused(torch.randn(2, 8))
+    assert {"int4_fused", "int8_fused"} <= {kernel.name for kernel in kernels.kernels()}
+    codes, _ = quantize_input.per_row(torch.randn(2, 8))
+    assert codes.dtype is torch.uint8
+
+
+def test_a_range_of_a_step_is_that_of_its_index() -> None:
+    x = torch.randn(3, 8)
+    scales, zeros = torch.tensor([0.1, 0.02]), torch.tensor([3.0, 200.0])
+    for one in (0, 1):
+        index = torch.tensor([one])
+        codes, scale, zero = quantize_input.stored_at(x, scales, zeros, index, "int")
+        assert scale.tolist() == [float(scales[one])] and zero.tolist() == [int(zeros[one])]
+        assert zero.dtype is torch.int32
+        wanted = quantize_input.reference_per_tensor(x, scales[one], zeros[one])
+        assert torch.equal(codes, wanted)
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_the_fastest_tiles_are_kept_and_failures_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By card and version, in files of Triton's cache; a broken file is measured anew."""
+    from tenuto.runtime.kernels import tiles_triton as tiles
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiles, "card", lambda: "a card")
+    some = [tiles.Tiles(16, 16, k) for k in (32, 64, 128)]
+    seen: list[int] = []
+
+    def measured(run: Any) -> float:
+        return float(run())
+
+    def run(one: Any) -> float:
+        seen.append(one.k)
+        if one.k == 32:
+            raise RuntimeError("out of resources")
+        return 1.0 / one.k
+
+    class Function:
+        cache_key = "source"
+
+    monkeypatch.setattr(tiles, "milliseconds", measured)
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and seen == [32, 64, 128]
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 3
+    tiles._kept(Function, (4, 9), some, run)
+    assert len(seen) == 6, "another shape is measured"
+    monkeypatch.setattr(tiles, "card", lambda: "another")
+    tiles._kept(Function, (4, 8), some, run)
+    assert len(seen) == 9, "another card is measured"
+    files = sorted(tmp_path.rglob(tiles.FILE))
+    assert len(files) == 3 and all(json.loads(f.read_text()) == list(some[2]) for f in files)
+    for file in files:
+        file.write_text("{", encoding="utf-8")
+    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 12
+    assert tiles._kept(Function, (5,), some[:1], run) is None and len(seen) == 13
+    assert len(list(tmp_path.rglob(tiles.FILE))) == 3, "nothing is kept where nothing ran"
+    cpu = torch.device("cpu")
+    assert tiles.chosen(Function, (), some, cpu, run) == some[0] and len(seen) == 13
+
+
+@needs_triton
+def test_numbers_of_rows_that_are_near_share_their_tiles() -> None:
+    from tenuto.runtime.kernels.tiles_triton import bucket
+
+    assert [bucket(m) for m in (1, 7, 8, 9, 512, 639, 640, 4608)] == [
+        1, 7, 8, 8, 512, 512, 640, 4096
+    ]  # fmt: skip
