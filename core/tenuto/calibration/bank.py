@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model import map_leaves
+from .bank_files import BankFiles
 
 log = logging.getLogger("tenuto")
 
@@ -27,6 +28,7 @@ class Bank:
     the second axis of what the block gets.
     calls: where a call cannot be taken apart (frames in its batch, two times a sample), each row is
     a whole call, with its own template here and tensors (R, rows of the call, ...).
+    files: where the tensors are, and what the block answers is to be; None: in memory.
     """
 
     template: Template
@@ -36,6 +38,7 @@ class Bank:
     counted: Tensor | None = None
     calls: tuple[Template, ...] = ()
     inner: tuple[int, ...] = ()
+    files: BankFiles | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -51,7 +54,21 @@ class Bank:
     def of(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The rows `index` of a tensor of the bank, or of what the block answered to it."""
         found = tensor.index_select(0, index.to(tensor.device))
+        self.forget()
         return found.squeeze(0) if self.calls else found
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor to be written, in files where the bank is."""
+        return (
+            torch.empty(shape, dtype=dtype)
+            if self.files is None
+            else self.files.empty(shape, dtype)
+        )
+
+    def forget(self) -> None:
+        """See `BankFiles.forget`."""
+        if self.files is not None:
+            self.files.forget()
 
     def parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
         """`index` in parts that one call of the block takes: `size` rows, or one whole call."""
@@ -145,8 +162,11 @@ def whole(seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return _filled(seen[0], dict(enumerate(seen[1])))
 
 
-def banked(block: str, found: Sequence[Seen]) -> Bank:
-    """The calls that `block` got as one bank, row by row; ModelError where they have no rows."""
+def banked(block: str, found: Sequence[Seen], files: BankFiles | None = None) -> Bank:
+    """The calls that `block` got as one bank, row by row; ModelError where they have no rows.
+
+    files: where it is to be.
+    """
     inner = _inner([cut for _, cut, _ in found])
     found = [(form, _turned(cut, inner), row) for form, cut, row in found]
     kept = _alike(found, [tuple(t.shape[1:] for t in cut) for _, cut, _ in found])
@@ -159,9 +179,9 @@ def banked(block: str, found: Sequence[Seen]) -> Bank:
         if rows is None:
             fixed[key] = column[0]
         else:
-            tensors[key] = torch.cat(rows)
+            tensors[key] = _together(rows, files)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
-    return Bank(template, tensors, fixed, torch.cat(steps), inner=inner)
+    return Bank(template, tensors, fixed, torch.cat(steps), inner=inner, files=files)
 
 
 def _inner(calls: Sequence[list[Tensor]]) -> tuple[int, ...]:
@@ -181,7 +201,11 @@ def _turned(cut: list[Tensor], inner: tuple[int, ...]) -> list[Tensor]:
     return [t.transpose(0, 1) if key in inner else t for key, t in enumerate(cut)]
 
 
-def banked_by_call(found: Sequence[Seen]) -> Bank:
+def _together(rows: Sequence[Tensor], files: BankFiles | None) -> Tensor:
+    return torch.cat(list(rows)) if files is None else files.joined(rows)
+
+
+def banked_by_call(found: Sequence[Seen], files: BankFiles | None = None) -> Bank:
     """The same with a whole call as each row, whatever its tensors have as a first dimension."""
     kept = _alike(found, [tuple(t.shape for t in cut) for _, cut, _ in found])
     tensors, fixed = {}, {}
@@ -189,9 +213,10 @@ def banked_by_call(found: Sequence[Seen]) -> Bank:
         if key and all(torch.equal(t, column[0]) for t in column):
             fixed[key] = column[0]
         else:
-            tensors[key] = torch.stack(column)
+            tensors[key] = _together([t[None] for t in column], files)
     steps = torch.tensor([row for _, _, row in kept])
-    return Bank(kept[0][0], tensors, fixed, steps, calls=tuple(t for t, _, _ in kept))
+    templates = tuple(template for template, _, _ in kept)
+    return Bank(kept[0][0], tensors, fixed, steps, calls=templates, files=files)
 
 
 def _alike(found: Sequence[Seen], shapes: Sequence[Any]) -> list[Seen]:

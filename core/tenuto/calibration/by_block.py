@@ -60,6 +60,20 @@ def held(block: nn.Module) -> AbstractContextManager[nn.Module]:
     return nullcontext(block) if fill is None else fill.held()
 
 
+@contextmanager
+def unfilled(block: nn.Module) -> Iterator[None]:
+    """Within, a call of `block` does not give it its weights: something else computes for it."""
+    fill = vars(block).get(FILL)
+    before = fill is not None and fill.idle
+    if fill is not None:
+        fill.idle = True
+    try:
+        yield
+    finally:
+        if fill is not None:
+            fill.idle = before
+
+
 def filled(model: nn.Module, name: str) -> nn.Module:
     """The submodule `name`; where it lies inside of a block, a copy that has its weights."""
     parts = name.split(".")
@@ -104,7 +118,7 @@ class Fill:
 
     def __init__(self, name: str, block: nn.Module, values: Values) -> None:
         self.values, self.block = values, block
-        self.full, self.kept = False, False
+        self.full, self.kept, self.idle = False, False, False
         self.places: dict[int, list[Place]] = {}
         for inner, module in block.named_modules():
             own = dict(module.named_parameters(recurse=False))
@@ -132,12 +146,15 @@ class Fill:
                 self._after(self.block, (), None)
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if self.idle and module is self.block:
+            return
         for place in () if self.full else self._of(module):
             place.module._parameters[place.key] = _fixed(self.values.now(place.name))
         self.full = self.full or module is self.block
 
     def _after(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self.kept or (self.full and module is not self.block):
+        idle = self.idle and module is self.block
+        if self.kept or idle or (self.full and module is not self.block):
             return
         for place in self._of(module):
             place.module._parameters[place.key] = place.empty
@@ -150,7 +167,7 @@ class Fill:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fill:
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(values=None, block=None, full=False, kept=False, places={})
+        twin.__dict__.update(values=None, block=None, full=False, kept=False, idle=False, places={})
         return twin
 
 

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact
-from ..model import (
-    Backbone,
-    device_and_dtype,
-    layers,
-)
+from ..model import Backbone, device_and_dtype, layers
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..runtime import quantizable
@@ -24,8 +20,10 @@ from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
+from .bank_files import BankFiles
 from .by_block import Values, by_block, held
 from .by_denoiser import seed_of
+from .check.peak import room_for_banks
 from .codes import Codes
 from .replay import Chain, in_order
 from .temporal.maintenance import UNIT as TEMPORAL
@@ -41,10 +39,12 @@ class Job:
 
     aims: whether the blocks' outputs in full precision are needed even if no algorithm uses them.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
-    the codes of the layers that are done, read from the work when they are asked for.
+    the codes of the layers that are done, read from the work when they are asked for. max_memory:
+    bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
     """
 
     aims = False
+    max_memory: int | None = None
 
     def __init__(
         self,
@@ -107,7 +107,9 @@ class Job:
             _needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules
         )
         plain = self.plain_copy if aims else None
-        chain = Chain(self.model, self.backbone.blocks, blocks, needy, calls, self.device, plain)
+        given = self.denoiser, self.backbone, self.device, self.max_memory
+        files, every = BankFiles(work.path, lambda: room_for_banks(*given)), self.backbone.blocks
+        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
         for unit, names, kept in self._done(units, needy, chain, work, notes):

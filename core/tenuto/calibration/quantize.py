@@ -45,6 +45,7 @@ def quantize(
     temporal: str = "auto",
     describe: Describe | None = None,
     measure: bool | None = None,
+    max_memory: int | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -58,7 +59,8 @@ def quantize(
     "auto"; see `maintenance.py`. describe: what the model is made of, where no family file says
     it or says it otherwise; see `describing`. measure: whether the forecast of skipped calls is
     measured on four images, which takes about as long as generating ten; None: where that is
-    estimated to take less than a minute.
+    estimated to take less than a minute. max_memory: bytes that all takes at most; None: what is
+    free. Where the recorded inputs of a block take more, they lie on disk, in `work` if there is.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -74,6 +76,7 @@ def quantize(
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
     settings = {"preset": preset, "device": device, "rounding": rounding, "choice": choice}
+    settings |= {"max_memory": max_memory}
     makes = {
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
@@ -100,6 +103,7 @@ def _of_denoiser(
     device: Any,
     rounding: str | None,
     choice: str,
+    max_memory: int | None,
 ) -> Artifact:
     """`quantize` of one denoiser, from the recording of its calls."""
     denoiser, chosen = parts_of(model)[part], effort(preset)
@@ -111,6 +115,7 @@ def _of_denoiser(
     else:
         recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))
     job = Job(denoiser, backbone, recipe, trajectory, device, part_seed(seed, part))
+    job.max_memory = max_memory
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
     made = {"seed": seed, "device": job.device.type, "calibration": trajectory.about()}

@@ -82,6 +82,7 @@ def quantize_encoder(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     device: Any = None,
+    max_memory: int | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -91,7 +92,7 @@ def quantize_encoder(
     The shipped list "general" is calibrated on too, but for a part that is held out: of calibrated
     and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
-    denoiser computes one call. `work`, resuming and Cancelled are as in `quantize`.
+    denoiser computes one call. max_memory, `work`, resuming and Cancelled are as in `quantize`.
     """
     scheme = encoder_scheme(width, method)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
@@ -109,7 +110,7 @@ def quantize_encoder(
     for name, own in calls.items():
         job = encoder_job(
             encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
-            work=shelf and shelf / name, on_progress=notes[name],
+            max_memory=max_memory, work=shelf and shelf / name, on_progress=notes[name],
         )  # fmt: skip
         encoder = encoders_of(pipe)[name]
         fill(artifact, name, encoder, job)
@@ -127,6 +128,7 @@ def encoder_job(
     *,
     seed: int = 0,
     device: Any = None,
+    max_memory: int | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Job:
@@ -141,6 +143,7 @@ def encoder_job(
     rules[-1:-1] = [Rule(f"{block}.*", scheme, RoundToNearest()) for block in unread]
     trajectory = Trajectory((0.0, 0.0), list(calls), seed, BATCH, len(calls), 1)
     job = EncoderJob(encoder, backbone, Recipe(tuple(rules)), trajectory, device, seed)
+    job.max_memory = max_memory
     job.maintain("none", Tiar())
     inputs = {
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model import Leave, device_and_dtype, tensors_in, watched
 from ..sampling import Call, processes, to_device
+from .answers import Answers, flow_of
 from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits, whole
+from .bank_files import BankFiles
 from .by_block import held
 
 log = logging.getLogger("tenuto")
+
+FEW = 2  # blocks with data, for which the model is simply run up to each
 
 
 def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
@@ -47,24 +52,36 @@ def inputs_of(
     calls: Sequence[Call],
     device: Any,
     by_call: bool | None = None,
+    files: BankFiles | None = None,
+    answers: Answers | None = None,
 ) -> Bank:
-    """What `block` gets in `calls` of `denoiser`, kept on the CPU.
+    """What `block` gets in `calls` of `denoiser`, kept on the CPU, or in `files` as they choose.
 
     The first tensor says how many rows a call has. What all rows share, such as the embedding of
     a timestep, is given to each where it changes from call to call. Where a call cannot be taken
     apart into rows, see `_by_row`, the bank has whole calls; by_call: it has, or has not.
     Calls whose shapes differ from the most frequent ones are left out, with a word in the log.
+    answers: of the blocks before it, which then do not compute again.
     """
 
-    def seen(call: Call) -> Any:
-        args, kwargs = run_to(denoiser, block, call, device)
-        return whole(cut_out((tuple(args), dict(kwargs)), call.row))
+    def seen(number: int) -> Any:
+        known = nullcontext() if answers is None else answers.before(block, number, device)
+        with known:
+            args, kwargs = run_to(denoiser, block, calls[number], device)
+        return whole(cut_out((tuple(args), dict(kwargs)), calls[number].row))
 
-    taken = processes().each(calls, seen)
-    found = [cut_out(given, call.row) for given, call in zip(taken, calls, strict=True)]
+    taken, found = processes().each(range(len(calls)), seen), list[Seen]()
+    for given, call in zip(taken, calls, strict=True):
+        form, cut, row = cut_out(given, call.row)
+        if files is not None:
+            files.choose(sum(t.nbytes for t in cut) * len(calls))
+            cut = files.put(cut)
+        found.append((form, cut, row))
+        del given
+    files = files if files is not None and files.used else None
     module = denoiser.get_submodule(block)
-    bank = None if by_call else _by_row(module, block, found, device, by_call is None)
-    bank = bank or banked_by_call(found)
+    bank = None if by_call else _by_row(module, block, found, device, by_call is None, files)
+    bank = bank or banked_by_call(found, files)
     known = [call.counted for call in calls]
     rows = [t for t in known if t is not None]
     if len(rows) == len(known) and sum(map(len, rows)) == len(bank):  # and no call was left out
@@ -73,7 +90,12 @@ def inputs_of(
 
 
 def _by_row(
-    module: nn.Module, block: str, found: Sequence[Seen], device: Any, sure: bool
+    module: nn.Module,
+    block: str,
+    found: Sequence[Seen],
+    device: Any,
+    sure: bool,
+    files: BankFiles | None,
 ) -> Bank | None:
     """The bank of rows; None where the block answers otherwise to rows than to whole calls.
 
@@ -81,7 +103,7 @@ def _by_row(
     second time for the rows that stay clean. sure: the first and the last row are tried together.
     """
     try:
-        bank = banked(block, found)
+        bank = banked(block, found, files)
     except ModelError:
         return None
     if not sure or len(bank) < 2:
@@ -104,15 +126,22 @@ def _by_row(
 
 @torch.no_grad()
 def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor:
-    """The outputs of `block` on every row of `bank`, (R, ...), kept on the CPU."""
+    """The outputs of `block` on every row of `bank`, (R, ...), kept where that is."""
+    found, start = torch.empty(0), 0
 
     def answer(index: Tensor) -> Tensor:
         args, kwargs = bank.rows(index, device)
         return first_tensor(block(*args, **kwargs)).cpu()
 
     with held(block):
-        found = list(processes().each(bank.chunks(size), answer))
-    return torch.stack(found) if bank.calls else torch.cat(found)
+        for out in processes().each(bank.chunks(size), answer):
+            rows = out[None] if bank.calls else out
+            if not start:
+                found = bank.empty((len(bank), *rows.shape[1:]), rows.dtype)
+            found[start : start + len(rows)] = rows
+            start += len(rows)
+            bank.forget()
+    return found[:start]
 
 
 @torch.no_grad()
@@ -143,21 +172,25 @@ def first_tensor(out: Any) -> Tensor:
 @torch.no_grad()
 def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
     """Whether each block gets the last one's output and otherwise the very same objects."""
-    seen: list[tuple[list[int], int]] = []
+    first: list[Tensor] = []  # the other tensors that the first block gets
+    last: list[Tensor] = []  # what the last one answered; both are alive, so that they are told
+    count, broken = 0, False
 
     def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
-        tensors = list(tensors_in((args, kwargs)))
-        seen.append(([id(t) for t in tensors], id(first_tensor(out))))
-        keep.extend([*tensors, first_tensor(out)])
+        nonlocal count, broken
+        hidden, *others = tensors_in((args, kwargs))
+        if not count:
+            first[:] = others
+        same = len(others) == len(first) and all(map(operator.is_, others, first))
+        if count and not (hidden is last[0] and same):
+            broken = True
+            raise Leave
+        last[:] = [first_tensor(out)]
+        count += 1
 
-    keep: list[Tensor] = []
-    with watched(denoiser, blocks, after=note):
+    with watched(denoiser, blocks, after=note), suppress(Leave):
         denoiser(**arguments(denoiser, call, device))
-    if len(seen) != len(blocks):
-        return False
-    steps = range(1, len(seen))
-    chained = (seen[i][0][0] == seen[i - 1][1] for i in steps)
-    return all(chained) and all(seen[i][0][1:] == seen[0][0][1:] for i in steps)
+    return count == len(blocks) and not broken
 
 
 def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any) -> list[str]:
@@ -175,10 +208,12 @@ def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any)
 class Chain:
     """Inputs and targets of one block after another, while `model` is quantized block by block.
 
-    Where every block feeds the next one, outputs are handed on; else each block's inputs are
-    replayed from the start of the model. Only blocks that need data cost anything.
+    Where every block feeds the next one, outputs are handed on; else the model is run up to each
+    block, with what is known of those before it, see `Answers`. Only blocks that need data cost
+    anything.
     blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
     plain: gives the full-precision model, whose outputs are the targets; None: there are none.
+    files: where inputs and targets go that memory has no room for.
     """
 
     def __init__(
@@ -190,24 +225,53 @@ class Chain:
         calls: Sequence[Call],
         device: Any,
         plain: Callable[[], nn.Module] | None,
+        files: BankFiles | None = None,
     ) -> None:
-        self.blocks, self.calls, self.device = list(units), calls, device
+        self.blocks, self.calls, self.device, self.files = list(units), calls, device, files
         self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
         self.model, self.reference = model, plain() if plain and self.last >= 0 else None
         whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain
         self.linear = self.last > 0 and whole and is_chain(model, blocks, calls[0], device)
+        self.answers: dict[nn.Module | None, Answers] = {}
+        if not self.linear and sum(b in needy for b in self.blocks) > FEW:
+            self._keep_answers(blocks)
         self.student: Bank | None = None
         self.teacher: Bank | None = None
         self.target: Tensor | None = None
         self.at: str | None = None  # the block whose data these are
 
+    def _keep_answers(self, blocks: Sequence[str]) -> None:
+        """Keep what blocks answer, where they can stand still and there is room for it."""
+        places = list(dict.fromkeys((*blocks, *self.blocks)))
+        flow = flow_of(
+            self.model, blocks, places,
+            lambda: self.model(**arguments(self.model, self.calls[0], self.device)), self.device,
+        )  # fmt: skip
+        models = [m for m in (self.model, self.reference) if m is not None]
+        if flow is None:
+            return
+        size = len(models) * len(self.calls) * flow.size
+        if self.files is not None:
+            if not self.files.takes(size):
+                return
+            self.files.beside = size
+        self.answers = {m: Answers(m, flow, self.files) for m in models}
+
+    def _inputs(self, model: nn.Module, block: str, by_call: bool | None = None) -> Bank:
+        answers = self.answers.get(model)
+        if answers is not None and block not in answers.flow.order:
+            answers = None
+        return inputs_of(model, block, self.calls, self.device, by_call, self.files, answers)
+
     def data(self, block: str) -> tuple[Bank, Tensor | None]:
         """(inputs from the quantized prefix, outputs in full precision) of `block`."""
         if self.student is None or not (self.linear or self.at == block):
-            self.student = inputs_of(self.model, block, self.calls, self.device)
+            self.student = self.teacher = self.target = None  # memory for the next ones
+            if self.files is not None:
+                self.files.used = None  # blocks are of several sizes
+            self.student = self._inputs(self.model, block)
             if self.reference is not None:
-                by_call = bool(self.student.calls)
-                self.teacher = inputs_of(self.reference, block, self.calls, self.device, by_call)
+                self.teacher = self._inputs(self.reference, block, bool(self.student.calls))
         if self.at != block and self.reference is not None:
             assert self.teacher is not None
             target = self.reference.get_submodule(block)

@@ -39,9 +39,10 @@ TRIALS = 64  # groups of layers that are measured, at most: each in three record
 def with_spared(job: Job, artifact: Artifact) -> Artifact:
     """`artifact`, of that job, without what is better left in float; see `heavy`.
 
-    Of a model that is there as a whole, in diffusers; layers that share an input stay together,
-    since hosts make one of them. The header's recipe then says which layers these are, and
-    `kept_in_float` how much of the error each of them had.
+    Of a model that is there as a whole, in diffusers: of one on disk each of up to `TRIALS` trials
+    would read all of it three times. Layers that share an input stay together, since hosts make one
+    of them. The header's recipe then says which layers these are, and `kept_in_float` how much of
+    the error each of them had.
     """
     denoiser, layers = job.denoiser, artifact.header["layers"]
     elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())

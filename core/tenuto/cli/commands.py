@@ -101,14 +101,15 @@ def quantize(
             check_kernel(default, trajectory)
             artifact = calibration.quantize(
                 pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
-                rounding=rounding, temporal=temporal, measure=measure, work=work,
-                on_progress=bars("Quantizing"),
+                rounding=rounding, temporal=temporal, measure=measure, max_memory=max_memory,
+                work=work, on_progress=bars("Quantizing"),
             )  # fmt: skip
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)
         if text_encoder is not None:
             at = work if wanted is None else work / ENCODERS
-            made.append(low_encoders(pipe, text_encoder, lines, sampling, method, seed, at, bars))
+            given = pipe, text_encoder, lines, sampling, method, seed, at, bars
+            made.append(low_encoders(*given, max_memory))
         whole = written(made, out)
     bars.close()
     said = quantized_lines(out, whole, pipe, len(used))

@@ -70,8 +70,23 @@ def _answer(name: str, options: dict[str, Any]) -> Answer | None:
             raise TenutoError(f"{command} runs in one process, and only {SHARED} in several.")
         with contextlib.redirect_stdout(sys.stderr), launched() as here:
             with Bars(sys.stderr if here.first else None) as bars:
+                if name == SHARED:
+                    _say_processes(here.size, bars)
                 answer = getattr(commands, name)(**gathered(name, options), bars=bars)
             return answer if here.first else None
+
+
+def _say_processes(size: int, bars: Bars) -> None:
+    """How many processes there are, where a launcher was asked for several."""
+    from ..sampling import started_alone
+
+    if size > 1:
+        bars.note(f"{size} processes share the work.")
+    elif started_alone():
+        bars.note(
+            "accelerate has started one process, whatever --num_processes says: with --multi_gpu "
+            "it starts as many, on a CPU too."
+        )
 
 
 def _stopped(out: Path | None) -> str:

@@ -288,12 +288,13 @@ def low_encoders(
     seed: int,
     work: Path,
     bars: Bars,
+    max_memory: int | None,
 ) -> Artifact:
     """The text encoders of a pipeline, in weights of `width`."""
     from ..calibration import quantize_encoder
 
     return quantize_encoder(
         pipe, width, lines, method=method or "gptq", seed=seed, steps=sampling.steps,
-        guidance=sampling.guidance, call=sampling.called(pipe), device=sampling.device, work=work,
-        on_progress=bars("Text encoders"),
+        guidance=sampling.guidance, call=sampling.called(pipe), device=sampling.device,
+        max_memory=max_memory, work=work, on_progress=bars("Text encoders"),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from .pipeline_call import (
     unprompted,
     wanted_prompts,
 )
-from .processes import launched, launched_size, processes
+from .processes import launched, launched_size, processes, started_alone
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
 from .shared_work import work_in
@@ -71,6 +71,7 @@ __all__ = [
     "sampler",
     "schedule_of_run",
     "skeleton",
+    "started_alone",
     "state_count",
     "states_read",
     "to_device",

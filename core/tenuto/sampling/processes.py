@@ -163,6 +163,14 @@ def launched_size() -> int:
         return 1
 
 
+def started_alone() -> bool:
+    """Whether accelerate was asked for several processes and has started this one alone.
+
+    That is what it does without --multi_gpu: it says where they meet, and no number of them.
+    """
+    return {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and launched_size() == 1
+
+
 @contextmanager
 def launched(wait: timedelta = WAIT) -> Iterator[Processes]:
     """Within, this process and those that a launcher has started with it do a job together.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from tenuto.sampling.processes import NEEDED
 from tests.core import tiny_pipelines as small
 from tests.core.sampling.test_processes import launch, several
 
+ROOT = Path(__file__).resolve().parents[3]
 UNITS = 3  # that are finished when a process is killed
 
 
@@ -51,9 +55,33 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, capfd: pytest.Capture
         answer, said = first.communicate(timeout=300)
         other, other_said = second.communicate(timeout=60)
     assert first.returncode == 0 and second.returncode == 0, said + other_said
+    assert "2 processes share the work" in said
     assert "Calibrated on 5 prompts" in answer and not other and "tenuto" not in other_said
     assert shared.read_bytes() == alone.read_bytes()
     assert not work.exists()
+
+
+@several
+def test_what_accelerate_starts(tmp_path: Path) -> None:
+    """With --cpu one process, without a word of its own; with --multi_gpu two, without a GPU."""
+    script = tmp_path / "say.py"
+    script.write_text(
+        "import sys\n"
+        "from tenuto.cli.console import Bars\n"
+        "from tenuto.cli.run import _say_processes\n"
+        "from tenuto.sampling import launched\n"
+        "with launched() as here:\n"
+        "    _say_processes(here.size, Bars(sys.stdout if here.first else None))\n"
+    )
+    for how, said in (("--multi_gpu", "2 processes share"), ("--cpu", "has started one process")):
+        words = [how, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        words += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+        found = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", *words], capture_output=True,
+            text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT / "core")},
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.count("tenuto: note:") == 1 and said in found.stdout, found.stderr
 
 
 def test_other_commands_run_in_one(

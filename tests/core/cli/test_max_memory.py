@@ -19,7 +19,7 @@ from tenuto.errors import TenutoError
 from tests.core import tiny_pipelines as small
 
 ROOT = Path(__file__).resolve().parents[3]
-TAKES = {"whole": 100, "by block": 40}
+TAKES = {"whole without banks": 100, "by block without banks": 40}
 CALL = ["--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
 CALL += ["--set", "text_encoder_out_layers=[0,1,2]", "--set", "max_sequence_length=32"]
 
@@ -74,6 +74,20 @@ def test_low_memory_where_it_is_needed(most: int, asked: bool | None, low: bool)
 def test_what_does_not_fit(most: int, asked: bool | None) -> None:
     with pytest.raises(TenutoError, match="--max-memory allows"):
         kept_to(TAKES, most, asked)
+
+
+def test_recorded_inputs_may_lie_on_disk(folder: Path) -> None:
+    """They are what more prompts cost, and only rounding on what layers see records any."""
+    usual = {"scheme": "w4a8", "steps": 9, "call": {"height": 512, "width": 512}}
+    one, two = (check(folder, prompts=["a"] * n, **usual) for n in (1, 2))
+    assert two.memory["banks"] == 2 * one.memory["banks"] > 0
+    for how in ("whole", "by block"):
+        assert two.memory[how] > two.memory[f"{how} without banks"]
+    found = two.memory["by block"] - two.memory["by block without banks"]
+    assert found == two.memory["banks"]
+    assert "on disk where memory has no room" in str(two)
+    plain = check(folder, **usual | {"scheme": "w8a8"})
+    assert plain.memory["banks"] == 0 and "recorded inputs" not in str(plain)
 
 
 def test_it_is_said_before_anything_is_loaded(

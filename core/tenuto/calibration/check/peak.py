@@ -2,10 +2,12 @@
 
 Estimates on the safe side. What they are made of: the program itself, weights in fp32, the codes,
 the inputs and outputs of a block for all recorded calls, one call of a block, rounding a layer.
+Those inputs and outputs go to disk where memory has no room for them, see `room_for_banks`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +17,18 @@ from torch import nn
 
 from ...errors import TenutoError
 from ...model import Backbone, denoisers_of, encoders_of
+from ...sampling import processes
 from ...sampling.low_memory import LARGE
+from ..bank_files import COPIES
 from ..moments import CHUNK
-from .estimates import LEVELS, tokens
+from .estimates import LEVELS, free_memory, tokens
 
 GIB = 2**30
 PROGRAM = 1.25 * GIB  # Python, torch, diffusers and transformers, and what allocators keep
 STATES = ("joint_attention_dim", "cross_attention_dim", "caption_channels", "text_dim")
 TEXT = 512  # tokens of a prompt where the call does not say
-BANKS = 5  # copies of a block's recorded inputs: of two models, their outputs, and one being made
+BANKS = COPIES + 2  # that, and what the blocks before answered in two models
+SHARE = 0.75  # of the free memory that a block's recorded inputs may take, and the work on them
 HELD = 3  # copies of a block in fp32: of two models, and the one that is rounded
 WIDE = 4  # tensors of a call as large as its widest layer
 SQUARE, FLAT = 24, 40  # bytes a second moment, and a weight, of the layer that is rounded
@@ -45,16 +50,15 @@ def peaks(
 ) -> dict[str, int]:
     """{"whole", "by block"}: bytes of memory at the peak, of the denoiser all loaded or on disk.
 
+    "banks": bytes of recorded inputs, and of outputs, that are on disk where memory has no room for
+    them; "whole without banks" and "by block without banks" are the peaks then.
     rows: of all recorded calls. stored: bytes of each part that is not loaded yet. rounds: whether
     layers are rounded on what they see. encoders: whether text encoders are quantized too.
     """
-    inside = {
-        name: sum(p.numel() for p in denoiser.get_submodule(name).parameters())
-        for name in backbone.blocks
-    }
-    whole, on_cpu = sum(p.numel() for p in denoiser.parameters()), device.type == "cpu"
-    block, outside = max(inside.values(), default=0), whole - sum(inside.values())
-    copies = 4 * (2 * outside + HELD * block) if on_cpu else 0
+    inside = _blocks(denoiser, backbone)
+    whole, on_cpu = _count(denoiser), device.type == "cpu"
+    outside = whole - sum(inside)
+    copies = 8 * outside if on_cpu else 0
     count = {name: _count(part) for name, part in denoisers_of(pipe).items()}
     own = sum(count.values()) or whole
     texts = {name: 4 * _count(part) for name, part in encoders_of(pipe).items()}
@@ -62,24 +66,58 @@ def peaks(
     other = max(0, other - sum((stored or {}).get(name, 0) for name in (*count, *texts)))
     held = {n: size for n, size in texts.items() if encoders or size <= 2 * LARGE}
     made = PROGRAM + own + 2 * other + (2 * sum(texts.values()) if encoders else 0)
-    step = _data(pipe, denoiser, call, rows, rounds)
-    work = copies + step + (_rounding(denoiser, rounds) if on_cpu else 0)
-    return {
-        "whole": int(made + sum(texts.values()) + 4 * own + max(work, CHECKED * whole)),
-        "by block": int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + work),
-    }
+    banks, step = _data(pipe, denoiser, call, rows, rounds)
+    work = copies + step + _beside(denoiser, backbone, device, rounds)
+
+    def peak(work: int) -> tuple[int, int]:
+        return (
+            int(made + sum(texts.values()) + 4 * own + max(work, CHECKED * whole)),
+            int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + work),
+        )
+
+    found = dict(zip(("whole", "by block"), peak(work + banks), strict=True))
+    least = dict(zip(("whole without banks", "by block without banks"), peak(work), strict=True))
+    return found | least | {"banks": banks}
+
+
+def room_for_banks(
+    denoiser: nn.Module, backbone: Backbone, device: torch.device, most: int | None
+) -> int:
+    """Bytes of memory that the recorded inputs of a block may take now, beside the work on it.
+
+    most: of memory that quantizing may take, in all processes together; None: what is free.
+    """
+    several = processes().size
+    free = free_memory(torch.device("cpu"))
+    rooms = [] if free is None else [SHARE * free / several]
+    if most is not None:
+        rooms.append(most / several - _taken())
+    if not rooms:
+        return sys.maxsize
+    return int(min(rooms)) - _beside(denoiser, backbone, device, True)
+
+
+def _taken() -> int:
+    """Bytes of memory of this process; 0 where nothing tells."""
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    return int(psutil.Process().memory_info().rss)
 
 
 def kept_to(found: Mapping[str, Any], most: int, low_memory: bool | None) -> bool:
     """Whether the denoiser stays on disk so that quantizing takes at most `most` bytes of memory.
 
-    found: of `peaks`. TenutoError says what it takes, where that is more.
+    Recorded inputs can lie there too. found: of `peaks`. TenutoError says what it takes at the
+    least, where that is more.
     """
-    if not low_memory and found["whole"] <= most:
+    whole, blocks = found["whole without banks"], found["by block without banks"]
+    if not low_memory and whole <= most:
         return False
-    if low_memory is not False and found["by block"] <= most:
+    if low_memory is not False and blocks <= most:
         return True
-    takes = found["whole"] if low_memory is False else found["by block"]
+    takes = whole if low_memory is False else blocks
     how = " with the whole model in memory" if low_memory is False else ", block by block,"
     raise TenutoError(
         f"Quantizing this takes about {takes / GIB:.1f} GiB of memory{how} and --max-memory allows "
@@ -89,6 +127,18 @@ def kept_to(found: Mapping[str, Any], most: int, low_memory: bool | None) -> boo
 
 def _count(part: nn.Module) -> int:
     return sum(p.numel() for p in part.parameters())
+
+
+def _blocks(denoiser: nn.Module, backbone: Backbone) -> list[int]:
+    return [_count(denoiser.get_submodule(name)) for name in backbone.blocks]
+
+
+def _beside(denoiser: nn.Module, backbone: Backbone, device: torch.device, rounds: bool) -> int:
+    """Copies of a block, and what rounding its largest layer takes."""
+    if device.type != "cpu":
+        return 0
+    block = max(_blocks(denoiser, backbone), default=0)
+    return 4 * HELD * block + _rounding(denoiser, rounds)
 
 
 def _sizes(denoiser: nn.Module) -> list[tuple[int, int]]:
@@ -105,8 +155,10 @@ def _rounding(denoiser: nn.Module, rounds: bool) -> int:
     return max(each, default=0)
 
 
-def _data(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any], rows: int, rounds: bool) -> int:
-    """Of recorded calls, a block's inputs and outputs, and one call of it."""
+def _data(
+    pipe: Any, denoiser: nn.Module, call: Mapping[str, Any], rows: int, rounds: bool
+) -> tuple[int, int]:
+    """Of recorded calls a block's inputs and outputs; the prompts, and one call of it."""
     config: Any = getattr(denoiser, "config", None) or {}
     levels = "down_block_types" in config  # a U-Net, with its skip connections
     places = tokens(pipe, denoiser, call) * (LEVELS if levels else 1)
@@ -117,6 +169,6 @@ def _data(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any], rows: int, ro
         width = 3 * int((config.get("block_out_channels") or (width,))[0])
     widest = max((max(n, k) for n, k in sizes), default=1)
     states = max(int(config.get(name) or 0) for name in STATES)
-    row = (BANKS * (places + text) * width if rounds else 0) + text * states
+    banks = BANKS * (places + text) * width if rounds else 0
     one = WIDE * min(rows, CHUNK if rounds else 1) * (places / (LEVELS if levels else 1) + text)
-    return int(4 * (rows * row + one * widest))
+    return int(4 * rows * banks), int(4 * (rows * text * states + one * widest))

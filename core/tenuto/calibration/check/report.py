@@ -135,6 +135,9 @@ class Check:
             free = self.memory["free"]
             known = "" if free is None else f"; {gib(free)} are free"
             yield "memory", f"about {gib(self.memory['needed'])} on {self.memory['on']}{known}"
+            if banks := self.memory.get("banks"):
+                place = "in memory, or on disk where memory has no room"
+                yield "recorded inputs", f"about {gib(banks)} {place}"
         for use, facts in self.time.get("uses", {}).items():
             took = f"at least {duration(facts['seconds'])}"
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"

@@ -1,0 +1,175 @@
+"""Recorded inputs on disk: the same artifact, little memory, and nothing is left of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import tenuto as tn
+from tenuto.calibration import bank_files
+from tenuto.calibration.algorithms.adaround import AdaRound
+from tenuto.calibration.algorithms.gptq import GPTQ
+from tenuto.calibration.bank import Bank, Rows, banked
+from tenuto.calibration.bank_files import COPIES, GIB, BankFiles
+from tenuto.calibration.check import peak
+from tenuto.calibration.presets import recipe_for
+from tenuto.calibration.replay import inputs_of, outputs
+from tenuto.errors import Cancelled, TenutoError
+from tenuto.model import describe
+
+MIB = 2**20
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if these tiny banks were large."""
+    monkeypatch.setattr(bank_files, "SMALL", 0)
+
+
+def on_disk(folder: Path) -> BankFiles:
+    return BankFiles(folder, lambda: 0)
+
+
+def quantized(tiny: Any, recorded: Any, kind: str, rounding: Any, **options: Any) -> Any:
+    model = tiny(kind)
+    recipe = recipe_for(tn.schemes.W4A8, describe(model), rounding)
+    return tn.quantize(model, recipe, recorded(kind), temporal="none", **options)
+
+
+@pytest.mark.parametrize("kind", ["pixart", "unet", "sd3"])
+def test_the_artifact_is_the_same(
+    tiny: Any, recorded: Any, kind: str, large: None, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Chosen by what memory quantizing may take; stopped in between and resumed, too."""
+    rounding = GPTQ(rows=8, sweeps=1) if kind == "unet" else AdaRound(iterations=2, batch=4)
+    quantized(tiny, recorded, kind, rounding, work=tmp_path / "one").save(tmp_path / "memory")
+    made = list[int]()
+    usual = BankFiles.empty
+
+    def counted(self: BankFiles, shape: Any, dtype: Any) -> Any:
+        found = usual(self, shape, dtype)
+        made.append(len(self.maps))
+        return found
+
+    monkeypatch.setattr(BankFiles, "empty", counted)
+    work = tmp_path / "work"
+
+    def stop(done: int, total: int, note: str) -> None:
+        assert all(p.suffix == ".safetensors" or p.name == "manifest.json" for p in work.iterdir())
+        if done > total / 2:
+            raise Cancelled
+
+    given = {"max_memory": 1, "work": work}
+    with pytest.raises(Cancelled):
+        quantized(tiny, recorded, kind, rounding, **given, on_progress=stop)
+    assert max(made) > 0
+    quantized(tiny, recorded, kind, rounding, **given).save(tmp_path / "disk")
+    assert (tmp_path / "memory").read_bytes() == (tmp_path / "disk").read_bytes()
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+def test_every_row_comes_back(
+    tiny: Any, recorded: Any, kind: str, by_call: bool, large: None, tmp_path: Path
+) -> None:
+    denoiser, calls = tiny(kind), recorded(kind).calls
+    block, files = describe(denoiser).blocks[1], on_disk(tmp_path)
+    given = denoiser, block, calls, "cpu", by_call
+    bank, other = inputs_of(*given), inputs_of(*given, files)
+    assert bank.files is None and other.files is files and len(files.maps) >= 2
+    for key, tensor in bank.tensors.items():
+        assert torch.equal(other.tensors[key], tensor)
+    found = outputs(denoiser.get_submodule(block), other, "cpu", size=3)
+    assert torch.equal(found, outputs(denoiser.get_submodule(block), bank, "cpu", size=3))
+    assert len(files.maps) == len(other.tensors) + 1 and not list(tmp_path.iterdir())
+    del other, found
+    assert not files.maps, "files end with the tensors"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no system that says what is mapped")
+def test_little_of_it_is_in_memory(tmp_path: Path) -> None:
+    """Written and read in parts, all in an order of its own, and whole."""
+    files, process = on_disk(tmp_path), psutil.Process()
+    files.choose(1)
+    before, most, calls = process.memory_info().shared, 0, []  # of files, and not of the heap
+    for number in range(16):
+        hidden = torch.full((4, 2**20), float(number))  # 16 MiB
+        calls.append((((Rows(0),), {}), files.put([hidden]), number))
+        del hidden
+        most = max(most, process.memory_info().shared)
+    bank = banked("block", calls, files)
+    del calls
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    for index in bank.parts(order, 4):
+        (hidden,), _ = bank.rows(index, "cpu")
+        assert torch.equal(hidden.amax(1), (index // 4).float()) and hidden.std(1).max() == 0
+        del hidden
+        most = max(most, process.memory_info().shared)
+    assert most - before < 48 * MIB < bank.tensors[0].nbytes
+    assert bank.tensors[0].sum() == 4 * 2**20 * sum(range(16))
+    files.forget()
+    assert process.memory_info().shared - before < 64 * MIB
+
+
+# --- where they go --------------------------------------------------------------------------------
+
+
+def test_memory_or_disk(tmp_path: Path, caplog: Any) -> None:
+    for room, folder, used in ((99, tmp_path, True), (100, tmp_path, False), (0, None, False)):
+        files = BankFiles(folder, lambda room=room: room)
+        files.choose(100 // COPIES)
+        assert files.used is used
+    assert len([r for r in caplog.records if "go to disk" in r.message]) == 1
+    files = BankFiles(tmp_path, lambda: 0)
+    files.choose(100)
+    small = files.empty((2, 3), torch.float32)
+    assert small.shape == (2, 3) and not files.maps, "not worth a file"
+
+
+def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")(COPIES * GIB - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(TenutoError, match=r"has room .* about 4\.00 GiB") as told:
+        on_disk(tmp_path).choose(GIB)
+    assert len(str(told.value)) <= 300
+    files = on_disk(tmp_path)
+    files.choose(1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(TenutoError, match="has room for the recorded inputs"):
+        files.empty((MIB,), torch.float32)
+    files.folder = tmp_path / "none"
+    with pytest.raises(TenutoError, match="No such file"):
+        files.empty((MIB,), torch.float32)
+
+
+def test_what_they_may_take(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free, or what is left of what was allowed, less the work on a block."""
+    model = tiny("pixart")
+    given = model, describe(model), torch.device("cpu")
+    monkeypatch.setattr(peak, "free_memory", lambda device: 8 * GIB)
+    free = peak.room_for_banks(*given, None)
+    assert 5.9 * GIB < free < 6 * GIB
+    taken = psutil.Process().memory_info().rss
+    left = peak.room_for_banks(*given, taken + GIB)
+    assert abs(left - (GIB - (6 * GIB - free))) < 256 * MIB
+    assert peak.room_for_banks(*given, 2**50) == free
+    monkeypatch.setattr(peak, "processes", lambda: namedtuple("several", "size")(2))
+    assert abs(peak.room_for_banks(*given, None) - (free - 3 * GIB)) < MIB
+
+
+def test_a_bank_alone_is_in_memory() -> None:
+    bank = Bank(((Rows(0),), {}), {0: torch.zeros(4, 3)}, {}, torch.zeros(4, dtype=torch.int64))
+    bank.forget()
+    assert torch.equal(bank.of(bank.tensors[0], torch.tensor([2])), torch.zeros(1, 3))
