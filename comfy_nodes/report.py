@@ -96,7 +96,7 @@ def cache_lines(run: Run | None) -> list[str]:
     steps = [f"{s:.3f}" for s in run.seconds]
     return [
         f"Cache: {reused} of {total} {what}",
-        *([run.why] if run.why else []),
+        *filter(None, [run.why, run.said]),
         f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
         f"Seconds by step: {' '.join(steps)}",
     ]

@@ -1,6 +1,7 @@
 """An artifact applied to a model: `attach`, quantized layers, tables, kernels and hosts."""
 
 from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
+from .default_forecast import host_kernel, with_kernel
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
 from .host import Host, InPlace, as_chosen, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
@@ -31,6 +32,7 @@ __all__ = [
     "default_recipe",
     "encoder_layers",
     "follow_input",
+    "host_kernel",
     "latency",
     "percentile",
     "quantizable",
@@ -38,4 +40,5 @@ __all__ = [
     "replacements_for",
     "timed",
     "with_changes",
+    "with_kernel",
 ]

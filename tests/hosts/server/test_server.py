@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[3]
-IDS = ("LoadArtifact", "QuantizeModel", "ApplyCache", "Report", "Calibrate")
+IDS = ("LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate")
 
 
 def text_of(history: dict[str, Any]) -> str:
