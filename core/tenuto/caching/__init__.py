@@ -19,6 +19,7 @@ from .forecast_budget import (
     about_db,
     calls_for,
     check_speedup,
+    predicted,
 )
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
 from .forecast_run import forecast_run, said_of, why_none
@@ -84,6 +85,7 @@ __all__ = [
     "late_interval_for",
     "made",
     "policies",
+    "predicted",
     "reuse_for",
     "rules",
     "said_of",
