@@ -4,7 +4,7 @@
     pip download 21cmPSDenoiser==1.0.2 --no-deps --no-binary :all:
     tar xzf 21cmpsdenoiser-1.0.2.tar.gz
     python benchmarks/unknown_denoiser.py 21cmpsdenoiser-1.0.2          # 32 spectra, 15 draws each
-    python benchmarks/unknown_denoiser.py 21cmpsdenoiser-1.0.2 96 31
+    python benchmarks/unknown_denoiser.py 21cmpsdenoiser-1.0.2 128 200 cuda
 
 The model (MIT, Breitman et al. 2025) takes the noise of few samples out of power spectra of the
 21 cm line; its test set has the true ones. Its weights are a zip of torch's, read with
@@ -40,20 +40,22 @@ CHUNK = 96  # images at once
 TIMES = torch.linspace(1, 1e-3, STEPS + 1, dtype=torch.float64)  # of the package's SDE
 
 
-def main(folder: str, spectra: int = 32, draws: int = 15) -> None:
+def main(folder: str, spectra: int = 32, draws: int = 15, device: str = "cpu") -> None:
     """Measure and print. folder: of the unpacked source distribution."""
     source = Path(folder) / "src" / "psdenoiser"
-    model = loaded(source)
+    model = loaded(source).to(device)
     constants = np.load(source / "constants.npz")
     tests = np.load(Path(folder) / "docs" / "tutorials" / "test_ps.npz")
     order = torch.randperm(7000, generator=torch.Generator().manual_seed(0))
     noisy = scaled(torch.from_numpy(tests["deltasq_realisations"])[order], constants)
     truth = torch.from_numpy(tests["true_deltasq_means"])[order][:spectra]
     conditions = noisy[:spectra, None].repeat_interleave(draws, 0)
+    torch.backends.cudnn.allow_tf32 = False
+    at_once = CHUNK if device == "cpu" else 16 * CHUNK
 
     def errors(first: int) -> Tensor:
         """Of each spectrum in each bin: (spectra, 512). first: seed of the noise."""
-        parts = enumerate(conditions.split(CHUNK), first)
+        parts = enumerate(conditions.split(at_once), first)
         found = spectrum(torch.cat([run(model, part, seed) for seed, part in parts]), constants)
         found = found.view(spectra, draws, *SHAPE[1:]).quantile(0.5, 1)
         return ((found - truth).abs() / truth).flatten(1)
@@ -65,7 +67,8 @@ def main(folder: str, spectra: int = 32, draws: int = 15) -> None:
     )
     made = tn.quantize(model, tn.schemes.W8A8, trajectory)
     plain = errors(0)
-    say("float32", plain, plain, cpu=cpu_name())
+    computer = cpu_name() if device == "cpu" else torch.cuda.get_device_name()
+    say("float32", plain, plain, computer=computer, draws=draws)
     facts = {key: made.header[key] for key in ("check", "left_in_float", "kept_in_float")}
     with tn.attach(model, made, execution="int8"):
         say("w8a8", errors(0), plain, **facts)
@@ -98,14 +101,16 @@ def sampler(conditions: Tensor) -> Callable[[nn.Module, int, int], Tensor]:
 def run(denoiser: nn.Module, conditions: Tensor, seed: int) -> Tensor:
     """Final samples (B, 1, 32, 16) by DDIM in the package's own variance-preserving SDE."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(conditions), *SHAPE, generator=draw)
+    device = next(denoiser.parameters()).device  # the noise is the same on all of them
+    x = torch.randn(len(conditions), *SHAPE, generator=draw).to(device)
+    conditions = conditions.to(device)
     signal, noise = levels()
     for i in range(STEPS):
-        step = torch.full((len(x),), float(TIMES[i]) * 999)
+        step = torch.full((len(x),), float(TIMES[i]) * 999, device=device)
         guess = denoiser(x, step, x_cdn=conditions)
         clean = (x - float(noise[i]) * guess) / float(signal[i])
         x = float(signal[i + 1]) * clean + float(noise[i + 1]) * guess
-    return x
+    return x.cpu()
 
 
 def levels() -> tuple[Tensor, Tensor]:
@@ -152,4 +157,5 @@ def of_authors(errors: Tensor) -> Tensor:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    main(sys.argv[1], *map(int, sys.argv[2:4]))
+    counts = [int(word) for word in sys.argv[2:4]] or [32, 15]
+    main(sys.argv[1], counts[0], counts[-1], *sys.argv[4:5])

@@ -297,6 +297,24 @@ def recorded(tiny: Callable[[str], nn.Module]) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="session")
+def rounded(tiny: Callable[[str], nn.Module], recorded: Callable[..., Any]) -> Callable[..., Any]:
+    """rounded(kind, scheme): a copy of an artifact, each layer rounded to nearest; made once."""
+    from tenuto import quantize, schemes
+    from tenuto.calibration.algorithms.nearest import RoundToNearest
+    from tenuto.numerics.scheme import Recipe, Rule
+
+    known: dict[tuple[str, str], Any] = {}
+
+    def build(kind: str, scheme: str = "W8A8") -> Any:
+        if (kind, scheme) not in known:
+            recipe = Recipe((Rule("*", getattr(schemes, scheme), RoundToNearest()),))
+            known[kind, scheme] = quantize(tiny(kind), recipe, recorded(kind))
+        return copy.deepcopy(known[kind, scheme])
+
+    return build
+
+
 # --- a whole model, bit by bit --------------------------------------------------------------------
 
 

@@ -140,18 +140,10 @@ OLD_SUMS = [179.25897, 175.67874, 173.16052]
 # --- exact ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def made(tiny: Any, recorded: Any) -> Callable[[str, str], Artifact]:
-    """made(kind, scheme): an artifact by rounding to nearest; made once."""
-    known: dict[Any, Artifact] = {}
-
-    def build(kind: str, scheme: str = "W8A8_STATIC") -> Artifact:
-        if (kind, scheme) not in known:
-            recipe = Recipe((Rule("*", getattr(schemes, scheme), RoundToNearest()),))
-            known[kind, scheme] = quantize(tiny(kind), recipe, recorded(kind))
-        return copy.deepcopy(known[kind, scheme])
-
-    return build
+@pytest.fixture
+def made(rounded: Any) -> Callable[..., Artifact]:
+    """made(kind, scheme): `rounded`, with stored ranges unless a scheme is named."""
+    return lambda kind, scheme="W8A8_STATIC": rounded(kind, scheme)
 
 
 def routed(model: nn.Module, times: tuple[float, ...] = (999, 749, 500, 250)) -> Artifact:

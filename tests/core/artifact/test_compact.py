@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,26 @@ from tenuto.model.families import describe
 from tenuto.numerics.scheme import Scheme
 
 
-@pytest.fixture(params=["w8a8", "w4a8", "w4a8-static", "w4a16"])
-def made(request: pytest.FixtureRequest, tiny: Any, recorded: Any) -> tuple[Any, Artifact]:
-    """A tiny U-Net and an artifact of it."""
-    model = tiny("unet")
+@pytest.fixture(scope="module")
+def quantized(tiny: Any, recorded: Any) -> Callable[[str], tuple[Any, Artifact]]:
+    """quantized(scheme): a tiny U-Net and an artifact of it, made once."""
     table = {s.name: s for s in vars(schemes).values() if isinstance(s, Scheme)}
-    recipe = recipe_for(table[request.param], describe(model), GPTQ(rows=8))
-    return model, quantize(model, recipe, recorded("unet"))
+    known: dict[str, Artifact] = {}
+
+    def build(scheme: str) -> tuple[Any, Artifact]:
+        model = tiny("unet")
+        if scheme not in known:
+            recipe = recipe_for(table[scheme], describe(model), GPTQ(rows=8))
+            known[scheme] = quantize(model, recipe, recorded("unet"))
+        return model, copy.deepcopy(known[scheme])
+
+    return build
+
+
+@pytest.fixture(params=["w8a8", "w4a8", "w4a8-static", "w4a16"])
+def made(request: pytest.FixtureRequest, quantized: Any) -> tuple[Any, Artifact]:
+    """A tiny U-Net and an artifact of it, in each scheme."""
+    return quantized(request.param)
 
 
 def test_nothing_is_lost(made: tuple[Any, Artifact], tmp_path: Path) -> None:
@@ -43,10 +57,10 @@ def test_nothing_is_lost(made: tuple[Any, Artifact], tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["most", "crc32"])
 @pytest.mark.parametrize("value", [-math.inf, math.nan, -1, 10**17, "1", None])
 def test_forged_facts_are_refused_before_anything_is_expanded(
-    tiny: Any, recorded: Any, tmp_path: Path, key: str, value: Any
+    quantized: Any, tmp_path: Path, key: str, value: Any
 ) -> None:
-    model = tiny("unet")
-    small = compact(quantize(model, schemes.W4A16, recorded("unet")), model)
+    model, artifact = quantized("w4a16")
+    small = compact(artifact, model)
     next(iter(small.header["compact"].values()))[key] = value
     small.save(tmp_path / "a")
     with pytest.raises(ArtifactError, match="does not fit its tensors"):

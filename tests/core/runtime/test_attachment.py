@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tenuto import Artifact, CacheSchedule, attach, describe, quantize, record, schemes
-from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.errors import ArtifactError, ModelError
 from tenuto.model.backbone import layers
 from tenuto.model.patches import override_
@@ -44,20 +43,6 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def weights(tiny: Any, recorded: Any) -> Make:
-    """weights(kind, scheme): an artifact of every layer, rounded to nearest; made once."""
-    known: dict[Any, Artifact] = {}
-
-    def build(kind: str, scheme: str = "W8A8") -> Artifact:
-        if (kind, scheme) not in known:
-            recipe = Recipe((Rule("*", getattr(schemes, scheme), RoundToNearest()),))
-            known[kind, scheme] = quantize(tiny(kind), recipe, recorded(kind))
-        return copy.deepcopy(known[kind, scheme])
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def route(tiny: Any) -> Make:
     """route(kind, share, rows): an artifact with a random table that computes `share` of it."""
 
@@ -79,14 +64,14 @@ def route(tiny: Any) -> Make:
 
 
 @pytest.fixture(params=["route", *QUANTIZED, "both"])
-def artifact(request: pytest.FixtureRequest, weights: Make, route: Make) -> Make:
+def artifact(request: pytest.FixtureRequest, rounded: Make, route: Make) -> Make:
     """artifact(kind): one of a few artifacts in turn: a route, weights, both."""
     what = request.param
 
     def build(kind: str) -> Artifact:
         if what == "route":
             return route(kind)
-        return weights(kind) | route(kind) if what == "both" else weights(kind, what)
+        return rounded(kind) | route(kind) if what == "both" else rounded(kind, what)
 
     return build
 
@@ -117,7 +102,7 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
 def test_off_after_whatever_happens(
-    tiny: Any, kind: str, weights: Make, route: Make, loop: Any, bits: Any, error: Any
+    tiny: Any, kind: str, rounded: Make, route: Make, loop: Any, bits: Any, error: Any
 ) -> None:
     """In the loop, and deep inside the denoiser, in the middle of a run."""
     model = tiny(kind)
@@ -131,7 +116,7 @@ def test_off_after_whatever_happens(
 
     before = bits(model)
     hook: Any = None
-    with pytest.raises(error), attach(model, weights(kind) | route(kind, 1.0)), torch.no_grad():
+    with pytest.raises(error), attach(model, rounded(kind) | route(kind, 1.0)), torch.no_grad():
         hook = model.get_submodule(deep).register_forward_pre_hook(trap)
         loop(kind)(model, 0, 1)
     hook.remove()
@@ -140,7 +125,7 @@ def test_off_after_whatever_happens(
 
 
 def test_a_failure_while_attaching_changes_nothing(
-    tiny: Any, kind: str, weights: Make, route: Make, bits: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, kind: str, rounded: Make, route: Make, bits: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last patch of all cannot be put in: every other one is taken out again."""
     from tenuto.runtime import attachment
@@ -153,26 +138,26 @@ def test_a_failure_while_attaching_changes_nothing(
 
     monkeypatch.setattr(attachment, "apply_policy_", late)
     with pytest.raises(KeyboardInterrupt):
-        attach(model, weights(kind) | route(kind))
+        attach(model, rounded(kind) | route(kind))
     assert bits(model) == before
 
 
-def test_refused_before_anything_is_changed(tiny: Any, weights: Make, bits: Any) -> None:
+def test_refused_before_anything_is_changed(tiny: Any, rounded: Make, bits: Any) -> None:
     model = tiny("dit")
     before = bits(model)
     with pytest.raises(ArtifactError):
-        attach(model, weights("pixart"))
-    broken = weights("dit")
+        attach(model, rounded("pixart"))
+    broken = rounded("dit")
     del broken.tensors["weights/proj_out_2.qdata"]
     with pytest.raises(ArtifactError, match="proj_out_2"):
         attach(model, broken)
     with pytest.raises(ModelError):
-        attach(object(), weights("dit"))
+        attach(object(), rounded("dit"))
     assert bits(model) == before
 
 
 def test_one_inside_another(
-    tiny: Any, kind: str, weights: Make, route: Make, loop: Any, bits: Any
+    tiny: Any, kind: str, rounded: Make, route: Make, loop: Any, bits: Any
 ) -> None:
     """A route, and quantization on top of it: taken out in turn, each leaves what was before."""
     model = tiny(kind)
@@ -180,7 +165,7 @@ def test_one_inside_another(
     with torch.no_grad(), attach(model, route(kind)) as outer:
         middle = bits(model)
         held = loop(kind)(model, 1, 1)
-        with attach(model, weights(kind)):
+        with attach(model, rounded(kind)):
             loop(kind)(model, 1, 1)
         assert bits(model) == middle
         assert torch.equal(loop(kind)(model, 1, 1), held)
@@ -202,28 +187,28 @@ def test_another_patch_on_top_is_not_torn_out(tiny: Any, route: Make, bits: Any)
     assert bits(model) == before
 
 
-def test_hooks_of_others_stay(tiny: Any, weights: Make, route: Make) -> None:
+def test_hooks_of_others_stay(tiny: Any, rounded: Make, route: Make) -> None:
     model, seen = tiny("dit"), []
     model.register_forward_pre_hook(lambda m, args: seen.append("mine"))
     own = len(model._forward_pre_hooks)
-    with attach(model, weights("dit") | route("dit")):
+    with attach(model, rounded("dit") | route("dit")):
         pass
     assert len(model._forward_pre_hooks) == own == 1
 
 
-def test_released_there_is_no_way_back(tiny: Any, weights: Make) -> None:
+def test_released_there_is_no_way_back(tiny: Any, rounded: Make) -> None:
     model = tiny("dit")
-    attached = attach(model, weights("dit"))
+    attached = attach(model, rounded("dit"))
     attached.release()
     with pytest.raises(ModelError, match="load the model again"):
         attached.detach()
     assert sum(1 for _ in layers(model)) == 0
 
 
-def test_moved_and_cast_while_attached(tiny: Any, weights: Make, bits: Any, loop: Any) -> None:
+def test_moved_and_cast_while_attached(tiny: Any, rounded: Make, bits: Any, loop: Any) -> None:
     """What was taken out follows the model: a cast while attached must not come apart after it."""
     model, sample = tiny("dit"), loop("dit", steps=1)
-    attached = attach(model, weights("dit"))
+    attached = attach(model, rounded("dit"))
     model.to(torch.float64)
     attached.detach()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -334,11 +319,11 @@ def test_computed_branches_are_exact_too(tiny: Any, kind: str, route: Make, reco
         assert torch.equal(one, other) == (call.row == 0)
 
 
-def test_without_its_route(tiny: Any, weights: Make, route: Make, recorded: Any) -> None:
+def test_without_its_route(tiny: Any, rounded: Make, route: Make, recorded: Any) -> None:
     model, calls = tiny("dit"), recorded("dit").calls
-    with attach(model, weights("dit")):
+    with attach(model, rounded("dit")):
         plain = outputs(model, calls)
-    with attach(model, weights("dit") | route("dit", 0.0), route=False) as attached:
+    with attach(model, rounded("dit") | route("dit", 0.0), route=False) as attached:
         assert all(map(torch.equal, outputs(model, calls), plain))
         assert attached.counts() == {}
 
@@ -560,15 +545,15 @@ def distinct(tiny: Any, conditions: Any) -> Callable[[str], list[Call]]:
 
 @pytest.mark.parametrize("what", ["route", "W8A8", "W4A8_STATIC", "both", "both static"])
 def test_batched_equals_split(
-    tiny: Any, kind: str, weights: Make, route: Make, distinct: Any, what: str
+    tiny: Any, kind: str, rounded: Make, route: Make, distinct: Any, what: str
 ) -> None:
     """Row by row, at every step of a run, in any order of the calls."""
     made = {
         "route": lambda: route(kind),
-        "both": lambda: weights(kind) | route(kind),
-        "both static": lambda: weights(kind, "W4A8_STATIC") | route(kind),
+        "both": lambda: rounded(kind) | route(kind),
+        "both static": lambda: rounded(kind, "W4A8_STATIC") | route(kind),
     }
-    artifact = made[what]() if what in made else weights(kind, what)
+    artifact = made[what]() if what in made else rounded(kind, what)
     calls, model, plain = distinct(kind), tiny(kind), tiny(kind)
     untouched = outputs(plain, calls)
     with attach(model, artifact):
@@ -630,30 +615,30 @@ def test_an_unknown_row_computes(tiny: Any, kind: str, route: Make, distinct: An
 # --- what it says of itself -----------------------------------------------------------------------
 
 
-def test_execution_is_told(tiny: Any, kind: str, weights: Make, route: Make) -> None:
+def test_execution_is_told(tiny: Any, kind: str, rounded: Make, route: Make) -> None:
     model = tiny(kind)
     count = sum(1 for _ in layers(model))
     expected = {
         "W8A8": "int8", "W4A8_STATIC": "int8", "W8A16": "weight-only", "W4A16": "weight-only",
     }  # fmt: skip
     for scheme, mode in expected.items():
-        inside = len(weights(kind, scheme).header["layers"])
+        inside = len(rounded(kind, scheme).header["layers"])
         assert inside < count, "the time-only ones are a table"
-        with attach(model, weights(kind, scheme), execution="int8") as attached:
+        with attach(model, rounded(kind, scheme), execution="int8") as attached:
             assert attached.execution() == {"mode": mode, "layers": {mode: inside}}
             assert attached.int8_weight_share() == (1.0 if mode == "int8" else 0.0)
-    inside = len(weights(kind).header["layers"])
-    with attach(model, weights(kind), simulate=True) as attached:
+    inside = len(rounded(kind).header["layers"])
+    with attach(model, rounded(kind), simulate=True) as attached:
         assert attached.execution() == {"mode": "simulated", "layers": {"simulated": inside}}
     with attach(model, route(kind)) as attached:
         assert attached.execution() == {"mode": "float", "layers": {"float": count}}
         assert attached.int8_weight_share() == 0.0
 
 
-def test_a_layer_takes_its_input_by_name(tiny: Any, weights: Make) -> None:
+def test_a_layer_takes_its_input_by_name(tiny: Any, rounded: Make) -> None:
     """As torch's own do: the motion modules of diffusers call theirs so."""
     model, x = tiny("home"), torch.randn(2, 4, 32)
-    with attach(model, weights("home"), execution="int8"):
+    with attach(model, rounded("home"), execution="int8"):
         assert isinstance(model.head, QLayer)
         assert torch.equal(model.head(input=x), model.head(x))
 
@@ -673,10 +658,10 @@ def test_the_share_counts_weights(tiny: Any, recorded: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8_STATIC"])
 def test_executed_equals_simulated(
-    tiny: Any, kind: str, weights: Make, recorded: Any, scheme: str
+    tiny: Any, kind: str, rounded: Make, recorded: Any, scheme: str
 ) -> None:
     """In the whole model: each code on an edge that falls the other way moves later ones too."""
-    calls, artifact = recorded(kind).calls[:4], weights(kind, scheme)
+    calls, artifact = recorded(kind).calls[:4], rounded(kind, scheme)
     one, other = tiny(kind), tiny(kind)
     plain = torch.cat(outputs(tiny(kind), calls))
     with attach(one, artifact, execution="int8"), attach(other, artifact, simulate=True):
@@ -686,12 +671,12 @@ def test_executed_equals_simulated(
 
 
 def test_eight_bits_are_near_and_four_are_farther(
-    tiny: Any, kind: str, weights: Make, recorded: Any
+    tiny: Any, kind: str, rounded: Make, recorded: Any
 ) -> None:
     model, calls = tiny(kind), recorded(kind).calls
     plain, gaps = outputs(model, calls), {}
     for scheme in ("W8A16", "W8A8", "W8A8_STATIC", "W4A16"):
-        with attach(model, weights(kind, scheme), execution="int8"):
+        with attach(model, rounded(kind, scheme), execution="int8"):
             found = outputs(model, calls)
         gaps[scheme] = gap(torch.cat(found), torch.cat(plain))
     assert 0 < gaps["W8A16"] < gaps["W8A8"] < gaps["W4A16"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import TenutoError, attach, quantize, schemes
+from tenuto import TenutoError, attach, schemes
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.measure.memory import resident_weight_bytes
 from tenuto.model.backbone import layers
-from tenuto.numerics.scheme import Recipe, Rule, Scheme
+from tenuto.numerics.scheme import Scheme
 from tenuto.runtime.attachment import quantized as quantized_copy
 from tenuto.runtime.execution import DENSE, INT8, Chooser
 from tenuto.runtime.layers import QConv2d, QLayer, QLinear
@@ -211,20 +211,6 @@ def test_nothing_is_timed_while_a_graph_is_made() -> None:
 # --- a whole model --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny: Any, recorded: Any) -> Callable[[str], Any]:
-    """artifact(kind): every layer in W8A8, rounded to nearest; made once."""
-    known: dict[str, Any] = {}
-
-    def build(kind: str) -> Any:
-        if kind not in known:
-            recipe = Recipe((Rule("*", schemes.W8A8, RoundToNearest()),))
-            known[kind] = quantize(tiny(kind), recipe, recorded(kind))
-        return known[kind]
-
-    return build
-
-
 def ways() -> dict[str, dict[str, Any]]:
     """Options of attach."""
     by_rows = Says(lambda kind: (INT8, DENSE)[hash(kind[1]) % 2])  # by shape
@@ -238,11 +224,11 @@ def ways() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("way", ways())
 def test_off_is_off_and_a_copy_is_the_same(
-    tiny: Any, kind: str, artifact: Any, loop: Any, bits: Any, way: str
+    tiny: Any, kind: str, rounded: Any, loop: Any, bits: Any, way: str
 ) -> None:
     model, sample = tiny(kind), loop(kind)
     before, options = bits(model), ways()[way]
-    with torch.no_grad(), attach(model, artifact(kind), **options):
+    with torch.no_grad(), attach(model, rounded(kind), **options):
         found = sample(model, 3, 2)
         assert torch.equal(sample(model, 3, 2), found)
         twin = copy.deepcopy(model)
@@ -254,44 +240,44 @@ def test_off_is_off_and_a_copy_is_the_same(
 
 
 @pytest.mark.parametrize("way", ways())
-def test_batched_equals_split(tiny: Any, kind: str, artifact: Any, loop: Any, way: str) -> None:
+def test_batched_equals_split(tiny: Any, kind: str, rounded: Any, loop: Any, way: str) -> None:
     """Where a layer's choice does not depend on the number of rows."""
     model = tiny(kind)
-    with torch.no_grad(), attach(model, artifact(kind), **ways()[way]):
+    with torch.no_grad(), attach(model, rounded(kind), **ways()[way]):
         together, apart = loop(kind)(model, 1, 2), loop(kind, split=True)(model, 1, 2)
     assert float((apart - together).norm() / together.norm()) < 5e-3
 
 
 def test_float_is_nearer_than_int8_and_is_told(
-    tiny: Any, kind: str, artifact: Any, loop: Any
+    tiny: Any, kind: str, rounded: Any, loop: Any
 ) -> None:
     """Its images are those of a model with dequantized weights; no layer counts as int8."""
     model, sample = tiny(kind), loop(kind)
     twin = tiny(kind)
     with torch.no_grad():
         plain = sample(model, 1, 2)
-        with attach(model, artifact(kind), execution="int8") as attached:
-            low, names = sample(model, 1, 2), set(artifact(kind).header["layers"])
+        with attach(model, rounded(kind), execution="int8") as attached:
+            low, names = sample(model, 1, 2), set(rounded(kind).header["layers"])
             weights = {n: q.weight for n, q in model.named_modules() if isinstance(q, QLayer)}
             assert attached.int8_weight_share() == 1.0
-        with attach(model, artifact(kind), execution="float") as attached:
+        with attach(model, rounded(kind), execution="float") as attached:
             found = sample(model, 1, 2)
             expected = {"mode": DENSE, "layers": {DENSE: len(names)}}
             assert attached.execution() == expected and attached.int8_weight_share() == 0.0
             dense_bytes = resident_weight_bytes(model)
-        with attach(twin, artifact(kind), execution="float"):
+        with attach(twin, rounded(kind), execution="float"):
             assert resident_weight_bytes(twin) < dense_bytes, "copies come with the first call"
         for name, layer in layers(twin):
             if name in weights:
                 layer.weight = nn.Parameter(weights[name])
-        table_free = quantized_copy(model, artifact(kind), execution="float").denoiser
+        table_free = quantized_copy(model, rounded(kind), execution="float").denoiser
         assert torch.equal(sample(table_free, 1, 2), found)
     assert float((found - plain).norm()) < float((low - plain).norm())
 
 
-def test_the_report_says_who_chose_what(tiny: Any, artifact: Any, loop: Any) -> None:
+def test_the_report_says_who_chose_what(tiny: Any, rounded: Any, loop: Any) -> None:
     model, asked = tiny("dit"), Says(lambda kind: DENSE if kind[1] == (64, 32) else INT8)
-    with torch.no_grad(), attach(model, artifact("dit"), chooser=asked) as attached:
+    with torch.no_grad(), attach(model, rounded("dit"), chooser=asked) as attached:
         assert attached.execution()["mode"] == "auto"
         loop("dit")(model, 0, 1)
         report = attached.execution()
@@ -307,9 +293,9 @@ def test_the_report_says_who_chose_what(tiny: Any, artifact: Any, loop: Any) -> 
     assert kinds < len(shapes), "layers that are alike share a choice"
 
 
-def test_an_unknown_execution_is_refused(tiny: Any, artifact: Any, bits: Any) -> None:
+def test_an_unknown_execution_is_refused(tiny: Any, rounded: Any, bits: Any) -> None:
     model = tiny("dit")
     before = bits(model)
     with pytest.raises(TenutoError, match="auto, int8, float"):
-        attach(model, artifact("dit"), execution="fp8")
+        attach(model, rounded("dit"), execution="fp8")
     assert bits(model) == before
