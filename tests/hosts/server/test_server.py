@@ -71,6 +71,20 @@ def test_on_and_off_again(server: Any, make: Any, family: str) -> None:
     assert "Cache: 0 of" in text_of(exact)
 
 
+def test_one_slider_and_nothing_else(server: Any, make: Any) -> None:
+    """Half of the calls of a model that nobody calibrated; at 1, with the node there, all."""
+    graph = make.plain("sd15", steps=10)
+    plain = server.latent(server.run(graph))
+    made = server.run(make.chained(graph, make.node("Tenuto_SpeedUp", speedup=2.0)))
+    text = text_of(made)
+    assert "5 of 10 calls of the model skipped and forecast (50%), 5 computed" in text
+    assert "dB are predicted by forecast-default, not measured on your model." in text
+    assert not torch.equal(server.latent(made), plain)
+    off = make.chained(graph, make.node("Tenuto_SpeedUp", speedup=1.0))
+    off.pop("report")  # there is nothing to report
+    assert torch.equal(server.latent(server.run(off)), plain)
+
+
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_a_held_step_takes_less_time(server: Any, make: Any, family: str) -> None:
     """The report's own clock: after two computed steps every other one is reused."""
