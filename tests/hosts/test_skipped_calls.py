@@ -203,6 +203,7 @@ def test_half_of_the_calls_without_an_artifact(
     assert torch.equal(sampled(own), known) and not torch.equal(known, found)
     assert "dB are predicted." in told(own) and "not measured" not in told(own)
     assert by_slider(model, 1.0) is model and torch.equal(sampled(model), plain)
+    assert told(model).startswith("Off")
 
 
 def test_what_the_model_predicts_is_that_of_the_run(model: Any) -> None:
