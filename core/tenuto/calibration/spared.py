@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tenuto")
 
 MOST = 0.02  # of the quantized weights stay in float, at most
-TIMES = 10  # a layer's share of the error over its share of the weights, at least
+TIMES = 30  # a layer's share of the error over its share of the weights, at least
 LEAST = 0.01  # of the error, below which nothing is looked at further
-WORTH = 0.2  # of the error, at least, in all that may stay in float: about 1 dB
+WORTH = 0.3  # of the error, at least, in all that may stay in float: about 1.5 dB
 TRIALS = 64  # groups of layers that are measured, at most: each in three recorded calls
 
 

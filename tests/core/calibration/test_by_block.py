@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tenuto as tn
+from tenuto.calibration import spared
 from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.by_block import by_block, filled, held
 from tenuto.calibration.presets import recipe_for
@@ -211,8 +212,9 @@ def test_a_model_that_is_large_for_this_machine(
     assert ("block by block" in caplog.text) == low
 
 
-def test_the_command(folders: Any, tmp_path: Path) -> None:
+def test_the_command(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same file, compact too, and no model is put into memory to say how it runs."""
+    monkeypatch.setattr(spared, "WORTH", 2.0)  # nothing stays in float: on disk it is not measured
     prompts = tmp_path / "p.txt"
     prompts.write_text("a dog\ntwo cats\n")
     for compact in (False, True):
