@@ -8,7 +8,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from tenuto.model import Attached
-from tenuto.runtime import Host, Patches, as_chosen, replacements_for
+from tenuto.runtime import Host, Patches, as_chosen, host_kernel, replacements_for, with_kernel
 
 from .cache import Cache
 from .weights import Weights, unpatched
@@ -24,7 +24,8 @@ class ComfyUI(Host):
 
     def install(self, handle: Any, patches: Patches) -> Installed:
         """A clone with the patches in it. `detach` takes them out of shared modules."""
-        patches = as_chosen(patches)
+        sampling = handle.get_model_object("model_sampling")
+        patches = with_kernel(as_chosen(patches), lambda: host_kernel(sampling))
         plan = replacements_for(self.denoiser(handle), patches, tensor=unpatched(handle))
         parts: list[Wrapped] = [Weights(plan)] if plan else []
         if plan.forecast is not None:

@@ -6,16 +6,24 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tenuto.caching import CachedBranch, Forecast, ForecastCalls, for_branch, forecast_run, why_none
+from tenuto.caching import (
+    CachedBranch,
+    Forecast,
+    ForecastCalls,
+    for_branch,
+    forecast_run,
+    said_of,
+    why_none,
+)
 from tenuto.errors import ModelError
 from tenuto.model import WHOLE, Override, describe, key_map_of, override_
-from tenuto.runtime import Policy
+from tenuto.runtime import Policy, host_kernel
 from tenuto.sampling import Clock, adds_noise
 
 from .wrapping import Wrapped
@@ -29,7 +37,7 @@ class Run:
 
     cells: by the host's names of what the run's table has columns of; names: the canonical ones.
     forecast: whether the one cell of a step is the whole call, which a forecast stands in for;
-    why: a sentence that says why it skips none.
+    why: a sentence that says why it skips none; said: one on what skipping is likely to cost.
     """
 
     clock: Clock
@@ -40,6 +48,7 @@ class Run:
     seconds: list[float]
     forecast: bool = False
     why: str = ""
+    said: str = ""
     calls: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -81,6 +90,7 @@ class Cache(Wrapped):
                 for cell in self.last.cells.values():
                     if isinstance(cell, ForecastCalls) and cell.counts[0]:
                         self.last.why = self.last.why or why_none(cell)
+                        self.last.said = said_of(cell)
                 self.last.cells = {}  # what was stored goes with the run
 
         return close
@@ -90,7 +100,11 @@ class Cache(Wrapped):
         assert model is not None  # it is running
         if isinstance(self.plan, Forecast):
             noisy, guidance = is_stochastic(sampler), getattr(guider, "cfg", None)
-            calls, why = forecast_run(self.plan, times, model, noisy, guidance)
+            plan = self.plan
+            if plan.origin:  # a node after this one may have changed the model's sampling
+                sampling = guider.model_patcher.get_model_object("model_sampling")
+                plan = replace(plan, kernel=host_kernel(sampling))
+            calls, why = forecast_run(plan, times, model, noisy, guidance)
             if why:
                 log.info("Tenuto: %s", why)
             return _new(calls.clock, {WHOLE.name: calls}, (WHOLE.name,), forecast=True, why=why)

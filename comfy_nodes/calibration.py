@@ -30,7 +30,9 @@ from tenuto.sampling import Call, Trajectory, record
 from tenuto.work import Work
 
 from .api import ArtifactType, io, ui
+from .cache import is_stochastic
 from .nodes import info
+from .outputs import HostOutputs
 from .weights import Weights, patched
 
 SCHEMES = {
@@ -159,15 +161,18 @@ def check(model: Any) -> None:
 def recorded(model: Any, how: Sampling, runs: int) -> Trajectory:
     """The inputs of the denoiser in `runs` sampling runs, and how to repeat them."""
     denoiser: nn.Module = model.model.diffusion_model
+    noisy = is_stochastic(comfy.samplers.sampler_object(how.sampler_name))
+    outputs = HostOutputs(model, noisy)
 
     def sample(given: nn.Module, seed: int, batch: int) -> Tensor:
         if given is not denoiser:
             raise TenutoError("This trajectory is not run again with another denoiser yet.")
-        return how.run(model, seed)
+        with outputs.run():
+            return how.run(outputs.model, seed)
 
     size = len(how.latent)
     found = record(denoiser, sample=sample, batch=size, runs=runs, seed=how.seed)
-    return replace(found, guidance=how.cfg)
+    return replace(found, guidance=how.cfg, kernel=outputs.kernel())
 
 
 def plain(call: Call) -> dict[str, Any]:

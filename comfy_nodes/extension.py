@@ -10,6 +10,7 @@ from .api import ComfyExtension, io
 from .calibration import Calibrate
 from .nodes import ApplyCache, LoadArtifact, QuantizeModel
 from .report import Report
+from .speed import SpeedUp
 
 FOLDER = "tenuto"  # below models/
 
@@ -19,7 +20,7 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""
-        return [LoadArtifact, QuantizeModel, ApplyCache, Report, Calibrate]
+        return [LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate]
 
 
 def extension() -> Extension:

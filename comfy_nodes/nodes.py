@@ -20,6 +20,7 @@ from tenuto.text import printable
 
 from .adapter import ComfyUI
 from .api import ArtifactType, io
+from .speed import cached, faster, speedup_input
 
 SCHEMES = {
     "W8A8": "w8a8",
@@ -204,10 +205,10 @@ class ApplyCache(io.ComfyNode):
             node_id="Tenuto_ApplyCache",
             display_name="Tenuto Apply Cache",
             category="Tenuto/cache",
-            description="Makes sampling faster. With a speedup, by an artifact: skips whole calls "
-            "of the model and forecasts them. Else: reuses attention, feed-forward and residual "
-            "blocks (in SD3 and Flux whole blocks) of earlier steps, by the artifact's route or by "
-            "a fixed rule. Last in the chain, before the sampler.",
+            description="Makes sampling faster. With a speedup: skips whole calls of the model "
+            "and forecasts them, as Tenuto Speed Up does. Else: reuses attention, feed-forward "
+            "and residual blocks (in SD3 and Flux whole blocks) of earlier steps, by the "
+            "artifact's route or by a fixed rule. Last in the chain, before the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The model; it stays as it is."),
                 io.Combo.Input(
@@ -237,15 +238,7 @@ class ApplyCache(io.ComfyNode):
                 ArtifactType.Input(
                     "artifact", optional=True, tooltip="One with a route, or with a forecast."
                 ),
-                io.Float.Input(
-                    "speedup", default=1.0, min=1.0, max=4.0, step=0.05, optional=True,
-                    display_mode=io.NumberDisplay.slider,
-                    tooltip="1 is off. 2 skips half of the model's calls and computes what they "
-                    "would have answered from the calls before: about half the time, and nearly "
-                    "the same image. Higher is faster and less like it. In place of all settings "
-                    "above; needs an artifact with a forecast and 9 steps or more, and no sampler "
-                    "that adds noise (ancestral, SDE, LCM).",
-                ),
+                speedup_input(1.0, "In place of all settings above. ", optional=True),
             ],
             outputs=[io.Model.Output(tooltip="The model with the cache.")],
         )  # fmt: skip
@@ -257,7 +250,7 @@ class ApplyCache(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         """Raises TenutoError in one sentence if the artifact is for another model."""
         if speedup > 1:
-            return cached(model, Patches(artifact, weights=False, route=False, speedup=speedup))
+            return faster(model, artifact, speedup)
         limit = bounded(start_percent, end_percent, compute_last)
         if mode != ROUTE:
             policy = made(rules(SETTINGS)[mode], {"first": first, "period": period})
@@ -267,11 +260,6 @@ class ApplyCache(io.ComfyNode):
         if schedule_of(artifact) is None:
             raise TenutoError("The artifact has no route: make one with `tenuto train-router`.")
         return cached(model, Patches(artifact, weights=False, limit=limit))
-
-
-def cached(model: Any, patches: Patches) -> io.NodeOutput:
-    """The model with the cache."""
-    return io.NodeOutput(ComfyUI().install(model, patches).handle)
 
 
 def bounded(start: float, end: float, last: bool) -> Callable[[CacheSchedule], CacheSchedule]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from tenuto.artifact import StepMap
 from tenuto.artifact.panels import cells
 from tenuto.artifact.plots import available, image, map_figure
-from tenuto.errors import TenutoError
 from tenuto.runtime import DENSE
 
 from .api import io, ui
@@ -19,7 +18,7 @@ from .cache import Cache, Run
 from .weights import Weights
 
 SIDE = 768  # pixels of a map without names, about
-NOTHING = "This model carries nothing of Tenuto's."
+NOTHING = "Off: this model carries nothing of Tenuto's."
 
 
 class Report(io.ComfyNode):
@@ -54,9 +53,8 @@ class Report(io.ComfyNode):
         """Words and image; one pixel where nothing was reused."""
         weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
         run = cache.last if cache is not None else None
-        if weights is None and cache is None:
-            raise TenutoError(NOTHING)
-        lines = [] if weights is None else [weights_line(weights)]
+        lines = [NOTHING] if weights is None and cache is None else []
+        lines += [] if weights is None else [weights_line(weights)]
         lines += [] if cache is None else cache_lines(run)
         text = "\n".join(lines)
         shown = torch.zeros(1, 64, 64, 3) if run is None else heat_map(run)
@@ -96,7 +94,7 @@ def cache_lines(run: Run | None) -> list[str]:
     steps = [f"{s:.3f}" for s in run.seconds]
     return [
         f"Cache: {reused} of {total} {what}",
-        *([run.why] if run.why else []),
+        *filter(None, [run.why, run.said]),
         f"Denoiser calls: {run.calls} in {len(run.timesteps)} steps",
         f"Seconds by step: {' '.join(steps)}",
     ]

@@ -39,7 +39,7 @@ def add(bench: Bench) -> None:
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
         artifact: str | None, beside: bool, call: dict[str, Any] | None = None,
-        speedup: float | None = None,
+        speedup: float | str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Draw an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.generate(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 from tenuto.work import clear_parts, whole_file, write_text
 
@@ -28,9 +29,10 @@ from .studio import OnCall, Studio, Wanted
 NO_ARTIFACT = ""
 GENERATE = "generate"  # is no job, but can be stopped like one
 FIRST = 10_000  # seed of a comparison, where none is given
+NOTHING = "Choose one artifact or more, or a speedup, to compare with full precision."
+STEPS = ("The number of steps", 1, 1000)
 COUNT = {"least": 1, "most": 512}  # of images in a comparison
 SHOWN = 24  # images of a comparison that can be looked at
-SPEEDUP = ("The speedup", 1, 200)
 BATCH = 4  # of a comparison: large enough, and a Stop is never far
 
 
@@ -60,7 +62,8 @@ class Bench:
         """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
 
         seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
-        the artifact's forecast; None: as the artifact says.
+        the artifact's forecast, or by the one that ships; "auto": as many as are predicted unseen;
+        None: as the artifact says.
         """
         prompt, folder = words(prompt, "The prompt", LONGEST), self.places.model(model)
         if not prompted(folder):
@@ -68,13 +71,13 @@ class Bench:
         elif not prompt:
             raise TenutoError("Say what to generate: the prompt is empty.")
         file = self.places.artifact(artifact) if artifact else None
+        count = whole(steps, *STEPS)
         wanted = Wanted(
             folder, model, prompt,
             given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
-            whole(steps, "The number of steps", 1, 1000),
-            given(guidance, real, "Guidance", 0, 1000), file, artifact or "", beside,
+            count, given(guidance, real, "Guidance", 0, 1000), file, artifact or "", beside,
             checked(folder, call, self.places.inputs), self.places.inputs,
-            asked([(artifact, file)] if file else (), given(speedup, real, *SPEEDUP)),
+            asked(folder, [file] if file else (), speedup, count),
         )  # fmt: skip
         self.desk.take("image")
         try:
@@ -222,26 +225,28 @@ class Bench:
     ) -> Job:
         """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes.
 
-        speedup: as in `generate`, of all the artifacts.
+        speedup: as in `generate`, of all the artifacts; it can be compared without any.
         """
         from tenuto.runtime import check_execution
 
         check_execution(execution)
         listed = isinstance(artifacts, list | tuple)
-        if not artifacts or not listed or not all(isinstance(name, str) for name in artifacts):
-            raise TenutoError("Choose one artifact or more to compare with full precision.")
+        if not listed or not all(isinstance(name, str) for name in artifacts):
+            raise TenutoError(NOTHING)
         lines, inputs = words(prompts, "The list of prompts", LINES), self.places.inputs
         files = {name: self.places.artifact(name) for name in dict.fromkeys(artifacts)}
-        skipping = asked(files.items(), given(speedup, real, *SPEEDUP))
-        place = self.places.model(model)
+        place, count_of = self.places.model(model), given(steps, whole, *STEPS)
+        skipping = asked(place, files.values(), speedup, count_of)
+        if not files and skipping is None:
+            raise TenutoError(NOTHING)
+        shown = {name.removeprefix(SHIPPED): name for name in files} or {DEFAULT_FORECAST: ""}
         request = {
             "model": place, "shown_model": model, "inputs": str(inputs),
             "call": kept(checked(place, call, inputs), inputs),
-            "artifacts": {name.removeprefix(SHIPPED): str(path) for name, path in files.items()},
-            "names": {name.removeprefix(SHIPPED): name for name in files},
+            "artifacts": {s: str(files[n]) if n else None for s, n in shown.items()},
+            "names": shown,
             "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),
-            "steps": given(steps, whole, "The number of steps", 1, 1000),
-            "guidance": given(guidance, real, "Guidance", 0, 1000),
+            "steps": count_of, "guidance": given(guidance, real, "Guidance", 0, 1000),
             "seed": given(seed, whole, "The seed", 0, 2**53, absent=FIRST),
             "execution": execution, "shown": SHOWN, "batch": BATCH, "device": self.settings.device,
             "prompts": None, "prompts_text": lines, "speedup": skipping,

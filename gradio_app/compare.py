@@ -26,7 +26,7 @@ from .view import notice, status
 from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
 
 CHOSEN = 9  # fields before those of the pipeline's own settings
-IDLE = "Choose a model and one artifact or more, and press Compare."
+IDLE = "Choose a model, artifacts or a speedup, and press Compare."
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
         *chosen, speedup = values[:CHOSEN]
         try:
             call = given(bench, chosen[0], values[CHOSEN:])
-            faster = usable(bench, chosen[1], speedup)
+            faster = usable(bench, chosen[0], chosen[1], speedup)
             return [bench.compare(*chosen, call=call, speedup=faster).id, ""]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]

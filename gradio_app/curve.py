@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from .speedup import Outlook, decibels
+from .speedup import Outlook
 
 WIDE, HIGH, LEFT, BELOW, RIGHT = 360, 120, 34, 18, 8  # pixels; LEFT and BELOW for the numbers
 LOW, TOP, STEP = 20, 70, 10  # dB
@@ -12,7 +12,7 @@ LOW, TOP, STEP = 20, 70, 10  # dB
 
 def curve(seen: Outlook) -> str:
     """PSNR over the share of skipped calls: predicted, measured where it was, and where one is."""
-    points = sorted((seen.steps - calls, decibels(error)) for calls, error in seen.errors.items())
+    points = sorted((seen.steps - calls, seen.decibels(calls)) for calls in seen.errors)
     points = [point for point in points if point[0]]
     if not points:
         return ""

@@ -134,7 +134,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
         progress(0, desc="Loading the model")
         found = bench.generate(
             model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
-            usable(bench, used, speedup),
+            usable(bench, model, used, speedup),
         )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]

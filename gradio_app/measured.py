@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenuto.artifact.summary import mib
+from tenuto.caching import predicted
 
 from .view import lasting, table
 
@@ -38,6 +39,9 @@ def generated(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
     if numbers["execution"]["layers"]:
         rows.append(("layers", _layers(numbers)))
         rows.append((_left_out(numbers), _share(numbers["reuse_ratio"])))
+    forecast = numbers.get("forecast")
+    if forecast and forecast["skipped"]:
+        rows.append(("forecast", predicted(forecast["predicted_db"], forecast["kernel"])))
     return table(rows) + (
         "<p>Turn on “beside full precision” to measure what the artifact changes.</p>"
         if numbers["execution"]["layers"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 
 from .call import kept
@@ -32,7 +33,8 @@ def saved(places: Places, found: Generated) -> dict[str, Any]:
     frames = max(map(len, found.pictures.values()))
     return {
         "pictures": paths, "frames": frames, "numbers": found.numbers, "seconds": found.seconds,
-        "infotext": info, "artifact": wanted.artifact_name, "steps": wanted.steps,
+        "infotext": info, "artifact": wanted.artifact_name or DEFAULT_FORECAST,
+        "steps": wanted.steps,
     }  # fmt: skip
 
 
@@ -47,6 +49,5 @@ def restored(places: Places, path: str | Path) -> dict[str, Any]:
     known = places.artifacts(str(found.get("model", "")))
     if "artifact" in found and found["artifact"] not in known:
         del found["artifact"]
-    if "artifact" not in found:
         found.pop("speedup", None)
     return found

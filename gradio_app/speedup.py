@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from tenuto.caching import AT_ONE, AUTO, Speedup, about_db, calls_for
 from tenuto.errors import TenutoError
 
-MOST = 4.0  # of the slider; the API takes more
-SAFE = 3e-4  # a predicted error that is suggested: about half a hundred dB
-AT_ONE = 13.5  # dB of an error of 1
+from .given import given, real
+from .studio import defaults_of
+
+MOST = 4.0  # of the slider
+LARGEST = 200  # that the API takes
 KEPT = 16  # artifacts and lengths of runs whose predictions are remembered
 SEEN = (
     (48.0, "no difference that one sees"), (42.0, "differences that one has to look for"),
     (36.0, "small differences that one sees"), (30.0, "clear differences"),
 )  # fmt: skip
 WORST = "another image of the same prompt"
-NO_FORECAST = "has no forecast, so no call can be skipped: calibrate again to have one."
-NO_ARTIFACT = "A speedup skips calls by the forecast of an artifact: choose one."
+NO_SCHEDULER = "What noise this model has at a step is not known before it is loaded."
+SEVERAL = "The forecast that ships is for models of one denoiser: this one has several."
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What an artifact says of its forecast; kernel None: it has none.
+    """What an artifact says of its forecast, or the one that ships; kernel None: there is none.
 
     default: the speedup that is used where nobody says one. route: it has a cache schedule too.
     measured: PSNR in dB by the number of calls skipped, in a run of as many steps as the kernel.
+    at_one: the PSNR of a predicted error of 1. scheduler: the model's, where the kernel is not.
+    why: one sentence on why there is no kernel.
     """
 
     kernel: Any
     default: float | None = None
     route: bool = False
     measured: dict[int, float] = field(default_factory=dict)
+    at_one: float = AT_ONE
+    scheduler: Any = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Outlook:
     """A run at a speedup. errors: predicted, by the number of computed calls; {}: none is skipped.
 
-    why: one sentence on why nothing can be skipped, where that is so.
+    why: one sentence on why nothing can be skipped, where that is so. foreign: whether the forecast
+    is not of this model.
     """
 
     steps: int
@@ -51,21 +62,22 @@ class Outlook:
     measured: dict[int, float] = field(default_factory=dict)
     why: str = ""
     route: bool = False
+    at_one: float = AT_ONE
+    foreign: bool = False
 
     @property
     def db(self) -> float | None:
         """About which PSNR is predicted; None where every call is computed."""
-        return decibels(self.errors[self.calls]) if self.calls < self.steps else None
+        return self.decibels(self.calls) if self.calls < self.steps else None
 
     @property
     def safe(self) -> int:
         """The fewest calls whose predicted error is not seen."""
-        return min((c for c, error in self.errors.items() if error <= SAFE), default=self.steps)
+        return calls_for(self.errors, self.steps, AUTO)
 
-
-def decibels(error: float) -> float:
-    """About which PSNR of images goes with a predicted error; at most 100."""
-    return min(100.0, AT_ONE - 10 * math.log10(max(error, 1e-30)))
+    def decibels(self, calls: int) -> float:
+        """About which PSNR is predicted where so many calls are computed."""
+        return about_db(self.errors[calls], self.at_one)
 
 
 def in_words(db: float) -> str:
@@ -84,32 +96,70 @@ def known(file: Path) -> Known:
 
 @lru_cache(KEPT)
 def _known(file: Path, changed: int, size: int) -> Known:
-    from tenuto.artifact import Artifact, kernel_of
+    from tenuto.artifact import Artifact, at_one, kernel_of, scores_of
     from tenuto.artifact.header import opened
     from tenuto.cli.checks import damage_told
 
     with damage_told(file), opened(file) as (header, tensors):
         names = [name for name in tensors.keys() if name.startswith("forecast/")]  # noqa: SIM118
         made = Artifact(header, {name: tensors.get_tensor(name) for name in names})
-        facts = header.get("forecast") or {}
-        scores = facts.get("measured", {}).get("scores", [])
+        kernel, facts = kernel_of(made), header.get("forecast") or {}
         default = facts.get("default")
         return Known(
-            kernel_of(made),
+            kernel,
             None if default is None else float(default),
             bool(header.get("route")),
-            {int(row["skipped"]): float(row["psnr_db"]) for row in scores},
+            {skipped: db for skipped, (db, _) in scores_of(facts).items()},
+            at_one(facts),
         )
+
+
+@lru_cache(KEPT)
+def shipped(model: str) -> Known:
+    """The forecast that ships, for the model of this folder or name; remembered."""
+    from tenuto.caching import default_kernel
+    from tenuto.sampling import noises_at, prediction_of
+    from tenuto.sampling.skeleton import denoisers_in
+
+    found = scheduler(model)
+    if found is None or denoisers_in(model) > 1:
+        return Known(None, why=NO_SCHEDULER if found is None else SEVERAL)
+    try:
+        kernel = default_kernel(prediction_of(found), partial(noises_at, found))
+    except TenutoError as error:
+        return Known(None, why=str(error))
+    if kernel.noise((999.0, 0.0)) is None:
+        return Known(None, why=NO_SCHEDULER)
+    return Known(kernel, scheduler=found)
+
+
+@lru_cache(KEPT)
+def scheduler(model: str) -> Any:
+    """The scheduler of a model, which is not loaded for it; None where it is not known."""
+    from tenuto.sampling.skeleton import scheduler_of
+
+    return scheduler_of(model)
+
+
+def forecast_for(model: str, file: Path | None) -> Known:
+    """The forecast of an artifact, or the one that ships where it has none."""
+    own = Known(None) if file is None else known(file)
+    if own.kernel is not None:
+        return own
+    found = shipped(model)
+    return replace(found, route=own.route) if own.route else found
 
 
 @lru_cache(KEPT)
 def _errors(of: Known, steps: int) -> dict[int, float]:
     """The predicted error of a run by the number of its computed calls, every call included.
 
-    Its timesteps are taken to lie as those of the recorded run do.
+    Its timesteps are taken to lie as those of the recorded run do, or as the scheduler has them.
     """
     from tenuto.caching import Programme
 
+    if of.scheduler is not None:
+        return {**Programme(of.kernel.at(_times(of.scheduler, steps))).errors, steps: 0.0}
     times = of.kernel.timesteps
     if steps != len(times):
         gap = (len(times) - 1) / (steps - 1)
@@ -120,42 +170,70 @@ def _errors(of: Known, steps: int) -> dict[int, float]:
     return {**Programme(of.kernel.at(times)).errors, steps: 0.0}
 
 
-def outlook(of: Known, steps: int, speedup: float, scheduler: Any = None) -> Outlook:
-    """A run of `steps` steps with what an artifact says of its forecast.
+def _times(made: Any, steps: int) -> tuple[float, ...]:
+    """Where a scheduler goes in so many steps; evenly where it wants to know more for that."""
+    from tenuto.sampling import visited_once
 
-    scheduler: the model's, where it is known.
-    """
+    made, config = copy.deepcopy(made), made.config
+    most = float(getattr(config, "num_train_timesteps", 1000))
+    shifted = getattr(config, "use_dynamic_shifting", False)
+    with suppress(Exception):  # as each scheduler has its own
+        made.set_timesteps(steps, **({"mu": config.max_shift} if shifted else {}))
+        found = visited_once(made.timesteps.tolist())
+        if len(found) == steps:
+            return found
+    return tuple(most * (1 - step / steps) for step in range(steps))
+
+
+def outlook(of: Known, steps: int, speedup: Speedup, sampler: Any = None) -> Outlook:
+    """A run of `steps` steps with a forecast. sampler: the model's scheduler, where it is known."""
     from tenuto.caching import MOST, SHORTEST
     from tenuto.sampling.noise import is_stochastic
 
-    why, kernel = "", of.kernel
+    why, kernel = of.why, of.kernel
     if kernel is None:
-        why = f"This artifact {NO_FORECAST}"
-    elif scheduler is not None and is_stochastic(scheduler):
+        pass
+    elif sampler is not None and is_stochastic(sampler):
         why = "The model's sampler adds noise of its own at every step, so no call can be skipped."
     elif not SHORTEST <= steps <= MOST:
         why = f"Calls are skipped in runs of {SHORTEST} to {MOST} steps."
     if kernel is None or why:
         return Outlook(steps, steps, why=why, route=of.route)
     errors = _errors(of, steps)
-    calls = min(steps, max(int(steps / speedup + 1e-6), min(errors)))
+    calls = calls_for(errors, steps, speedup)
     measured = of.measured if steps == len(kernel.timesteps) else {}
-    return Outlook(steps, calls, errors, measured, route=of.route)
+    return Outlook(
+        steps, calls, errors, measured, route=of.route, at_one=of.at_one,
+        foreign=of.scheduler is not None,
+    )  # fmt: skip
 
 
-def asked(files: Iterable[tuple[str, Path]], speedup: float | None) -> float | None:
-    """What `attach` is told for a speedup; TenutoError where an artifact cannot have it.
+def automatic(model: str, files: Iterable[Path], steps: int | None) -> float:
+    """The largest speedup that is predicted unseen, of one artifact or of all of several; 1: none.
 
-    files: names and files of artifacts. None and 1 leave cache schedules as they are; 1 switches
-    off what an artifact would skip by itself.
+    steps: None are those of the first artifact, or of the model.
     """
-    if speedup is None:
+    every = [*files] or [None]
+    count = defaults_of(model, every[0]).steps if steps is None else steps
+    found = [outlook(forecast_for(model, f), count, 1, scheduler(model)) for f in every]
+    return math.floor(1e4 * count / max(seen.safe for seen in found)) / 1e4  # never a call less
+
+
+def asked(model: str, files: Iterable[Path], speedup: Any, steps: int | None) -> float | None:
+    """What `attach` is told for a speedup, a number or "auto"; TenutoError where there is none.
+
+    files: of artifacts; without any, calls are skipped by the forecast that ships. None and 1 leave
+    cache schedules as they are; 1 switches off what an artifact would skip by itself.
+    """
+    paths = [*files]
+    value = automatic(model, paths, steps) if speedup == AUTO else speedup
+    number = given(value, real, "The speedup", 1, LARGEST)
+    if number is None:
         return None
-    every = [(name, known(file)) for name, file in files]
-    if speedup > 1 and not every:
-        raise TenutoError(NO_ARTIFACT)
-    for name, found in every:
-        if speedup > 1 and found.kernel is None:
-            raise TenutoError(f"{name} {NO_FORECAST}")
-    off = not any(found.default is not None for _, found in every)
-    return None if speedup == 1 and off else speedup
+    if number == 1:
+        return 1 if any(known(file).default is not None for file in paths) else None
+    for file in paths or [None]:
+        found = forecast_for(model, file)
+        if found.kernel is None:
+            raise TenutoError(found.why)
+    return number

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from tenuto.caching import DEFAULT_FORECAST, FOREIGN
 from tenuto.errors import TenutoError
-from tenuto.sampling.skeleton import scheduler_of
 
-from .bench import Bench
+from .bench import STEPS, Bench
 from .curve import curve
 from .given import given, whole
 from .places import SHIPPED
-from .speedup import MOST, NO_ARTIFACT, Outlook, in_words, known, outlook
+from .speedup import (
+    MOST,
+    Outlook,
+    automatic,
+    forecast_for,
+    in_words,
+    known,
+    outlook,
+    scheduler,
+)
 from .studio import defaults_of
 from .view import counted
 from .viewer import QUIET
@@ -28,9 +37,10 @@ LATEST: dict[str, Any] = QUIET | {"queue": True, "trigger_mode": "always_last"} 
 
 @dataclass(frozen=True)
 class SpeedupFields:
-    """The slider, and what is said of it."""
+    """The slider, the button that sets it to what is predicted unseen, and what is said of it."""
 
     slider: gr.Slider
+    auto: gr.Button
     said: gr.HTML
 
     @property
@@ -46,7 +56,8 @@ def speedup_fields(name: str) -> SpeedupFields:
         info="Denoiser calls that are skipped: 2 skips half of them, 1 none",
         elem_id=f"{name}-speedup",
     )  # fmt: skip
-    return SpeedupFields(slider, gr.HTML("", elem_id=f"{name}-speedup-said"))
+    auto = gr.Button("Speedup: auto", size="sm", elem_id=f"{name}-speedup-auto")
+    return SpeedupFields(slider, auto, gr.HTML("", elem_id=f"{name}-speedup-said"))
 
 
 def follow(bench: Bench, made: SpeedupFields, inputs: list[Any]) -> None:
@@ -62,6 +73,7 @@ def follow(bench: Bench, made: SpeedupFields, inputs: list[Any]) -> None:
     for part in inputs:
         part.change(now, [made.slider, *inputs], made.outputs, **LATEST)
     made.slider.change(lambda *values: now(*values)[1], [made.slider, *inputs], made.said, **LATEST)
+    made.auto.click(lambda *values: safest(bench, *values), inputs, made.slider, **QUIET)
 
 
 def default_for(bench: Bench, artifacts: Any) -> float:
@@ -73,13 +85,25 @@ def default_for(bench: Bench, artifacts: Any) -> float:
         return OFF
 
 
-def usable(bench: Bench, artifacts: Any, value: Any) -> Any:
-    """What the slider says, or that nothing is skipped: where an artifact has no forecast."""
+def usable(bench: Bench, model: str, artifacts: Any, value: Any) -> Any:
+    """What the slider says, or that nothing is skipped: where there is no forecast."""
     try:
-        files = [bench.places.artifact(name) for name in _named(artifacts)]
-        return value if files and all(known(file).kernel is not None for file in files) else OFF
+        folder, files = bench.places.model(model), [*_files(bench, artifacts).values()]
+        able = (forecast_for(folder, file).kernel is not None for file in files or [None])
+        return value if all(able) else OFF
     except TenutoError:
         return OFF
+
+
+def safest(bench: Bench, model: str, artifacts: Any, steps: Any, on: bool = True) -> Any:
+    """Where "auto" puts the slider; it stays where nothing is known."""
+    try:
+        files = _files(bench, artifacts if on else ()).values()
+        count = given(steps, whole, *STEPS)
+        found = automatic(bench.places.model(model), files, count)
+    except TenutoError:
+        return gr.skip()
+    return min(MOST, int(10 * found + 1e-6) / 10)  # in steps of the slider, never more than safe
 
 
 def told(
@@ -87,22 +111,21 @@ def told(
 ) -> list[Any]:
     """Updates for `SpeedupFields.outputs`: whether the slider can be moved, and what it would do.
 
-    artifacts: a name, or a list of them. steps: None or "" are those of the first artifact.
+    artifacts: a name, or a list of them; without one, calls are skipped by the forecast that ships.
+    steps: None or "" are those of the first artifact.
     """
     fixed = gr.Slider(interactive=False)  # its value stays: other fields may just be filled in
-    names = _named(artifacts) if on else []
-    if not names:
-        return [fixed, _line(NO_ARTIFACT)]
     try:
-        files = {name: bench.places.artifact(name) for name in names}
+        files: dict[str, Path | None] = {**_files(bench, artifacts if on else ())}
+        files = files or {DEFAULT_FORECAST: None}
         folder = bench.places.model(model)
-        count = given(steps, whole, "The number of steps", 1, 1000)
+        count = given(steps, whole, *STEPS)
         if count is None:
             count = defaults_of(folder, next(iter(files.values()))).steps
-        speedup = float(value or OFF)
-        scheduler = _scheduler(folder)
+        speedup, sampler = float(value or OFF), scheduler(folder)
         found = {
-            name: outlook(known(file), count, speedup, scheduler) for name, file in files.items()
+            name: outlook(forecast_for(folder, file), count, speedup, sampler)
+            for name, file in files.items()
         }
     except TenutoError as error:
         return [fixed, _line(str(error))]
@@ -131,8 +154,7 @@ def shown(found: dict[str, Outlook]) -> str:
         (seen,) = found.values()
         return _line(seen.why) if seen.why else f"{_sentence(seen)}{curve(seen)}"
     lines = "".join(
-        f"<p><strong>{escape(name.removeprefix(SHIPPED))}</strong>: "
-        f"{_words(seen).removeprefix('This artifact ')}</p>"
+        f"<p><strong>{escape(name.removeprefix(SHIPPED))}</strong>: {_words(seen)}</p>"
         for name, seen in found.items()
     )
     first = next((seen for seen in found.values() if seen.errors), None)
@@ -164,9 +186,15 @@ def _words(seen: Outlook) -> str:
         f"forecast. Predicted: <strong>about {db:.0f} dB</strong> to the run with every call, "
         f"{in_words(db)}."
     )
+    said += f" This was {FOREIGN}: the forecast is one that ships." if seen.foreign else ""
     measured = seen.measured.get(steps - seen.calls)
     said += "" if measured is None else f" Measured at calibration: {measured:.1f} dB."
     return said + (" Its cache schedule is left out meanwhile." if seen.route else "")
+
+
+def _files(bench: Bench, artifacts: Any) -> dict[str, Path]:
+    """The files of the artifacts that are chosen, by name; TenutoError where one is not there."""
+    return {name: bench.places.artifact(name) for name in _named(artifacts)}
 
 
 def _named(artifacts: Any) -> Sequence[str]:
@@ -174,8 +202,3 @@ def _named(artifacts: Any) -> Sequence[str]:
     found = [artifacts] if isinstance(artifacts, str) else artifacts
     found = found if isinstance(found, list | tuple) else ()
     return [name for name in found if isinstance(name, str) and name]
-
-
-@lru_cache(8)
-def _scheduler(folder: str) -> Any:
-    return scheduler_of(folder)

@@ -18,6 +18,7 @@ from .infotext import written
 from .settings import Settings
 
 OnCall = Callable[[int, int], None]  # denoiser calls made, and about how many there will be
+CHANGED = "artifact"  # which of the images has what is put into the model
 WARM = 2  # calls that `compare_all` makes for each way without counting them, at most
 
 
@@ -42,6 +43,11 @@ class Wanted:
     call: Mapping[str, Any] = field(default_factory=dict)
     inputs: Path | None = None
     speedup: float | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is put into the model."""
+        return self.artifact is not None or self.speedup is not None
 
 
 @dataclass
@@ -71,11 +77,11 @@ class Generated:
 
 def settings_of(wanted: Wanted, which: str, call: Mapping[str, Any]) -> dict[str, Any]:
     """What a PNG says of itself. call: as plain data."""
-    own = which == "artifact"
+    own = which == CHANGED
     return {
         "model": wanted.name, "prompt": wanted.prompt, "steps": wanted.steps,
         "guidance": wanted.guidance, "seed": wanted.seed,
-        "artifact": wanted.artifact_name if own else None,
+        "artifact": (wanted.artifact_name or None) if own else None,
         "speedup": wanted.speedup if own else None,
     } | ({"call": dict(call)} if call else {})  # fmt: skip
 
@@ -122,7 +128,7 @@ class Studio:
         pipe = self.pipe(wanted.model)
         sampling.checked(pipe)
         wanted = replace(wanted, guidance=sampling.guidance, call=sampling.called(pipe))
-        beside = wanted.beside and artifact is not None
+        beside = wanted.beside and wanted.changes
         calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
         with self._watched(pipe, calls, on_call):
             found = _beside(pipe, artifact, wanted) if beside else _alone(pipe, artifact, wanted)
@@ -162,13 +168,15 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
         seconds = time.perf_counter() - start
         execution = attached.execution() if attached else {"mode": "float", "layers": {}}
         counts = attached.counts() if attached else {}
+        forecast = attached.forecast() if attached else None
     reused, made = (sum(count[i] for count in counts.values()) for i in (1, 0))
     numbers = {
         "execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0,
-        "asked_speedup": wanted.speedup,
+        "asked_speedup": wanted.speedup, "forecast": forecast,
         "calls": [made, reused] if wanted.speedup else None,
     }  # fmt: skip
-    return Generated({"artifact" if artifact else "full": images}, seconds, wanted, numbers)
+    which = CHANGED if wanted.changes else "full"
+    return Generated({which: images}, seconds, wanted, numbers)
 
 
 def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
@@ -185,7 +193,7 @@ def _beside(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
     )  # fmt: skip
     pictures = {
         name: to_images(torch.cat(generated[key].batches))
-        for name, key in (("full", FULL), ("artifact", ARTIFACT))
+        for name, key in (("full", FULL), (CHANGED, ARTIFACT))
     }
     more = {"said": found[ARTIFACT].speed_note(), "asked_speedup": wanted.speedup}
     numbers = found[ARTIFACT].to_json() | more

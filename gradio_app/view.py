@@ -69,7 +69,10 @@ def what_of(job: Job) -> str:
         return ""
     parts = [str(asked["shown_model"])]
     if job.kind == "compare":
-        parts += [*asked["names"].values(), counted(asked["count"], "image", "images")]
+        parts += [
+            *(name or words for words, name in asked["names"].items()),
+            counted(asked["count"], "image", "images"),
+        ]
         if asked.get("speedup"):
             parts.append(f"speedup {asked['speedup']:g}")
     else:

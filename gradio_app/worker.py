@@ -158,8 +158,8 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     from tenuto.sampling import one_by_one, wanted_prompts
     from tenuto.work import write_text
 
-    files = {name: Path(path) for name, path in request["artifacts"].items()}
-    artifacts = {name: load_artifact(path) for name, path in files.items()}
+    files = {name: _path(path) for name, path in request["artifacts"].items()}
+    artifacts = {name: path and load_artifact(path) for name, path in files.items()}
     first, model = next(iter(files)), request["model"]
     count, seed = request["count"], request["seed"]
     lines = comparison_prompts(model, _path(request["prompts"]), count)
@@ -215,7 +215,7 @@ def _saved(
             settings = {
                 "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
                 "steps": sampling.steps, "guidance": sampling.guidance,
-                "artifact": request["names"].get(name),
+                "artifact": request["names"].get(name) or None,
                 "speedup": request.get("speedup") if name in request["names"] else None,
             } | ({"call": call} if call else {})  # fmt: skip
             save_png(image, folder / file, settings | {"drawn": name}, written(settings))

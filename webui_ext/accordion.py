@@ -19,6 +19,7 @@ from .choices import (
     MAIN,
     PASSES,
     PRECISIONS,
+    PREDICTED,
     PRESETS,
     VERSION,
     Choices,
@@ -28,8 +29,9 @@ from .choices import (
 PLAIN = Choices()
 SKIPS = (
     "1 is off. 2 skips half of the model's calls and computes what they would have answered from "
-    "the calls before: about half the time, nearly the same image. In place of the feature cache; "
-    "needs an artifact with a forecast, and a sampler that adds no noise (not Euler a, SDE, LCM)."
+    "the calls before: about half the time, nearly the same image. In place of the feature cache. "
+    "Without an artifact that has a forecast of your model, one that ships decides, which was not "
+    "measured on it. Needs 9 steps, and a sampler that adds no noise (not Euler a, SDE, LCM)."
 )
 problem: list[str] = []  # why the last infotext was not restored; it stays until Tenuto is on
 
@@ -86,7 +88,7 @@ def build(script: Any) -> list[Any]:
         component.do_not_save_to_config = True
     _wire(gr, parts, buttons, refresh, status)
     script.infotext_fields = paste_fields(parts, status)
-    script.paste_field_names = [MAIN, ARTIFACT, HASH, *KEYS.values(), VERSION]
+    script.paste_field_names = [MAIN, ARTIFACT, HASH, *KEYS.values(), PREDICTED, VERSION]
     return parts
 
 

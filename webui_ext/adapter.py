@@ -11,7 +11,16 @@ from torch import nn
 from tenuto.caching import CacheSchedule, Forecast
 from tenuto.errors import ModelError
 from tenuto.model import WHOLE, Attached, describe, key_map_of, override_
-from tenuto.runtime import Host, Patches, Replacements, as_chosen, replacements_for
+from tenuto.runtime import (
+    Host,
+    Patches,
+    Replacements,
+    as_chosen,
+    host_kernel,
+    replacements_for,
+    with_kernel,
+)
+from tenuto.sampling import OutputKernel
 
 from . import hosts
 from .cache import Cache, Limits, Plan
@@ -49,19 +58,25 @@ class WebUI(Host):
     def install(self, handle: Any, patches: Patches) -> Installed:
         """What is said is done at every step that an artifact knows."""
         chosen = patches if isinstance(patches, Chosen) else Chosen(**vars(patches))
-        weights = self._weights(handle, chosen)
+        shipped = with_kernel(chosen, lambda: host_kernel(hosts.sampling_of(handle))).kernel
+        weights = self._weights(handle, chosen, shipped)
         forecast = weights.plan.forecast
         if forecast is None or chosen.speedup is None:
             plan = plan_of(self.denoiser(handle), chosen, weights.plan)
             return Installed(handle, weights, plan)
-        return Installed(handle, weights, None, replace(forecast, speedup=chosen.speedup))
+        kernel = shipped or forecast.kernel  # hosts change a checkpoint's schedule by an option
+        forecast = replace(forecast, speedup=chosen.speedup, kernel=kernel)
+        return Installed(handle, weights, None, forecast)
 
     def forget(self) -> None:
         """Another checkpoint: nothing that was made of the last one is kept."""
         self._known = None
 
-    def _weights(self, handle: Any, chosen: Chosen) -> Weights:
-        """Of this checkpoint and choice, or those of the last run where these are the same."""
+    def _weights(self, handle: Any, chosen: Chosen, shipped: OutputKernel | None) -> Weights:
+        """Of this checkpoint and choice, or those of the last run where these are the same.
+
+        shipped: what a forecast is planned from where the artifact has no kernel.
+        """
         denoiser, changes = self.denoiser(handle), Changes(handle)
         some = None if chosen.speedup is None else SOME
         made_of = replace(
@@ -78,7 +93,8 @@ class WebUI(Host):
             return changes.own(layer, denoiser.get_submodule(layer))
 
         layers = list(hosts.layers(denoiser))
-        plan = replacements_for(denoiser, as_chosen(made_of), tensor=tensor, layers=layers)
+        given = as_chosen(replace(made_of, kernel=shipped))
+        plan = replacements_for(denoiser, given, tensor=tensor, layers=layers)
         self._known = token, Weights(plan, chosen)
         return self._known[1]
 

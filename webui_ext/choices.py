@@ -118,6 +118,7 @@ MAIN, ARTIFACT, HASH, VERSION = (
     "Tenuto artifact hash",
     "Tenuto version",
 )
+PREDICTED = "Tenuto predicted"  # what skipping calls is likely to cost, known after sampling
 
 
 def infotext(choices: Choices, scheme: str, mark: str | None, version: str) -> dict[str, Any]:

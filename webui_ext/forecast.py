@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenuto.caching import Forecast, ForecastCalls, forecast_run, why_none
+from tenuto.caching import Forecast, ForecastCalls, forecast_run, said_of, why_none
 from tenuto.sampling import adds_noise
 
 from . import hosts
@@ -38,6 +38,10 @@ class Skips:
     def said(self) -> str:
         """Why nothing was skipped, in one sentence; "" where something was."""
         return self.why or ("" if self.calls is None else why_none(self.calls))
+
+    def predicted(self) -> str:
+        """What skipping is likely to have cost, in one sentence; "" where nothing was skipped."""
+        return "" if self.calls is None else said_of(self.calls)
 
     def begins(self, times: list[float], stochastic: bool, guidance: float | None = None) -> None:
         """A run at these timesteps begins; what was stored belongs to the last one."""

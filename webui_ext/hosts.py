@@ -50,12 +50,18 @@ def denoiser_of(sd_model: Any) -> nn.Module:
     return found
 
 
+def sampling_of(sd_model: Any) -> Any:
+    """What knows the noise at a timestep: Forge's predictor, reForge's sampling, A1111's model."""
+    model = getattr(patcher_of(sd_model), "model", None)
+    found = (getattr(model, name, None) for name in ("predictor", "model_sampling"))
+    return next((one for one in found if one is not None), sd_model)
+
+
 def timesteps(sd_model: Any, sampler: Any, sigmas: Tensor) -> Tensor:
     """What the network gets at `sigmas` (n,): Forge and reForge round, A1111 does not."""
-    model = getattr(patcher_of(sd_model), "model", None)
-    for name in ("predictor", "model_sampling"):
-        if hasattr(model, name):
-            return getattr(model, name).timestep(sigmas)
+    known = sampling_of(sd_model)
+    if known is not sd_model:
+        return known.timestep(sigmas)
     return sampler.model_wrap_cfg.inner_model.sigma_to_t(sigmas)
 
 

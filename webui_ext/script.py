@@ -11,7 +11,7 @@ from tenuto.errors import TenutoError
 from tenuto.version import __version__
 
 from . import accordion, artifacts
-from .choices import Choices, infotext
+from .choices import PREDICTED, Choices, infotext
 from .options import option
 from .session import session
 from .words import under_picture
@@ -61,8 +61,11 @@ class TenutoScript(scripts.Script):
             say(error)
 
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
-        """Before the VAE, and before what other extensions sample after this."""
+        """Before the VAE, the infotext, and what other extensions sample after this."""
         soft(session.stop, p)
+        if session.report.predicted and option("infotext"):
+            said = " ".join(session.report.predicted)
+            p.extra_generation_params[PREDICTED] = said.rstrip(".")
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """The line under the image."""

@@ -34,6 +34,7 @@ class Report:
     lora_mode: str = SIDE
     layers: dict[str, int] = field(default_factory=dict)
     how: dict[str, int] = field(default_factory=dict)
+    predicted: list[str] = field(default_factory=list)  # what skipping calls is likely to cost
     notes: list[str] = field(default_factory=list)
     speedup: float | None = None
     attached: bool = False
@@ -124,9 +125,11 @@ class Session:
         if done.skips is not None and sum(done.skips.counts):
             report.calls += done.skips.counts[0]
             report.skipped += done.skips.counts[1]
-            why = done.skips.said()
-            if why and why not in report.notes:
-                report.notes.append(why)
+            for said, told in (
+                (done.skips.said(), report.notes), (done.skips.predicted(), report.predicted),
+            ):  # fmt: skip
+                if said and said not in told:
+                    told.append(said)
         if done.weights.plan:
             report.layers, report.how = done.weights.plan.count(), done.weights.how()
             report.lora = max(report.lora, done.changes.count())

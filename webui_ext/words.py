@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from tenuto.caching import SHORTEST
+from tenuto.caching import FOREIGN, SHORTEST
 from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
@@ -27,6 +27,7 @@ def under_picture(report: Report) -> str:
     if total:
         share = report.skipped / total
         parts.append(f"{report.skipped} of {total} calls of the model skipped ({share:.0%})")
+    parts += report.predicted
     parts += layers(report)
     if report.speedup is not None:
         how = f"{report.speedup:.2f} times as fast as without, measured in this session"
@@ -63,7 +64,10 @@ def forecast(choices: Choices) -> str:
     quantized = "Layers stay in full precision" if scheme == OFF else f"Layers run in {scheme}"
     if choices.speedup > 1:
         rest = f"about {1 - 1 / choices.speedup:.0%} of the model's calls are skipped"
-        return f"{quantized}, and {rest}, in runs of {SHORTEST} steps or more."
+        found = artifacts.find(choices.artifact)
+        own = found is not None and found.header.get("forecast")
+        whose = "" if own else f", by a forecast that ships and was {FOREIGN}"
+        return f"{quantized}, and {rest}, in runs of {SHORTEST} steps or more{whose}."
     if choices.cache == OFF:
         return f"{quantized}, without a cache."
     share = f"about {_share(choices):.0%} of the blocks"
@@ -101,7 +105,7 @@ def facts() -> dict[str, Any]:
         "attached": session.installed is not None,
         "last": {
             "computed": report.computed, "held": report.reused, "cache_bytes": report.bytes,
-            "calls": report.calls, "skipped": report.skipped,
+            "calls": report.calls, "skipped": report.skipped, "predicted": report.predicted,
             "layers": report.layers, "execution": report.how, "lora_layers": report.lora,
             "speedup": report.speedup, "notes": report.notes, "text": under_picture(report),
         },

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradio_app import calibrate, generate, speedup_fields, worker
+from gradio_app import calibrate, generate, measured, speedup_fields, worker
 from gradio_app.bench import Bench
 from gradio_app.curve import curve
 from gradio_app.infotext import parsed
@@ -20,11 +20,11 @@ from gradio_app.jobs import DONE, Job
 from gradio_app.pictures import restored
 from gradio_app.restore import _restored
 from gradio_app.settings import Settings
-from gradio_app.speedup import Known, asked, decibels, in_words, known, outlook
-from gradio_app.speedup_fields import default_for, told, usable
+from gradio_app.speedup import Known, asked, in_words, known, outlook, scheduler, shipped
+from gradio_app.speedup_fields import default_for, safest, told, usable
 from gradio_app.worker import Reports
 from tenuto.artifact import Artifact
-from tenuto.caching import Forecast
+from tenuto.caching import SAFE, Forecast, about_db
 from tenuto.errors import TenutoError
 from tenuto.resources import asset
 from tests.app.kernels import kernel
@@ -74,7 +74,7 @@ def test_as_many_calls_are_told_as_are_computed(out: Path, steps: int) -> None:
         plan = Forecast(kernel(), speedup).plan(times)
         assert (told.calls, told.db is None) == (plan.calls, plan.calls == steps)
         if told.db is not None:
-            assert told.db == pytest.approx(decibels(plan.error), abs=1e-6 if steps == 20 else 0.1)
+            assert told.db == pytest.approx(about_db(plan.error), abs=1e-6 if steps == 20 else 0.1)
 
 
 def test_what_is_said_of_a_run(bench: Bench) -> None:
@@ -98,14 +98,10 @@ def test_what_is_said_of_a_run(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("artifacts", "steps", "on", "words"),
     [
-        (SHIPPED, 20, True, "This artifact has no forecast, so no call can be skipped"),
-        ("", 20, True, "choose one"), ("plain", 20, False, "choose one"),
         ("plain", 8, True, "in runs of 9 to 200 steps"),
         ("plain", 201, True, "in runs of 9 to 200 steps"),
         ("plain", "x", True, "The number of steps is a number"),
-        (True, 20, True, "choose one"), ({"a": 1}, 20, True, "choose one"),
-        ("none", 20, True, "no artifact 'none'"), ([], 20, True, "choose one"),
-        (["plain", SHIPPED], 20, True, "demo-unet.w8a8 : has no forecast"),
+        ("none", 20, True, "no artifact 'none'"), ("", 8, True, "in runs of 9 to 200 steps"),
     ],
 )  # fmt: skip
 def test_where_nothing_can_be_skipped_one_sentence_says_why(
@@ -122,9 +118,57 @@ def test_a_sampler_with_noise_of_its_own_skips_nothing(
 ) -> None:
     from diffusers import EulerAncestralDiscreteScheduler
 
-    monkeypatch.setattr(speedup_fields, "_scheduler", lambda _: EulerAncestralDiscreteScheduler())
-    slider, said = told(bench, 2, MODEL, "plain", 20)
-    assert slider.interactive is False and "noise of its own" in said
+    monkeypatch.setattr(speedup_fields, "scheduler", lambda _: EulerAncestralDiscreteScheduler())
+    for artifact in ("plain", ""):
+        slider, said = told(bench, 2, MODEL, artifact, 20)
+        assert slider.interactive is False and "noise of its own" in said
+
+
+@pytest.mark.parametrize("artifacts", [SHIPPED, "", [], ["plain", SHIPPED]])
+def test_without_a_forecast_of_its_own_the_shipped_one_is_told(
+    bench: Bench, artifacts: Any
+) -> None:
+    """With its predicted error, and the words that it was not measured on the model."""
+    slider, said = told(bench, 2, MODEL, artifacts, 20)
+    found = outlook(shipped(MODEL), 20, 2)
+    assert slider.interactive and seen(said).count("not measured on your model") == 1
+    assert found.db is not None and f"about {found.db:.0f} dB" in seen(said)
+    assert "not measured" not in told(bench, 2, MODEL, "plain", 20)[1]
+    off = told(bench, 2, MODEL, "plain", 20, False)[1]
+    assert "not measured on your model" in off, "the artifact is off, and so is its forecast"
+
+
+def test_auto_is_as_fast_as_is_predicted_unseen(bench: Bench) -> None:
+    """The button in steps of the slider, the API to the call; the slowest of several counts."""
+    folder = bench.places.model(MODEL)
+    own, foreign = known(bench.places.artifact("plain")), shipped(MODEL)
+    for names, forecasts in (
+        (["plain"], [own]), ([], [foreign]), (["plain", SHIPPED], [own, foreign]),
+    ):  # fmt: skip
+        value = safest(bench, MODEL, names, 20)
+        exact = asked(folder, [bench.places.artifact(name) for name in names], "auto", 20)
+        assert exact is not None and 1 < value <= exact < value + 0.1
+        calls = [outlook(forecast, 20, exact) for forecast in forecasts]
+        assert all(look.errors[look.calls] <= SAFE for look in calls)
+        assert max(look.calls for look in calls) == max(look.safe for look in calls)
+    assert safest(bench, MODEL, "none", 20).keys() == {"__type__"}, "it stays"
+    assert asked(folder, [], "auto", 8) is None
+
+
+def test_what_no_forecast_ships_for(tmp_path: Path) -> None:
+    """A folder of two denoisers, and one whose scheduler is not known."""
+    index = {"_class_name": "X", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["a", "b"]}
+    for more, words in (({"transformer_2": ["a", "b"]}, "has several"), ({}, "")):
+        folder = tmp_path / (words or "one")
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+        (folder / "model_index.json").write_text(json.dumps(index | more))
+        found = shipped(str(folder))
+        assert (found.kernel is None) == bool(words) and words in found.why
+    (folder / "model_index.json").write_text("{}")
+    shipped.cache_clear()
+    scheduler.cache_clear()
+    assert "not known before" in shipped(str(folder)).why
 
 
 def test_several_artifacts_are_told_one_by_one(bench: Bench) -> None:
@@ -174,24 +218,25 @@ def test_where_the_slider_begins(bench: Bench) -> None:
 
 def test_a_slider_that_cannot_be_moved_counts_for_nothing(bench: Bench) -> None:
     """Its value stays, so that what is filled in beside it does not change it."""
-    for artifacts in (SHIPPED, "", "none", None, True, ["plain", SHIPPED], []):
-        assert usable(bench, artifacts, 2) == 1
-    assert usable(bench, "plain", 2) == usable(bench, ["plain", "preset"], 2) == 2
+    for artifacts in ("none", ["plain", "none"]):
+        assert usable(bench, MODEL, artifacts, 2) == 1
+    assert usable(bench, "no model", "plain", 2) == 1
+    for artifacts in ("plain", ["plain", "preset"], SHIPPED, "", None, []):
+        assert usable(bench, MODEL, artifacts, 2) == 2
 
 
 def test_what_the_library_is_asked(bench: Bench) -> None:
     """1 is off: the cache schedule counts then, but for an artifact that skips by itself."""
     files = {name: bench.places.artifact(name) for name in ("plain", "preset", SHIPPED)}
 
+    folder = bench.places.model(MODEL)
+
     def of(speedup: float | None, *names: str) -> float | None:
-        return asked([(name, files[name]) for name in names], speedup)
+        return asked(folder, [files[name] for name in names], speedup, 20)
 
     assert (of(None, "preset"), of(1, "plain"), of(1, SHIPPED), of(1)) == (None,) * 4
     assert (of(1, "preset"), of(2, "plain"), of(2, "plain", "preset")) == (1, 2, 2)
-    with pytest.raises(TenutoError, match=f"^{SHIPPED} has no forecast"):
-        of(2, "plain", SHIPPED)
-    with pytest.raises(TenutoError, match="choose one"):
-        of(1.5)
+    assert (of(2, "plain", SHIPPED), of(1.5)) == (2, 1.5)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -219,8 +264,13 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
     assert "at a speedup of 9." in fast[1] and fast[8].value == 4
     gone = Bench(Settings(bench.places.out / "elsewhere"))
     assert "speedup" not in restored(gone.places, path), "its artifact is not there"
-    with pytest.raises(TenutoError, match="has no forecast"):
-        bench.generate(MODEL, "a", 7, 10, 2.0, SHIPPED, False, lambda *_: None, None, 2)
+    bare = bench.generate(MODEL, "a goldfish", 7, 10, 2.0, "", False, lambda *_: None, None, 2)
+    said, told_before = bare["numbers"]["forecast"], outlook(shipped(MODEL), 10, 2)
+    assert (said["steps"], said["skipped"], said["kernel"]) == (10, 5, "forecast-default")
+    assert said["predicted_db"] == pytest.approx(told_before.db, abs=0.5)
+    assert "not measured on your model" in measured.generated(bare["numbers"], 1.0, 10, "here")
+    assert restored(bench.places, bare["pictures"]["artifact"])["speedup"] == 2
+    assert "artifact" not in restored(bench.places, bare["pictures"]["artifact"])
     for wrong in (0.5, 201, "x", float("nan")):
         with pytest.raises(TenutoError, match="The speedup is a number from 1 to 200"):
             bench.generate(MODEL, "a", 7, 10, 2.0, "plain", False, lambda *_: None, None, wrong)
@@ -230,8 +280,11 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
 def test_a_comparison_has_the_speedup(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the artifacts and not of full precision; what is asked is in the request and the card."""
     monkeypatch.setattr(bench.desk, "start", lambda job, after=None: job)  # done here instead
-    with pytest.raises(TenutoError, match="has no forecast"):
-        bench.compare(MODEL, [SHIPPED], 1, speedup=2)
+    with pytest.raises(TenutoError, match="or a speedup"):
+        bench.compare(MODEL, [], 1)
+    bare = bench.compare(MODEL, [], 1, steps=10, speedup=2)
+    assert bare.request["artifacts"] == {"forecast-default": None}
+    assert "forecast-default" in worker_words(bare)
     job = bench.compare(MODEL, ["plain"], 1, steps=10, speedup=2)
     assert "speedup 2" in worker_words(job)
     result = worker.compare(job.request, Reports(lambda **event: None, threading.Event()))
@@ -241,6 +294,11 @@ def test_a_comparison_has_the_speedup(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert json.loads((folder / "comparison.json").read_text())["numbers"]["plain"] == numbers
     assert restored(bench.places, folder / result["pictures"]["plain"][0])["speedup"] == 2
     assert "speedup" not in restored(bench.places, folder / result["pictures"]["bf16"][0])
+    without = worker.compare(bare.request, Reports(lambda **event: None, threading.Event()))
+    assert without["numbers"]["forecast-default"]["reuse_ratio"] == 0.5
+    (shot,) = without["pictures"]["forecast-default"]
+    found = restored(bench.places, Path(without["folder"]) / shot)
+    assert found["speedup"] == 2 and "artifact" not in found
 
 
 def worker_words(job: Any) -> str:

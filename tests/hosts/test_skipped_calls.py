@@ -155,14 +155,113 @@ def test_what_skips_nothing_says_so(
     assert any(why in record.message for record in caplog.records) == known
 
 
-def test_without_a_kernel_it_is_a_sentence(model: Any, artifact: Artifact) -> None:
-    bare = Artifact(
+def bare(artifact: Artifact) -> Artifact:
+    """Without its forecast."""
+    return Artifact(
         {k: v for k, v in artifact.header.items() if k != "forecast"},
         {k: v for k, v in artifact.tensors.items() if not k.startswith("forecast/")},
     )
-    for given in (None, bare):
-        with pytest.raises(TenutoError, match="speedup"):
-            faster(model, given)
+
+
+# --- without an artifact --------------------------------------------------------------------------
+
+
+def by_slider(model: Any, speedup: float = 2.0, artifact: Any = None) -> Any:
+    from comfy_nodes.speed import SpeedUp
+
+    return SpeedUp.execute(model, speedup, artifact)[0]
+
+
+def sampled_as(model: Any, kind: str) -> Any:
+    """By ComfyUI's own node."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(model, kind, False)[0]
+
+
+def test_half_of_the_calls_without_an_artifact(
+    model: Any, artifact: Artifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tenuto.caching.forecast_plan import PLANS
+
+    PLANS.clear()  # of this process: a warning comes once for each plan
+    plain, known = sampled(model), sampled(faster(model, artifact))
+    with caplog.at_level(logging.WARNING, "tenuto"):
+        made = by_slider(model)
+        found, ran = calls(made)
+    assert ran == 6 and torch.isfinite(found).all() and not torch.equal(found, plain)
+    text, foreign = told(made), "by forecast-default, not measured on your model."
+    assert "6 of 12 calls of the model skipped" in text
+    (line,) = [line for line in text.splitlines() if line.endswith(foreign)]
+    db = line.removeprefix("About ").partition(" dB")[0]
+    assert 10 < int(db) < 80
+    (warned,) = [r.message for r in caplog.records if "not measured on your model" in r.message]
+    assert f"{db} dB" in warned and "6 of 12" in warned
+    for same in (faster(model, None), by_slider(model, 2.0, bare(artifact))):
+        assert torch.equal(sampled(same), found)
+    own = by_slider(model, 2.0, artifact)
+    assert torch.equal(sampled(own), known) and not torch.equal(known, found)
+    assert "dB are predicted." in told(own) and "not measured" not in told(own)
+    assert by_slider(model, 1.0) is model and torch.equal(sampled(model), plain)
+    assert told(model).startswith("Off")
+
+
+def test_what_the_model_predicts_is_that_of_the_run(model: Any) -> None:
+    """Whether the host's node that says so comes before or after."""
+    before, after = by_slider(sampled_as(model, "v_prediction")), by_slider(model)
+    after = sampled_as(after, "v_prediction")
+    assert torch.equal(sampled(before), sampled(after))
+    kept = [m.get_attachment("tenuto_cache").last.said for m in (before, after)]
+    sampled(eps := by_slider(model))
+    assert kept[0] == kept[1] != eps.get_attachment("tenuto_cache").last.said
+    for kind in ("x0", "lcm"):
+        with pytest.raises(TenutoError, match="no default forecast"):
+            by_slider(sampled_as(model, kind))
+        with pytest.raises(TenutoError, match="no default forecast"):
+            sampled(sampled_as(by_slider(model), kind))
+
+
+def test_every_prediction_of_the_host_is_known() -> None:
+    from comfy import model_base, supported_models
+
+    from tenuto.sampling import host_noise, host_prediction
+
+    wanted = {
+        "EPS": "eps", "V_PREDICTION": "v", "V_PREDICTION_EDM": "v", "STABLE_CASCADE": "eps",
+        "EDM": "v", "FLOW": "flow", "V_PREDICTION_CONTINUOUS": "v", "FLUX": "flow",
+        "IMG_TO_IMG": "x0", "FLOW_COSMOS": "flow",
+    }  # fmt: skip
+    for kind in model_base.ModelType:
+        if kind.name not in wanted:
+            continue  # of a newer host
+        made = model_base.model_sampling(supported_models.SD15({}), kind)
+        assert host_prediction(made) == wanted[kind.name], kind
+        noise = host_noise(made)
+        assert noise is not None
+        sigmas = made.sigmas[[-1, len(made.sigmas) // 2, 0]]
+        times = [float(t) for t in made.timestep(sigmas)]
+        for (alpha, sigma), given in zip(noise(times), sigmas, strict=True):
+            unit = float(getattr(made, "sigma_data", 1.0)) if wanted[kind.name] != "flow" else 1.0
+            ratio = float(given) / unit
+            if kind.name in ("FLOW", "FLUX"):
+                ratio = float(given) / max(1e-9, 1 - float(given))
+            assert sigma / max(alpha, 1e-9) == pytest.approx(ratio, rel=1e-3) or alpha < 1e-4
+
+
+@pytest.mark.parametrize(
+    "how,why",
+    [
+        ({"sampler": "euler_ancestral"}, "adds noise of its own"),
+        ({"steps": 8}, "in a run of 8 steps"),
+    ],
+)
+def test_what_skips_nothing_without_an_artifact_says_so(model: Any, how: Any, why: str) -> None:
+    made = by_slider(model)
+    assert torch.equal(sampled(made, **how), sampled(model, **how))
+    assert why in told(made) and "0 of" in told(made) and "predicted" not in told(made)
+
+
+# --- off, and other samplers ----------------------------------------------------------------------
 
 
 def test_off_is_off_whatever_the_file_says(model: Any, artifact: Artifact) -> None:

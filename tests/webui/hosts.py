@@ -53,8 +53,12 @@ class Host(Modules):
     def _sd_model(self) -> Any:
         inner = SimpleNamespace(diffusion_model=self.unet)
         if self.kind == "a1111":
-            return SimpleNamespace(model=inner)
-        rounded = SimpleNamespace(timestep=lambda sigmas: timestep_of(sigmas).round())
+            kept = 1 / (1 + (torch.arange(1000) / 99.92).square())
+            return SimpleNamespace(model=inner, alphas_cumprod=kept, parameterization="eps")
+        rounded = SimpleNamespace(
+            timestep=lambda sigmas: timestep_of(sigmas).round(), prediction_type="epsilon",
+            sigmas=torch.arange(1000) / 99.92,
+        )  # fmt: skip
         setattr(inner, "predictor" if self.kind == "forge" else "model_sampling", rounded)
         if self.kind == "forge":
             inner.lora_loader = SimpleNamespace(backup={}, loaded_hash="[]")

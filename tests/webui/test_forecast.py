@@ -145,11 +145,47 @@ def test_a_sampler_that_goes_elsewhere(
     assert "other steps than it had said" in p.processed.comments
 
 
-def test_an_artifact_without_a_forecast_is_a_sentence(host: Any, kernel: Any) -> None:
+def test_half_of_the_calls_without_an_artifact(host: Any, kernel: Any) -> None:
+    """By the kernel that ships: the words are under the image, in its infotext and in the page."""
     plain = made_with(host, host.p(False, steps=12))[0]
     p = host.p(True, BALANCED, *half()[2:], steps=12)
-    assert torch.equal(made_with(host, p)[0], plain)
-    assert p.processed.comments.count("A speedup needs an artifact") == 1
+    found, ran = made_with(host, p)
+    assert ran == 6 and torch.isfinite(found).all() and not torch.equal(found, plain)
+    foreign, said = "dB are predicted by forecast-default, not measured on your model", p.processed
+    assert said.comments.count(foreign) == 1
+    assert host.infotext(p)["Tenuto predicted"].endswith(foreign)
+    assert host.paste(host.infotext(p))[10] == 2.0
+    words = sys.modules["tenuto_webui.words"]
+    choices = sys.modules["tenuto_webui.choices"].Choices
+    assert "not measured on your model" in words.forecast(choices.of(p.script_args))
+    assert "not measured" not in words.forecast(choices.of(half()))
+    own = host.p(*half(), steps=12)
+    assert not torch.equal(made_with(host, own)[0], found)
+    assert "dB are predicted;" in own.processed.comments + ";"
+    assert "not measured" not in own.processed.comments
+    few = host.p(True, BALANCED, *half()[2:], steps=8)
+    assert made_with(host, few)[1] == 8 and "in a run of 8 steps" in few.processed.comments
+    assert "Tenuto predicted" not in host.infotext(few)
+
+
+def test_weights_are_kept_and_the_noise_is_that_of_the_run(host: Any, kernel: Any) -> None:
+    """Quantized once; but hosts change the noise of a checkpoint by an option."""
+    adapter, kept = sys.modules["tenuto_webui.session"].session.host, []
+    p = (True, BALANCED, "W8A8", *half()[3:])
+    for _ in range(2):
+        assert made_with(host, host.p(*p, steps=12))[1] == 6
+        kept.append(adapter._known)
+    assert kept[0] is kept[1]
+    known = sys.modules["tenuto_webui.hosts"].sampling_of(host.sd_model)
+    words, found = [], []
+    for kind in ("epsilon", "v_prediction", "sample"):
+        known.prediction_type = kind
+        request = host.p(*p, steps=12)
+        found.append(made_with(host, request)[0])
+        words.append(request.processed.comments)
+    assert "dB are predicted" in words[0] and "dB are predicted" in words[1]
+    assert not torch.equal(found[0], found[1]), "each has a kernel, and so a plan, of its own"
+    assert words[2].count("no default forecast for this model") == 1
 
 
 def test_weights_are_quantized_once_for_every_speedup(host: Any, kernel: Any) -> None:

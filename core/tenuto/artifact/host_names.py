@@ -88,6 +88,9 @@ def _timed(header: dict[str, Any], keys: KeyMap) -> dict[str, Any]:
     for key in ("schedule", "route", "forecast"):
         if key in header:
             found[key] = header[key] | {"timesteps": keys.times(header[key]["timesteps"])}
+    if "noise" in header.get("forecast", {}):
+        noise = [[*keys.times([time]), *pair] for time, *pair in header["forecast"]["noise"]]
+        found["forecast"] |= {"noise": noise}
     if "timestep" in header.get("check", {}):
         (step,) = keys.times([header["check"]["timestep"]])
         found["check"] = header["check"] | {"timestep": step}

@@ -10,9 +10,19 @@ from .default_kernel import about_defaults, default_kernel
 from .easy_cache import EasyCache
 from .first_block import FirstBlock
 from .forecast import ForecastCalls
-from .forecast_budget import AT_ONE, AUTO, SAFE, Speedup, about_db, calls_for, check_speedup
+from .forecast_budget import (
+    AT_ONE,
+    AUTO,
+    FOREIGN,
+    SAFE,
+    Speedup,
+    about_db,
+    calls_for,
+    check_speedup,
+    predicted,
+)
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
-from .forecast_run import forecast_run, why_none
+from .forecast_run import forecast_run, said_of, why_none
 from .growing_window import GrowingWindow
 from .interval import Interval, LateInterval, interval_for, late_interval_for
 from .l2p import L2P
@@ -30,6 +40,7 @@ __all__ = [
     "AT_ONE",
     "AUTO",
     "DEFAULT_FORECAST",
+    "FOREIGN",
     "L2P",
     "MOST",
     "POWERS",
@@ -74,8 +85,10 @@ __all__ = [
     "late_interval_for",
     "made",
     "policies",
+    "predicted",
     "reuse_for",
     "rules",
+    "said_of",
     "saved",
     "shape_of",
     "speedup_of",

@@ -41,7 +41,7 @@ def default_kernel(prediction: str | None, noise: Noise) -> NoiseKernel:
     if prediction not in kernels:
         known = ", ".join(sorted(kernels))
         raise TenutoError(
-            f"There is no default forecast for this model: its scheduler takes outputs for "
+            f"There is no default forecast for this model: it predicts "
             f"{prediction or 'what it does not say'}, and kernels ship for {known}."
         )
     plain = OutputKernel.of(kernels[prediction], about["kernels"][prediction])

@@ -16,6 +16,7 @@ AUTO: Literal["auto"] = "auto"
 SAFE = 3e-4  # the largest predicted error that "auto" allows
 AT_ONE = 13.5  # dB of an error of 1, in the demo models' latents: others may differ by some dB
 LEAST = 35.0  # dB below which there is a warning
+FOREIGN = "not measured on your model"
 
 
 def check_speedup(given: Any, most: float = math.inf) -> Speedup:
@@ -44,17 +45,19 @@ def about_db(error: float, at_one: float = AT_ONE) -> float:
     return min(100.0, at_one - 10 * math.log10(max(error, 1e-30)))
 
 
-def tell(calls: int, steps: int, error: float, origin: str = "") -> None:
+def predicted(db: float, origin: str = "") -> str:
+    """What a plan is likely to cost, in a few words; origin: whose kernel, if not this model's."""
+    said = f"about {db:.0f} dB are predicted"
+    return f"{said} by {origin}, {FOREIGN}" if origin else said
+
+
+def tell(calls: int, steps: int, db: float, origin: str = "") -> None:
     """Warn of a plan that is bad, or whose kernel is not of this model (origin: whose it is)."""
     if calls >= steps:
         return
-    db = about_db(error)
     share = f"{steps - calls} of {steps} calls"
     if origin:
-        log.warning(
-            "%s skips %s: about %.0f dB are predicted, not measured on your model.",
-            origin, share, db,
-        )  # fmt: skip
+        log.warning("Of a run, %s are skipped: %s.", share, predicted(db, origin))
     if db < LEAST:
         log.warning(
             "Skipping %s changes images visibly: about %.0f dB are predicted. Ask for less.",

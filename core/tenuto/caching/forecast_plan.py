@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import TenutoError
 from ..sampling import OutputKernel
-from .forecast_budget import Speedup, calls_for, check_speedup, tell
+from .forecast_budget import AT_ONE, Speedup, about_db, calls_for, check_speedup, tell
 from .schedule import SHORTEST
 from .stretch_costs import stretch_costs
 
@@ -41,16 +41,27 @@ class Forecast:
 
     speedup: calls of the run over calls that are computed, from 1 on; "auto": as many as can be
     skipped with a predicted error of at most `SAFE`. Nothing is skipped in runs of fewer than
-    `SHORTEST` steps and where the sampler adds noise of its own at every step.
+    `SHORTEST` steps and where the sampler adds noise of its own at every step. at_one: dB of an
+    error of 1, as measured for the model.
     """
 
     kernel: OutputKernel
     speedup: Speedup
+    at_one: float = AT_ONE
 
     taps: ClassVar[int] = TAPS
 
     def __post_init__(self) -> None:
         check_speedup(self.speedup, MOST)
+
+    @property
+    def origin(self) -> str:
+        """Where the kernel comes from, if it is not of the model; else ""."""
+        return getattr(self.kernel, "origin", "")
+
+    def db(self, plan: ForecastPlan) -> float:
+        """About which PSNR in dB to the full run is predicted for one of its plans."""
+        return about_db(plan.error, self.at_one)
 
     def plan(
         self,
@@ -74,7 +85,7 @@ class Forecast:
                 PLANS.pop(next(iter(PLANS)))
             programme = Programme(kernel.at(times))
             plan = programme.plan(calls_for(programme.errors, len(times), self.speedup))
-            tell(plan.calls, len(times), plan.error, getattr(self.kernel, "origin", ""))
+            tell(plan.calls, len(times), self.db(plan), self.origin)
             PLANS[key] = plan
         return PLANS[key]
 

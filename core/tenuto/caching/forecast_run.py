@@ -8,6 +8,7 @@ from torch import nn
 
 from ..sampling import CallInProgress, Clock, goes_as, visited_once
 from .forecast import ForecastCalls
+from .forecast_budget import predicted
 from .forecast_plan import MOST, Forecast
 from .schedule import SHORTEST
 
@@ -45,6 +46,15 @@ def why_none(calls: ForecastCalls) -> str:
     if calls.patch:
         return f"No call was skipped: a hook in {calls.patch} reads along, and would miss some."
     return "" if calls.counts[1] or all(calls.plan.computed) else ELSEWHERE
+
+
+def said_of(calls: ForecastCalls) -> str:
+    """What a run that skipped calls is likely to have cost, in one sentence; else ""."""
+    made = calls.forecast
+    if not calls.counts[1] or not isinstance(made, Forecast):
+        return ""
+    words = predicted(made.db(calls.plan), made.origin)
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _why(forecast: Forecast, steps: int, stochastic: bool, straight: bool) -> str:

@@ -88,12 +88,10 @@ def compare(
     model is as it was afterwards, whatever happens.
     """
     describing(model, describe)
-    if artifact is None or artifact == DEFAULT_FORECAST:
-        if artifact is None and speedup is None:
-            raise TenutoError("Say what to compare: an artifact or a speedup.")
-        usual, speedup = defaults(model), AUTO if speedup is None else speedup
-        schedule = {"timesteps": [], "steps": usual.steps, "guidance": usual.guidance}
-        artifact = Artifact.new(model, schedule)
+    if artifact is None and speedup is None:
+        raise TenutoError("Say what to compare: an artifact or a speedup.")
+    if artifact == DEFAULT_FORECAST and speedup is None:
+        speedup = AUTO
     found, _ = compare_all(
         model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
         call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
@@ -104,7 +102,7 @@ def compare(
 
 def compare_all(
     model: Any,
-    artifacts: Mapping[str, Artifact | str | Path],
+    artifacts: Mapping[str, Artifact | str | Path | None],
     prompts: Sequence[str] | str | None = None,
     *,
     count: int = 64,
@@ -124,8 +122,8 @@ def compare_all(
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:
     """`compare` for several artifacts of one model; full precision and bf16 are generated once.
 
-    Steps, guidance and call are the first artifact's unless given; `floor`: bf16 too. Returns the
-    comparisons by name, and the images: under the same names, `FULL` and `BF16`.
+    Steps, guidance and call are the first artifact's unless given (None: the model's own); `floor`:
+    bf16 too. Returns the comparisons by name, and the images: so, `FULL`, `BF16`.
     """
     if count < 1 or batch < 1:
         raise TenutoError(f"There is nothing to compare in {count} images, {batch} at a time.")
@@ -164,15 +162,26 @@ def compare_all(
 
 
 def _checked(
-    denoisers: Mapping[str, Any], model: Any, artifacts: Mapping[str, Artifact | str | Path]
+    denoisers: Mapping[str, Any],
+    model: Any,
+    artifacts: Mapping[str, Artifact | str | Path | None],
 ) -> dict[str, Artifact]:
     """The artifacts, which are of this model; ModelError where a cache of diffusers is on."""
     for denoiser in denoisers.values():
         refuse_cache(denoiser, "a comparison with full precision")
-    known = {name: Artifact.of(artifact) for name, artifact in artifacts.items()}
+    known = {name: _of(model, artifact) for name, artifact in artifacts.items()}
     for artifact in known.values():
         artifact.check(model)
     return known
+
+
+def _of(model: Any, artifact: Artifact | str | Path | None) -> Artifact:
+    """An artifact; where there is none, one of nothing but the model's own settings."""
+    if artifact is not None and artifact != DEFAULT_FORECAST:
+        return Artifact.of(artifact)
+    usual = defaults(model)
+    schedule = {"timesteps": [], "steps": usual.steps, "guidance": usual.guidance}
+    return Artifact.new(model, schedule)
 
 
 def _warm(sample: Sample, batch: tuple[int, int], how: Calls) -> Callable[[Any], Any] | None:

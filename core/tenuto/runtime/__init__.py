@@ -1,6 +1,7 @@
 """An artifact applied to a model: `attach`, quantized layers, tables, kernels and hosts."""
 
 from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
+from .default_forecast import host_kernel, with_kernel
 from .denoiser_call import Calls
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
 from .host import Host, InPlace, as_chosen, follow_input, with_changes
@@ -33,6 +34,7 @@ __all__ = [
     "default_recipe",
     "encoder_layers",
     "follow_input",
+    "host_kernel",
     "latency",
     "percentile",
     "quantizable",
@@ -40,4 +42,5 @@ __all__ = [
     "replacements_for",
     "timed",
     "with_changes",
+    "with_kernel",
 ]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..artifact import Artifact, at_one
-from ..caching import CachedBranch, ForecastCalls, RunTimeCalls, about_db
+from ..artifact import Artifact
+from ..caching import CachedBranch, Forecast, ForecastCalls, RunTimeCalls
 from ..model import (
     Attached,
     KeyMap,
@@ -125,15 +125,13 @@ class Tenuto(Attached):
         """
         calls = (p.call for p in self.patches if isinstance(p, Override))
         found = next((call for call in calls if isinstance(call, ForecastCalls)), None)
-        if found is None:
+        if found is None or not isinstance(found.forecast, Forecast):
             return None
-        plan, kernel = found.plan, getattr(found.forecast, "kernel", None)
-        origin = getattr(kernel, "origin", "")
-        facts = self.artifact.header.get("forecast") if self.artifact and not origin else None
+        plan, made = found.plan, found.forecast
         steps = len(plan.computed)
         return {
-            "steps": steps, "skipped": steps - plan.calls, "kernel": origin,
-            "predicted_db": about_db(plan.error, at_one(facts or {})),
+            "steps": steps, "skipped": steps - plan.calls, "kernel": made.origin,
+            "predicted_db": made.db(plan),
         }  # fmt: skip
 
     def counts(self) -> dict[str, list[int]]:

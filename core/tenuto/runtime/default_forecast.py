@@ -1,8 +1,9 @@
-"""A forecast without calibration: the shipped kernel, read by the noise of a pipeline's runs."""
+"""A forecast without calibration: the shipped kernel, read by the noise of a model's runs."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..artifact import kernel_of
 from ..caching import default_kernel
 from ..errors import ModelError
 from ..model import parts_of
-from ..sampling import NoiseKernel, PipelineNoise, prediction_of
+from ..sampling import NoiseKernel, PipelineNoise, host_noise, host_prediction, prediction_of
 from .replacements import Patches
 
 WITHOUT = "A forecast without calibration needs "
@@ -31,13 +32,29 @@ def default_kernel_of(model: Any) -> NoiseKernel:
     return found
 
 
+def host_kernel(sampling: Any) -> NoiseKernel:
+    """The shipped kernel in ComfyUI or a WebUI; TenutoError where the model can have none.
+
+    sampling: what the host says of its model's sampling, as in `host_prediction`.
+    """
+    noise = host_noise(sampling)
+    if noise is None:
+        raise ModelError(f"{WITHOUT}the noise at every step, which this model does not say.")
+    return default_kernel(host_prediction(sampling), noise)
+
+
 def with_default(model: Any, patches: Patches) -> Patches:
     """`patches` with the shipped kernel where calls are to be skipped and none was recorded.
 
     For pipelines of several denoisers and for bare ones they stay as they are.
     """
-    own = None if patches.artifact is None else kernel_of(patches.artifact)
     alone = not isinstance(model, nn.Module) and len(parts_of(model)) == 1
-    if patches.speedup in (None, 1) or patches.kernel or own or not alone:
+    return with_kernel(patches, lambda: default_kernel_of(model)) if alone else patches
+
+
+def with_kernel(patches: Patches, shipped: Callable[[], NoiseKernel]) -> Patches:
+    """`patches` with a `shipped()` kernel where calls are to be skipped and none was recorded."""
+    own = None if patches.artifact is None else kernel_of(patches.artifact)
+    if patches.speedup in (None, 1) or patches.kernel or own:
         return patches
-    return replace(patches, kernel=default_kernel_of(model))
+    return replace(patches, kernel=shipped())

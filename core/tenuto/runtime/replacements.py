@@ -16,7 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artifact import Artifact, default_speedup, kernel_of, localized, schedule_of, tabled
+from ..artifact import (
+    Artifact,
+    at_one,
+    default_speedup,
+    kernel_of,
+    localized,
+    schedule_of,
+    tabled,
+)
 from ..caching import CacheSchedule, Forecast, Speedup, check_speedup
 from ..errors import ArtifactError, ModelError, SchemeError
 from ..model import describe, key_map_of, own_modules
@@ -228,9 +236,11 @@ def _forecast(
 
     made: in the host's own timesteps.
     """
-    kernel = (None if made is None else kernel_of(made)) or shipped
-    if kernel is not None:
-        return Forecast(kernel, speedup)
+    own = None if made is None else kernel_of(made)
+    if made is not None and own is not None:
+        return Forecast(own, speedup, at_one(made.header["forecast"]))
+    if shipped is not None:
+        return Forecast(shipped, speedup)
     if speedup == 1:
         return None
     raise ArtifactError(

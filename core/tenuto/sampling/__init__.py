@@ -7,6 +7,7 @@ from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
 from .grid import places_of
+from .host_schedule import host_noise, host_prediction
 from .noise import prediction_of
 from .noise_kernel import Noise, NoiseKernel, PipelineNoise, noises_at
 from .output_kernel import OutputKernel
@@ -57,6 +58,8 @@ __all__ = [
     "encoder_calls",
     "goes_as",
     "guidance_name",
+    "host_noise",
+    "host_prediction",
     "keep",
     "kept",
     "launched",

@@ -81,6 +81,12 @@ def scheduler_of(model: str) -> Any:
     return _scheduler(folder / "scheduler", named[1])
 
 
+def denoisers_in(model: str) -> int:
+    """How many denoisers the pipeline in a folder has; 0 where its parts are not known."""
+    folder = folder_of(model)
+    return 0 if folder is None else sum(n.startswith(DENOISERS) for n, _ in _parts(folder))
+
+
 def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """(name, (library, class)) of every part that model_index.json says there is."""
     try:

@@ -80,7 +80,7 @@ class StepOutputs:
         def step(given: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
             now = last()
             if now is not None and isinstance(given, Tensor):  # of two calls a step the last one
-                outputs[now] = _step(float(timestep), given.detach(), self.answers)
+                outputs[now] = step_seen(float(timestep), given.detach(), self.answers)
             self.answers = []
             self.noisy |= any((kwargs.get(name) or 0) > 0 for name in NOISY)
             return before(given, timestep, *args, **kwargs)
@@ -180,8 +180,11 @@ class StepOutputs:
         return found
 
 
-def _step(own: float, output: Tensor, answers: Sequence[Tensor]) -> Step:
-    """A step, with the gap between the halves of the denoiser's answers if there are two."""
+def step_seen(own: float, output: Tensor, answers: Sequence[Tensor]) -> Step:
+    """A step, with the gap between the halves of the denoiser's answers if there are two.
+
+    own: the scheduler's timestep. output: (B, ...), what guidance made of the answers.
+    """
     halves = answers
     if len(answers) == 1 and len(answers[0]) == 2 * len(output):
         halves = answers[0].chunk(2)

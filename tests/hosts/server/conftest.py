@@ -136,6 +136,9 @@ def _port() -> int:
         return free.getsockname()[1]
 
 
+NEEDED = ("assets/forecast-default.safetensors",)  # of the large folders
+
+
 def _packs(folder: Path) -> None:
     """The clone as git would make it, and the other pack."""
     listed = subprocess.run(
@@ -143,7 +146,8 @@ def _packs(folder: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for name in filter(None, listed.stdout.split("\0")):
-        if name.startswith(("assets/", "tests/", "docs/")) or not (ROOT / name).is_file():
+        large = name.startswith(("assets/", "tests/", "docs/")) and name not in NEEDED
+        if large or not (ROOT / name).is_file():
             continue
         target = folder / CLONE / name
         target.parent.mkdir(parents=True, exist_ok=True)

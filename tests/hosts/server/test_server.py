@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[3]
-IDS = ("LoadArtifact", "QuantizeModel", "ApplyCache", "Report", "Calibrate")
+IDS = ("LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate")
 
 
 def text_of(history: dict[str, Any]) -> str:
@@ -69,6 +69,19 @@ def test_on_and_off_again(server: Any, make: Any, family: str) -> None:
     held, total = map(int, re.findall(r"Cache: (\d+) of (\d+)", text)[0])
     assert held * 4 == total, "of four steps the third is held"
     assert "Cache: 0 of" in text_of(exact)
+
+
+def test_one_slider_and_nothing_else(server: Any, make: Any) -> None:
+    """Half of the calls of a model that nobody calibrated; at 1, with the node there, all."""
+    graph = make.plain("sd15", steps=10)
+    plain = server.latent(server.run(graph))
+    made = server.run(make.chained(graph, make.node("Tenuto_SpeedUp", speedup=2.0)))
+    text = text_of(made)
+    assert "5 of 10 calls of the model skipped and forecast (50%), 5 computed" in text
+    assert "dB are predicted by forecast-default, not measured on your model." in text
+    assert not torch.equal(server.latent(made), plain)
+    off = server.run(make.chained(graph, make.node("Tenuto_SpeedUp", speedup=1.0)))
+    assert torch.equal(server.latent(off), plain) and text_of(off).startswith("Off")
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
