@@ -58,6 +58,7 @@ def test_the_product_is_its_reference(way: str, dtype: torch.dtype, device: str)
     """In every shape, with a scale for each row or one; outputs are of their own memory."""
     draw = torch.Generator().manual_seed(0)
     limit = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    limit += 4e-3 * (device == "cuda")  # fast sums
     for lead in LEADS:
         for k, n in ((16, 32), (48, 16), (256, 64)):
             x = float8.cast(torch.randn(*lead, k, generator=draw) * 100).to(device)
@@ -103,7 +104,8 @@ def test_a_layer_executes_what_it_simulates(
                 layer.clock.tick(time, (0,), layer.qdata.device)
             found, expected = executed(x.to(device)).cpu(), simulated(x)
             assert found.dtype is dtype
-            assert gap(found, expected) < (4e-3 if dtype is torch.bfloat16 else 1e-4 + CARD * 1e-3)
+            limit = 4e-3 if dtype is torch.bfloat16 else 1e-4
+            assert gap(found, expected) < limit + 4e-3 * (device == "cuda")  # fast sums
     assert executed.qdata.numel() == 0 and len(executed.packed_tensors()) == 3
     assert executed.packed_tensors()[0].element_size() == 1
     assert torch.equal(executed.qtensor().qdata, before)

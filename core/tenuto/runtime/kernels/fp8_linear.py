@@ -61,7 +61,7 @@ def fp8_linear(
     """The operation on a packed weight, in `dtype`. bias: fp32 (N,); rounded to bf16 in bf16."""
     rows, scale, weight = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1), packed.weight
     if dtype is torch.bfloat16 and packed.way == BY_ROW:
-        scale = scale.expand(len(rows), 1).contiguous()
+        scale = scale.expand(rows.shape[0], 1).contiguous()
         added = None if bias is None else bias.to(dtype)
         y = torch._scaled_mm(
             rows, weight, scale_a=scale, scale_b=packed.scale, bias=added, out_dtype=dtype,
