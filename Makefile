@@ -14,6 +14,8 @@ COMFY  ?= .venv-comfy
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -lt 8 ] && echo "$$n" || echo 8)
 AT_ONCE := -n $(JOBS) --dist loadfile
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# Where it is set, as in many containers, each of the many processes of the tests would compile every library anew.
+unexport PYTHONDONTWRITEBYTECODE
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
 .PHONY: demo test hosts check fmt venv clean

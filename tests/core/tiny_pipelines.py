@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tenuto.sampling import Clock, Follow
 
 WIDTH = 24  # of the states of every text encoder
+SAMPLE = 8  # latent rows and columns where a call names no size
 LETTERS = string.ascii_lowercase + string.digits + ".,:;'-|<>!_/"
 
 
@@ -176,11 +177,13 @@ def flux(kind: str = "FluxPipeline") -> Any:
         num_single_layers=1, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
         axes_dims_rope=(4, 6, 6), guidance_embeds=True,
     )  # fmt: skip
-    return getattr(diffusers, kind)(
+    pipe = getattr(diffusers, kind)(
         scheduler=flow(use_dynamic_shifting=True), vae=vae(), text_encoder=clip(),
         tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
         transformer=randomized(denoiser),
     )  # fmt: skip
+    pipe.default_sample_size = SAMPLE  # where a call names no size
+    return pipe
 
 
 def flux2() -> Any:
@@ -202,11 +205,13 @@ def flux2() -> Any:
         vocab_size=128, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=12, tie_word_embeddings=True,
     )  # fmt: skip
-    return diffusers.Flux2KleinPipeline(
+    pipe = diffusers.Flux2KleinPipeline(
         scheduler=flow(use_dynamic_shifting=True), vae=randomized(decoder),
         text_encoder=randomized(Qwen3ForCausalLM(config)), tokenizer=qwen_tokenizer(),
         transformer=randomized(denoiser), is_distilled=True,
     )  # fmt: skip
+    pipe.default_sample_size = SAMPLE
+    return pipe
 
 
 def sd3(kind: str = "StableDiffusion3Pipeline") -> Any:

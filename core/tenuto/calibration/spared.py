@@ -1,9 +1,9 @@
 """Layers that hold far more of the error than of the weights: they stay in float.
 
-A family file says which layers need more bits. Of a model that no family knows it is measured: what
-a recorded call's output loses by some layers alone. The errors of rounding are independent of each
-other, so that their squares add up, and a few layers are found by halving: usually the first and
-the last ones, through which the sample itself passes.
+What a recorded call's output loses by some layers alone is measured. The errors of rounding are
+independent of each other, so that their squares add up, and a few layers are found by halving:
+usually the first and the last ones, and shortcuts, through which the sample itself passes. In a
+U-Net of 97 layers four, with 1 % of the weights, had 86 % of the squared error.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ log = logging.getLogger("tenuto")
 MOST = 0.02  # of the quantized weights stay in float, at most
 TIMES = 10  # a layer's share of the error over its share of the weights, at least
 LEAST = 0.01  # of the error, below which nothing is looked at further
+WORTH = 0.2  # of the error, at least, in all that may stay in float: about 1 dB
 TRIALS = 64  # groups of layers that are measured, at most: each in three recorded calls
 
 
 def with_spared(job: Job, artifact: Artifact) -> Artifact:
     """`artifact`, of that job, without what is better left in float; see `heavy`.
 
-    Of a model that no family describes, and that is there as a whole. The header's recipe then
-    says which layers these are, and `kept_in_float` how much of the error each of them had.
+    Of a model that is there as a whole, in diffusers; layers that share an input stay together,
+    since hosts make one of them. The header's recipe then says which layers these are, and
+    `kept_in_float` how much of the error each of them had.
     """
     denoiser, layers = job.denoiser, artifact.header["layers"]
     elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())
-    if job.backbone.family != "generic" or elsewhere or key_map_of(denoiser) is not None:
+    if elsewhere or key_map_of(denoiser) is not None:
         return artifact
-    time = set(job.time.layers())
-    names = [name for name in layers if name not in time]
+    left = {name for subset in job.backbone.subsets for name in subset.linears}
+    left.update(job.time.layers())
+    names = [name for name in layers if name not in left]
     found = heavy(denoiser, artifact, names, list(chosen(job.trajectory)), job.device)
     if not found:
         return artifact
@@ -76,14 +79,18 @@ def heavy(
     """
     facts = artifact.header["layers"]
     sizes = {name: math.prod(layer["shape"]) for name, layer in facts.items()}
+    weights = sum(sizes.values())
+    left, found = MOST * weights, dict[str, float]()
+    few = sorted((n for n in names if sizes[n] <= left), key=lambda name: sizes[name])
+    if not few or len(facts) < 2:
+        return {}
     trial = Trial(denoiser, artifact, calls, device)
-    shares = _single(trial, names)
-    weights, left, found = sum(sizes.values()), MOST * sum(sizes.values()), dict[str, float]()
+    shares = _single(trial, names, few, {n: TIMES * sizes[n] / weights for n in few})
     for name in sorted(shares, key=lambda name: -shares[name] / sizes[name]):
-        if shares[name] >= TIMES * sizes[name] / weights and sizes[name] <= left:
+        if sizes[name] <= left:
             left -= sizes[name]
             found[name] = shares[name]
-    return found if len(found) < len(sizes) else {}
+    return found if sum(found.values()) >= WORTH else {}
 
 
 class Trial:
@@ -119,19 +126,37 @@ class Trial:
         return sum(error**2 for error in errors if error is not None)
 
 
-def _single(trial: Trial, names: list[str]) -> dict[str, float]:
-    """The shares of the error of the single layers that have most, found by halving groups."""
-    total = trial(names) if len(names) > 1 else 0.0
+def _single(
+    trial: Trial, names: list[str], few: list[str], least: Mapping[str, float]
+) -> dict[str, float]:
+    """The shares of the error of the single layers of `few` that have most, by halving groups.
+
+    names: all layers, `few` among them, by size. least: the share that a layer has at the least;
+    a group whose error is under that of each of its layers is not looked at further.
+    """
+    total = trial(names)
     if not 0 < total < math.inf:
         return {}
-    found, groups, count = dict[str, float](), [(-total, 0, names)], 1
-    while groups and -groups[0][0] >= LEAST * total and count + 2 <= TRIALS:
-        _, start, group = heapq.heappop(groups)
+
+    def promising(group: list[str], error: float) -> bool:
+        return error >= total * max(LEAST, min(least[name] for name in group))
+
+    def ranked(begin: int, group: list[str]) -> tuple[float, int, list[str]]:
+        return -trial(group), begin, group
+
+    found, groups, count = dict[str, float](), [ranked(0, few)], 2
+    if -groups[0][0] < WORTH * total:
+        return {}
+    while groups and count + 2 <= TRIALS:
+        negative, start, group = heapq.heappop(groups)
+        if len(group) == 1:
+            found[group[0]] = min(1.0, -negative / total)
+            continue
         middle = len(group) // 2
-        for begin, part in ((start, group[:middle]), (start + middle, group[middle:])):
-            error, count = trial(part), count + 1
-            if len(part) > 1:
-                heapq.heappush(groups, (-error, begin, part))
-            elif error >= LEAST * total:
-                found[part[0]] = min(1.0, error / total)
+        parts = [ranked(start, group[:middle]), ranked(start + middle, group[middle:])]
+        count += 2
+        for part in parts:
+            if promising(part[2], -part[0]):
+                heapq.heappush(groups, part)
+    found.update((group[0], min(1.0, -e / total)) for e, _, group in groups if len(group) == 1)
     return found

@@ -211,6 +211,7 @@ def _costs(generated: dict[str, Generated], name: str, facts: Facts) -> dict[str
     return {
         "reuse_ratio": ratio,
         "reuse_flops": work,
+        "whole_calls": bool(facts.calls) and all(not n.rpartition("/")[2] for n in facts.calls),
         "int8_weight_share": facts.int8_share,
         "seconds_per_picture": {
             "float": generated[FULL].per_image,

@@ -22,7 +22,8 @@ class Comparison:
     bf16_floor_psnr_db: the same for images generated in bf16, None if the model is in bf16 itself
     or cannot be run in it: then `bf16_arithmetic` has the reason.
     reuse_ratio, reuse_flops: share of the branch calls, and of the denoiser's multiply-adds, that
-    was reused and not computed. int8_weight_share: of the bytes of Linear and Conv2d weights.
+    was reused and not computed; whole_calls: of the denoiser's calls themselves, which a forecast
+    skips. int8_weight_share: of the bytes of Linear and Conv2d weights.
     seconds_per_picture {float, artifact, bf16}: medians over batches; bf16 is None where it is
     computed in another way than a user would (`bf16_arithmetic`). speedup: median of float over
     artifact, batch by batch; None if any layer was simulated. resident_weight_bytes {float,
@@ -59,6 +60,7 @@ class Comparison:
     batch: int
     seed: int
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    whole_calls: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; an infinite PSNR becomes None."""
@@ -107,6 +109,7 @@ class Comparison:
         seconds, weights = self.seconds_per_picture, self.resident_weight_bytes
         floor = self.bf16_floor_psnr_db
         own, plain = self.psnr_db, {} if floor is None else floor
+        what, done = ("calls", "skipped") if self.whole_calls else ("branch calls", "reused")
         rows: list[tuple[str, list[str]]] = [
             ("", [self.dtype, "bf16", "artifact"]),
             ("seconds an image", [_number(seconds[k]) for k in ("float", "bf16", "artifact")]),
@@ -116,8 +119,8 @@ class Comparison:
             ("  5th percentile", ["", _number(plain.get("p5"), 1), _number(own["p5"], 1)]),
             ("SSIM", ["", "", _number(self.ssim, 4)]),
             ("LPIPS", ["", "", _number(self.lpips, 4)]),
-            ("branch calls reused", ["", "", _share(self.reuse_ratio)]),
-            ("work reused", ["", "", _share(self.reuse_flops)]),
+            (f"{what} {done}", ["", "", _share(self.reuse_ratio)]),
+            (f"work {done}", ["", "", _share(self.reuse_flops)]),
             ("weights in int8", ["", "", _share(self.int8_weight_share)]),
         ]
         for name, facts in self.encoders.items():

@@ -119,6 +119,13 @@ def test_half_of_the_calls_without_an_artifact(flux: Any, caplog: Any) -> None:
     assert torch.equal(latent(flux), plain)
 
 
+def test_a_comparison_says_that_calls_were_skipped(flux: Any) -> None:
+    found = tn.compare(flux, prompts=["a"], count=1, steps=12, speedup=2)
+    assert found.whole_calls and found.reuse_ratio == 0.5
+    lines = [line.split() for line in str(found).splitlines()]
+    assert ["calls", "skipped", "50.0%"] in lines and ["work", "skipped", "50.0%"] in lines
+
+
 @pytest.mark.parametrize("kind", ["eps", "rising"])
 def test_other_predictions_and_times(kind: str) -> None:
     """Of an eps model, and of one whose time rises in a run."""

@@ -127,11 +127,26 @@ def test_as_many_trials_as_said(model: Any, trajectory: Any, monkeypatch: Any) -
     assert len(seen) <= 9 and made.header["kept_in_float"]
 
 
-def test_a_known_family_is_left_alone(tiny: Any, recorded: Any, monkeypatch: Any) -> None:
-    """Its file says what needs more bits: not one layer is tried."""
+def test_layers_that_share_an_input_stay_together(
+    tiny: Any, recorded: Any, monkeypatch: Any
+) -> None:
+    """Hosts make one layer of them, which cannot be half in float; nor what depends on time."""
+    seen: list[list[str]] = []
 
-    def never(*_: Any) -> Any:
-        raise AssertionError
+    def nothing(_: Any, __: Any, names: list[str], *rest: Any) -> dict[str, float]:
+        seen.append(names)
+        return {}
 
-    monkeypatch.setattr(spared, "heavy", never)
-    assert "kept_in_float" not in tn.quantize(tiny("unet"), "w8a8", recorded("unet")).header
+    monkeypatch.setattr(spared, "heavy", nothing)
+    model = tiny("unet")
+    assert "kept_in_float" not in tn.quantize(model, "w8a8", recorded("unet")).header
+    (names,) = seen
+    backbone = tn.describe(model)
+    together = {name for subset in backbone.subsets for name in subset.linears}
+    assert together and not together & set(names) and "conv_in" in names
+    assert not [name for name in names if name.startswith(backbone.temporal)]
+
+
+def test_nothing_is_kept_for_little(tiny: Any, recorded: Any) -> None:
+    made = tn.quantize(tiny("dit"), "w8a8", recorded("dit")).header
+    assert not 0 < sum(made.get("kept_in_float", {}).values()) < spared.WORTH

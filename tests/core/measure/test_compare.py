@@ -170,7 +170,8 @@ def test_reuse_is_counted_as_it_happens(denoiser: nn.Module, trajectory: tn.Traj
     table[1:, 0] = table[2, 3] = False
     artifact = routed(denoiser, trajectory, table)
     found = compare(denoiser, artifact, count=3, batch=1, sample=sample)
-    assert found.reuse_ratio == pytest.approx(4 / 16)
+    assert found.reuse_ratio == pytest.approx(4 / 16) and not found.whole_calls
+    assert "branch calls reused" in str(found)
     names = artifact.header["route"]["branches"]
     call = trajectory.calls[0].inputs
     work = multiply_adds(denoiser, (), call, names)
