@@ -264,3 +264,26 @@ def test_on_a_card(model: Any, compile: bool, execution: str, tmp_path: Any) -> 
         assert execution == "auto" or "dequantized" not in words
         assert gap(found, expected) < (0.03 if words <= {"fp8", "float"} else 0.2)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not CARD, reason="no GPU with products of 8-bit floats")
+@pytest.mark.parametrize("scheme", FP8, ids=lambda s: s.name)
+def test_inductor_fuses_the_quantization(scheme: tn.Scheme) -> None:
+    """Activation, range and codes are one kernel; a stored scale may take one more."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    layer = made(scheme).to("cuda")
+    x = torch.randn(40, 64, device="cuda").bfloat16()
+
+    def block(x: Tensor) -> Tensor:
+        return layer(nn.functional.silu(x))
+
+    with torch.no_grad():
+        layer.clock.tick(999, (0,), torch.device("cuda"))
+        expected = block(x)
+        found, code = run_and_get_code(torch.compile(block, fullgraph=True), x)
+    text = "".join(code)
+    assert gap(found, expected) < 0.01
+    assert "_scaled_mm" in text and 1 <= text.count("@triton.jit") <= 2
+    torch._dynamo.reset()
