@@ -39,6 +39,20 @@ def attached(
     return way
 
 
+def stored(compile: bool, graphs: bool) -> Any:
+    """fp8 with one stored range a layer; any one takes the same time."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        attached("fp8", "int8", compile, graphs)(denoiser)
+        for layer in (m for m in denoiser.modules() if isinstance(m, tn.runtime.QLayer)):
+            layer.scheme = tn.schemes.FP8_STATIC
+            layer.input_scale = torch.full((1,), 8 / 448, device=layer.qdata.device)
+            layer.input_zero = torch.zeros_like(layer.input_scale)
+        return denoiser
+
+    return way
+
+
 def plain(compile: bool, graphs: bool, forecast: bool = False) -> Any:
     """The bf16 model itself, with what `attach` does round its calls."""
 
@@ -142,7 +156,13 @@ WAYS: dict[str, Way] = {
     "w8a8 int8 blocks, graph": attached("w8a8", "int8", True, True),
     "w8a8 int8 tuned blocks, graph": attached("w8a8", "int8", True, True, TUNED),
     "w8a8 auto blocks, graph": attached("w8a8", "auto", True, True),
+    "fp8": attached("fp8", "int8", False, False),
+    "fp8 graph": attached("fp8", "int8", False, True),
+    "fp8 blocks": attached("fp8", "int8", True, False),
     "fp8 blocks, graph": attached("fp8", "int8", True, True),
+    "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
+    "fp8-static blocks": stored(True, False),
+    "fp8-static blocks, graph": stored(True, True),
     "run: forecast": plain(False, False, True),
     "run: forecast, blocks, graph": plain(True, True, True),
     "torchao fp8 compile": torchao("fp8", compiled(None)),

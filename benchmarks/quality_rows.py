@@ -86,7 +86,9 @@ class Bench:
         yield Row(W4A8, partial(self.quantized, w4a8, gptq))
         yield Row("W4A16 (GPTQ)", partial(self.quantized, schemes.W4A16, gptq))
         yield Row(f"router {REUSE:.0%}", partial(self.routed, REUSE))
-        yield Row("W8A8", partial(self.quantized, schemes.W8A8, nearest), extra=True)
+        for scheme in (schemes.W8A8, schemes.FP8, schemes.FP8_STATIC):
+            name = scheme.name.upper()
+            yield Row(name, partial(self.quantized, scheme, nearest), extra=True)
         further = replace(learnt, iterations=600, start="gptq")
         fine = replace(w4a8, weight=replace(w4a8.weight, group=16))
         for name, scheme, rounding in (

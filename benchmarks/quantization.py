@@ -4,9 +4,10 @@
     python benchmarks/quantization.py --artifact a.safetensors --rows "W8A8*" "*nearest*"
 
 Prints one JSON line a row as it goes and a Markdown table at the end. Rows: the bf16 floor, W8A8
-with ranges per token and per step, weight-only, and W4A8 by GPTQ, by AdaRound, by AdaRound that
-goes on from GPTQ and by round-to-nearest with the same layers kept at 8 bits, and with everything
-at 4 bits. The time-only modules become tables in all of them (`--temporal` says otherwise).
+and fp8 with ranges per token and per step, weight-only, and W4A8 by GPTQ, by AdaRound, by AdaRound
+that goes on from GPTQ and by round-to-nearest with the same layers kept at 8 bits, and with
+everything at 4 bits. The time-only modules become tables in all of them (`--temporal` says
+otherwise).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def recipes(model: nn.Module, preset: str) -> Iterator[tuple[str, tn.Recipe]]:
     learnt, both = AdaRound(300, 16), AdaRound(300, 16, start="gptq")
     yield "W8A8, per token", recipe_for(s.W8A8, backbone)
     yield "W8A8, per step", recipe_for(s.W8A8_STATIC, backbone)
+    yield "fp8, per token", recipe_for(s.FP8, backbone)
+    yield "fp8, per step", recipe_for(s.FP8_STATIC, backbone)
     yield "W8A16", recipe_for(s.W8A16, backbone)
     yield "W4A8, GPTQ, ends at 8 bits", recipe_for(s.W4A8, backbone, compensated)
     yield "W4A8, AdaRound, ends at 8 bits", recipe_for(s.W4A8, backbone, learnt)

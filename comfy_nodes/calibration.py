@@ -25,20 +25,17 @@ from tenuto.calibration import PRESETS, quantize
 from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
 from tenuto.model import key_map_of, map_tensors
-from tenuto.numerics import named
+from tenuto.numerics import known, named
 from tenuto.sampling import Call, Trajectory, record
 from tenuto.work import Work
 
 from .api import ArtifactType, io, ui
 from .cache import is_stochastic
-from .nodes import info
+from .nodes import info, title
 from .outputs import HostOutputs
 from .weights import Weights, patched
 
-SCHEMES = {
-    "W8A8": "w8a8", "W8A8, a range a step": "w8a8-static", "W4A8": "w4a8",
-    "W4 (weights only)": "w4a16",
-}  # fmt: skip
+SCHEMES = {title(scheme): name for name, scheme in known().items()}
 TYPES = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "FLOW": "flow", "FLUX": "flow"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 

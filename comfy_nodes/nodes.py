@@ -14,7 +14,7 @@ from tenuto.artifact import Artifact, kernel_of, schedule_of, tabled
 from tenuto.caching import CacheSchedule, LateInterval, made, rules
 from tenuto.errors import TenutoError
 from tenuto.model import layers as layers_of
-from tenuto.numerics import named
+from tenuto.numerics import Scheme, known, named
 from tenuto.runtime import EXECUTIONS, Patches, Replacements
 from tenuto.text import printable
 
@@ -22,12 +22,16 @@ from .adapter import ComfyUI
 from .api import ArtifactType, io
 from .speed import cached, faster, speedup_input
 
-SCHEMES = {
-    "W8A8": "w8a8",
-    "W6A8": "w6a8",
-    "W8 (weights only)": "w8a16",
-    "W4 (weights only)": "w4a16",
-}
+
+def title(scheme: Scheme) -> str:
+    """What a scheme is called in the nodes; workflows have it."""
+    if scheme.activation is None:
+        return f"W{scheme.weight.bits} (weights only)"
+    name = scheme.name.removesuffix("-static").upper()
+    return f"{name}, a range a step" if scheme.stored else name
+
+
+SCHEMES = {title(s): name for name, s in known().items() if not s.stored}  # without an artifact
 FROM_ARTIFACT = "from artifact"
 ROUTE, SETTINGS = "route of the artifact", ("first", "period")  # of a policy: what the node asks
 KIND = "models/tenuto"

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from tenuto.calibration import PRESETS, WIDTHS, algorithms
+from tenuto.numerics import known, label
 
 from .bench import Bench
 from .call import OPTIONS, as_fields
@@ -17,10 +18,9 @@ from .fields import optional
 from .jobs import Job
 
 SCHEMES = [
-    ("W8A8: 8-bit weights and inputs", "w8a8"), ("W4A8: 4-bit weights, 8-bit inputs", "w4a8"),
-    ("W8A16: 8-bit weights only", "w8a16"), ("W4A16: 4-bit weights only", "w4a16"),
+    *((label(scheme), name) for name, scheme in known().items()),
     ("none: the denoiser keeps its weights", ""),
-]  # fmt: skip
+]
 ENCODERS = [("Leave as they are", ""), *((f"{width[1:]} bits", width) for width in WIDTHS)]
 EFFORTS = {
     "quick": "quick: a few minutes for a small model", "standard": "standard: four times the data",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tenuto.caching import rules
 from tenuto.errors import TenutoError
+from tenuto.numerics import known
 
 FROM_ARTIFACT = "From artifact"
 OFF, ROUTER = "Off", "Router (from artifact)"
@@ -19,7 +20,8 @@ RULES = {  # policies that need nothing but a period, found by their files
     for title, cls in rules(("period",)).items()
 }
 BOTH, FIRST, HIRES = "Both", "First pass only", "Hires only"
-PRECISIONS = (OFF, "W8A8", "W6A8", "W4A8", FROM_ARTIFACT)
+FAST = (name.upper() for name, s in known().items() if s.activation and not s.stored)
+PRECISIONS = (OFF, *FAST, FROM_ARTIFACT)
 CACHES = (OFF, *RULES, ROUTER)
 PASSES = (BOTH, FIRST, HIRES)
 BUILT_IN = "Built-in: "
@@ -50,11 +52,11 @@ class Choices:
     speedup: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("cache", CACHES), ("passes", PASSES)):
-            if getattr(self, name) not in known:
+        for name, table in (("precision", PRECISIONS), ("cache", CACHES), ("passes", PASSES)):
+            if getattr(self, name) not in table:
                 raise TenutoError(
                     f"Tenuto has no {name} {getattr(self, name)!r}: choose one of "
-                    f"{', '.join(known)}."
+                    f"{', '.join(table)}."
                 )
         if not 1 <= self.speed <= 8 or self.longest < 0:
             raise TenutoError("Tenuto's speed is 1 to 8, and its longest reuse is no less than 0.")

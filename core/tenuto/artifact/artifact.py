@@ -22,6 +22,7 @@ from ..sampling import OutputKernel
 from ..text import printable
 from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
+from .float_codes import in_file, in_memory
 from .forecast import joined_forecast, kernel_of
 from .forms import check_forms, wanted
 from .header import ALONE, KEY, WRONG, check_fingerprint, opened
@@ -129,8 +130,8 @@ class Artifact:
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all. Equal artifacts give equal bytes."""
-        parts = {name: (part.header, part.tensors) for name, part in self.parts.items()}
-        header, tensors = joined(self.header, self.tensors, parts)
+        parts = {n: (p.header, in_file(p.header, p.tensors)) for n, p in self.parts.items()}
+        header, tensors = joined(self.header, in_file(self.header, self.tensors), parts)
         text = json.dumps(header, sort_keys=True, separators=(",", ":"))
         try:
             write_tensors(Path(path), tensors, {KEY: text})
@@ -146,7 +147,7 @@ class Artifact:
             except AttributeError as error:
                 said = f"{path} has tensors of a type that this torch does not know"
                 raise ArtifactError(f"{said}: {printable(error)}.") from error
-        own, parts = apart(header, tensors)
+        own, parts = apart(header, in_memory(tensors))
         found = Artifact(*own, {name: Artifact(*part) for name, part in parts.items()})
         found.validate(str(path))
         return found
@@ -218,7 +219,7 @@ class Artifact:
             parts[f"{layer}.delta"] = (torch.uint8, (stream.numel(),))
             del parts[f"{layer}.qdata"]
         needed = {f"weights/{k}": v for k, v in parts.items()}
-        if scheme.activation is not None and not scheme.activation.dynamic:
+        if scheme.activation is not None and scheme.stored:
             steps = self._steps() if scheme.activation.per_step else 1
             fact = (torch.float32, (steps,))
             needed |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}

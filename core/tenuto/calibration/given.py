@@ -74,7 +74,7 @@ def needs_every_prompt(
         schemes = [scheme]
         algorithms = [effort.rounding(rounding)] if scheme.weight.bits < 8 else []
     seen = any(getattr(algorithm, "needs_inputs", False) for algorithm in algorithms)
-    stored = any(s.activation is not None and not s.activation.dynamic for s in schemes)
+    stored = any(s.stored for s in schemes)
     return seen or stored
 
 

@@ -61,10 +61,11 @@ class Job:
         self.weights, self.denoiser = Codes(), denoiser
         self.values = Values(denoiser, self.device, self.weights)
         self.model = self.plain_copy(self.weights)
-        found = (
-            (name, recipe.rule(name)) for name, layer in layers(self.model) if quantizable(layer)
-        )
-        self.plan: dict[str, Rule] = {name: rule for name, rule in found if rule is not None}
+        self.plan: dict[str, Rule] = {
+            name: rule
+            for name, layer in layers(self.model)
+            if (rule := recipe.rule(name)) is not None and quantizable(layer, rule.scheme)
+        }
         self.errors: dict[str, float] = {}
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
         self.maintained: dict[str, Tensor] = {}

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from ..numerics import known
 from .arguments import real, text, whole
 
 QUANTIZATION, CALIBRATION, TRAINING = "Quantization", "Calibration", "Training"
 SAMPLING, OUTPUT = "Sampling", "Output"
-SCHEMES = ("w8a8", "w4a8", "w8a16", "w4a16", "w8a8-static", "w4a8-static")
+SCHEMES = tuple(known())
 
 
 def _choice(flag: str, panel: str, help: str, names: tuple[str, ...], metavar: str) -> Any:
@@ -56,8 +57,8 @@ Scheme = Annotated[
     str | None,
     _choice(
         "--scheme", QUANTIZATION,
-        "Bits of weights and activations: w8a8, w4a8, w8a16 or w4a16; w8a8-static and w4a8-static "
-        "store the activation ranges, one a step.", SCHEMES, "S",
+        f"Bits of weights and inputs: {', '.join(SCHEMES)}; 'static' stores the ranges of inputs, "
+        "one a step.", SCHEMES, "S",
     ),
 ]  # fmt: skip
 TextEncoder = Annotated[

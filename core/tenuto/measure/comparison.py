@@ -10,6 +10,8 @@ from typing import Any
 from ..artifact.summary import counted
 from .bf16 import NONE
 
+IN_FLOAT = ("float", "simulated", "dequantized", "weight-only", "auto")  # or may
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -68,8 +70,10 @@ class Comparison:
         return _plain(asdict(self) | {"note": self.note()})
 
     def note(self) -> str | None:
-        """One sentence if int8 was measured and is slower here than float; else None."""
-        low, own = self.execution["layers"].get("int8", 0), self.seconds_per_picture["artifact"]
+        """One sentence if low precision was measured and is slower here than float; else None."""
+        words = self.execution["layers"]
+        low = [word for word in words if not any(plain in word for plain in IN_FLOAT)]
+        own = self.seconds_per_picture["artifact"]
         if not low or own is None or self.speedup is None:
             return None
         bf16, slower = self.seconds_per_picture["bf16"], []
@@ -80,8 +84,9 @@ class Comparison:
         if not slower:
             return None
         return (
-            f"Int8 is slower than {' and '.join(slower)} on this machine: by default, attach "
-            "and generate time each layer and run in float those that int8 slows down."
+            f"{' and '.join(low).capitalize()} is slower than {' and '.join(slower)} on this "
+            f"machine: by default, attach and generate time each layer and run in float those that "
+            f"it slows down."
         )
 
     def speed_note(self) -> str:

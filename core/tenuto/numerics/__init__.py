@@ -4,7 +4,7 @@ from . import float8
 from .grid import Grid, covering, ends
 from .integer_codes import affine
 from .qtensor import QTensor, layout
-from .scheme import Format, Recipe, Rule, Scheme, known, named, schemes
+from .scheme import Format, Recipe, Rule, Scheme, known, label, named, schemes
 
 __all__ = [
     "Format",
@@ -18,6 +18,7 @@ __all__ = [
     "ends",
     "float8",
     "known",
+    "label",
     "layout",
     "named",
     "schemes",

@@ -66,6 +66,11 @@ class Scheme:
     weight: Format
     activation: Format | None = None
 
+    @property
+    def stored(self) -> bool:
+        """Whether it has ranges that calibration finds: it cannot be applied without one."""
+        return self.activation is not None and not self.activation.dynamic
+
     def __post_init__(self) -> None:
         if self.weight.granularity != "channel":
             raise SchemeError("Weights are quantized per output channel, or in groups of it.")
@@ -161,6 +166,7 @@ _W8 = Format(8, symmetric=True, ranges="minmax")
 _W4 = Format(4, symmetric=False, ranges="mse", group=32)
 _TOKEN = Format(8, symmetric=True, granularity="token")
 _STEP = Format(8, symmetric=False, granularity="tensor", per_step=True)
+_E4M3 = Format(dtype="e4m3")
 
 
 class schemes:
@@ -173,11 +179,29 @@ class schemes:
     W4A16 = Scheme("w4a16", _W4)
     W8A8_STATIC = Scheme("w8a8-static", _W8, _STEP)
     W4A8_STATIC = Scheme("w4a8-static", _W4, _STEP)
+    FP8 = Scheme("fp8", _E4M3, Format(dtype="e4m3", granularity="token"))
+    FP8_STATIC = Scheme(
+        "fp8-static", _E4M3, Format(dtype="e4m3", granularity="tensor", per_step=True)
+    )
 
 
 def known() -> dict[str, Scheme]:
     """The named schemes by name."""
     return {s.name: s for s in vars(schemes).values() if isinstance(s, Scheme)}
+
+
+def label(scheme: Scheme) -> str:
+    """A scheme in a few words, such as "W4A8: 4-bit weights, 8-bit inputs"."""
+    weights, inputs = _words(scheme.weight), scheme.activation
+    if inputs is None:
+        return f"{scheme.name.upper()}: {weights} weights only"
+    both = " and" if _words(inputs) == weights else f", {_words(inputs)}"
+    step = "" if inputs.dynamic else ", a range a step"
+    return f"{scheme.name.upper()}: {weights} weights{both} inputs{step}"
+
+
+def _words(form: Format) -> str:
+    return f"{form.bits}-bit" + (" float" if form.dtype != "int" else "")
 
 
 def named(name: str) -> Scheme:

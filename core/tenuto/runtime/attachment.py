@@ -41,8 +41,9 @@ from .attached import Part, Tenuto
 from .captures import Reads
 from .default_forecast import default_kernel_of, with_default
 from .denoiser_call import Calls
-from .execution import Chooser
+from .execution import Chooser, chooser_for
 from .layers import QLayer
+from .mode import Mode
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
 log = logging.getLogger("tenuto")
@@ -68,11 +69,13 @@ def attach(
     layer to nearest where it is, without calibration. A denoiser of another code (ldm, ComfyUI)
     gets it too, by the key map of its family. None or "forecast-default" changes no layer: calls
     are skipped by a kernel that ships, which knows nothing of the model.
-    execution: "int8" executes in low precision what the kernels support and simulates the rest: the
-    artifact's own arithmetic. "float" computes with the dequantized weights in the model's dtype,
-    inputs as they are. "auto" times both when a layer is first called for about so many rows, once
-    for layers that are alike in the whole process, and leaves int8 only where it is clearly slower;
-    calls of very different sizes may then differ by an input's rounding. simulate: compute
+    execution: "int8" executes in low precision (int8, or fp8 where a scheme says it) what the
+    kernels support and simulates the rest: the artifact's own arithmetic. "float" computes with the
+    dequantized weights in the model's dtype, inputs as they are. "auto" times both when a layer is
+    first called for about so many rows, once for layers that are alike in the whole process, as
+    they will run (eager, compiled, captured; what it finds of a GPU is kept on disk), and leaves
+    low precision only where it is slower, on a CPU clearly slower; calls of very different sizes
+    may then differ by an input's rounding. simulate: compute
     quantized layers in float, with the same codes. route: apply the cache schedule too. policy: of
     `tenuto.caching`, in place of the artifact's schedule. speedup:
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
@@ -111,7 +114,8 @@ def install(
     model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
-    patches = with_default(model, patches)
+    patches, how = with_default(model, patches), how or Calls()
+    chooser = chooser or chooser_for(Mode(how.compile, how.graphs))
     made, denoisers = patches.artifact, parts_of(model)
     for denoiser in denoisers.values():
         check_free(denoiser)
@@ -137,9 +141,9 @@ def install(
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
         for part in found.values():
-            call, around = (how or Calls()).of(part.denoiser, part.plan.policy is not None)
+            call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around
-            part.clock.reads = Reads() if how is not None and how.graphs else None
+            part.clock.reads = Reads() if how.graphs else None
             if part.plan.policy is not None:
                 cells = apply_policy_(part.denoiser, part.plan.policy, part.clock)
                 attached.patches += cells

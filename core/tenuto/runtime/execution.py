@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TenutoError
+from .kept_choices import KeptChoices
 from .kernels import Kernel
 from .kernels.quantize_input import compiling
+from .mode import EAGER, Mode
 from .timing import latency
 
 EXECUTIONS = ("auto", "int8", "float")
@@ -23,35 +25,49 @@ class Chooser:
     """Chooses for a kind of layer, and answers alike whenever the same kind is asked for again.
 
     margin: how many times slower than float the fastest kernel must be to be left: it has the
-    smaller weights.
+    smaller weights. on_gpu: the same on a GPU, where a whole model is as slow as its layers. mode:
+    how the layers will run. kept: choices that earlier processes made on a GPU.
     """
 
     margin: float = 1.15
     repeats: int = 5
     known: dict[Hashable, str] = field(default_factory=dict)
+    on_gpu: float = 1.0
+    mode: Mode = EAGER
+    kept: KeptChoices | None = None
 
     def __call__(self, kind: Hashable, runs: Mapping[str, Callable[[], Any]]) -> str:
         """The name of a kernel in `runs`, or `DENSE`, by medians of runs in turn."""
         if kind not in self.known:
-            found = latency(dict(runs), self.repeats, warmup=2)
-            low = min((name for name in runs if name != DENSE), key=lambda n: found[n].median)
-            slower = found[low].median > self.margin * found[DENSE].median
-            self.known[kind] = DENSE if slower else low
+            gpu = isinstance(kind, tuple) and any(str(part).startswith("cuda") for part in kind)
+            name = (self.kept.get(self.mode, kind) if self.kept and gpu else None) or ""
+            if name not in runs:
+                name = self._fastest(runs, self.on_gpu if gpu else self.margin)
+                if self.kept and gpu:
+                    self.kept.add(self.mode, kind, name)
+            self.known[kind] = name
         return self.known[kind]
+
+    def _fastest(self, runs: Mapping[str, Callable[[], Any]], margin: float) -> str:
+        found = latency(dict(runs), self.repeats, warmup=2)
+        low = min((name for name in runs if name != DENSE), key=lambda n: found[n].median)
+        return DENSE if found[low].median > margin * found[DENSE].median else low
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         return self  # a copy of a model decides as the model does
 
 
 def decided(
-    chooser: Any, kind: tuple[Any, ...], runs: Mapping[Kernel | None, Callable[[], Any]]
-) -> Kernel | None:
-    """The kernel of `runs` that `chooser` takes, or None, the float layer.
+    chooser: Any, kind: tuple[Any, ...], runs: Mapping[Kernel | None, Callable[[Tensor], Any]],
+    x: Tensor,
+) -> Kernel | None:  # fmt: skip
+    """The kernel of `runs` that `chooser` takes for `x`, or None, the float layer.
 
     A chooser may say "int8" instead of a name: the first one.
     """
+    mode = getattr(chooser, "mode", EAGER)
     by_name = {kernel.name: kernel for kernel in runs if kernel is not None}
-    named = {kernel.name if kernel else DENSE: run for kernel, run in runs.items()}
+    named = {kernel.name if kernel else DENSE: mode.run(run, x) for kernel, run in runs.items()}
     with torch.no_grad():
         name = chooser((*kind, *by_name), named)
     return None if name == DENSE else by_name.get(name, next(iter(by_name.values())))
@@ -69,7 +85,13 @@ def may_measure(x: Tensor) -> bool:
     return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-process = Chooser()  # what this process has found out
+process = Chooser(kept=KeptChoices())  # what this process has found out
+_choosers = {process.mode: process}
+
+
+def chooser_for(mode: Mode) -> Chooser:
+    """What this process has found out of layers that run so."""
+    return _choosers.setdefault(mode, Chooser(mode=mode, kept=process.kept))
 
 
 def check_execution(execution: str) -> None:

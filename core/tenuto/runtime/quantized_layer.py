@@ -192,13 +192,13 @@ class QLayer(Replacement):
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
         if key not in self.choices and execution.may_measure(x):
             kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
-            runs = {k: functools.partial(self._anew, x, k) for k in (*able, None)}
-            self.choices[key] = execution.decided(self.chooser, kind, runs)
+            runs = {k: functools.partial(self._anew, k) for k in (*able, None)}
+            self.choices[key] = execution.decided(self.chooser, kind, runs, x)
             self.latest = (self.choices[key],)
             self._forget()
         return self.choices.get(key, able[0])
 
-    def _anew(self, x: Tensor, kernel: Kernel | None) -> Tensor:
+    def _anew(self, kernel: Kernel | None, x: Tensor) -> Tensor:
         """`x` as a tensor that the memo does not know, by a kernel or in float."""
         x = x.detach()
         return self._dequantized(x) if kernel is None else self._executed(kernel, x)

@@ -30,8 +30,13 @@ def default_recipe(
     return Recipe((*rules, Rule("*", scheme, last)))
 
 
-def quantizable(layer: Any) -> bool:
-    """Whether a quantized layer computes what `layer` does: a convolution pads with zeros."""
-    return not isinstance(layer, nn.Conv2d) or (
-        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    )
+def quantizable(layer: Any, scheme: Scheme | None = None) -> bool:
+    """Whether a quantized layer computes what `layer` does: a convolution pads with zeros.
+
+    scheme: what the layer would get. Nothing multiplies the 8-bit floats of a convolution's inputs.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    if scheme is not None and scheme.activation and scheme.activation.dtype != "int":
+        return False
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -101,7 +101,7 @@ class Replacements:
             found = module.weight if weight is None else weight
             codes = QTensor.nearest(found.detach(), scheme.weight)
         pair = None
-        if scheme.activation is not None and not scheme.activation.dynamic:
+        if scheme.stored:
             pair = self.ranges[f"{name}.scale"], self.ranges[f"{name}.zero_point"]
         kind: Any = QConv2d if isinstance(module, nn.Conv2d) else QLinear
         return kind(module, codes, scheme, self.clock, pair, memo=self.memo, **self.options)
@@ -200,7 +200,7 @@ def _rounded(denoiser: nn.Module, layers: Mapping[str, Any], patches: Patches) -
     """
     scheme, keys = patches.scheme, key_map_of(denoiser)
     assert scheme is not None
-    if scheme.activation is not None and not scheme.activation.dynamic:
+    if scheme.stored:
         raise SchemeError(f"The ranges of {scheme.name} are found by calibration: use an artifact.")
     backbone = describe(denoiser)
     recipe, chosen = default_recipe(scheme, backbone), {}
@@ -210,7 +210,9 @@ def _rounded(denoiser: nn.Module, layers: Mapping[str, Any], patches: Patches) -
         ends = backbone.ends if backbone.block_of(name) is None else ()
         skipped = any(fnmatchcase(n, p) for n in names for p in (*patches.skip, *ends))
         wanted = patches.convolutions or not isinstance(layer, nn.Conv2d)
-        if rule is None or rule.scheme is None or skipped or not wanted or not quantizable(layer):
+        if rule is None or rule.scheme is None or skipped or not wanted:
+            continue
+        if not quantizable(layer, rule.scheme):
             continue
         if not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
             raise ModelError("The model's weights are quantized already.")

@@ -66,13 +66,15 @@ def test_every_scheme_on_every_kind(
 ) -> None:
     model, trajectory, scheme = tiny(kind), recorded(kind, steps=2), named(name)
     artifact = quantize(model, recipe(model, scheme), trajectory, temporal="none")
-    every = {n: tuple(m.weight.shape) for n, m in layers(model)}
+    real = scheme.weight.dtype == "e4m3"  # of convolutions there is no such product
+    every = {n: tuple(m.weight.shape) for n, m in layers(model) if m.weight.ndim == 2 or not real}
     facts = artifact.header["layers"]
     assert {n: tuple(f["shape"]) for n, f in facts.items()} == every
     artifact.save(tmp_path / "a")
     again = Artifact.load(tmp_path / "a")
     assert again.header == artifact.header
-    assert drift(model, again, trajectory.calls) < (0.1 if scheme.weight.bits == 8 else 0.7)
+    limit = (0.25 if real else 0.1) if scheme.weight.bits == 8 else 0.7
+    assert drift(model, again, trajectory.calls) < limit
     bits = {artifact.header["schemes"][f["scheme"]]["weight"]["bits"] for f in facts.values()}
     assert bits == {scheme.weight.bits, 8}, "first and last layers have 8"
     static = scheme.activation is not None and not scheme.activation.dynamic

@@ -285,6 +285,8 @@ def test_a_note_says_when_int8_is_slower_and_what_happens_by_default(
     for execution in ({"dequantized": 3}, {"float": 3}):
         other = of(changed, execution={"mode": "float", "layers": execution})
         assert other.note() is None and other.to_json()["note"] is None
+    real = of(changed, execution={"mode": "mixed", "layers": {"fp8": 2, "simulated": 1}})
+    assert (real.note() or "").startswith("Fp8 is slower than ")
     assert of(changed, speedup=None).note() is None
 
 

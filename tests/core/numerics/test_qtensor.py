@@ -27,6 +27,7 @@ FORMATS += [Format(bits, symmetric=False, group=16) for bits in (2, 3, 4)]
 SHAPES = [(6, 32), (5, 33), (1, 1), (4, 3, 3, 3), (8, 2, 1, 1)]
 ALL = [s for s in vars(schemes).values() if isinstance(s, Scheme)]
 WITH_CODES = [s for s in ALL if s.activation is not None]
+WHOLE = [s for s in WITH_CODES if s.weight.dtype == "int"]  # what a CPU executes
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -119,14 +120,15 @@ def test_four_bits_take_half_a_byte() -> None:
 def test_a_weight_is_near_the_one_it_stands_for(scheme: Scheme) -> None:
     w = draw(16, 3, 3, 3)
     gap = (RoundToNearest().weight(w, scheme.weight).dequantize() - w).norm() / w.norm()
-    assert gap < (0.01 if scheme.weight.bits == 8 else 0.15)
+    limits = {"int": 0.01, "e4m3": 0.04}  # three bits of mantissa: up to 2^-4 of a value
+    assert gap < (limits[scheme.weight.dtype] if scheme.weight.bits == 8 else 0.15)
 
 
 # --- the layers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scheme", WITH_CODES, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", WHOLE, ids=lambda s: s.name)
 @pytest.mark.parametrize("kind", ["linear", "conv", "grouped"])
 def test_executed_equals_simulated(kind: str, scheme: Scheme, bias: bool) -> None:
     """The same codes; integer sums against float sums."""
@@ -263,7 +265,7 @@ def test_state_is_kept(scheme: Scheme) -> None:
 
 def test_memory_is_not_held_twice() -> None:
     """Once packed, the packed weight is the only copy, and yet all of it can be had back."""
-    for scheme in WITH_CODES:
+    for scheme in WHOLE:
         q = quantized("linear", scheme)
         weight, codes = q.weight, q.qdata.clone()
         q(data("linear"))

@@ -12,7 +12,7 @@ from tenuto.calibration.algorithms import algorithm
 from tenuto.calibration.algorithms.adaround import AdaRound
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.errors import SchemeError, TenutoError
-from tenuto.numerics.scheme import Format, Recipe, Rule, Scheme, named, schemes
+from tenuto.numerics.scheme import Format, Recipe, Rule, Scheme, label, named, schemes
 
 NAMED = [s for s in vars(schemes).values() if isinstance(s, Scheme)]
 
@@ -26,13 +26,29 @@ def test_a_scheme_survives_json(scheme: Scheme) -> None:
 
 def test_the_names_say_what_they_are() -> None:
     assert {"w8a8", "w4a8", "w8a16", "w4a16"} <= {s.name for s in NAMED}
+    assert {s.name for s in NAMED if s.weight.dtype == "e4m3"} == {"fp8", "fp8-static"}
     for scheme in NAMED:
+        assert scheme.stored == scheme.name.endswith("-static")
+        if scheme.weight.dtype == "e4m3":
+            assert scheme.activation is not None and scheme.activation.dtype == "e4m3"
+            continue
         weight, activation = scheme.name.removesuffix("-static")[1:].split("a")
         assert scheme.weight.bits == int(weight)
         assert (scheme.activation is None) == (activation == "16")
         if scheme.activation is not None:
             assert scheme.activation.bits == int(activation)
-            assert scheme.activation.dynamic != scheme.name.endswith("-static")
+
+
+def test_labels() -> None:
+    """Every scheme has one of its own, made of its formats."""
+    found = [label(scheme) for scheme in NAMED]
+    assert len(set(found)) == len(found)
+    assert label(schemes.W8A8) == "W8A8: 8-bit weights and inputs"
+    assert label(schemes.W4A8_STATIC) == (
+        "W4A8-STATIC: 4-bit weights, 8-bit inputs, a range a step"
+    )
+    assert label(schemes.W4A16) == "W4A16: 4-bit weights only"
+    assert label(schemes.FP8) == "FP8: 8-bit float weights and inputs"
 
 
 def test_an_unknown_name_is_told_the_choices() -> None:

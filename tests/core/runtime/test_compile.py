@@ -15,7 +15,7 @@ import tenuto as tn
 from tenuto.caching import Interval
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import denoiser_of, tensors_in
-from tenuto.numerics import Format, Recipe, Rule, Scheme
+from tenuto.numerics import Recipe, Rule, Scheme
 from tenuto.runtime import Patches
 from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
@@ -24,12 +24,11 @@ from tests.core import family_pipelines, tiny_language
 from tests.core import tiny_pipelines as tiny
 
 STEPS = 2
-E4M3 = Format(dtype="e4m3")
 SCHEMES = (
     tn.schemes.W8A8,
     tn.schemes.W8A8_STATIC,
-    Scheme("fp8", E4M3, Format(dtype="e4m3", granularity="token")),
-    Scheme("fp8-static", E4M3, Format(dtype="e4m3", granularity="tensor", per_step=True)),
+    tn.schemes.FP8,
+    tn.schemes.FP8_STATIC,
 )
 TARGETS = ["to_q", "to_v", "to_qkv_mlp_proj", "to_out.0", "linear_1", "proj"]
 

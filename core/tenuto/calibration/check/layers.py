@@ -29,6 +29,8 @@ class Sorted:
         for name, layer, size in weighted(module):
             reason = why_float(layer)
             rule = recipe.rule(name) if reason is None else None
+            if rule is not None and not quantizable(layer, rule.scheme):
+                rule, reason = None, "convolutions have no product of 8-bit floats"
             if rule is not None and rule.scheme is not None:
                 facts = self.schemes.setdefault(rule.scheme.name, {"layers": 0, "weights": 0})
             else:

@@ -1,0 +1,220 @@
+"""A layer is timed as it will run; what a card was fastest with is kept on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tenuto as tn
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.runtime import execution
+from tenuto.runtime.denoiser_call import CompiledBlocks
+from tenuto.runtime.execution import DENSE, Chooser, chooser_for
+from tenuto.runtime.kept_choices import KeptChoices
+from tenuto.runtime.layers import QLinear
+from tenuto.runtime.mode import Mode
+from tenuto.sampling.clock import Clock
+
+MEASURED = Chooser.__call__  # a conftest makes it answer int8
+GPU, CPU = ("QLinear", (64, 64), "cuda:0", 8), ("QLinear", (64, 64), "cpu", 8)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chooser, "__call__", MEASURED)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The code of every graph that torch.compile makes; they run through AOTAutograd."""
+    torch._dynamo.reset()
+    found: list[str] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        found.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    return found
+
+
+def layer(chooser: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = nn.Linear(64, 32)
+    weight = RoundToNearest().weight(base.weight, tn.schemes.W8A8.weight)
+    return QLinear(base, weight, tn.schemes.W8A8, Clock((999,)), wanted="auto", chooser=chooser)
+
+
+@pytest.mark.usefixtures("measured")
+def test_compiled_layers_are_timed_compiled(graphs: list[str]) -> None:
+    """Each way in one graph, with the activation before it; then the layer is as it says."""
+    eager, compiled = Chooser(), Chooser(mode=Mode(compile=True))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layer(eager)(x)
+        assert not graphs
+        q = layer(compiled)
+        found = q(x)
+    assert len(graphs) == 2 and all("silu" in code for code in graphs)
+    assert sum("int8_linear" in code for code in graphs) == 1
+    name = DENSE if q.execution == DENSE else "int8_linear"
+    assert list(compiled.known.values()) == [name]
+    wanted = layer(lambda kind, runs: name)
+    with torch.no_grad():
+        assert torch.equal(found, wanted(x))
+        layer(compiled)(x)
+    assert len(graphs) == 2, "a layer that is alike is not timed again"
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("measured")
+def test_many_kinds_do_not_use_up_the_versions_of_one_code(graphs: list[str]) -> None:
+    """Torch compiles one function only so many times, and then runs it in eager mode."""
+    calls: list[Callable[[Tensor], Tensor]] = [lambda x, n=n: x * n for n in range(12)]
+    with torch._dynamo.config.patch(recompile_limit=4):
+        for call in calls:
+            run = Mode(compile=True).run(call, torch.ones(3))
+            run()
+            run()
+    assert len(graphs) == len(calls)
+    torch._dynamo.reset()
+
+
+def test_what_does_not_compile_is_timed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        def call(x: Tensor) -> Any:
+            raise RuntimeError("there is no compiler\nhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run = Mode(compile=True).run(lambda x: x + 1, torch.ones(2))
+    assert torch.equal(run(), torch.full((2,), 2.0)) and run() is not None
+    (line,) = caplog.messages
+    assert "does not compile: there is no compiler." in line
+
+
+def test_attach_asks_for_the_mode_that_it_makes(tiny: Any, monkeypatch: Any) -> None:
+    """One chooser a mode for the whole process; the user's own is not exchanged."""
+    asked: list[Any] = []
+
+    def chosen(self: Chooser, kind: Any, runs: Any) -> str:
+        asked.append(self)
+        return "int8"
+
+    monkeypatch.setattr(Chooser, "__call__", chosen)
+    model = tiny("dit")
+    own = Chooser()
+    assert chooser_for(Mode()) is execution.process
+    assert chooser_for(Mode(True)) is chooser_for(Mode(True)) is not execution.process
+    x = torch.randn(2, 3, 8, 8)
+    inputs = {"hidden_states": x, "timestep": torch.tensor([5, 5]),
+              "class_labels": torch.tensor([1, 2])}  # fmt: skip
+    for options, expected in (
+        ({}, execution.process),
+        ({"compile": True}, chooser_for(Mode(compile=True))),
+        ({"compile": True, "chooser": own}, own),
+    ):
+        asked.clear()
+        with torch.no_grad(), tn.attach(model, tn.schemes.W8A8, **options) as attached:
+            for patch in attached.patches:
+                if isinstance(patch, CompiledBlocks):
+                    patch.options = {"backend": "eager"}
+            model(**inputs)
+        assert asked and all(chooser is expected for chooser in asked)
+    assert [str(Mode(*m)) for m in ((0, 0), (1, 0), (0, 1), (1, 1))] == [
+        "eager", "compiled", "captured", "compiled and captured"
+    ]  # fmt: skip
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+def timed(names: list[str]) -> dict[str, Callable[[], None]]:
+    """Ways that count how often they run."""
+    return {name: functools.partial(names.append, name) for name in ("fast", DENSE)}
+
+
+@pytest.mark.usefixtures("measured")
+def test_another_process_of_the_same_card_times_nothing(tmp_path: Path) -> None:
+    """By card, mode and kind. What a CPU is fastest with depends on what else it does."""
+    path, ran = tmp_path / "deep" / "choices.json", []
+    first = Chooser(kept=KeptChoices(path))
+    name = first(GPU, timed(ran))
+    assert ran and path.exists() and [p.name for p in path.parent.iterdir()] == [path.name]
+    ran.clear()
+    assert Chooser(kept=KeptChoices(path))(GPU, timed(ran)) == name and not ran
+    for other, kind in (
+        (Chooser(mode=Mode(compile=True), kept=KeptChoices(path)), GPU),
+        (Chooser(kept=KeptChoices(path)), (*GPU, "another kernel")),
+        (Chooser(kept=KeptChoices(path)), CPU),
+        (Chooser(), GPU),
+    ):
+        ran.clear()
+        other(kind, timed(ran))
+        assert ran, (other.mode, kind)
+    ran.clear()
+    Chooser(kept=KeptChoices(path))(CPU, timed(ran))
+    assert ran, "that of a CPU is not kept"
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "\x00\xff"])
+def test_a_damaged_file_is_none(tmp_path: Path, content: str) -> None:
+    """And so is one that names what there is no more; both are written anew."""
+    path, ran = tmp_path / "choices.json", []
+    path.write_text(content, encoding="utf-8")
+    kept = KeptChoices(path)
+    assert kept.get(Mode(), GPU) is None
+    kept.add(Mode(), GPU, "a kernel of the past")
+    name = Chooser(kept=kept)(GPU, timed(ran))
+    assert ran and kept.get(Mode(), GPU) == name
+
+
+def test_where_nothing_can_be_written_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the place of the folder, and no user's folder at all."""
+    (tmp_path / "file").write_text("")
+    kept = KeptChoices(tmp_path / "file" / "choices.json")
+    kept.add(Mode(), GPU, "fast")
+    assert kept.get(Mode(), GPU) is None
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    KeptChoices().add(Mode(), GPU, "fast")
+    assert KeptChoices().get(Mode(), GPU) is None
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(("kind", "kept"), [(GPU, False), (CPU, True)])
+def test_on_a_gpu_what_is_slower_is_left(
+    kind: Any, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.1 times float's time: on a CPU the smaller weights are worth that."""
+
+    class Time:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    time = Time()
+    monkeypatch.setattr("tenuto.runtime.timing.time", time)
+
+    def spend(seconds: float) -> None:
+        time.now += seconds
+
+    runs = {"kernel": lambda: spend(1.1), DENSE: lambda: spend(1.0)}
+    assert (Chooser()(kind, runs) == "kernel") == kept
