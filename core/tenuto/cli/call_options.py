@@ -48,6 +48,6 @@ Graphs = Annotated[
     bool,
     Option(
         "--graphs/--no-graphs",
-        help="Run the denoiser's calls as CUDA graphs, where there is CUDA and they are faster.",
+        help="Run the denoiser's calls as CUDA graphs where they are faster; usual with --compile.",
     ),
 ]

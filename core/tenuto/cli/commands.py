@@ -183,7 +183,7 @@ def generate(
     device: str | None = None,
     execution: str = "auto",
     compile: bool = False,
-    graphs: bool = True,
+    graphs: bool | None = None,
     batch: int = 1,
     out: Path | None = None,
     bars: Bars | None = None,

@@ -170,7 +170,7 @@ def generate(
     device: o.Device = None,
     execution: o.Execution = "auto",
     compile: c.Compile = False,
-    graphs: c.Graphs = True,
+    graphs: c.Graphs | None = None,
     batch: o.Batch = 1,
     out: o.Image = None,
 ) -> int:

@@ -230,9 +230,12 @@ def attached_to(
     execution: str,
     speedup: Speedup | None = None,
     compile: bool = False,
-    graphs: bool = True,
+    graphs: bool | None = None,
 ) -> Any:
-    """A context in which `artifact`, if there is one, is attached, and calls are forecast."""
+    """A context in which `artifact`, if there is one, is attached, and calls are forecast.
+
+    graphs: as CUDA graphs; None: where it is compiled too.
+    """
     if artifact is None and speedup is None:
         return nullcontext()
     return attach(
@@ -241,7 +244,7 @@ def attached_to(
         execution=execution,
         speedup=speedup,
         compile=compile,
-        graphs="auto" if graphs else False,
+        graphs="auto" if (compile if graphs is None else graphs) else False,
     )
 
 

@@ -284,6 +284,6 @@ def test_inductor_fuses_the_quantization(scheme: tn.Scheme) -> None:
         expected = block(x)
         found, code = run_and_get_code(torch.compile(block, fullgraph=True), x)
     text = "".join(code)
-    assert gap(found, expected) < 0.01
+    assert gap(found, expected) < 0.02  # fused, the activation is not rounded to bf16
     assert "_scaled_mm" in text and 1 <= text.count("@triton.jit") <= 2
     torch._dynamo.reset()
