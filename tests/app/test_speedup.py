@@ -29,7 +29,7 @@ from tenuto.errors import TenutoError
 from tenuto.resources import asset
 from tests.app.kernels import kernel
 
-SHIPPED = "shipped:demo-unet.w8a8"
+SHIPPED = "shipped:demo-unet.w4a8-router"  # made before there were forecasts
 MODEL = "demo:unet"
 
 
