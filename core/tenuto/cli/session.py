@@ -232,20 +232,13 @@ def attached_to(
     compile: bool = False,
     graphs: bool | None = None,
 ) -> Any:
-    """A context in which `artifact`, if there is one, is attached, and calls are forecast.
-
-    graphs: as CUDA graphs; None: where it is compiled too.
-    """
+    """A context with `artifact`, if any, attached. graphs: None: as `compile`."""
     if artifact is None and speedup is None:
         return nullcontext()
+    captured = "auto" if (compile if graphs is None else graphs) else False
     return attach(
-        pipe,
-        artifact,
-        execution=execution,
-        speedup=speedup,
-        compile=compile,
-        graphs="auto" if (compile if graphs is None else graphs) else False,
-    )
+        pipe, artifact, execution=execution, speedup=speedup, compile=compile, graphs=captured
+    )  # fmt: skip
 
 
 def recorded(
