@@ -136,7 +136,7 @@ def test_the_check_is_read_before_start(app: Any, visit: Any, findings: Any) -> 
     first = tab.text("#calibrate-checked")
     assert "It can be calibrated." in first and "97 in w8a8" in first and "GiB free" in first
     assert not findings(page)
-    chosen(page, "#calibrate-scheme", "W4A8")
+    chosen(page, "#calibrate-scheme", "W4A8: ")
     page.wait_for_function(
         "document.querySelector('#calibrate-checked').innerText.includes('93 in w4a8')"
     )
