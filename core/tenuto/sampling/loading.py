@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ log = logging.getLogger("tenuto")
 
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general")
+IMPORTS = threading.RLock()  # diffusers and transformers import lazily: two threads see halves
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -133,9 +135,9 @@ def class_of(model: str) -> type | None:
         name = str(facts.get("_class_name"))
     except (OSError, ValueError, AttributeError):
         return None
-    import diffusers
-
     with quiet_loading():
+        import diffusers
+
         found = getattr(diffusers, name, None)
     return found if isinstance(found, type) else None
 
@@ -196,9 +198,11 @@ def _read(
     source: str | Path, device: Any, dtype: Any, local: bool, encoders: bool | None = None
 ) -> Any:
     """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
-    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
+
+    with quiet_loading():
+        import diffusers
+        from diffusers import DiffusionPipeline
 
     dtype = dtype or torch.float32
     new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
@@ -251,17 +255,18 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' advice to install torchvision: sampling reads no image."""
+    """One thread at a time, and without transformers' advice to install torchvision."""
 
     def other(record: logging.LogRecord) -> bool:
         return "requires torchvision" not in record.getMessage()
 
     logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
+    with IMPORTS:
+        logger.addFilter(other)
+        try:
+            yield
+        finally:
+            logger.removeFilter(other)
 
 
 def _first_line(error: Exception) -> str:

@@ -100,10 +100,10 @@ def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _class(library: str, name: str) -> Any:
-    import diffusers
-    import transformers
-
     with quiet_loading():
+        import diffusers
+        import transformers
+
         found = getattr({"diffusers": diffusers, "transformers": transformers}[library], name, None)
     if not isinstance(found, type):
         raise ModelError(f"This version of {library} has no {name}: a newer one may.")
