@@ -339,11 +339,12 @@ def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: 
     one, other = seen["diffusers"], parts.in_diffusers()
     other.set_attn_processor(AttnProcessor())
     two = in_place(other, artifact, by_diffusers, parts)
-    near = 1e-3 if parts.name == "small" else max(1e-3, 3 * gap(two.found, one.found))
+    # In the wide one, with stored ranges, a sum's last bit decides which way a code rounds: 0.005.
+    near = 1e-3 if parts.name == "small" else max(8e-3, 3 * gap(two.found, one.found))
     for name, host in seen.items():
         assert host.layers == set(artifact.header["layers"]), name
         held = {n: c for n, c in host.cells.items() if c[1]}
         assert held == {n: c for n, c in one.cells.items() if c[1]} != {}, name
         assert gap(host.plain, one.plain) < 1e-5, name
         assert min(gap(host.found, one.found), gap(host.found, two.found)) < near, name
-        assert gap(host.found, host.plain) > 5e-3, "it was not even on"
+        assert gap(host.found, host.plain) > 1e-2, "it was not even on"
