@@ -144,7 +144,7 @@ class Quality:
         if self.real is None:
             return {}
         bench = self.bench
-        return self.real.drawn(
+        return self.real.generated(
             bench.pipe, denoiser, bench.steps, bench.guidance, self.args.fid_batch
         )
 

@@ -56,19 +56,19 @@ class Real:
         fid, kid = frechet_distance(rows, target), kernel_distance(rows, target)
         return {"fid": round(fid, 3), "kid_x1000": round(1000 * kid, 3)}
 
-    def drawn(
+    def generated(
         self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
     ) -> dict[str, float]:
-        """Draw `count` pictures, one class after the other at seeds of their own, and compare."""
-        rows, seconds = self.drawn_features(pipe, denoiser, steps, guidance, batch)
+        """Generate `count` images, one class after the other at seeds of their own, and compare."""
+        rows, seconds = self.generated_features(pipe, denoiser, steps, guidance, batch)
         facts = {"fid_seconds_per_picture": round(seconds, 5), "fid_batch": batch}
         return self.scores(rows) | facts
 
     @torch.no_grad()
-    def drawn_features(
+    def generated_features(
         self, pipe: Any, denoiser: nn.Module, steps: int, guidance: float | None, batch: int = 500
     ) -> tuple[Tensor, float]:
-        """The features of `count` images at the seeds of `drawn`, and the seconds for each."""
+        """The features of `count` images at the seeds of `generated`, and the seconds for each."""
         sample, found = sampler(pipe, self.captions, steps, guidance), []
         begin = time.perf_counter()
         with tf32(self.fast):

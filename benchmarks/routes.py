@@ -131,7 +131,7 @@ class Benchmark:
                 seconds.append((time.perf_counter() - start) / size)
             scores = {}
             if self.real is not None:
-                scores = self.real.drawn(self.pipe, self.denoiser, count, self.guidance)
+                scores = self.real.generated(self.pipe, self.denoiser, count, self.guidance)
         return torch.cat(found), median(seconds), scores
 
     def rows(self) -> Iterator[dict[str, Any]]:

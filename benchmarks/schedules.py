@@ -198,7 +198,7 @@ class Schedules:
         if self.real is None:
             return {}
         with setting.way():
-            rows, seconds = self.real.drawn_features(
+            rows, seconds = self.real.generated_features(
                 self.pipe, denoiser_of(self.pipe), setting.calls, self.guidance, self.args.fid_batch
             )
         near = self.real.scores(rows, self.full_features)
@@ -210,7 +210,7 @@ class Schedules:
     def full_features(self) -> Tensor:
         """Of the full run's images."""
         assert self.real is not None
-        return self.real.drawn_features(
+        return self.real.generated_features(
             self.pipe, denoiser_of(self.pipe), self.steps, self.guidance, self.args.fid_batch
         )[0]
 

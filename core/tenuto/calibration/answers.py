@@ -88,7 +88,7 @@ def standing(
 ) -> Iterator[None]:
     """Within, the blocks do not compute, but give a copy of these answers; they get no weights.
 
-    given: is told of each copy, given(name, answer).
+    given: called with the name and the answer of each copy.
     """
     with ExitStack() as stack:
         for name, answer in answers.items():

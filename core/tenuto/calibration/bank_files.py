@@ -83,7 +83,9 @@ class BankFiles:
             return torch.empty(tuple(shape), dtype=dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder, suffix=".part") as file:  # see `Work`
-                if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a signal
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # a full disk is an error now, not a signal later
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     file.truncate(size)

@@ -27,7 +27,7 @@ from .given import prompts_needed, scheme_of, trajectory_of
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
-from .spared import with_spared
+from .spared import searched, with_spared
 from .temporal.maintenance import check_choice, with_time_only
 
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
@@ -128,6 +128,11 @@ def _of_denoiser(
         "version": artifact.header,
     }
     job.maintain(choice, chosen.temporal)
-    job.run(work_in(work, inputs), on_progress)
+    search = searched(job, scheme)
+    notes = parts(on_progress, {"layers": 900, "kept": 100 if search else 0})
+    job.run(work_in(work, inputs), notes["layers"])
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
-    return with_result(job, artifact if recipe is scheme else with_spared(job, artifact))
+    if search:
+        artifact = with_spared(job, artifact, notes["kept"])
+        notes["kept"](1, 1, "")
+    return with_result(job, artifact)

@@ -173,7 +173,7 @@ def first_tensor(out: Any) -> Tensor:
 def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
     """Whether each block gets the last one's output and otherwise the very same objects."""
     first: list[Tensor] = []  # the other tensors that the first block gets
-    last: list[Tensor] = []  # what the last one answered; both are alive, so that they are told
+    last: list[Tensor] = []  # what the last one answered; both stay alive, so that `is` tells
     count, broken = 0, False
 
     def note(name: str, args: Any, kwargs: Any, out: Any) -> None:

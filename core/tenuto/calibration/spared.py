@@ -20,8 +20,9 @@ from torch import nn
 from ..artifact import Artifact
 from ..model import Swap, key_map_of, private_copy
 from ..numerics import Recipe, Rule
+from ..progress import Progress
 from ..runtime import attach
-from ..sampling import Call, Follow
+from ..sampling import Call, Follow, processes
 from .result_check import answer, chosen, relative_error
 
 if TYPE_CHECKING:
@@ -36,22 +37,32 @@ WORTH = 0.3  # of the error, at least, in all that may stay in float: about 1.5 
 TRIALS = 64  # groups of layers that are measured, at most: each in three recorded calls
 
 
-def with_spared(job: Job, artifact: Artifact) -> Artifact:
+def searched(job: Job, scheme: object) -> bool:
+    """Whether `with_spared` looks for such layers: not where a recipe says what stays in float.
+
+    Nor of a model on disk, all of which each of up to `TRIALS` trials would read three times, nor
+    of a host's, before its names are canonical.
+    """
+    elsewhere = any(parameter.is_meta for parameter in job.denoiser.parameters())
+    return not (isinstance(scheme, Recipe) or elsewhere or key_map_of(job.denoiser) is not None)
+
+
+def with_spared(job: Job, artifact: Artifact, on_progress: Progress | None) -> Artifact:
     """`artifact`, of that job, without what is better left in float; see `heavy`.
 
-    Of a model that is there as a whole, in diffusers: of one on disk each of up to `TRIALS` trials
-    would read all of it three times. Layers that share an input stay together, since hosts make one
-    of them. The header's recipe then says which layers these are, and `kept_in_float` how much of
-    the error each of them had.
+    Layers that share an input stay together, since hosts make one of them. The header's recipe then
+    says which layers these are, and `kept_in_float` how much of the error each of them had.
     """
-    denoiser, layers = job.denoiser, artifact.header["layers"]
-    elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())
-    if elsewhere or key_map_of(denoiser) is not None:
-        return artifact
-    left = {name for subset in job.backbone.subsets for name in subset.linears}
-    left.update(job.time.layers())
-    names = [name for name in layers if name not in left]
-    found = heavy(denoiser, artifact, names, list(chosen(job.trajectory)), job.device)
+    layers, time = artifact.header["layers"], set(job.time.layers())
+    together = {name for subset in job.backbone.subsets for name in subset.linears}
+    names = [name for name in layers if name not in time]
+    single = [name for name in names if name not in together]
+    calls = list(chosen(job.trajectory))
+
+    def search() -> dict[str, float]:
+        return heavy(job.denoiser, artifact, names, single, calls, job.device, on_progress)
+
+    found = processes().once(search)
     if not found:
         return artifact
     for name in found:
@@ -72,20 +83,27 @@ def with_spared(job: Job, artifact: Artifact) -> Artifact:
 
 @torch.no_grad()
 def heavy(
-    denoiser: nn.Module, artifact: Artifact, names: list[str], calls: list[Call], device: Any
+    denoiser: nn.Module,
+    artifact: Artifact,
+    names: list[str],
+    single: list[str],
+    calls: list[Call],
+    device: Any,
+    on_progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Layers of `names` that hold most for their weights, first the worst: share of squared error.
+    """Layers of `single` that hold most for their weights, first the worst: share of squared error.
 
-    At most `MOST` of the quantized weights, and each with `TIMES` its share of them.
+    names: the layers whose error is looked at, `single` among them. At most `MOST` of the quantized
+    weights, each with `TIMES` its share of them, and together with `WORTH` of the error.
     """
     facts = artifact.header["layers"]
     sizes = {name: math.prod(layer["shape"]) for name, layer in facts.items()}
     weights = sum(sizes.values())
     left, found = MOST * weights, dict[str, float]()
-    few = sorted((n for n in names if sizes[n] <= left), key=lambda name: sizes[name])
+    few = sorted((n for n in single if sizes[n] <= left), key=lambda name: sizes[name])
     if not few or len(facts) < 2:
         return {}
-    trial = Trial(denoiser, artifact, calls, device)
+    trial = Trial(denoiser, artifact, calls, device, on_progress)
     shares = _single(trial, names, few, {n: TIMES * sizes[n] / weights for n in few})
     for name in sorted(shares, key=lambda name: -shares[name] / sizes[name]):
         if sizes[name] <= left:
@@ -97,12 +115,18 @@ def heavy(
 class Trial:
     """A copy of a denoiser with some of its layers quantized at a time.
 
-    new: all that the artifact puts in place of its modules, by name.
+    new: all that the artifact puts in place of its modules, by name. made: trials so far.
     """
 
     def __init__(
-        self, denoiser: nn.Module, artifact: Artifact, calls: list[Call], device: Any
+        self,
+        denoiser: nn.Module,
+        artifact: Artifact,
+        calls: list[Call],
+        device: Any,
+        on_progress: Progress | None = None,
     ) -> None:
+        self.made, self.on_progress = 0, on_progress
         self.twin = private_copy(denoiser).float().to(device).eval()
         self.calls, self.device = calls, device
         self.plain = [answer(self.twin, call, device) for call in calls]
@@ -117,6 +141,9 @@ class Trial:
 
     def __call__(self, names: list[str]) -> float:
         """The squared relative error of the calls with these layers alone quantized, summed."""
+        if self.on_progress is not None:
+            self.on_progress(self.made, TRIALS, "layers with most of the error")
+        self.made += 1
         swaps = [Swap(self.twin, name, self.new[name]) for name in names]
         follow = Follow(self.twin, self.clock, streams=False)
         try:
@@ -140,26 +167,23 @@ def _single(
     total = trial(names)
     if not 0 < total < math.inf:
         return {}
+    found, groups = dict[str, float](), list[tuple[float, int, list[str]]]()
 
-    def promising(group: list[str], error: float) -> bool:
-        return error >= total * max(LEAST, min(least[name] for name in group))
+    def measure(begin: int, group: list[str]) -> None:
+        error = trial(group)
+        if error >= total * max(LEAST, min(least[name] for name in group)):
+            heapq.heappush(groups, (-error, begin, group))
 
-    def ranked(begin: int, group: list[str]) -> tuple[float, int, list[str]]:
-        return -trial(group), begin, group
-
-    found, groups, count = dict[str, float](), [ranked(0, few)], 2
-    if -groups[0][0] < WORTH * total:
+    measure(0, few)
+    if not groups or -groups[0][0] < WORTH * total:
         return {}
-    while groups and count + 2 <= TRIALS:
+    while groups and trial.made + 2 <= TRIALS:
         negative, start, group = heapq.heappop(groups)
         if len(group) == 1:
             found[group[0]] = min(1.0, -negative / total)
             continue
         middle = len(group) // 2
-        parts = [ranked(start, group[:middle]), ranked(start + middle, group[middle:])]
-        count += 2
-        for part in parts:
-            if promising(part[2], -part[0]):
-                heapq.heappush(groups, part)
+        measure(start, group[:middle])
+        measure(start + middle, group[middle:])
     found.update((group[0], min(1.0, -e / total)) for e, _, group in groups if len(group) == 1)
     return found

@@ -30,7 +30,7 @@ OWN |= {"peft_config", "_hf_peft_config_loaded"}  # an adapter's layers have wha
 RANDOM = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 DEEP = 3  # how far objects and containers inside a module are looked into
 RESTLESS = 40  # changes from call to call: then there is no use in graphs
-MARKS = 64  # states that are told apart by what they are
+MARKS = 64  # different states that are remembered
 FORMS = 2  # of one adapter's weight that are kept in place: a rank, and the one before it
 
 

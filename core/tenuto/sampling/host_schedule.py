@@ -1,6 +1,6 @@
 """What ComfyUI and the WebUIs say of a model's sampling: what it predicts, and how much noise.
 
-Their objects are told apart by the names of their classes and attributes, which forks keep.
+Their objects are recognised by the names of their classes and attributes, which forks keep.
 """
 
 from __future__ import annotations

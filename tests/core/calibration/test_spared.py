@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.artifact.summary import about
 from tenuto.calibration import spared
+from tenuto.calibration.result_check import chosen
 
 WIDTH = 32
 
@@ -133,8 +134,9 @@ def test_layers_that_share_an_input_stay_together(
     """Hosts make one layer of them, which cannot be half in float; nor what depends on time."""
     seen: list[list[str]] = []
 
-    def nothing(_: Any, __: Any, names: list[str], *rest: Any) -> dict[str, float]:
-        seen.append(names)
+    def nothing(_: Any, __: Any, all: list[str], single: list[str], *rest: Any) -> dict[str, float]:
+        assert set(single) < set(all)
+        seen.append(single)
         return {}
 
     monkeypatch.setattr(spared, "heavy", nothing)
@@ -150,3 +152,26 @@ def test_layers_that_share_an_input_stay_together(
 def test_nothing_is_kept_for_little(tiny: Any, recorded: Any) -> None:
     made = tn.quantize(tiny("dit"), "w8a8", recorded("dit")).header
     assert not 0 < sum(made.get("kept_in_float", {}).values()) < spared.WORTH
+
+
+def test_a_share_is_of_the_error_of_all_layers(model: Any, trajectory: Any, artifact: Any) -> None:
+    """Of those too that may not stay in float themselves; and one small layer needs its share."""
+    whole, calls = plain(model, trajectory), list(chosen(trajectory))
+    names = list(whole.header["layers"])
+    thin = ["init_conv", "out"]
+    found = spared.heavy(model, whole, names, thin, calls, "cpu")
+    assert found == {
+        n: pytest.approx(v, rel=0.01) for n, v in artifact.header["kept_in_float"].items()
+    }
+    trial = spared.Trial(model, whole, calls, "cpu")
+    assert found["out"] == pytest.approx(trial(["out"]) / trial(names), rel=1e-3)
+    least = {"layers.0.down": 2.0}  # more than there is
+    assert not spared._single(trial, names, ["layers.0.down"], least)
+
+
+def test_it_is_seen_while_it_looks(model: Any, trajectory: Any) -> None:
+    seen: list[tuple[int, int, str]] = []
+    tn.quantize(model, "w8a8", trajectory, on_progress=lambda *facts: seen.append(facts))
+    done = [now for now, _, _ in seen]
+    assert done == sorted(done) and done[-1] == seen[-1][1] and len({t for _, t, _ in seen}) == 1
+    assert len({now for now, _, note in seen if "layers with most of the error" in note}) > 3

@@ -281,9 +281,10 @@ def test_inductor_fuses_the_quantization(scheme: tn.Scheme) -> None:
 
     with torch.no_grad():
         layer.clock.tick(999, (0,), torch.device("cuda"))
-        expected = block(x)
+        expected, unrounded = block(x), layer(nn.functional.silu(x.float()))
         found, code = run_and_get_code(torch.compile(block, fullgraph=True), x)
     text = "".join(code)
-    assert gap(found, expected) < 0.02  # fused, the activation is not rounded to bf16
+    # Fused, the activation is not rounded to bf16 in between: that alone makes 0.005 to 0.016.
+    assert min(gap(found, expected), gap(found, unrounded)) < 0.01
     assert "_scaled_mm" in text and 1 <= text.count("@triton.jit") <= 2
     torch._dynamo.reset()

@@ -251,17 +251,19 @@ class Seen:
     cells: dict[str, list[int]]
 
 
-def in_place(unet: nn.Module, artifact: Artifact, run: Any, parts: Parts) -> Seen:
+def in_place(
+    unet: nn.Module, artifact: Artifact, run: Any, parts: Parts, execution: str = "int8"
+) -> Seen:
     """Diffusers and ldm: attach, run, detach."""
     plain, keys = run(unet, parts), families.key_map_of(unet)
-    with attach(unet, artifact, execution="int8") as attached:
+    with attach(unet, artifact, execution=execution) as attached:
         found, cells = run(unet, parts), attached.counts()
         inside = [n for n, m in unet.named_modules() if isinstance(m, QLayer)]
     assert torch.equal(run(unet, parts), plain)
     return Seen(plain, found, {keys.canonical(n) if keys else n for n in inside}, cells)
 
 
-def in_webui(artifact: Artifact, parts: Parts) -> Seen:
+def in_webui(artifact: Artifact, parts: Parts, execution: str = "int8") -> Seen:
     """The adapter of A1111, Forge and reForge, on the U-Net that they have."""
     from tenuto.runtime import Patches
     from webui_ext.adapter import WebUI
@@ -270,7 +272,7 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
     handle = SimpleNamespace(model=SimpleNamespace(diffusion_model=unet))
     plain, keys = by_ldm(unet, parts), families.key_map_of(unet)
     assert keys is not None
-    attached = WebUI().install(handle, Patches(artifact, execution="int8"))
+    attached = WebUI().install(handle, Patches(artifact, execution=execution))
     found = by_ldm(unet, parts, lambda step: attached.run.evaluates(step, len(TIMES), unet))
     assert attached.weights is not None
     layers = {part for name in attached.weights.kept for part in keys.layers()[name]}
@@ -280,13 +282,13 @@ def in_webui(artifact: Artifact, parts: Parts) -> Seen:
     return Seen(plain, found, layers, cells)
 
 
-def in_comfyui(artifact: Artifact, parts: Parts) -> Seen:
+def in_comfyui(artifact: Artifact, parts: Parts, execution: str = "int8") -> Seen:
     """ComfyUI's own modules and samplers."""
     from comfy_nodes.adapter import ComfyUI
     from tenuto.runtime import Patches
 
     plain, keys = by_comfy(parts.model, parts), families.key_map_of(parts.denoiser)
-    attached = ComfyUI().install(parts.model, Patches(artifact, execution="int8"))
+    attached = ComfyUI().install(parts.model, Patches(artifact, execution=execution))
     found = by_comfy(attached.handle, parts)
     weights, cache = attached.parts
     layers = {part for name in weights.kept for part in keys.layers()[name]}
@@ -317,11 +319,11 @@ def by_http(server: Any, make: Any, file: Path, parts: Parts) -> Seen:
 
 
 def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: Path) -> None:
-    """Equal lists of layers and cells, and latents equal to 1e-3.
+    """Equal lists of layers and cells; equal latents where inputs are not rounded, near else.
 
     Rounding makes a whole code of a difference in the last bit: each host is compared with
-    diffusers under the attention that it has itself. On a processor on which the wide model falls
-    from one code to another even between these two, hosts differ no more than they do.
+    diffusers under the attention that it has itself. In the wide model, whose ranges are stored,
+    noise a millionth away moves diffusers' own latents by 0.014; ComfyUI's are 0.005 off.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -339,7 +341,6 @@ def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: 
     one, other = seen["diffusers"], parts.in_diffusers()
     other.set_attn_processor(AttnProcessor())
     two = in_place(other, artifact, by_diffusers, parts)
-    # In the wide one, with stored ranges, a sum's last bit decides which way a code rounds: 0.005.
     near = 1e-3 if parts.name == "small" else max(8e-3, 3 * gap(two.found, one.found))
     for name, host in seen.items():
         assert host.layers == set(artifact.header["layers"]), name
@@ -347,4 +348,17 @@ def test_one_artifact_in_every_host(server: Any, make: Any, parts: Parts, file: 
         assert held == {n: c for n, c in one.cells.items() if c[1]} != {}, name
         assert gap(host.plain, one.plain) < 1e-5, name
         assert min(gap(host.found, one.found), gap(host.found, two.found)) < near, name
-        assert gap(host.found, host.plain) > 1e-2, "it was not even on"
+        assert gap(host.found, host.plain) > 5e-3, "it was not even on"
+
+
+def test_its_weights_tables_and_schedule_are_exact_in_every_host(parts: Parts, file: Path) -> None:
+    """The same codes, dequantized, with inputs as they are: nothing falls from code to code."""
+    artifact = Artifact.load(file)
+    one = in_place(parts.in_diffusers(), artifact, by_diffusers, parts, "float")
+    for name, host in {
+        "ldm": in_place(parts.in_ldm(), artifact, by_ldm, parts, "float"),
+        "webui": in_webui(artifact, parts, "float"),
+        "comfy": in_comfyui(artifact, parts, "float"),
+    }.items():
+        assert gap(host.found, one.found) < 1e-5, name
+        assert host.cells == one.cells and gap(host.found, host.plain) > 5e-3, name
