@@ -2,8 +2,8 @@
 
 What a recorded call's output loses by some layers alone is measured. The errors of rounding are
 independent of each other, so that their squares add up, and a few layers are found by halving:
-usually the first and the last ones, and shortcuts, through which the sample itself passes. In a
-U-Net of 97 layers four, with 1 % of the weights, had 86 % of the squared error.
+usually the first and the last ones, and shortcuts, through which the sample itself passes. In the
+demo U-Net four layers of 73, with 1 % of the weights, had 89 % of the squared error.
 """
 
 from __future__ import annotations
