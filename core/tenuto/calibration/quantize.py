@@ -129,7 +129,9 @@ def _of_denoiser(
     }
     job.maintain(choice, chosen.temporal)
     search = searched(job, scheme)
-    notes = parts(on_progress, {"layers": 900, "kept": 100 if search else 0})
+    replays = any(getattr(r.algorithm, "needs_inputs", False) for r in job.plan.values())
+    share = 100 if replays else 700  # of a thousand: layers that only round are quick
+    notes = parts(on_progress, {"layers": 1000 - share, "kept": share if search else 0})
     job.run(work_in(work, inputs), notes["layers"])
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
     if search:

@@ -35,6 +35,7 @@ TIMES = 30  # a layer's share of the error over its share of the weights, at lea
 LEAST = 0.01  # of the error, below which nothing is looked at further
 WORTH = 0.3  # of the error, at least, in all that may stay in float: about 1.5 dB
 TRIALS = 64  # groups of layers that are measured, at most: each in three recorded calls
+USUAL = 3 * 16  # recorded calls that the search takes: 12 to 22 trials on the demo models
 
 
 def searched(job: Job, scheme: object) -> bool:

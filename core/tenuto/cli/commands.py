@@ -22,6 +22,7 @@ from ..calibration import prompts_needed
 from ..errors import TenutoError
 from ..measure import FIRST_SEED
 from ..sampling import described, one_by_one
+from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, check_model
 from .answers import compare_line, quantized_lines, skipped_line
 from .app import app
@@ -44,7 +45,6 @@ from .session import (
     pipeline,
     recorded,
     sampling_of,
-    silence,
     work_kept_until_done,
     written,
 )

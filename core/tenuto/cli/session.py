@@ -37,6 +37,7 @@ from ..sampling import (
     wanted_prompts,
     work_in,
 )
+from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
 from ..work import MANIFEST, Work, clear_parts
 from .calls import fitted, with_images
@@ -209,19 +210,6 @@ def loaded(model: str, device: torch.device, bars: Bars, **memory: Any) -> Any:
     wide = model.startswith(PREFIX) or device.type == "cpu"
     silence(bars.watched)
     return load(model, device, torch.float32 if wide else torch.bfloat16, **memory)
-
-
-def silence(watched: bool) -> None:
-    """Keep other libraries' chatter and loading bars away; where one watches, downloads show."""
-    from diffusers.utils import logging as of_diffusers
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging as of_transformers
-
-    for library in (of_diffusers, of_transformers):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    if not watched:
-        disable_progress_bars()
 
 
 def attached_to(

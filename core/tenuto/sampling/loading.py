@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
+from .libraries import import_parts, imported, library, quiet_loading
 from .processes import processes
 
 log = logging.getLogger("tenuto")
 
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general")
-IMPORTS = threading.RLock()  # diffusers and transformers import lazily: two threads see halves
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -135,10 +134,7 @@ def class_of(model: str) -> type | None:
         name = str(facts.get("_class_name"))
     except (OSError, ValueError, AttributeError):
         return None
-    with quiet_loading():
-        import diffusers
-
-        found = getattr(diffusers, name, None)
+    found = imported(name)
     return found if isinstance(found, type) else None
 
 
@@ -188,10 +184,8 @@ def _is_too_large(folder: Path, dtype: Any) -> bool:
 
 def _downloaded(model: str) -> Path:
     """The folder to which the hub's files of a model go."""
-    from diffusers import DiffusionPipeline
-
     with _one_sentence(model, local=False):
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+        return Path(imported("DiffusionPipeline").download(model, use_safetensors=True))
 
 
 def _read(
@@ -200,10 +194,9 @@ def _read(
     """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
     import torch
 
-    with quiet_loading():
-        import diffusers
-        from diffusers import DiffusionPipeline
-
+    with _one_sentence(source, local), quiet_loading():
+        import_parts(Path(source))
+    diffusers = library("diffusers")
     dtype = dtype or torch.float32
     new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
     kind = {"dtype" if new else "torch_dtype": dtype}
@@ -216,7 +209,7 @@ def _read(
 
             apart = parts_on_disk(Path(source), place, dtype, encoders)
         given = _shared(source, kind) | apart
-        pipe = DiffusionPipeline.from_pretrained(str(source), **given, **kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **given, **kind)
     if not apart:
         return pipe if device is None else pipe.to(device)
     for name, part in pipe.components.items():
@@ -248,25 +241,7 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     vae = folder.parent / OWNER / "vae"
     if not ours or (folder / "vae").is_dir() or not vae.is_dir():
         return {}
-    from diffusers import AutoencoderKL
-
-    return {"vae": AutoencoderKL.from_pretrained(str(vae), **options)}
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """One thread at a time, and without transformers' advice to install torchvision."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "requires torchvision" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.utils.import_utils")
-    with IMPORTS:
-        logger.addFilter(other)
-        try:
-            yield
-        finally:
-            logger.removeFilter(other)
+    return {"vae": imported("AutoencoderKL").from_pretrained(str(vae), **options)}
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model import describe
+from .libraries import imported
 from .processes import processes
 
 SHARE = 0.5  # of the free memory that a model may take
@@ -96,17 +97,14 @@ def parts_on_disk(
     folder: Path, device: Any, dtype: torch.dtype, encoders: bool = True
 ) -> dict[str, nn.Module]:
     """The denoisers of a pipeline and, unless `encoders` is False, its large text encoders."""
-    import diffusers
-    import transformers
-
     found: dict[str, nn.Module] = {}
     for name, (library, kind) in parts_of(folder).items():
         if library == "diffusers" and name.startswith(DENOISERS):
-            found[name] = _denoiser(getattr(diffusers, kind), folder / name, device, dtype)
+            found[name] = _denoiser(imported(kind), folder / name, device, dtype)
         elif library != "transformers" or not encoders:
             continue
         elif Shards(folder / name, dtype).size > LARGE:
-            found[name] = _encoder(getattr(transformers, kind), folder / name, dtype)
+            found[name] = _encoder(imported(kind, library), folder / name, dtype)
     return found
 
 

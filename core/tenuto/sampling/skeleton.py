@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import SHORT, ModelError
-from .loading import check_model, class_of, folder_of, quiet_loading
+from .libraries import LIBRARIES, imported, quiet_loading
+from .loading import check_model, class_of, folder_of
 
 CONFIG, INDEX = "config.json", "model_index.json"
-LIBRARIES = ("diffusers", "transformers")
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DENOISERS = ("transformer", "unet")
 BUILT = ("transformer", "unet", "text_encoder", "controlnet")  # parts whose names begin like this
@@ -100,11 +100,7 @@ def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _class(library: str, name: str) -> Any:
-    with quiet_loading():
-        import diffusers
-        import transformers
-
-        found = getattr({"diffusers": diffusers, "transformers": transformers}[library], name, None)
+    found = imported(name, library)
     if not isinstance(found, type):
         raise ModelError(f"This version of {library} has no {name}: a newer one may.")
     return found

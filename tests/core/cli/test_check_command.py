@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tenuto import cli
+from tenuto.calibration.spared import USUAL
 from tenuto.cli import commands, session
 from tenuto.sampling.loading import load
 
@@ -37,7 +38,7 @@ def test_a_folder_is_checked_without_loading_it(
     found = json.loads(out)
     assert not err and found["family"] == "pixart" and not found["problems"]
     assert set(found["layers"]) == {"w4a8", "w8a8"}
-    assert found["time"]["uses"]["quantize"]["calls"] == 3 * 16 * 20 * 2
+    assert found["time"]["uses"]["quantize"]["calls"] == 3 * 16 * 20 * 2 + USUAL * 4 * 2
     assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
     lines = out.replace(str(tiny_pixart_folder), "MODEL").splitlines()

@@ -1,4 +1,4 @@
-"""Two threads that load at once, as the app does when it starts and somebody is quick."""
+"""Threads that load at once, as the app does when it starts and somebody is quick."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import sys
 
 CODE = """
 import threading
+from tenuto.sampling.libraries import silence
 from tenuto.sampling.loading import class_of, load
 
-found = {}
-def note(name, what):
-    found[name] = what()
-threads = [threading.Thread(target=note, args=pair) for pair in (
-    ("pipe", lambda: type(load("demo:unet"))), ("one", lambda: class_of("demo:unet")),
-    ("other", lambda: class_of("demo:transformer")))]
+found, calls = {}, {
+    "pipe": lambda: type(load("demo:unet")), "silence": lambda: silence(False) or True,
+    "one": lambda: class_of("demo:unet"), "other": lambda: class_of("demo:transformer")}
+ready = threading.Barrier(len(calls))
+def note(name):
+    ready.wait()
+    found[name] = calls[name]()
+threads = [threading.Thread(target=note, args=[name]) for name in calls]
 for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-assert found["pipe"] is found["one"] is not None and found["other"] is not None, found
+assert len(found) == 4 and all(found.values()) and found["pipe"] is found["one"], found
 """
 
 
 def test_threads_never_see_half_a_library() -> None:
-    """diffusers and transformers import lazily; in a process that has imported neither yet."""
+    """In a process that has imported neither diffusers nor transformers yet."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], check=True, timeout=300)

@@ -40,6 +40,7 @@ from ..given import needs_every_prompt, prompts_needed, scheme_of
 from ..presets import Preset, effort
 from ..route_job import DEFAULT_REUSE, SPREADS
 from ..router.effort import PRESETS, calls_of_search
+from ..spared import USUAL
 from . import estimates, problems
 from .layers import Sorted, parameters
 from .peak import peaks
@@ -252,10 +253,10 @@ def _problems(asked: Asked, found: Check) -> Iterator[Problem]:
 
 def _calls(asked: Asked) -> dict[str, int]:
     """Calls of the denoiser with one image that each use makes, at the least."""
-    rows = asked.steps * _halves(asked)
-    count = prompts_needed(asked.scheme, asked.effort, asked.rounding)
-    passes = PASSES if needs_every_prompt(asked.scheme, asked.effort, asked.rounding) else 1
-    found = {QUANTIZE: passes * count * rows}
+    given, rows = (asked.scheme, asked.effort, asked.rounding), asked.steps * _halves(asked)
+    count = prompts_needed(*given) * (PASSES if needs_every_prompt(*given) else 1)
+    search = USUAL * asked.effort.batch if isinstance(asked.scheme, Scheme) else 0
+    found = {QUANTIZE: count * rows + search * _halves(asked)}
     names = tuple(branch.name for branch in asked.backbone.branches)
     if names and asked.steps > 1:
         plan = PRESETS[asked.router]
