@@ -108,7 +108,7 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     go, stop, working = parts
 
     def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        return drawn_now(bench, progress, *values)
+        return generated_now(bench, progress, *values)
 
     def buttons(generating: bool) -> list[Any]:
         pressed = [gr.Button(interactive=not generating), gr.Button(interactive=generating)]
@@ -121,7 +121,7 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     stop.click(bench.studio.stop, None, None, **QUIET)
 
 
-def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
+def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     """What the image side shows after a press of Generate: generated, stopped or failed."""
     model, prompt, seed, steps, guidance, artifact, on, beside, mode, speedup, *own = values
     used = artifact if on else NO_ARTIFACT
@@ -134,7 +134,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
         progress(0, desc="Loading the model")
         found = bench.generate(
             model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
-            usable(bench, model, used, speedup),
+            usable(bench, model, artifact, speedup, on),
         )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]

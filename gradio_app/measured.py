@@ -60,7 +60,7 @@ def _column(numbers: Numbers) -> list[str]:
 
 def _left_out(numbers: Numbers) -> str:
     """What the share is of that was not computed: whole calls, or branches."""
-    skipped = (numbers.get("asked_speedup") or 1) > 1
+    skipped = numbers.get("asked_speedup") not in (None, 1)
     return "denoiser calls skipped" if skipped else "branch calls reused"
 
 

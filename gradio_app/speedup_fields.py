@@ -32,6 +32,7 @@ from .view import counted
 from .viewer import QUIET
 
 OFF = 1.0
+ARTIFACT_OFF = "Off, as the artifact is: every call is computed."
 LATEST: dict[str, Any] = QUIET | {"queue": True, "trigger_mode": "always_last"}  # of a drag
 
 
@@ -85,10 +86,15 @@ def default_for(bench: Bench, artifacts: Any) -> float:
         return OFF
 
 
-def usable(bench: Bench, model: str, artifacts: Any, value: Any) -> Any:
-    """What the slider says, or that nothing is skipped: where there is no forecast."""
+def usable(bench: Bench, model: str, artifacts: Any, value: Any, on: bool = True) -> Any:
+    """What the slider says, or that nothing is skipped: where there is no forecast.
+
+    on: whether artifacts are; off is off, also for the forecast that ships.
+    """
     try:
         folder, files = bench.places.model(model), [*_files(bench, artifacts).values()]
+        if files and not on:
+            return OFF
         able = (forecast_for(folder, file).kernel is not None for file in files or [None])
         return value if all(able) else OFF
     except TenutoError:
@@ -98,7 +104,9 @@ def usable(bench: Bench, model: str, artifacts: Any, value: Any) -> Any:
 def safest(bench: Bench, model: str, artifacts: Any, steps: Any, on: bool = True) -> Any:
     """Where "auto" puts the slider; it stays where nothing is known."""
     try:
-        files = _files(bench, artifacts if on else ()).values()
+        files = _files(bench, artifacts).values()
+        if files and not on:
+            return gr.skip()
         count = given(steps, whole, *STEPS)
         found = automatic(bench.places.model(model), files, count)
     except TenutoError:
@@ -112,11 +120,14 @@ def told(
     """Updates for `SpeedupFields.outputs`: whether the slider can be moved, and what it would do.
 
     artifacts: a name, or a list of them; without one, calls are skipped by the forecast that ships.
+    on: as in `usable`.
     steps: None or "" are those of the first artifact.
     """
     fixed = gr.Slider(interactive=False)  # its value stays: other fields may just be filled in
     try:
-        files: dict[str, Path | None] = {**_files(bench, artifacts if on else ())}
+        files: dict[str, Path | None] = {**_files(bench, artifacts)}
+        if files and not on:
+            return [fixed, _line(ARTIFACT_OFF)]
         files = files or {DEFAULT_FORECAST: None}
         folder = bench.places.model(model)
         count = given(steps, whole, *STEPS)
@@ -124,9 +135,12 @@ def told(
             count = defaults_of(folder, next(iter(files.values()))).steps
         speedup, sampler = float(value or OFF), scheduler(folder)
         found = {
-            name: outlook(forecast_for(folder, file), count, speedup, sampler)
+            name: outlook(
+                forecast_for(folder, file), count, speedup, sampler,
+                route=file is not None and known(file).route,
+            )
             for name, file in files.items()
-        }
+        }  # fmt: skip
     except TenutoError as error:
         return [fixed, _line(str(error))]
     able = all(not seen.why for seen in found.values())

@@ -74,7 +74,8 @@ def what_of(job: Job) -> str:
             counted(asked["count"], "image", "images"),
         ]
         if asked.get("speedup"):
-            parts.append(f"speedup {asked['speedup']:g}")
+            speedup = asked["speedup"]
+            parts.append(f"speedup {speedup if isinstance(speedup, str) else f'{speedup:g}'}")
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
         if asked["reuse"] is not None:
