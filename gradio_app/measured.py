@@ -41,7 +41,8 @@ def generated(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
         rows.append((_left_out(numbers), _share(numbers["reuse_ratio"])))
     forecast = numbers.get("forecast")
     if forecast and forecast["skipped"]:
-        rows.append(("forecast", predicted(forecast["predicted_db"], forecast["kernel"])))
+        said = predicted(forecast["predicted_db"], bool(forecast["kernel"]))
+        rows.append(("forecast", said.removesuffix(".")))
     return table(rows) + (
         "<p>Turn on “beside full precision” to measure what the artifact changes.</p>"
         if numbers["execution"]["layers"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.caching import DEFAULT_FORECAST, FOREIGN
+from tenuto.caching import DEFAULT_FORECAST, predicted
 from tenuto.errors import TenutoError
 
 from .bench import STEPS, Bench
@@ -197,10 +197,8 @@ def _words(seen: Outlook) -> str:
         return said
     said = (
         f"<strong>{seen.calls} of {counted(steps, 'call', 'calls')} computed</strong>, the others "
-        f"forecast. Predicted: <strong>about {db:.0f} dB</strong> to the run with every call, "
-        f"{in_words(db)}."
+        f"forecast. {predicted(db, seen.foreign)} That is, {in_words(db)}."
     )
-    said += f" This was {FOREIGN}: the forecast is one that ships." if seen.foreign else ""
     measured = seen.measured.get(steps - seen.calls)
     said += "" if measured is None else f" Measured at calibration: {measured:.1f} dB."
     return said + (" Its cache schedule is left out meanwhile." if seen.route else "")

@@ -93,8 +93,8 @@ def test_what_is_said_of_a_run(bench: Bench) -> None:
     found = outlook(known(bench.places.artifact("plain")), 20, 2)
     assert found.db is not None
     assert seen(said) == (
-        f"10 of 20 calls computed , the others forecast. Predicted: about {found.db:.0f} dB to "
-        f"the run with every call, {in_words(found.db)}."
+        f"10 of 20 calls computed , the others forecast. Predicted: about {found.db:.0f} dB PSNR "
+        f"to the image with every call (higher is nearer). That is, {in_words(found.db)}."
     )
     assert "left out meanwhile" in told(bench, 2, MODEL, "routed", 20)[1]
     assert "Measured at calibration: 47.2 dB" in told(bench, 2, MODEL, "preset", 20)[1]
