@@ -123,6 +123,8 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
 
 def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     """What the image side shows after a press of Generate: generated, stopped or failed."""
+    from tenuto.cli.checks import device_of
+
     model, prompt, seed, steps, guidance, artifact, on, beside, mode, speedup, *own = values
     used = artifact if on else NO_ARTIFACT
 
@@ -152,7 +154,8 @@ def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any
     else:
         ((which, path),) = pictures.items()
         pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
-        numbers = generated(said, found["seconds"], found["steps"], bench.settings.device or "here")
+        device = str(device_of(bench.settings.device))
+        numbers = generated(said, found["seconds"], found["steps"], device)
     pair["frames"] = found["frames"]
     info = gr.Textbox(found["infotext"], visible=True)
     return [pair, numbers, info, *show(pair, mode)]

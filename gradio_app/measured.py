@@ -23,7 +23,7 @@ def compared(found: Mapping[str, Numbers]) -> str:
         mib(first["resident_weight_bytes"]["float"]), "float",
     ]  # fmt: skip
     names = [
-        "seconds an image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
+        "seconds per image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
         _left_out(first), "weights in int8", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]
@@ -95,7 +95,7 @@ def _layers(numbers: Numbers) -> str:
 
 def _floor(numbers: Numbers) -> str:
     floor, own = numbers["bf16_floor_psnr_db"], numbers["seconds_per_picture"]["bf16"]
-    time = "" if own is None else f", {_shown(own, 2)} s an image"
+    time = "" if own is None else f", {_shown(own, 2)} s per image"
     return "" if floor is None else f"Plain bf16, the noise floor: PSNR {_psnr(floor)} dB{time}."
 
 

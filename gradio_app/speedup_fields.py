@@ -32,6 +32,7 @@ from .view import counted
 from .viewer import QUIET
 
 OFF = 1.0
+UNSEEN = "no difference that one sees is predicted."
 ARTIFACT_OFF = "Off, as the artifact is: every call is computed."
 LATEST: dict[str, Any] = QUIET | {"queue": True, "trigger_mode": "always_last"}  # of a drag
 
@@ -158,8 +159,8 @@ def forecast_of(bench: Bench, name: str) -> str:
         return ""
     if seen.why:
         return ""
-    said = f"{seen.steps - seen.safe} of {seen.steps} calls can be skipped unseen"
-    return f"<p><strong>Forecast:</strong> {said}.</p>{curve(seen)}"
+    said = f"{seen.steps - seen.safe} of {seen.steps} calls can be skipped: {UNSEEN}"
+    return f"<p><strong>Forecast:</strong> {said}</p>{curve(seen)}"
 
 
 def shown(found: dict[str, Outlook]) -> str:
@@ -193,7 +194,7 @@ def _words(seen: Outlook) -> str:
         said = f"Off: each of the {steps} calls is computed."
         if seen.safe < steps:
             safe = int(10 * steps / seen.safe) / 10
-            said += f" At {safe:g}, {seen.safe} would be, and the others forecast unseen."
+            said += f" At {safe:g}, {seen.safe} would be computed and the others forecast: {UNSEEN}"
         return said
     said = (
         f"<strong>{seen.calls} of {counted(steps, 'call', 'calls')} computed</strong>, the others "

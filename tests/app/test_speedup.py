@@ -247,10 +247,12 @@ def test_the_curve_has_every_plan(out: Path) -> None:
     rows = re.findall(r"<td>(\d+) of 20</td><td>([\d.]+)</td><td>([\d.]*)</td>", made)
     assert made.count('class="here"') == 1 and made.count('class="measured"') == 1
     assert f'data-points="{len(rows)}"' in made and len(rows) >= 15
+    assert "Circles: measured at calibration" in made
     assert [db for calls, _, db in rows if calls == "10"] == ["47.2"]
     values = [float(db) for _, db, _ in rows]
     assert values == sorted(values, reverse=True), "the more are skipped the worse"
-    assert 'class="here"' not in curve(outlook(known(out / "plain.safetensors"), 20, 1))
+    plain = curve(outlook(known(out / "plain.safetensors"), 20, 1))
+    assert 'class="here"' not in plain and "Circles" not in plain
     assert not curve(outlook(Known(None), 20, 2))
 
 
@@ -260,7 +262,9 @@ def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: P
     for name, has in (("plain", True), ("none", False)):
         job.result = {"name": name}
         said = calibrate.seen(bench, job)[8]
-        assert ("can be skipped unseen." in said and "<polyline" in said) is has
+        assert (
+            "of 20 calls can be skipped: no difference" in said and "<polyline" in said
+        ) is has
     assert not speedup_fields.forecast_of(bench, SHIPPED)
 
 
