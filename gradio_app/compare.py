@@ -69,7 +69,7 @@ def tab(bench: Bench, model_name: str) -> Compare:
             )  # fmt: skip
             count = gr.Number(
                 8, label="Images", step=1, elem_id="compare-count",
-                info=f"Up to {COUNT['most']}: more make the numbers steadier; tables have 64",
+                info=f"Up to {COUNT['most']}: more make the numbers steadier",
             )  # fmt: skip
             speedup = speedup_fields("compare")
             with gr.Row():

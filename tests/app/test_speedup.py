@@ -262,9 +262,7 @@ def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: P
     for name, has in (("plain", True), ("none", False)):
         job.result = {"name": name}
         said = calibrate.seen(bench, job)[8]
-        assert (
-            "of 20 calls can be skipped: no difference" in said and "<polyline" in said
-        ) is has
+        assert ("of 20 calls can be skipped: no difference" in said and "<polyline" in said) is has
     assert not speedup_fields.forecast_of(bench, SHIPPED)
 
 
