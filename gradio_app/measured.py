@@ -24,7 +24,7 @@ def compared(found: Mapping[str, Numbers]) -> str:
     ]  # fmt: skip
     names = [
         "seconds an image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
-        _left_out(first), "weights in int8", "denoiser weights", "executed",
+        _left_out(first), "weights in 8 bits", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]
     rows = [(name, *values) for name, *values in zip(names, *columns, strict=True)]
