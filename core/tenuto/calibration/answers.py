@@ -236,8 +236,7 @@ class Origins(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, set[str]] = {}  # by storage: views share it
-        self.alive: list[StorageWeakRef] = []  # so that no other storage gets the same number
+        self.known: dict[int, tuple[StorageWeakRef, set[str]]] = {}  # by storage: views share it
 
     def begin(self, name: str, answer: Any) -> None:
         """`answer` is that of the block `name`."""
@@ -246,13 +245,15 @@ class Origins(TorchDispatchMode):
 
     def of(self, value: Any) -> set[str]:
         """The blocks behind the tensors in `value`."""
-        found = (self.known.get(x.untyped_storage()._cdata, set()) for x in tensors_in(value))
-        return set[str]().union(*found)
+        numbers = (x.untyped_storage()._cdata for x in tensors_in(value))
+        return set[str]().union(*(self.known[n][1] for n in numbers if n in self.known))
 
     def _add(self, x: Tensor, names: set[str]) -> None:
-        storage = x.untyped_storage()
-        self.alive.append(StorageWeakRef(storage))
-        self.known.setdefault(storage._cdata, set()).update(names)
+        storage = x.untyped_storage()  # while it is referred to none other gets its number
+        _, known = self.known.setdefault(storage._cdata, (StorageWeakRef(storage), set()))
+        known.update(names)
+        for number in [n for n, (ref, _) in self.known.items() if ref.expired()]:
+            del self.known[number]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
