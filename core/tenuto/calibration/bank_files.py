@@ -131,7 +131,7 @@ class BankFiles:
         """All rows as one tensor, where they lie one behind the other in a file."""
         first, place = tensors[0], tensors[0].data_ptr()
         row = first[:1].numel()
-        if not row or not _dense(first[0]) or (len(first) > 1 and first.stride(0) != row):
+        if not row or not _dense(first[0]):
             return None
         for part in tensors:
             here = part.data_ptr(), part.dtype, part.shape[1:], part.stride()[1:]
@@ -140,10 +140,10 @@ class BankFiles:
             if len(part) > 1 and part.stride(0) != row:
                 return None
             place += part.nbytes
-        rows, there = sum(map(len, tensors)), self.file_of(first)
-        if there is None:
-            return None
-        mapped, offset = there
+        mapped, offset = self.file_of(first) or (b"", 0)
+        if offset + place - first.data_ptr() > len(mapped):
+            return None  # in memory, or in two files that the system has put side by side
+        rows = sum(map(len, tensors))
         flat = torch.frombuffer(mapped, dtype=first.dtype, count=rows * row, offset=offset)
         return flat.as_strided((rows, *first.shape[1:]), (row, *first.stride()[1:]))
 

@@ -26,9 +26,8 @@ class Chain:
 
     Where every block feeds the next one, outputs are handed on; else the model is run up to each
     block, with what is known of those before it, see `Answers`. Only blocks that need data cost
-    anything.
+    anything, and nothing is computed before they are asked for: a job that goes on may have them.
     blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
-    Nothing is computed before a block's data are asked for: a job may go on where all is done.
     plain: gives the full-precision model, whose outputs are the targets; None: there are none.
     files: where inputs and targets go that memory has no room for.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,17 @@ def test_inputs_are_written_once(form: Any, large: None, monkeypatch: Any, tmp_p
     assert torch.equal(bank.tensors[0], expected.tensors[0])
     assert bank.tensors[0].stride() == expected.tensors[0].stride()
     assert sizes == [bank.tensors[0].nbytes] == [len(m) for m in files.maps]
+
+
+def test_files_side_by_side(large: None, tmp_path: Path) -> None:
+    """The system may map one file right behind another one: they are two all the same."""
+    files = on_disk(tmp_path)
+    files.choose(1)
+    parts = [files.empty((1, mmap.PAGESIZE), torch.uint8).fill_(n) for n in range(32)]
+    ordered = sorted(parts, key=lambda part: part.data_ptr())
+    assert torch.equal(files.joined(ordered), torch.cat(ordered))
+    for pair in pairwise(ordered):
+        assert torch.equal(files.joined(pair), torch.cat(pair))
 
 
 MANY = """
