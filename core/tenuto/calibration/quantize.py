@@ -60,7 +60,8 @@ def quantize(
     it or says it otherwise; see `describing`. measure: whether the forecast of skipped calls is
     measured on four images, which takes about as long as generating ten; None: where that is
     estimated to take less than a minute. max_memory: bytes that all takes at most; None: what is
-    free. Where the recorded inputs of a block take more, they lie on disk, in `work` if there is.
+    free. Where the recorded inputs of a block take more, they lie on disk, in `work`; without it,
+    it has no effect.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
