@@ -1,4 +1,4 @@
-"""Which calls of real pipelines could be graphs: tried on the CPU, with a capture that computes."""
+"""Which calls of real pipelines could be graphs: tried on the CPU, with a capture that records operations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tenuto.runtime.denoiser_call import Calls
 from tenuto.runtime.graphs import Graphs
 from tenuto.sampling.pipeline_call import PipelineCall
 from tests.core import tiny_pipelines as tiny
-from tests.core.runtime.test_graphs import Again
+from tests.core.runtime.recorded import Recorded
 
 
 class Case:
@@ -26,13 +26,13 @@ class Case:
 
     def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pipe, prompts, call = tiny.asked(kind)
-        self.again = Again()
+        self.again = Recorded()
         self.asked = PipelineCall(self.pipe, (prompts or ())[:1], 6, None, call)
         on_cpu = partial(Graphs, capture=self.again, device="cpu")
         monkeypatch.setattr(denoiser_call, "Graphs", on_cpu)
 
     def attach(self, graphs: bool, compile: bool = False) -> tn.Tenuto:
-        """By the user's road, but for where graphs are made."""
+        """As `tenuto.attach` does, but with graphs on the CPU."""
         patches = Patches(scheme=tn.schemes.W8A8, execution="int8")
         return install(self.pipe, patches, None, Calls(compile, graphs))
 

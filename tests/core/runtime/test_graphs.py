@@ -1,4 +1,4 @@
-"""What is captured, when, and what is kept of it; with a capture that runs its call again."""
+"""What is captured, when, and what is kept of it; on the CPU, see `Recorded`."""
 
 from __future__ import annotations
 
@@ -14,52 +14,13 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.caching import CacheSchedule, apply_schedule_
 from tenuto.errors import TenutoError
-from tenuto.model import map_tensors, override_, tensors_in
+from tenuto.model import override_
 from tenuto.runtime.captures import Reads
 from tenuto.runtime.denoiser_call import DenoiserCall
 from tenuto.runtime.graphs import Graphs
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
-
-
-class Again:
-    """As a graph: what was captured is done again, on the same tensors, into the same outputs."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-        self.error: Exception | None = None
-        self.cells: list[Any] = []
-        self.times: list[float] = []  # of a replay and of the call as it is, in turn
-        self.full: str | None = None
-
-    def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        if self.error is not None:
-            raise self.error
-        self.captured += 1
-        given = [cell.given for cell in self.cells]
-        out = map_tensors(torch.clone, call())
-        made = [cell.made for cell in self.cells]
-
-        def replay() -> None:
-            self.replayed += 1
-            before = [(cell.given, cell.made) for cell in self.cells]
-            for cell, own in zip(self.cells, given, strict=True):
-                cell.given = own
-            for own, value in zip(tensors_in(out), tensors_in(call()), strict=True):
-                own.copy_(value)
-            for cell, own, (old, made_before) in zip(self.cells, made, before, strict=True):
-                if own is not None:
-                    own.copy_(cell.made)
-                cell.given, cell.made = old, made_before
-
-        return replay, out
-
-    def seconds(self, run: Callable[[], Any]) -> float:
-        run()
-        return self.times.pop(0)
-
-    def crowded(self) -> str | None:
-        return self.full
+from tests.core.runtime.recorded import Recorded
 
 
 class Block(nn.Module):
@@ -83,9 +44,9 @@ class Denoiser(nn.Module):
         return {"sample": y.add_(extra["added"]), "other": [y[:1], extra["name"]]}
 
 
-def captured(model: nn.Module, **options: Any) -> tuple[DenoiserCall, Again]:
+def captured(model: nn.Module, **options: Any) -> tuple[DenoiserCall, Recorded]:
     """The calls of a model, captured on the CPU."""
-    again = Again()
+    again = Recorded()
     call = DenoiserCall(Graphs(model, capture=again, device="cpu", **options))
     override_(model, call)
     return call, again
@@ -305,7 +266,7 @@ def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) ->
     assert not call.graphs.known
 
 
-def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Again]:
+def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Recorded]:
     """A model whose first block is computed in every other step, and the second in every third."""
     model = tiny.randomized(Denoiser())
     times = tuple(float(t) for t in range(12, 0, -1))
@@ -313,8 +274,7 @@ def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Again]:
     clock = Clock(times)
     call, again = captured(model, most=most)
     cells = apply_schedule_(model, CacheSchedule(rows, times, ("one", "two")), clock)
-    again.cells = [cell.call for cell in cells]
-    call.prepare(again.cells)
+    call.prepare([cell.call for cell in cells])
     return model, clock, again
 
 
@@ -347,7 +307,7 @@ def test_a_graph_for_every_pattern_of_a_schedule(split: bool) -> None:
 def test_a_clock_reads_by_a_graph() -> None:
     """The same steps, streams and runs as without one, with a condition that changes in place."""
     plain_clock, clock = Clock((9.0, 5.0, 1.0)), Clock((9.0, 5.0, 1.0))
-    again = Again()
+    again = Recorded()
     clock.reads = Reads(again, "cpu")
     prompt = torch.randn(2, 3, 4)
     for _ in range(3):
@@ -361,24 +321,24 @@ def test_a_clock_reads_by_a_graph() -> None:
     assert (again.captured, again.replayed) == (1, 8) and clock.run == plain_clock.run > 1
 
 
-def moved(model: nn.Module, again: Again) -> None:
+def moved(model: nn.Module, again: Recorded) -> None:
     from accelerate import cpu_offload_with_hook
 
     cpu_offload_with_hook(model, "cpu")
 
 
-def grouped(model: nn.Module, again: Again) -> None:
+def grouped(model: nn.Module, again: Recorded) -> None:
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     HookRegistry.check_if_exists_or_initialize(model.one).register_hook(ModelHook(), "some_cache")  # type: ignore[arg-type]
 
 
-def patched(model: nn.Module, again: Again) -> None:
+def patched(model: nn.Module, again: Recorded) -> None:
     inner: Any = model.two
     inner.forward = lambda x, own=inner.forward: own(x)
 
 
-SPOILT: dict[str, Callable[[Any, Again], Any]] = {
+SPOILT: dict[str, Callable[[Any, Recorded], Any]] = {
     "offloading moves its weights": moved,
     "the hook some_cache of diffusers": grouped,
     "another library's patch lies on its Block": patched,
