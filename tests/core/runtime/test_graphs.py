@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from tenuto.model import override_
 from tenuto.runtime.captures import Reads
 from tenuto.runtime.denoiser_call import DenoiserCall
 from tenuto.runtime.graphs import Graphs
+from tenuto.runtime.weights_in_place import MARKS
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
 from tests.core.runtime.recorded import Recorded
@@ -47,7 +50,7 @@ class Denoiser(nn.Module):
 def captured(model: nn.Module, **options: Any) -> tuple[DenoiserCall, Recorded]:
     """The calls of a model, captured on the CPU."""
     again = Recorded()
-    call = DenoiserCall(Graphs(model, capture=again, device="cpu", **options))
+    call = DenoiserCall(Graphs(model, capture=lambda _: again, device="cpu", **options))
     override_(model, call)
     return call, again
 
@@ -107,6 +110,24 @@ def test_the_graph_used_longest_ago_goes() -> None:
         assert torch.equal(model(*given)["sample"], plain(model, given))
     assert call.graphs is not None and len(call.graphs.known) == 2
     assert again.captured == 4 and call.graphs.evicted == 2, "that of 2 rows, then it again"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replays", [1, 6])
+def test_graphs_that_are_hardly_used_are_no_longer_made(replays: int) -> None:
+    """But in a process that lives long, of many sizes one after another, for each of them."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model, most=2)
+    assert call.graphs is not None
+    for rows in range(1, 16):
+        for seed in range(1 + replays):
+            given = inputs(seed, rows)
+            assert torch.equal(model(*given)["sample"], plain(model, given))
+    if replays == 1:
+        assert again.captured == 11 and "more kinds" in str(call.graphs.reason)
+        assert not call.graphs.known
+    else:
+        assert again.captured == 15 and call.graphs.reason is None
 
 
 class Right:
@@ -196,6 +217,156 @@ def test_a_model_that_changes_all_the_time_runs_as_it_is() -> None:
     assert right.again.captured == 0 and "changes from call to call" in str(right.graphs.reason)
 
 
+class Convolved(Denoiser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.LayerNorm(4)
+        self.drop, self.act = nn.Dropout(0.0), nn.LeakyReLU(0.5)
+        self.by: Any = None
+
+    def forward(self, sample: Tensor, timestep: Tensor, extra: dict[str, Any]) -> dict[str, Any]:
+        sample = self.norm(self.act(self.conv(self.drop(sample)[:, None, :, None])[:, 0, :, 0]))
+        if self.by is not None:
+            sample = sample * self.by()
+        return super().forward(sample, timestep, extra)
+
+
+@torch.no_grad()
+def test_what_is_set_on_a_layer_of_torch_is_seen() -> None:
+    """Tiling makes convolutions circular, others stretch them; a size is only told."""
+    model: Any = tiny.randomized(Convolved())
+    right = Right(model)
+    conv = model.conv
+
+    def circular(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = nn.functional.pad(x, (0, 0, 1, 1), mode="circular")
+        return nn.functional.conv2d(x, weight, bias, padding=(0, 1))
+
+    changes: list[Callable[[], Any]] = [
+        lambda: (setattr(conv, "dilation", (2, 2)), setattr(conv, "padding", (2, 2))),
+        lambda: (setattr(conv, "dilation", (1, 1)), setattr(conv, "padding_mode", "circular")),
+        lambda: setattr(conv, "_conv_forward", circular),
+        lambda: setattr(model.norm, "eps", 1.0),
+        lambda: setattr(model.act, "negative_slope", 0.1),
+        lambda: setattr(model.drop, "p", 0.5),  # not in training: the same values
+    ]
+    assert right(3)
+    for number, change in enumerate(changes):
+        change()
+        assert right(3), number
+        assert right.again.captured == number + 2
+    conv.kernel_size, model.training = (1, 1), model.training
+    model.one.inner.in_features = 5
+    assert right(3) and right.again.captured == len(changes) + 1
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self) -> float:
+        return self.factor
+
+
+class Both(Slotted):
+    """With a dict beside its slot."""
+
+    __slots__ = ("__dict__",)
+
+
+class Listed(list[float]):
+    """A list that knows more than its members."""
+
+    factor = 1.0
+
+    def __call__(self) -> float:
+        return self.factor
+
+
+def listed(factor: float) -> Listed:
+    made = Listed([1.0])
+    made.factor = factor
+    return made
+
+
+class Factor:
+    """Made of a value that torch knows nothing of."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> float:
+        return float(self.value)
+
+
+EXCHANGED: dict[str, Callable[[float], Any]] = {
+    "slots": Slotted,
+    "slots and a dict": Both,
+    "partial": lambda factor: partial(float, factor),
+    "a list's own": listed,
+    "numpy's scalar": lambda factor: Factor(np.float32(factor)),
+    "numpy's array": lambda factor: Factor(np.array(factor)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", EXCHANGED)
+def test_an_object_that_one_cannot_look_into_is_seen_when_exchanged(kind: str) -> None:
+    model: Any = tiny.randomized(Convolved())
+    right = Right(model)
+    for number, factor in enumerate((2.0, 3.0, 4.0)):
+        model.by = EXCHANGED[kind](factor)
+        assert right(3) and right.again.captured == number + 1
+
+
+@torch.no_grad()
+def test_two_states_may_take_turns() -> None:
+    """Each is known: that there were many changes is no reason to have no graphs."""
+    right = Right(tiny.randomized(Denoiser()))
+    for number in range(60):
+        right.model.one.which = number % 2  # type: ignore[union-attr]
+        assert right(3)
+    assert right.again.captured == 2 and right.graphs.reason is None
+
+
+def test_states_that_are_forgotten_keep_nothing() -> None:
+    model: Any = tiny.randomized(Denoiser())
+    weights = Graphs(model, device="cpu").weights
+    for number in range(3 * MARKS):
+        model.one.scaled = lambda by=number: by
+        weights.state()
+    assert len(weights._opaque) <= MARKS + 8
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_autocast_is_another_graph_by_its_dtype(cached: bool) -> None:
+    """And what autocast keeps of weights is free after it: no graph may read that."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model)
+    for number, dtype in enumerate((torch.bfloat16, torch.float16) * 2):
+        with torch.no_grad(), torch.autocast("cpu", dtype, cache_enabled=cached):
+            for seed in range(3):
+                given = inputs(seed)
+                assert torch.equal(model(*given)["sample"], plain(model, given)), dtype
+            assert torch.is_autocast_cache_enabled() == cached
+        assert again.captured == min(2, number + 1)
+    assert call.graphs is not None and call.graphs.reason is None
+
+
+def test_each_device_has_a_capture_of_its_own() -> None:
+    asked: list[torch.device] = []
+    model = tiny.randomized(Denoiser())
+    again = Recorded()
+    graphs = Graphs(model, capture=lambda device: asked.append(device) or again, device="cpu")
+    override_(model, DenoiserCall(graphs))
+    with torch.no_grad():
+        for seed in range(9):
+            model(*inputs(seed, 1 + seed // 3))
+    assert again.captured == 3 and asked == [torch.device("cpu")]
+
+
 @torch.no_grad()
 def test_loras_of_one_shape_share_a_graph() -> None:
     """Loaded under one name after another: what is read stays where it was, with other values."""
@@ -220,12 +391,55 @@ def test_loras_of_one_shape_share_a_graph() -> None:
         model.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))  # swapped in place
         twin.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))
         assert torch.equal(model(*inputs(8))["sample"], twin(*inputs(8))["sample"])
-        assert all(torch.equal(given[k], v) for k, v in given.items()), "no tensor of the user's"
         for unloaded in (model, twin):
             recurse_remove_peft_layers(unloaded)
             del unloaded.peft_config
         assert right(3), "and none"
         assert right.again.captured == (2 if seed < 2 else 3), seed
+
+
+@torch.no_grad()
+def test_a_lora_that_somebody_keeps_is_not_written_over() -> None:
+    """By one that is loaded under the same name: it gets other memory, and a graph of its own."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    right = Right(tiny.randomized(Denoiser()))
+    model: Any = right.model
+    kept: list[tuple[Tensor, Tensor]] = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        inject_adapter_in_model(config, model, "a")
+        assert right(3)
+        if seed < 2:
+            state = model.state_dict()
+            kept += [(v, v.clone()) for k, v in state.items() if "lora" in k]
+            del state
+        assert all(torch.equal(v, before) for v, before in kept), seed
+        assert right.again.captured == min(seed, 2) + 1
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+    assert len(kept) == 8
+
+
+@torch.no_grad()
+def test_adapters_that_are_gone_free_their_memory() -> None:
+    """When others come, whatever their names; until then the last ones have theirs."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    right = Right(tiny.randomized(Denoiser()))
+    model: Any = right.model
+    for name in "abc":
+        config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        inject_adapter_in_model(config, model, name)
+        assert right(3)
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        assert right(1)
+        memory = right.graphs.weights._adapters.memory
+        assert len(memory) == 4 and all(f".{name}." in key for key in memory)
 
 
 @torch.no_grad()
@@ -246,18 +460,18 @@ def test_a_packed_weight_is_another_graph() -> None:
 
 @torch.no_grad()
 def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) -> None:
-    """By two times a form of a call; and only while there is memory."""
+    """By medians of both, once a form of a call; and only while there is memory."""
     model = tiny.randomized(Denoiser())
     call, again = captured(model, choose=True)
     assert call.graphs is not None
-    again.times = [1.0, 2.0, 3.0, 2.0]
+    again.times = [1.0, 2.0, 9.0, 2.0, 1.0, 2.0] + [3.0, 2.0] * 3
     for rows, kept in ((2, 1), (3, 1)):
         for seed in range(4):
             given = inputs(seed, rows)
             assert torch.equal(model(*given)["sample"], plain(model, given))
         assert len(call.graphs.known) == kept
     assert again.captured == 2 and not again.times and call.graphs.reason is None
-    again.full, again.times = "they would take 9 GiB", [1.0, 2.0]
+    again.full, again.times = "they would take 9 GiB", [1.0, 2.0] * 3
     with caplog.at_level(logging.INFO, "tenuto"):
         for seed in range(4):
             model(*inputs(seed, 4))
@@ -308,7 +522,7 @@ def test_a_clock_reads_by_a_graph() -> None:
     """The same steps, streams and runs as without one, with a condition that changes in place."""
     plain_clock, clock = Clock((9.0, 5.0, 1.0)), Clock((9.0, 5.0, 1.0))
     again = Recorded()
-    clock.reads = Reads(again, "cpu")
+    clock.reads = Reads(lambda _: again, "cpu")
     prompt = torch.randn(2, 3, 4)
     for _ in range(3):
         for time in (9.0, 5.0, 1.0):
@@ -427,6 +641,18 @@ def test_a_copy_captures_for_itself() -> None:
     own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
     assert own is not call.graphs and not own.known and own.denoiser is twin
     assert torch.equal(twin(*inputs(9))["sample"], plain(model, inputs(9)))
+
+
+@torch.no_grad()
+def test_a_copy_of_what_must_not_be_captured_is_not() -> None:
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model)
+    call.prepare([object()])  # a cache policy that decides while it runs
+    twin = copy.deepcopy(model)
+    for seed in range(3):
+        twin(*inputs(seed))
+    own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
+    assert again.captured == 0 and own.final and "cache policy" in own.reason
 
 
 def test_what_may_be_asked_for() -> None:
