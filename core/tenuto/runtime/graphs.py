@@ -99,9 +99,8 @@ class Graphs:
             return None  # the model is elsewhere
         if strange:
             return self.off(strange[0])
-        if torch._C._len_torch_dispatch_stack() or (
-            self.device == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):
+        seen = torch._C._len_torch_dispatch_stack() or nn.modules.module._has_any_global_hook()
+        if seen or (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None  # somebody counts, traces or captures what is inside
         return (*parts, torch.is_inference_mode_enabled(), _autocast(self.device))
 

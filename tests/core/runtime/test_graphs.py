@@ -610,6 +610,11 @@ def test_who_counts_operations_sees_them() -> None:
     with FlopCounterMode(display=False) as counted:
         right.model(*inputs(0))
     assert counted.get_total_flops() > 0
+    calls: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *args: calls.append(m))
+    right.model(*inputs(0))
+    hook.remove()
+    assert right.model.one in calls
 
 
 @torch.no_grad()
