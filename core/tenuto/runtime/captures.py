@@ -48,8 +48,9 @@ CaptureOn = Callable[[torch.device], Capture]
 class CudaCapture:
     """By `torch.cuda.CUDAGraph` on one card, whichever the current one is.
 
-    All graphs share a stream and a pool of memory, as they never run at once. What is captured has
-    run before, so that its kernels are loaded and their tiles chosen.
+    All graphs share a stream and a pool of memory, as they never run at once. A pool whose graphs
+    are all gone cannot be used again: take another capture then. What is captured has run before,
+    so that its kernels are loaded and their tiles chosen.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -147,6 +148,8 @@ class Reads:
             return call(*args)
         found = self.known[key]
         if found is None:
+            if not any(self.known.values()):
+                self.capture.cache_clear()
             own = map_tensors(lambda x: torch.empty_like(x).copy_(x), args)
             try:
                 replay, out = self.capture(tensors[0].device)(lambda: call(*own))

@@ -185,6 +185,8 @@ class Graphs:
         """The call, recorded on tensors of its own; None: it is timed, and gains nothing."""
         given = [cell.given for cell in self.cells]
         own: list[Tensor] = []
+        if not self.known:
+            self.capture.cache_clear()
         there = self._device((args, kwargs))
         capture = self.capture(there)
 

@@ -149,6 +149,20 @@ def test_a_run_of_other_steps_than_the_calibrated_ones() -> None:
     attached.detach()
 
 
+def test_when_all_graphs_are_gone_others_are_made() -> None:
+    """Their pool of memory cannot be used again, and `cublas` may still have some of it."""
+    case = Case("flux")
+    with case.attach(Calls(), None):
+        expected = case.runs(3)
+    attached = case.attach(Calls(graphs=True), None)
+    for _ in range(2):
+        for found, wanted in zip(case.runs(3), expected, strict=True):
+            assert (found - wanted).norm() < 0.01 * wanted.norm()
+        assert case.graphs().known and case.graphs().reason is None
+        case.graphs().forget()
+    attached.detach()
+
+
 def test_graphs_where_they_are_faster() -> None:
     """The calls of a model as small as this one are all launches."""
     case = Case("flux")

@@ -356,6 +356,7 @@ def test_autocast_is_another_graph_by_its_dtype(cached: bool) -> None:
 
 
 def test_each_device_has_a_capture_of_its_own() -> None:
+    """And another one when all of its graphs are gone: its memory is gone with them."""
     asked: list[torch.device] = []
     model = tiny.randomized(Denoiser())
     again = Recorded()
@@ -364,7 +365,11 @@ def test_each_device_has_a_capture_of_its_own() -> None:
     with torch.no_grad():
         for seed in range(9):
             model(*inputs(seed, 1 + seed // 3))
-    assert again.captured == 3 and asked == [torch.device("cpu")]
+        assert again.captured == 3 and asked == [torch.device("cpu")]
+        graphs.forget()
+        for seed in range(3):
+            model(*inputs(seed))
+    assert again.captured == 4 and len(asked) == 2
 
 
 @torch.no_grad()
