@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from benchmarks.schedules import MODELS, chip, surroundings
 from tenuto.artifact import Artifact
 from tenuto.caching import Forecast
 from tenuto.calibration.forecast_scores import with_scores
-from tenuto.model import denoiser_of
+from tenuto.model import denoiser_of, watched
 from tenuto.runtime import percentile
 from tenuto.sampling import OutputKernel, sampler
 from tenuto.sampling.loading import defaults, load
@@ -42,12 +42,8 @@ LONG = 50  # steps of the longest run that is planned
 class Stopwatch:
     """Seconds of a pipeline's text encoder and decoder, and computed calls of the denoiser."""
 
-    def __init__(self, pipe: Any) -> None:
-        self.device, self.seconds, self.calls, self.began = pipe.device, 0.0, 0, 0.0
-        self.handles = []
-        for part in (pipe.text_encoder, pipe.vae.decoder):
-            self.handles.append(part.register_forward_pre_hook(self._begin))
-            self.handles.append(part.register_forward_hook(self._end))
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.calls, self.began = device, 0.0, 0, 0.0
 
     def now(self) -> float:
         """Seconds, of everything that was started."""
@@ -59,34 +55,30 @@ class Stopwatch:
         """Begin anew."""
         self.seconds, self.calls = 0.0, 0
 
-    def counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of a layer that runs once in a call that computes."""
+    def called(self, *_: Any) -> None:
+        """A call of the denoiser computes."""
+        self.calls += 1
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return forward(*args, **kwargs)
-
-        return call
-
-    def _begin(self, *_: Any) -> None:
+    def begin(self, *_: Any) -> None:
+        """Another part begins."""
         self.began = self.now()
 
-    def _end(self, *_: Any) -> None:
+    def end(self, *_: Any) -> None:
+        """It has ended."""
         self.seconds += self.now() - self.began
 
 
 @contextmanager
 def stopwatch(pipe: Any) -> Iterator[Stopwatch]:
     """One on a pipeline, for a while."""
-    found = Stopwatch(pipe)
-    first = next(m for m in denoiser_of(pipe).modules() if isinstance(m, nn.Conv2d))
-    first.forward = found.counted(first.forward)  # no hook: with one inside, no call is skipped
-    try:
+    found, denoiser = Stopwatch(pipe.device), denoiser_of(pipe)
+    inside = (name for name, m in denoiser.named_modules() if isinstance(m, nn.Conv2d))
+    with (
+        watched(denoiser, [next(inside)], before=found.called),  # once in a call that computes
+        watched(pipe.text_encoder, before=found.begin, after=found.end),
+        watched(pipe.vae, ["decoder"], before=found.begin, after=found.end),
+    ):
         yield found
-    finally:
-        del first.forward
-        for handle in found.handles:
-            handle.remove()
 
 
 def image(pipe: Any, watch: Stopwatch, model: str, images: int, seed: int) -> tuple[float, float]:
