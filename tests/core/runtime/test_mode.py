@@ -19,7 +19,7 @@ from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.runtime.execution import DENSE, Chooser, chooser_for
 from tenuto.runtime.kept_choices import KeptChoices
 from tenuto.runtime.layers import QLinear
-from tenuto.runtime.mode import Mode
+from tenuto.runtime.mode import CALLS, Mode
 from tenuto.sampling.clock import Clock
 
 MEASURED = Chooser.__call__  # a conftest makes it answer int8
@@ -103,6 +103,37 @@ def test_what_does_not_compile_is_timed_as_it_is(
     assert torch.equal(run(), torch.full((2,), 2.0)) and run() is not None
     (line,) = caplog.messages
     assert "does not compile: there is no compiler." in line
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_layer_is_captured_on_its_own_card(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All its calls in one graph; one that cannot be captured is timed as it is, with a word."""
+    cards: list[torch.device] = []
+    calls: list[Tensor] = []
+
+    class Capture:
+        def __init__(self, device: torch.device) -> None:
+            cards.append(device)
+
+        def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            if fails:
+                raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+            call()
+            return lambda: None, None
+
+    monkeypatch.setattr("tenuto.runtime.mode.CudaCapture", Capture)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    run = Mode(capture=True).run(calls.append, x)
+    run()
+    run()
+    assert cards == [torch.device("cuda", 1)]
+    assert len(calls) == 1 + CALLS * (2 if fails else 1), "made ready, and then captured or called"
+    assert [line.partition(": ")[2] for line in caplog.messages] == (
+        ["operation not permitted."] if fails else []
+    )
 
 
 def test_attach_asks_for_the_mode_that_it_makes(tiny: Any, monkeypatch: Any) -> None:
