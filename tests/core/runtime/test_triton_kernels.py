@@ -401,6 +401,25 @@ def test_a_card_is_tried_once(
     assert all(words[type(error)] in line and "layers" in line for line in caplog.messages)
 
 
+@needs_triton
+def test_a_trial_is_no_part_of_a_graph(cards: dict[str, bool]) -> None:
+    """A denoiser that is compiled before its first call asks while it is traced."""
+    traced: list[bool] = []
+
+    def right(device: torch.device) -> bool:
+        traced.append(quantize_input.compiling())
+        return True
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if trial.works("layers", 0, right) else x - 1
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(call, backend="eager")
+    assert [compiled(torch.zeros(1)).item() for _ in range(3)] == [1.0] * 3
+    assert traced == [False]
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("spec", [ValueError("triton.__spec__ is None"), OSError("broken"), None])
 def test_a_broken_or_absent_triton_is_none(
     cards: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: Any, spec: Any

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...model import outside_graphs
 from ...text import first_line
 
 log = logging.getLogger("tenuto")
@@ -30,8 +31,12 @@ def works(what: str, index: int | None, right: Callable[[torch.device], bool]) -
     if index is None:
         index = torch.cuda.current_device()
     found = _found.get((what, index))
-    if found is not None:
-        return found
+    return _asked(what, index, right) if found is None else found
+
+
+@outside_graphs
+def _asked(what: str, index: int, right: Callable[[torch.device], bool]) -> bool:
+    """`works` of a card that was not tried yet."""
     with _lock:  # two threads compile it once, and say once that it fails
         if (what, index) not in _found:
             answer = _tried(what, torch.device("cuda", index), right)
