@@ -12,7 +12,6 @@ from torch import nn
 import tenuto as tn
 from tenuto.caching import Forecast, ForecastCalls
 from tenuto.model import override_
-from tenuto.numerics import known
 from tenuto.runtime import Calls
 from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.sampling import Clock, Follow, OutputKernel
@@ -179,7 +178,5 @@ PEERS = {"torchao": "torchao", "sdnq": "sdnq", "cache-dit": "cache_dit"}
 
 
 def missing(way: str) -> list[str]:
-    """The packages, or the scheme, that a way needs and that are not there."""
-    scheme = ["fp8"] if way.startswith("fp8") and "fp8" not in known() else []
-    gone = (name for name, module in PEERS.items() if name in way and find_spec(module) is None)
-    return [*scheme, *gone]
+    """The packages that a way needs and that are not there."""
+    return [name for name, module in PEERS.items() if name in way and find_spec(module) is None]

@@ -36,7 +36,7 @@ from tenuto.artifact import Artifact
 
 STEPS = 10
 SHAPE = (1, 32, 16)
-CHUNK = 96  # images at once
+CHUNK = 96  # images of one seed, and at once on a CPU
 TIMES = torch.linspace(1, 1e-3, STEPS + 1, dtype=torch.float64)  # of the package's SDE
 
 
@@ -55,8 +55,10 @@ def main(folder: str, spectra: int = 32, draws: int = 15, device: str = "cpu") -
 
     def errors(first: int) -> Tensor:
         """Of each spectrum in each bin: (spectra, 512). first: seed of the noise."""
-        parts = enumerate(conditions.split(at_once), first)
-        found = spectrum(torch.cat([run(model, part, seed) for seed, part in parts]), constants)
+        seeds = enumerate(conditions.split(CHUNK), first)
+        start = torch.cat([gaussian(len(part), seed) for seed, part in seeds])
+        parts = zip(conditions.split(at_once), start.split(at_once), strict=True)
+        found = spectrum(torch.cat([run(model, *part) for part in parts]), constants)
         found = found.view(spectra, draws, *SHAPE[1:]).quantile(0.5, 1)
         return ((found - truth).abs() / truth).flatten(1)
 
@@ -94,16 +96,24 @@ def loaded(source: Path) -> nn.Module:
 
 def sampler(conditions: Tensor) -> Callable[[nn.Module, int, int], Tensor]:
     """`sample` of `record`: image i is of the condition number seed + i."""
-    return lambda denoiser, seed, batch: run(denoiser, conditions[seed : seed + batch], seed)
+    return lambda denoiser, seed, batch: run(
+        denoiser, conditions[seed : seed + batch], gaussian(batch, seed)
+    )
+
+
+def gaussian(batch: int, seed: int) -> Tensor:
+    """The noise that `batch` samples start from, made on the CPU: the same for every device."""
+    return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def run(denoiser: nn.Module, conditions: Tensor, seed: int) -> Tensor:
-    """Final samples (B, 1, 32, 16) by DDIM in the package's own variance-preserving SDE."""
-    draw = torch.Generator().manual_seed(seed)
-    device = next(denoiser.parameters()).device  # the noise is the same on all of them
-    x = torch.randn(len(conditions), *SHAPE, generator=draw).to(device)
-    conditions = conditions.to(device)
+def run(denoiser: nn.Module, conditions: Tensor, start: Tensor) -> Tensor:
+    """Final samples (B, 1, 32, 16) by DDIM in the package's own variance-preserving SDE.
+
+    start: the noise that they are made of, of the same shape.
+    """
+    device = next(denoiser.parameters()).device
+    x, conditions = start.to(device), conditions.to(device)
     signal, noise = levels()
     for i in range(STEPS):
         step = torch.full((len(x),), float(TIMES[i]) * 999, device=device)
@@ -157,5 +167,5 @@ def of_authors(errors: Tensor) -> Tensor:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    counts = [int(word) for word in sys.argv[2:4]] or [32, 15]
-    main(sys.argv[1], counts[0], counts[-1], *sys.argv[4:5])
+    counts = dict(zip(("spectra", "draws"), map(int, sys.argv[2:4]), strict=False))
+    main(sys.argv[1], **counts, device="".join(sys.argv[4:5]) or "cpu")

@@ -23,8 +23,8 @@ def compared(found: Mapping[str, Numbers]) -> str:
         mib(first["resident_weight_bytes"]["float"]), "float",
     ]  # fmt: skip
     names = [
-        "seconds per image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
-        _left_out(first), "weights in int8", "denoiser weights", "executed",
+        "seconds an image", f"times as fast as {first['dtype']}", "PSNR, dB", "SSIM", "LPIPS",
+        _left_out(first), "weights in 8 bits", "denoiser weights", "executed",
     ]  # fmt: skip
     columns = [full, *(_column(numbers) for numbers in found.values())]
     rows = [(name, *values) for name, *values in zip(names, *columns, strict=True)]
@@ -95,7 +95,7 @@ def _layers(numbers: Numbers) -> str:
 
 def _floor(numbers: Numbers) -> str:
     floor, own = numbers["bf16_floor_psnr_db"], numbers["seconds_per_picture"]["bf16"]
-    time = "" if own is None else f", {_shown(own, 2)} s per image"
+    time = "" if own is None else f", {_shown(own, 2)} s an image"
     return "" if floor is None else f"Plain bf16, the noise floor: PSNR {_psnr(floor)} dB{time}."
 
 

@@ -19,6 +19,11 @@ def printable(words: object, limit: int = LIMIT) -> str:
     return shown if max(len(text), len(shown)) <= limit else f"{shown[: limit - 3]}..."
 
 
+def first_line(error: BaseException, limit: int = 120) -> str:
+    """The first line of what an error says, at most `limit` characters of it."""
+    return str(error).strip().partition("\n")[0][:limit]
+
+
 def lines_of(text: str) -> list[str]:
     """The lines of a text, each with its end: "\\n", "\\r\\n" or "\\r".
 

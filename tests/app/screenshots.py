@@ -136,7 +136,7 @@ def calibrate(pages: dict[str, Any]) -> None:
         show(each, "Calibrate")
     page.fill("#calibrate-name input, #calibrate-name textarea", "my-artifact")
     page.get_by_text("All options").locator("visible=true").click()
-    page.fill("#calibrate-iterations input, #calibrate-iterations textarea", "8")
+    page.fill("#calibrate-iterations input, #calibrate-iterations textarea", "4")
     page.get_by_text("All options").locator("visible=true").click()
     page.wait_for_selector("#calibrate-checked [data-state=done]", timeout=120_000)
     kept(page, "check-light")

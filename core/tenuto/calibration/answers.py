@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
 from ..model import Leave, override_, tensors_in, watched
 from ..work import bits_of
 from .bank import Seen, cut_out, whole
-from .bank_files import BankFiles
+from .bank_files import BankFiles, Columns
 from .by_block import unfilled
 
 Run = Callable[[], None]  # one call of the model, as recorded
@@ -46,14 +47,17 @@ class Flow:
 class Answers:
     """The answers of the blocks of `model` that are quantized, and of those before them.
 
+    files, calls: where they go that memory has no room for, and how many calls' answers these are.
     kept: number of the call -> block -> its answer, as `cut_out` gives it, or one of zeros where
     nobody gets it any more.
     """
 
     model: nn.Module
     flow: Flow
-    files: BankFiles | None
+    files: BankFiles | None = None
+    calls: int = 1
     kept: dict[int, dict[str, Seen]] = field(default_factory=dict)
+    columns: dict[str, Columns] = field(default_factory=dict)  # of each block, where files are used
 
     @contextmanager
     def before(self, place: str, number: int, device: Any) -> Iterator[None]:
@@ -61,13 +65,20 @@ class Answers:
         end = self.flow.order.index(place)
         known = self.kept.setdefault(number, {})
         new: dict[str, Seen] = {}
+
+        def gone(name: str) -> bool:
+            return self.flow.last[name] < end
+
+        def keep(name: str, answer: Seen) -> Seen:
+            return zeros(answer) if gone(name) else self._put(name, answer)
+
         ahead = [name for name in self.flow.order[:end] if name in self.flow.last]
         there = {name: known[name] for name in ahead if name in known}
         left = [name for name in ahead if name not in known]
-        with standing(self.model, there, device), noted(self.model, left, new, self._put):
+        with standing(self.model, there, device), noted(self.model, left, new, keep):
             yield
         known |= new
-        for name in [name for name in known if self.flow.last[name] < end]:
+        for name in [name for name in known if gone(name)]:
             known[name] = zeros(known[name])
 
     def size(self) -> int:
@@ -75,11 +86,13 @@ class Answers:
         every = (x for known in self.kept.values() for answer in known.values() for x in answer[1])
         return sum(x.nbytes for x in every if x.numel() < 2 or any(x.stride()))
 
-    def _put(self, answer: Seen) -> Seen:
+    def _put(self, name: str, answer: Seen) -> Seen:
         form, tensors, row = answer
         if self.files is None or not self.files.used:
             return form, [t.clone() for t in tensors], row  # the model may write into its own
-        return form, self.files.put(tensors), row
+        if name not in self.columns:
+            self.columns[name] = Columns(self.files, self.calls)
+        return form, self.columns[name].put(tensors), row
 
 
 @contextmanager
@@ -111,12 +124,12 @@ def _standing(name: str, answer: Seen, device: Any, given: Any) -> Callable[...,
 
 @contextmanager
 def noted(
-    model: nn.Module, names: Sequence[str], found: dict[str, Seen], put: Callable[[Seen], Seen]
+    model: nn.Module, names: Sequence[str], found: dict[str, Seen], put: Callable[[str, Seen], Seen]
 ) -> Iterator[None]:
     """Within, what these blocks answer is put into `found`, as `put` gives it."""
 
     def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
-        found[name] = put(cut_out(((out,), {}), 0))
+        found[name] = put(name, cut_out(((out,), {}), 0))
 
     with watched(model, names, after=note):
         yield
@@ -152,7 +165,7 @@ def flow_of(
         for place, found in reached.items():
             for name in found:
                 last[name] = max(last[name], order.index(place))
-        tried, most = Answers(model, Flow(tuple(order), last, 0), None), 0
+        tried, most = Answers(model, Flow(tuple(order), last, 0)), 0
         for place in order:
             with tried.before(place, 0, device):
                 if _mark_at(model, place, run) != marks[place]:
@@ -169,12 +182,15 @@ def _whole_call(
     """Blocks as often as they are called, other places once; marks of inputs; zeros as answers."""
     order, marks, shapes = list[str](), dict[str, str](), dict[str, Seen]()
 
+    def none(name: str, answer: Seen) -> Seen:
+        return zeros(answer)
+
     def note(name: str, args: Any, kwargs: Any) -> None:
         if name in blocks or name not in marks:
             order.append(name)
             marks[name] = _mark((args, kwargs))
 
-    with watched(model, places, before=note, first=True), noted(model, blocks, shapes, zeros):
+    with watched(model, places, before=note, first=True), noted(model, blocks, shapes, none):
         run()
     return order, marks, shapes
 
@@ -220,8 +236,7 @@ class Origins(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, set[str]] = {}  # by storage: views share it
-        self.alive: list[Any] = []
+        self.known: dict[int, tuple[StorageWeakRef, set[str]]] = {}  # by storage: views share it
 
     def begin(self, name: str, answer: Any) -> None:
         """`answer` is that of the block `name`."""
@@ -230,13 +245,15 @@ class Origins(TorchDispatchMode):
 
     def of(self, value: Any) -> set[str]:
         """The blocks behind the tensors in `value`."""
-        found = (self.known.get(x.untyped_storage()._cdata, set()) for x in tensors_in(value))
-        return set[str]().union(*found)
+        numbers = (x.untyped_storage()._cdata for x in tensors_in(value))
+        return set[str]().union(*(self.known[n][1] for n in numbers if n in self.known))
 
     def _add(self, x: Tensor, names: set[str]) -> None:
-        storage = x.untyped_storage()
-        self.alive.append(storage)
-        self.known.setdefault(storage._cdata, set()).update(names)
+        storage = x.untyped_storage()  # while it is referred to none other gets its number
+        _, known = self.known.setdefault(storage._cdata, (StorageWeakRef(storage), set()))
+        known.update(names)
+        for number in [n for n, (ref, _) in self.known.items() if ref.expired()]:
+            del self.known[number]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

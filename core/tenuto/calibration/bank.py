@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model import map_leaves
-from .bank_files import BankFiles
+from .bank_files import BankFiles, Columns
 
 log = logging.getLogger("tenuto")
 
@@ -177,7 +177,7 @@ def banked(block: str, found: Sequence[Seen], files: BankFiles | None = None) ->
     for key, column in enumerate(zip(*(cut for _, cut, _ in kept), strict=True)):
         rows = _rows(block, column, [len(cut[0]) for _, cut, _ in kept])
         if rows is None:
-            fixed[key] = column[0]
+            fixed[key] = _alone(column[0], files)
         else:
             tensors[key] = _together(rows, files)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
@@ -205,13 +205,18 @@ def _together(rows: Sequence[Tensor], files: BankFiles | None) -> Tensor:
     return torch.cat(list(rows)) if files is None else files.joined(rows)
 
 
+def _alone(tensor: Tensor, files: BankFiles | None) -> Tensor:
+    """Of all calls that one: in a file of its own, so that the one that has all of them can end."""
+    return tensor if files is None else Columns(files, 1).put([tensor])[0]
+
+
 def banked_by_call(found: Sequence[Seen], files: BankFiles | None = None) -> Bank:
     """The same with a whole call as each row, whatever its tensors have as a first dimension."""
     kept = _alike(found, [tuple(t.shape for t in cut) for _, cut, _ in found])
     tensors, fixed = {}, {}
     for key, column in enumerate(zip(*(cut for _, cut, _ in kept), strict=True)):
         if key and all(torch.equal(t, column[0]) for t in column):
-            fixed[key] = column[0]
+            fixed[key] = _alone(column[0], files)
         else:
             tensors[key] = _together([t[None] for t in column], files)
     steps = torch.tensor([row for _, _, row in kept])

@@ -34,25 +34,25 @@ class BankFiles:
     """Room for recorded inputs: memory, or files in `folder` where that is too small.
 
     room: says how many bytes of memory they may take. folder: None: there is memory alone.
-    used: whether they are in files now; None: not chosen yet. beside: bytes that are kept too.
+    used: whether they go to files; chosen: whether that is settled for the block that is looked at.
+    beside: bytes that are kept too. maps: the files that there are, which end with their tensors.
     """
 
     def __init__(self, folder: Path | None, room: Callable[[], int]) -> None:
         self.folder, self.room = folder, room
-        self.used: bool | None = None
+        self.used = self.chosen = self.said = False
         self.beside = 0
         self.maps = weakref.WeakSet[mmap.mmap]()
-        self.said = False
 
     def choose(self, size: int) -> None:
         """Memory or files for a block's inputs of `size` bytes, where that is not chosen yet.
 
         TenutoError where the disk has too little room.
         """
-        if self.used is not None:
+        if self.chosen:
             return
         need = COPIES * size + self.beside
-        self.used = self.folder is not None and need > self.room()
+        self.used, self.chosen = self.folder is not None and need > self.room(), True
         if not self.used:
             return
         free = self._free()
@@ -65,27 +65,36 @@ class BankFiles:
             )  # fmt: skip
         self.said = True
 
-    def takes(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Whether there is room for so many bytes beside the inputs, in memory or on disk."""
-        if size <= self.room() or self.folder is None:
-            return size <= self.room()
-        return size <= self._free() // 2
+        fits = size <= self.room()
+        if not fits and (self.folder is None or size > self._free() // 2):
+            return False
+        self.beside, self.used = size, not fits
+        return True
 
     def _free(self) -> int:
         """Bytes of the disk that are free, for each of the processes that have files there."""
         assert self.folder is not None
         return shutil.disk_usage(self.folder).free // processes().size
 
+    def worth(self, size: int) -> bool:
+        """Whether `size` bytes go to a file."""
+        return self.used and size >= max(1, SMALL)
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor whose values are to be written; TenutoError where the disk is full."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        if not self.used or size < SMALL:
+        if not self.worth(size):
             return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(self.made(size), dtype=dtype).view(tuple(shape))
+
+    def made(self, size: int) -> mmap.mmap:
+        """A file of `size` bytes, which has no name; TenutoError where the disk is full."""
         try:
             with tempfile.TemporaryFile(dir=self.folder, suffix=".part") as file:  # see `Work`
-                if hasattr(
-                    os, "posix_fallocate"
-                ):  # a full disk is an error now, not a signal later
+                # a full disk is an error now, not a signal later
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     file.truncate(size)
@@ -96,7 +105,7 @@ class BankFiles:
             said = error.strerror or error
             raise TenutoError(f"Cannot keep recorded inputs in {self.folder}: {said}.") from error
         self.maps.add(mapped)
-        return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
+        return mapped
 
     def _full(self, why: str) -> TenutoError:
         return TenutoError(
@@ -104,16 +113,12 @@ class BankFiles:
             f"block, which {why}: free some, or take fewer prompts or steps, or smaller images."
         )
 
-    def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same tensors, where they are to be."""
-        found = [self.joined([t[None]])[0] for t in tensors] if self.used else list(tensors)
-        self.forget()
-        return found
-
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The rows (n, ...) of all `tensors`, as torch.cat."""
+        """The rows (n, ...) of all `tensors`, as torch.cat; a view where they lie in a row."""
         if not self.used:
             return torch.cat(list(tensors))
+        if (found := self._in_a_row(tensors)) is not None:
+            return found
         first, start = tensors[0], 0
         found = self.empty((sum(map(len, tensors)), *first.shape[1:]), first.dtype)
         for part in tensors:
@@ -121,6 +126,34 @@ class BankFiles:
             start += len(part)
             self.forget()
         return found
+
+    def _in_a_row(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """All rows as one tensor, where they lie one behind the other in a file."""
+        first, place = tensors[0], tensors[0].data_ptr()
+        row = first[:1].numel()
+        if not row or not _dense(first[0]):
+            return None
+        for part in tensors:
+            here = part.data_ptr(), part.dtype, part.shape[1:], part.stride()[1:]
+            if here != (place, first.dtype, first.shape[1:], first.stride()[1:]):
+                return None
+            if len(part) > 1 and part.stride(0) != row:
+                return None
+            place += part.nbytes
+        mapped, offset = self.file_of(first) or (b"", 0)
+        if offset + place - first.data_ptr() > len(mapped):
+            return None  # in memory, or in two files that the system has put side by side
+        rows = sum(map(len, tensors))
+        flat = torch.frombuffer(mapped, dtype=first.dtype, count=rows * row, offset=offset)
+        return flat.as_strided((rows, *first.shape[1:]), (row, *first.stride()[1:]))
+
+    def file_of(self, tensor: Tensor) -> tuple[mmap.mmap, int] | None:
+        """The file in which a tensor lies, and the byte at which it begins; None: in memory."""
+        for mapped in self.maps:
+            offset = tensor.data_ptr() - torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+            if 0 <= offset < len(mapped):
+                return mapped, offset
+        return None
 
     def forget(self) -> None:
         """Give back the memory that what was read and written takes, where the system can do so.
@@ -130,3 +163,39 @@ class BankFiles:
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self.maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Columns:
+    """Where the tensors of `count` calls go: those of one place in all calls lie in one file.
+
+    A file for each tensor of each call would be more than a process may have open.
+    """
+
+    def __init__(self, files: BankFiles, count: int) -> None:
+        self.files, self.count, self.left = files, count, count
+        self.ends = dict[int, tuple[weakref.ref[mmap.mmap], int]]()  # a file, what is taken of it
+
+    def put(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the tensors of the next call, with the strides of clones."""
+        found = [self._put(key, t) for key, t in enumerate(tensors)]
+        self.left = max(1, self.left - 1)
+        self.files.forget()
+        return found
+
+    def _put(self, key: int, tensor: Tensor) -> Tensor:
+        if not self.files.worth(self.count * tensor.nbytes):
+            return tensor.clone()
+        file, end = self.ends.get(key, (None, 0))
+        mapped = file and file()  # it ends with the tensors in it
+        start = -(-end // tensor.itemsize) * tensor.itemsize
+        if mapped is None or start + tensor.nbytes > len(mapped):
+            mapped, start = self.files.made(self.left * tensor.nbytes), 0
+        self.ends[key] = weakref.ref(mapped), start + tensor.nbytes
+        flat = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        form = torch.empty_like(tensor, device="meta")  # dense, if `tensor` is not
+        return flat.as_strided(form.shape, form.stride()).copy_(tensor)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether its values fill the memory from the first to the last one."""
+    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1 == x.numel()

@@ -23,9 +23,10 @@ from .bank import on_device
 from .bank_files import BankFiles
 from .by_block import Values, by_block, held
 from .by_denoiser import seed_of
+from .chain import Chain
 from .check.peak import room_for_banks
 from .codes import Codes
-from .replay import Chain, in_order
+from .replay import in_order
 from .temporal.maintenance import UNIT as TEMPORAL
 from .temporal.maintenance import Maintenance, per_step
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model import Leave, device_and_dtype, tensors_in, watched
 from ..sampling import Call, processes, to_device
-from .answers import Answers, flow_of
+from .answers import Answers
 from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits, whole
-from .bank_files import BankFiles
+from .bank_files import BankFiles, Columns
 from .by_block import held
 
 log = logging.getLogger("tenuto")
-
-FEW = 2  # blocks with data, for which the model is simply run up to each
 
 
 def arguments(denoiser: nn.Module, call: Call, device: Any) -> dict[str, Any]:
@@ -71,14 +68,15 @@ def inputs_of(
         return whole(cut_out((tuple(args), dict(kwargs)), calls[number].row))
 
     taken, found = processes().each(range(len(calls)), seen), list[Seen]()
+    columns: Columns | None = None
     for given, call in zip(taken, calls, strict=True):
         form, cut, row = cut_out(given, call.row)
-        if files is not None:
+        if files is not None and not found:
             files.choose(sum(t.nbytes for t in cut) * len(calls))
-            cut = files.put(cut)
-        found.append((form, cut, row))
+            columns = Columns(files, len(calls)) if files.used else None
+        found.append((form, cut if columns is None else columns.put(cut), row))
         del given
-    files = files if files is not None and files.used else None
+    files = None if columns is None else files
     module = denoiser.get_submodule(block)
     bank = None if by_call else _by_row(module, block, found, device, by_call is None, files)
     bank = bank or banked_by_call(found, files)
@@ -169,30 +167,6 @@ def first_tensor(out: Any) -> Tensor:
     return next(tensors_in(out))
 
 
-@torch.no_grad()
-def is_chain(denoiser: nn.Module, blocks: Sequence[str], call: Call, device: Any) -> bool:
-    """Whether each block gets the last one's output and otherwise the very same objects."""
-    first: list[Tensor] = []  # the other tensors that the first block gets
-    last: list[Tensor] = []  # what the last one answered; both stay alive, so that `is` tells
-    count, broken = 0, False
-
-    def note(name: str, args: Any, kwargs: Any, out: Any) -> None:
-        nonlocal count, broken
-        hidden, *others = tensors_in((args, kwargs))
-        if not count:
-            first[:] = others
-        same = len(others) == len(first) and all(map(operator.is_, others, first))
-        if count and not (hidden is last[0] and same):
-            broken = True
-            raise Leave
-        last[:] = [first_tensor(out)]
-        count += 1
-
-    with watched(denoiser, blocks, after=note), suppress(Leave):
-        denoiser(**arguments(denoiser, call, device))
-    return count == len(blocks) and not broken
-
-
 def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any) -> list[str]:
     """`names` of submodules in the order in which `call` first reaches them, others last."""
     seen: dict[str, None] = {}
@@ -203,90 +177,3 @@ def in_order(denoiser: nn.Module, names: Sequence[str], call: Call, device: Any)
     with torch.no_grad(), watched(denoiser, names, before=note):
         denoiser(**arguments(denoiser, call, device))
     return [*seen, *(n for n in names if n not in seen)]
-
-
-class Chain:
-    """Inputs and targets of one block after another, while `model` is quantized block by block.
-
-    Where every block feeds the next one, outputs are handed on; else the model is run up to each
-    block, with what is known of those before it, see `Answers`. Only blocks that need data cost
-    anything.
-    blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
-    plain: gives the full-precision model, whose outputs are the targets; None: there are none.
-    files: where inputs and targets go that memory has no room for.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[str],
-        units: Sequence[str],
-        needy: Collection[str | None],
-        calls: Sequence[Call],
-        device: Any,
-        plain: Callable[[], nn.Module] | None,
-        files: BankFiles | None = None,
-    ) -> None:
-        self.blocks, self.calls, self.device, self.files = list(units), calls, device, files
-        self.last = max((place for place, b in enumerate(self.blocks) if b in needy), default=-1)
-        self.model, self.reference = model, plain() if plain and self.last >= 0 else None
-        whole = list(blocks) == self.blocks  # a block without layers to quantize breaks the chain
-        self.linear = self.last > 0 and whole and is_chain(model, blocks, calls[0], device)
-        self.answers: dict[nn.Module | None, Answers] = {}
-        if not self.linear and sum(b in needy for b in self.blocks) > FEW:
-            self._keep_answers(blocks)
-        self.student: Bank | None = None
-        self.teacher: Bank | None = None
-        self.target: Tensor | None = None
-        self.at: str | None = None  # the block whose data these are
-
-    def _keep_answers(self, blocks: Sequence[str]) -> None:
-        """Keep what blocks answer, where they can stand still and there is room for it."""
-        places = list(dict.fromkeys((*blocks, *self.blocks)))
-        flow = flow_of(
-            self.model, blocks, places,
-            lambda: self.model(**arguments(self.model, self.calls[0], self.device)), self.device,
-        )  # fmt: skip
-        models = [m for m in (self.model, self.reference) if m is not None]
-        if flow is None:
-            return
-        size = len(models) * len(self.calls) * flow.size
-        if self.files is not None:
-            if not self.files.takes(size):
-                return
-            self.files.beside = size
-        self.answers = {m: Answers(m, flow, self.files) for m in models}
-
-    def _inputs(self, model: nn.Module, block: str, by_call: bool | None = None) -> Bank:
-        answers = self.answers.get(model)
-        if answers is not None and block not in answers.flow.order:
-            answers = None
-        return inputs_of(model, block, self.calls, self.device, by_call, self.files, answers)
-
-    def data(self, block: str) -> tuple[Bank, Tensor | None]:
-        """(inputs from the quantized prefix, outputs in full precision) of `block`."""
-        if self.student is None or not (self.linear or self.at == block):
-            self.student = self.teacher = self.target = None  # memory for the next ones
-            if self.files is not None:
-                self.files.used = None  # blocks are of several sizes
-            self.student = self._inputs(self.model, block)
-            if self.reference is not None:
-                self.teacher = self._inputs(self.reference, block, bool(self.student.calls))
-        if self.at != block and self.reference is not None:
-            assert self.teacher is not None
-            target = self.reference.get_submodule(block)
-            self.target = outputs(target, self.teacher, self.device)
-        self.at = block
-        return self.student, self.target
-
-    def passed(self, block: str) -> None:
-        """`block` is quantized: go on to the next one."""
-        if block not in self.blocks or self.blocks.index(block) >= self.last:
-            return
-        if self.linear:
-            student, target = self.data(block)
-            out = outputs(self.model.get_submodule(block), student, self.device)
-            self.student = student.advance(out)
-            if self.teacher is not None and target is not None:
-                self.teacher = self.teacher.advance(target)
-        self.target = self.at = None

@@ -83,10 +83,11 @@ class Comparison:
             slower.append(self.dtype)
         if not slower:
             return None
+        verb, whose = ("is", "it slows") if len(low) == 1 else ("are", "they slow")
         return (
-            f"{' and '.join(low).capitalize()} is slower than {' and '.join(slower)} on this "
+            f"{' and '.join(low).capitalize()} {verb} slower than {' and '.join(slower)} on this "
             f"machine: by default, attach and generate time each layer and run in float those that "
-            f"it slows down."
+            f"{whose} down."
         )
 
     def speed_note(self) -> str:
@@ -124,7 +125,7 @@ class Comparison:
             ("LPIPS", ["", "", _number(self.lpips, 4)]),
             (f"{what} {done}", ["", "", _share(self.reuse_ratio)]),
             (f"work {done}", ["", "", _share(self.reuse_flops)]),
-            ("weights in int8", ["", "", _share(self.int8_weight_share)]),
+            ("weights in 8 bits", ["", "", _share(self.int8_weight_share)]),
         ]
         for name, facts in self.encoders.items():
             half = facts["bf16"]

@@ -197,7 +197,6 @@ def check_free(denoiser: nn.Module, hooked: bool = False) -> None:
 
 def quantized(model: nn.Module, artifact: Artifact, **options: Any) -> Tenuto:
     """A deep copy of a denoiser with `artifact` attached; the caller's stays as it is."""
-    options = {"graphs": False} | options
     return attach(private_copy(denoiser_of(model)), artifact, **options)
 
 

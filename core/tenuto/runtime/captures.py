@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import weakref
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model import map_tensors, tensors_in
+from ..text import first_line
 from .kernels.quantize_input import compiling
 
 log = logging.getLogger("tenuto")
@@ -40,36 +42,54 @@ class Capture(Protocol):
         ...
 
 
-class CudaCapture:
-    """By `torch.cuda.CUDAGraph`; all graphs share one pool of memory, as they never run at once."""
+CaptureOn = Callable[[torch.device], Capture]
 
-    def __init__(self) -> None:
+
+class CudaCapture:
+    """By `torch.cuda.CUDAGraph` on one card, whichever the current one is.
+
+    All graphs share a stream and a pool of memory, as they never run at once. A pool whose graphs
+    are all gone cannot be used again: take another capture then. What is captured has run before,
+    so that its kernels are loaded and their tiles chosen.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pool: Any = None
+        self.stream: Any = None
         self.bytes = 0  # of the pool
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = call()
-        self.bytes += max(0, torch.cuda.memory_reserved() - before)
-        return graph.replay, out
+        with torch.cuda.device(self.device):
+            if self.pool is None:
+                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            own = {"pool": self.pool, "stream": self.stream}
+            with torch.cuda.graph(graph, **own, capture_error_mode="thread_local"):
+                out = call()
+            self.bytes += max(0, torch.cuda.memory_reserved() - before)
+        return functools.partial(self._replay, graph), out
+
+    def _replay(self, graph: Any) -> None:
+        with torch.cuda.device(self.device):
+            graph.replay()
 
     def seconds(self, run: Callable[[], Any]) -> float:
         """By the clock of the host."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
 
     def crowded(self) -> str | None:
         """Of what is allowed of the card's memory, see `SHARE`."""
-        free, whole = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.bytes
+        free, whole = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        free += reserved - torch.cuda.memory_allocated(self.device) - self.bytes
         if self.bytes <= SHARE * whole and free >= SHARE * whole:
             return None
         taken, left = (f"{x / 2**30:.1f} GiB" for x in (self.bytes, max(0, free)))
@@ -78,13 +98,17 @@ class CudaCapture:
 
 @dataclass(eq=False)
 class Captured:
-    """One graph. inputs: the tensors that it reads, in order. made: by number of the cell."""
+    """One graph. inputs: the tensors that it reads, in order. made: by number of the cell.
+
+    uses: how often it was replayed.
+    """
 
     replay: Replay
     inputs: list[Tensor]
     out: Any
     made: dict[int, Any]
     seen: list[tuple[Any, int]]
+    uses: int = 0
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """Copy the inputs of a call in; a tensor that is the same as in the last call is there."""
@@ -103,8 +127,10 @@ class Reads:
     Some forty small kernels start at once. What comes out is written over by the next call.
     """
 
-    def __init__(self, capture: Capture | None = None, device: str = "cuda", most: int = 8) -> None:
-        self.capture, self.device, self.most = capture or CudaCapture(), device, most
+    def __init__(
+        self, capture: CaptureOn = CudaCapture, device: str = "cuda", most: int = 8
+    ) -> None:
+        self.capture, self.device, self.most = functools.cache(capture), device, most
         self.known: OrderedDict[Any, Captured | None] = OrderedDict()  # None: it was seen once
 
     def __call__(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
@@ -112,7 +138,7 @@ class Reads:
         tensors = list(tensors_in(args))
         if any(x.device.type != self.device for x in tensors) or compiling() or self.most == 0:
             return call(*args)
-        shapes = tuple((x.shape, x.dtype) for x in tensors)
+        shapes = tuple((x.shape, x.dtype, x.device) for x in tensors)
         lengths = tuple(len(a) for a in args if isinstance(a, list))
         key = shapes, lengths, torch.is_inference_mode_enabled()
         if key not in self.known:
@@ -122,12 +148,16 @@ class Reads:
             return call(*args)
         found = self.known[key]
         if found is None:
+            if not any(self.known.values()):
+                self.capture.cache_clear()
             own = map_tensors(lambda x: torch.empty_like(x).copy_(x), args)
             try:
-                replay, out = self.capture(lambda: call(*own))
+                replay, out = self.capture(tensors[0].device)(lambda: call(*own))
             except RuntimeError as error:
                 self.most = 0
-                log.warning("The step of a call is read without a CUDA graph: %s.", first(error))
+                log.warning(
+                    "The step of a call is read without a CUDA graph: %s.", first_line(error)
+                )
                 return call(*args)
             inputs = list(tensors_in(own))
             found = Captured(replay, inputs, out, {}, [(None, -1)] * len(inputs))
@@ -136,8 +166,3 @@ class Reads:
         found.fill(tensors)
         found.replay()
         return found.out
-
-
-def first(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return str(error).strip().partition("\n")[0][:120]

@@ -68,7 +68,7 @@ def captured(graphs: bool | str) -> bool:
     if graphs not in (True, False, "auto"):
         raise TenutoError(f"Unknown graphs={graphs!r}: choose True, False or 'auto'.")
     if graphs is True and not torch.cuda.is_available():
-        raise TenutoError("CUDA graphs need a GPU of CUDA, and there is none: leave graphs='auto'.")
+        raise TenutoError("CUDA graphs need a GPU of CUDA, and there is none: use graphs='auto'.")
     return bool(graphs) and torch.cuda.is_available()
 
 

@@ -25,26 +25,30 @@ class Chooser:
     """Chooses for a kind of layer, and answers alike whenever the same kind is asked for again.
 
     margin: how many times slower than float the fastest kernel must be to be left: it has the
-    smaller weights. on_gpu: the same on a GPU, where a whole model is as slow as its layers. mode:
-    how the layers will run. kept: choices that earlier processes made on a GPU.
+    smaller weights. gpu_margin: the same on a GPU, where a whole model is as slow as its layers,
+    and where a choice is kept: a kernel as fast as float is not left for the noise of one timing.
+    mode: how the layers will run. kept: choices that earlier processes made on a GPU.
     """
 
     margin: float = 1.15
     repeats: int = 5
     known: dict[Hashable, str] = field(default_factory=dict)
-    on_gpu: float = 1.0
+    gpu_margin: float = 1.02
     mode: Mode = EAGER
     kept: KeptChoices | None = None
 
     def __call__(self, kind: Hashable, runs: Mapping[str, Callable[[], Any]]) -> str:
-        """The name of a kernel in `runs`, or `DENSE`, by medians of runs in turn."""
+        """The name of a kernel in `runs`, or `DENSE`, by medians of runs in turn.
+
+        A kind that has a `torch.device` of CUDA among its parts is timed there.
+        """
         if kind not in self.known:
-            gpu = isinstance(kind, tuple) and any(str(part).startswith("cuda") for part in kind)
-            name = (self.kept.get(self.mode, kind) if self.kept and gpu else None) or ""
+            card = card_of(kind)
+            name = (self.kept.get(self.mode, kind, card) if self.kept and card else None) or ""
             if name not in runs:
-                name = self._fastest(runs, self.on_gpu if gpu else self.margin)
-                if self.kept and gpu:
-                    self.kept.add(self.mode, kind, name)
+                name = self._fastest(runs, self.gpu_margin if card else self.margin)
+                if self.kept and card:
+                    self.kept.add(self.mode, kind, card, name)
             self.known[kind] = name
         return self.known[kind]
 
@@ -57,19 +61,28 @@ class Chooser:
         return self  # a copy of a model decides as the model does
 
 
+def card_of(kind: Hashable) -> torch.device | None:
+    """The device of CUDA that a kind of layer is on; None: it is on none."""
+    parts = kind if isinstance(kind, tuple) else ()
+    places = (part for part in parts if isinstance(part, torch.device))
+    return next((place for place in places if place.type == "cuda"), None)
+
+
 def decided(
     chooser: Any, kind: tuple[Any, ...], runs: Mapping[Kernel | None, Callable[[Tensor], Any]],
     x: Tensor,
 ) -> Kernel | None:  # fmt: skip
     """The kernel of `runs` that `chooser` takes for `x`, or None, the float layer.
 
-    A chooser may say "int8" instead of a name: the first one.
+    A chooser may say "int8" instead of a name: the first one. It is asked for `kind`, the device
+    of `x`, the number of threads where these compute, and the names.
     """
+    where = (x.device,) if x.device.type == "cuda" else (x.device, torch.get_num_threads())
     mode = getattr(chooser, "mode", EAGER)
     by_name = {kernel.name: kernel for kernel in runs if kernel is not None}
     named = {kernel.name if kernel else DENSE: mode.run(run, x) for kernel, run in runs.items()}
     with torch.no_grad():
-        name = chooser((*kind, *by_name), named)
+        name = chooser((*kind, *where, *by_name), named)
     return None if name == DENSE else by_name.get(name, next(iter(by_name.values())))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..model import patch_of
 from ..model.hooks import CAST, GROUPS
+from .temporal_table import TemporalTable
 
 MOVES = "offloading moves its weights"
 
@@ -23,7 +24,7 @@ def refusal_of(model: nn.Module) -> str | None:
     The model's own forward hooks lie round its calls, and are no hindrance; nor is an empty
     registry, which diffusers leaves on a model that a pipeline has run.
     """
-    modules = list(model.modules())
+    modules = list(_modules(model))
     for module in modules:
         for hook in _accelerate(module):
             if _offloads(hook):
@@ -40,6 +41,15 @@ def refusal_of(model: nn.Module) -> str | None:
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
             return _lies("a hook", module)
     return None
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Those too that a table calls where it has no row."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, TemporalTable):
+            for original in module._original:
+                yield from original.modules()
 
 
 def _accelerate(module: nn.Module) -> Iterator[Any]:

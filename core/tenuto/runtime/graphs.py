@@ -9,9 +9,12 @@ such inputs.
 
 from __future__ import annotations
 
+import functools
 import logging
+import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 
 from ..caching import CachedBranch
 from ..model import map_leaves, map_tensors, tensors_in
-from .captures import Capture, Captured, CudaCapture, Replay, first
+from ..text import first_line
+from .captures import Capture, Captured, CaptureOn, CudaCapture
 from .kernels.quantize_input import compiling
 from .weights_in_place import PLAIN, InPlaceWeights
 
@@ -27,15 +31,17 @@ log = logging.getLogger("tenuto")
 
 MOST = 16  # graphs of one denoiser: each keeps its own outputs
 GAIN = 0.98  # of the time of a call as it is: what its graph must stay below to be kept
+TURNS = 3  # of both, timed one after the other
+USES = 5  # replays: fewer do not pay for a capture
 
 
 class Graphs:
     """Runs the calls of `denoiser`: captured where that can be, else as they are.
 
-    cells: what reuses outputs inside the call. capture: what records. most: how many graphs are
-    kept, the one used last the longest. device: of the calls that are captured. warm: how many
-    calls of a case run before it is captured. choose: keep a graph only where it is faster than
-    the call, and only while the card has the memory.
+    cells: what reuses outputs inside the call. capture: what records on a device. most: how many
+    graphs are kept, the one used last the longest. device: of the calls that are captured. warm:
+    how many calls of a case run before it is captured. choose: keep a graph only where it is faster
+    than the call, and only while the card has the memory.
     """
 
     def __init__(
@@ -43,14 +49,14 @@ class Graphs:
         denoiser: nn.Module,
         cells: Sequence[CachedBranch] = (),
         *,
-        capture: Capture | None = None,
+        capture: CaptureOn = CudaCapture,
         most: int = MOST,
         device: str = "cuda",
         warm: int = 1,
         choose: bool = False,
     ) -> None:
         self.denoiser, self.cells, self.device = denoiser, list(cells), device
-        self.capture, self.most, self.warm = capture or CudaCapture(), most, warm
+        self.capture, self.most, self.warm = functools.cache(capture), most, warm
         self.choose = choose
         self.known: OrderedDict[Any, Captured] = OrderedDict()
         self.gains: dict[Any, bool] = {}  # by the form of a call: whether its graph is faster
@@ -58,15 +64,17 @@ class Graphs:
         self.reason: str | None = None  # why none is made now
         self.final = False  # nor later
         self.weights = InPlaceWeights(denoiser, device)
-        self.evicted = 0
+        self.evicted = 0  # in a row, of those that had hardly been replayed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         import copy
 
         cells = copy.deepcopy(self.cells, memo)
         kept = {"most": self.most, "device": self.device, "warm": self.warm, "choose": self.choose}
-        capture = self.capture if not isinstance(self.capture, CudaCapture) else None
-        return Graphs(copy.deepcopy(self.denoiser, memo), cells, capture=capture, **kept)
+        capture = self.capture.__wrapped__
+        made = Graphs(copy.deepcopy(self.denoiser, memo), cells, capture=capture, **kept)
+        made.reason, made.final = self.reason, self.final
+        return made
 
     def case(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call must share with an earlier one to be its graph; None: it runs as it is."""
@@ -91,11 +99,10 @@ class Graphs:
             return None  # the model is elsewhere
         if strange:
             return self.off(strange[0])
-        if torch._C._len_torch_dispatch_stack() or (
-            self.device == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):
+        seen = torch._C._len_torch_dispatch_stack() or nn.modules.module._has_any_global_hook()
+        if seen or (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None  # somebody counts, traces or captures what is inside
-        return (*parts, torch.is_inference_mode_enabled(), torch.is_autocast_enabled())
+        return (*parts, torch.is_inference_mode_enabled(), _autocast(self.device))
 
     def run(self, case: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`call` on these arguments, or the graph of it; the cells have what they reuse."""
@@ -139,25 +146,35 @@ class Graphs:
             self.calls.clear()
         form = key[0]
         slower = self.gains.get(form) is False
-        if count <= self.warm or self.evicted > 4 * self.most or slower:
+        if count <= self.warm or slower:
             return False
         try:
             found = self._captured(call, args, kwargs, self.choose and form not in self.gains)
         except RuntimeError as error:
-            self.off(f"it cannot be captured ({first(error)})")
+            self.off(f"it cannot be captured ({first_line(error)})")
             return False
+        if len(self.gains) > 8 * self.most:
+            self.gains.clear()
         self.gains[form] = found is not None
-        if found is None:
-            return False
-        crowded = self.capture.crowded() if self.choose else None
-        if crowded is not None:
-            self.off(crowded)
-            return False
+        return found is not None and self._kept(key, found)
+
+    def _kept(self, key: Any, found: Captured) -> bool:
+        """Whether there is room for one more graph; the one used longest ago may go for it."""
         self.known[key] = found
         if len(self.known) > self.most:
-            self.known.popitem(last=False)
-            self.evicted += 1
-        return True
+            _, gone = self.known.popitem(last=False)
+            self.evicted = self.evicted + 1 if gone.uses < USES else 0
+        there = self._device(found.inputs)
+        crowded = self.capture(there).crowded() if self.choose else None
+        if crowded is not None:
+            self.off(crowded)
+        elif self.evicted > 4 * self.most:
+            self.off("its calls are of more kinds than graphs are kept")
+        return not self.final
+
+    def _device(self, tensors: Any) -> torch.device:
+        """Where a call with these computes."""
+        return next(x.device for x in tensors_in(tensors) if x.device.type == self.device)
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         return list(tensors_in((args, kwargs, [cell.given for cell in self.cells])))
@@ -168,7 +185,10 @@ class Graphs:
         """The call, recorded on tensors of its own; None: it is timed, and gains nothing."""
         given = [cell.given for cell in self.cells]
         own: list[Tensor] = []
-        there = next(x.device for x in tensors_in((args, kwargs)) if x.device.type == self.device)
+        if not self.known:
+            self.capture.cache_clear()
+        there = self._device((args, kwargs))
+        capture = self.capture(there)
 
         def twin(x: Tensor) -> Tensor:  # on the device, a timestep of the CPU too
             own.append(torch.empty_like(x, device=there).copy_(x))
@@ -182,22 +202,19 @@ class Graphs:
         try:
             for cell, value in zip(self.cells, own_given, strict=True):
                 cell.given, cell.made = value, None
-            replay, out = self.capture(again)
+            with _casts_uncached():
+                replay, out = capture(again)
             made = {n: c.made for n, c in enumerate(self.cells) if c.made is not None}
-            slow = timed and not self._gains(replay, again)
+            slow = timed and not _gains(capture, replay, again)
         finally:
             for cell, value in zip(self.cells, given, strict=True):
                 cell.given, cell.made = value, None
         return None if slow else Captured(replay, own, out, made, [(None, -1)] * len(own))
 
-    def _gains(self, replay: Replay, call: Callable[[], Any]) -> bool:
-        """Whether a graph is faster than the call that it was made of, which has run before."""
-        replay()
-        return self.capture.seconds(replay) <= GAIN * self.capture.seconds(call)
-
     def _launch(self, graph: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         graph.fill(self._tensors(args, kwargs))
         graph.replay()
+        graph.uses += 1
 
     def _answer(self, graph: Captured) -> Any:
         for number, made in graph.made.items():
@@ -213,6 +230,30 @@ class Graphs:
     def _say(self, reason: str) -> None:
         level = logging.INFO if self.choose else logging.WARNING  # nobody asked for them
         log.log(level, "%s runs without CUDA graphs: %s.", type(self.denoiser).__name__, reason)
+
+
+def _gains(capture: Capture, replay: Callable[[], Any], call: Callable[[], Any]) -> bool:
+    """Whether a graph is faster than the call that it was made of, which has run before."""
+    replay()
+    turns = [(capture.seconds(replay), capture.seconds(call)) for _ in range(TURNS)]
+    graph, plain = map(statistics.median, zip(*turns, strict=True))
+    return graph <= GAIN * plain
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """What operations on `device` are cast to by autocast; None: it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@contextmanager
+def _casts_uncached() -> Iterator[None]:
+    """Autocast without the weights that it keeps cast: they are freed when it ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _form(given: Any) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import threading
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,45 @@ from typing import Any
 import torch
 
 from ..version import __version__
+from ..work import write_text
 
 FILE = Path(".cache") / "tenuto" / "choices.json"  # in the user's folder
-MOST = 4096  # choices: the file starts anew beyond
+MOST = 4096  # choices: beyond, the oldest goes
 
 
 class KeptChoices:
     """A file of choices by card, versions, mode and kind of layer.
 
-    path: None is `FILE` in the user's folder. A file that cannot be read or written is none.
+    path: None is `FILE` in the user's folder. A file that cannot be read or written is none. It is
+    read once, and again before it is written, for the choices of other processes.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self._known: dict[str, Any] | None = None
+        self._lock = threading.Lock()
 
-    def get(self, mode: Any, kind: Hashable) -> str | None:
-        """What was chosen; None: nothing yet."""
-        found = self._read().get(_key(mode, kind))
+    def get(self, mode: Any, kind: Hashable, card: torch.device) -> str | None:
+        """What was chosen for layers on `card`; None: nothing yet."""
+        with self._lock:
+            if self._known is None:
+                self._known = self._read()
+            found = self._known.get(_key(mode, kind, card))
         return found if isinstance(found, str) else None
 
-    def add(self, mode: Any, kind: Hashable, name: str) -> None:
+    def add(self, mode: Any, kind: Hashable, card: torch.device, name: str) -> None:
         """Keep a choice; another process that writes at once may lose its own."""
-        known = self._read()
-        known = known if len(known) < MOST else {}
-        try:
-            path = self._path()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            number, part = tempfile.mkstemp(".part", path.name, path.parent)
-            with os.fdopen(number, "w", encoding="utf-8") as file:
-                json.dump(known | {_key(mode, kind): name}, file, indent=0, sort_keys=True)
-            Path(part).replace(path)
-        except (OSError, RuntimeError):  # the latter: there is no user's folder
-            return
+        key = _key(mode, kind, card)
+        with self._lock:
+            known = self._read()
+            known.pop(key, None)
+            known[key] = name  # the newest is the last one
+            known = dict([*known.items()][-MOST:])
+            try:
+                write_text(self._path(), json.dumps(known, indent=0))
+            except (OSError, RuntimeError):  # the latter: there is no user's folder
+                return
+            self._known = known
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -56,6 +62,8 @@ class KeptChoices:
         return Path.home() / FILE if self.path is None else self.path
 
 
-def _key(mode: Any, kind: Hashable) -> str:
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
-    return f"{card} | torch {torch.__version__} | tenuto {__version__} | {mode} | {kind}"
+def _key(mode: Any, kind: Hashable, card: torch.device) -> str:
+    """The card by its name: its number may be another one's tomorrow."""
+    name = torch.cuda.get_device_name(card) if torch.cuda.is_available() else "no card"
+    parts = [p for p in kind if p != card] if isinstance(kind, tuple) else [kind]
+    return f"{name} | torch {torch.__version__} | tenuto {__version__} | {mode} | {parts}"

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..text import first_line
+from .captures import CudaCapture
+
 log = logging.getLogger("tenuto")
 
 CALLS = 8  # of a layer on a GPU that are timed at once: waiting for it costs as much as some layers
@@ -66,7 +69,7 @@ class _Run:
             for _ in range(CALLS):
                 call(x)
 
-        return _captured(several) if self.mode.capture else several
+        return _captured(several, x.device) if self.mode.capture else several
 
 
 def compiled(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -88,25 +91,16 @@ def _tried(new: Any, old: Any, x: Tensor) -> Any:
     try:
         new(x)
     except Exception as error:  # of any kind: compilers have many
-        said = str(error).strip().partition("\n")[0][:150]
+        said = first_line(error)
         log.warning("A layer is timed in eager mode, as it does not compile: %s.", said)
         return old
     return new
 
 
-def _captured(call: Callable[[], None]) -> Callable[[], None]:
+def _captured(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """`call` as a CUDA graph; itself, with a warning, where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
+        return CudaCapture(device)(call)[0]
     except RuntimeError as error:
-        said = str(error).strip().partition("\n")[0][:150]
-        log.warning("A layer is timed without a CUDA graph: %s.", said)
+        log.warning("A layer is timed without a CUDA graph: %s.", first_line(error))
         return call
-    return graph.replay

@@ -191,9 +191,8 @@ class QLayer(Replacement):
             return self.latest[0] if self.latest else able[0]
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
         if key not in self.choices and execution.may_measure(x):
-            kind = (*self._kind(), *key, str(x.device), torch.get_num_threads())
             runs = {k: functools.partial(self._anew, k) for k in (*able, None)}
-            self.choices[key] = execution.decided(self.chooser, kind, runs, x)
+            self.choices[key] = execution.decided(self.chooser, (*self._kind(), *key), runs, x)
             self.latest = (self.choices[key],)
             self._forget()
         return self.choices.get(key, able[0])

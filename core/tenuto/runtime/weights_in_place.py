@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
 from itertools import chain, count
 from typing import Any
 
@@ -17,29 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Replacement
-from ..model.adapters import BASE
+from ..sampling import Clock
+from .adapters_in_place import AdaptersInPlace
 from .graph_refusals import refusal_of
 
 # What torch itself asks before it replays a graph, in builds for CUDA: a hundred times as fast.
 _equal: Any = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-HELD = ("_parameters", "_buffers", "_modules")
+MEMBERS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OWN = {*vars(nn.Module()), "_compiled_call_impl", "_diffusers_hook"} - {"training"}
 OWN |= {"peft_config", "_hf_peft_config_loaded"}  # an adapter's layers have what counts of it
+OURS = {"packings", "_original"}  # what counts of a replacement; the rest follows from its scheme
+SIZES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size"}
+SIZES |= {"normalized_shape", "num_channels", "num_embeddings", "embedding_dim"}
 RANDOM = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 DEEP = 3  # how far objects and containers inside a module are looked into
 RESTLESS = 40  # changes from call to call: then there is no use in graphs
 MARKS = 64  # different states that are remembered
-FORMS = 2  # of one adapter's weight that are kept in place: a rank, and the one before it
 
 
 class InPlaceWeights:
     """The addresses of a model's weights, and what else decides how it computes.
 
-    A weight of an adapter (a LoRA's factor) gets memory of its own the first time that it is seen;
-    one that comes later for the same layer, under the same name and in the same shape, is copied
-    into that memory. So the graph of the first is that of the second. device: of these weights.
+    Those of adapters stay in place, see `AdaptersInPlace`. device: of these weights.
     """
 
     def __init__(self, model: nn.Module, device: str = "cuda") -> None:
@@ -50,38 +50,45 @@ class InPlaceWeights:
         self._mark = self._streak = 0
         self._marks: dict[tuple[Any, ...], int] = {}
         self._numbers = count()
-        self._adapters: dict[str, dict[Any, Tensor]] = {}
+        self._adapters = AdaptersInPlace(device)
         self._opaque: dict[int, Any] = {}  # known by identity: no other may get it
 
-    def latest(self) -> int | None:
+    def latest(self) -> tuple[Any, ...] | None:
         """The state at the last call if every weight is where it was then; for the rest `same`.
 
         What a graph of it reads is in memory as long as this is not None.
         """
         seen = self._seen
-        return self._mark if seen is not None and seen.in_place() else None
+        return self._now() if seen is not None and seen.in_place() else None
 
     def same(self) -> bool:
         """Whether the model is what it was at the last call: a tenth to one millisecond."""
-        return self._seen is not None and self._seen.same()
+        if self._seen is None or not self._seen.same():
+            return False
+        self._streak = 0
+        return True
 
-    def state(self) -> int:
+    def state(self) -> tuple[Any, ...]:
         """Equal for two calls that read the same weights in the same way; sets `refusal`."""
         if self.same():
-            self._streak = 0
-            return self._mark
+            return self._now()
         self.walks, self._streak = self.walks + 1, self._streak + 1
+        self._seen = None  # it has the weights of adapters that are gone
         self.refusal = refusal_of(self.model)
         if self.refusal is None:
-            self._keep_adapters_in_place()
+            self._adapters.keep(self.model)
         self._seen = _Walk(self.model)
-        self._opaque |= self._seen.opaque
         if len(self._marks) > MARKS:
-            self._marks.clear()
+            self._marks, self._opaque = {}, {}
+        self._opaque |= self._seen.opaque
         facts = tuple(self._seen.facts)
         self._mark = self._marks[facts] if facts in self._marks else next(self._numbers)
         self._marks[facts] = self._mark
-        return self._mark
+        return self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        clocks = () if self._seen is None else self._seen.clocks
+        return self._mark, *(clock.exact for clock in clocks)
 
     @property
     def restless(self) -> bool:
@@ -90,52 +97,23 @@ class InPlaceWeights:
 
     def forget(self) -> None:
         """Let go of what is remembered of the model; adapters stay where they are."""
-        self._seen, self._adapters, self._opaque, self._marks = None, {}, {}, {}
-
-    @torch.no_grad()
-    def _keep_adapters_in_place(self) -> None:
-        with torch.inference_mode(False):
-            for name, tensor in _adapters_weights(self.model):
-                alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-                if tensor.device.type == self.device and alone and not tensor.is_inference():
-                    self._kept(self._adapters.setdefault(name, {}), tensor)
-
-    def _kept(self, forms: dict[Any, Tensor], tensor: Tensor) -> None:
-        """The values of a weight in the memory that is kept for them."""
-        form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-        known = forms.pop(form, None)
-        if known is None:
-            known = tensor.detach().clone()
-        elif known.data_ptr() != tensor.data_ptr():
-            known.copy_(tensor.detach())
-        forms[form] = known
-        if len(forms) > FORMS:
-            del forms[next(iter(forms))]
-        if known.data_ptr() != tensor.data_ptr():
-            tensor.data = known
-
-
-def _adapters_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What adapters have learnt, by name; without the layers inside them."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, BASE, None), nn.Module):
-            for key, child in module.named_children():
-                for inner, weight in child.named_parameters() if key != BASE else ():
-                    if id(weight) not in seen:
-                        seen.add(id(weight))
-                        yield f"{name}.{key}.{inner}", weight
+        self._adapters.forget()
+        self._seen, self._opaque, self._marks = None, {}, {}
 
 
 class _Walk:
-    """A model as it was found. facts: by value, equal for two models that compute alike."""
+    """A model as it was found. facts: by value, equal for two models that compute alike.
+
+    clocks: those of tables that compute, where their timesteps are not exact.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.facts: list[Any] = []
         self.opaque: dict[int, Any] = {}
+        self.clocks: list[Clock] = []
         self._modules: list[Any] = []
         self._tensors: list[Tensor] = []
-        self._held: list[Any] = []  # dicts of which all counts
+        self._dicts_whole: list[Any] = []  # of which all counts
         self._lists: list[Any] = []
         self._sized: list[Any] = []  # what may get further members
         self._dicts: list[Any] = []  # of which some keys count, and what was there
@@ -165,7 +143,7 @@ class _Walk:
         )
 
     def _inner(self) -> list[Any]:
-        inside = chain.from_iterable(map(dict.values, self._held))
+        inside = chain.from_iterable(map(dict.values, self._dicts_whole))
         return [*inside, *chain.from_iterable(self._lists)]
 
     def in_place(self) -> bool:
@@ -188,20 +166,36 @@ class _Walk:
         self._sized += [own, *(own[name] for name in HOOKS)]
         self._sized += [own["_diffusers_hook"].hooks] if "_diffusers_hook" in own else []
         layer = kind.__module__.startswith("torch.nn.") and not own["_modules"]
-        for name in HELD:
+        for name in MEMBERS:
             if own[name] or not layer:
                 self._mapping(own[name], 0)
-        keys = own.keys() - OWN
         if isinstance(module, Replacement):
-            keys &= {"packings"}  # the rest of it is ours
-        elif layer:  # nobody gives it another width
-            keys &= {"forward", "training"} if isinstance(module, RANDOM) else {"forward"}
+            self._clock(own)
+            keys = own.keys() & OURS
+        else:
+            keys = own.keys() - OWN
+        if layer:
+            keys -= SIZES if isinstance(module, RANDOM) else SIZES | {"training"}
         for key in own:
             if key in keys:
-                self._dicts.append(own)
-                self._keys.append(key)
-                self._values.append(own[key])
-                self._named(key, own[key], 0)
+                self._watch(own, key)
+
+    def _watch(self, own: dict[str, Any], key: str) -> None:
+        """One value of a dict of which others may change."""
+        self._dicts.append(own)
+        self._keys.append(key)
+        self._values.append(own[key])
+        self._named(key, own[key], 0)
+
+    def _clock(self, own: dict[str, Any]) -> None:
+        """Its index is read where it is; code may go by whether a timestep is exact."""
+        clock = own.get("clock")
+        if not isinstance(clock, Clock):
+            return
+        if own.get("_original") and all(clock is not known for known in self.clocks):
+            self.clocks.append(clock)
+        if not self._again(clock):
+            self._watch(vars(clock), "index")
 
     def _again(self, value: Any) -> bool:
         """Whether it was seen before in this walk; that it was is noted."""
@@ -212,9 +206,9 @@ class _Walk:
             self.facts.append(known)
         return known is not None
 
-    def _mapping(self, held: Any, deep: int) -> None:
-        self._held.append(held)
-        for key, value in held.items():
+    def _mapping(self, whole: Any, deep: int) -> None:
+        self._dicts_whole.append(whole)
+        for key, value in whole.items():
             self._named(key, value, deep)
 
     def _named(self, key: Any, value: Any, deep: int) -> None:
@@ -233,22 +227,28 @@ class _Walk:
             for item in value:
                 self._value(item, deep)
         elif deep >= DEEP or isinstance(value, type) or inspect.isroutine(value):
-            self.facts.append(id(value))
-            self.opaque[id(value)] = value
+            self._identity(value)
         elif not self._again(value):
             self._inside(value, deep + 1)
 
+    def _identity(self, value: Any) -> None:
+        self.facts.append(id(value))
+        self.opaque[id(value)] = value
+
     def _inside(self, value: Any, deep: int) -> None:
-        """What a container or an object, an attention's processor say, holds."""
-        self.facts.append(type(value))
+        """What a container or an object, an attention's processor say, contains."""
+        kind, own = type(value), getattr(value, "__dict__", None)
+        self.facts.append(kind)
         if isinstance(value, dict):
             self._mapping(value, deep)
         elif isinstance(value, list | set | frozenset):
             self._lists.append(value)
             for item in value:
                 self._value(item, deep)
-        elif isinstance(getattr(value, "__dict__", None), dict):
-            self._mapping(vars(value), deep)
+        elif not isinstance(own, dict) or _form(kind) != _form(_Simple):
+            self._identity(value)  # it has slots, or is made in C: there is more than one sees
+        if isinstance(own, dict):
+            self._mapping(own, deep)
 
     def _tensor(self, value: Tensor) -> None:
         if hasattr(value, "__tensor_flatten__"):  # of a class that holds others, codes say
@@ -258,3 +258,11 @@ class _Walk:
             return
         self.facts += (value.shape, value.stride(), value.dtype, value.data_ptr())
         self._tensors.append(value)
+
+
+class _Simple:
+    """An object whose `__dict__` is all of it."""
+
+
+def _form(kind: type) -> tuple[int, int]:
+    return kind.__basicsize__, kind.__weakrefoffset__

@@ -1,20 +1,24 @@
-"""What blocks answered: replays compute each block once a call, and get the very same."""
+"""What blocks answered: replays compute each block once a call, and get what the model gives."""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
-from tenuto.calibration import replay
-from tenuto.calibration.answers import Answers, Flow, flow_of
+from tenuto.calibration import bank_files, replay
+from tenuto.calibration import chain as chain_file
+from tenuto.calibration.answers import Answers, Flow, Origins, flow_of
 from tenuto.calibration.bank_files import BankFiles
 from tenuto.calibration.by_block import Values, by_block
-from tenuto.calibration.replay import Chain, arguments, inputs_of
+from tenuto.calibration.chain import Chain
+from tenuto.calibration.replay import arguments, inputs_of
 from tenuto.model import describe
 from tenuto.sampling.trajectory import Call
 
@@ -125,7 +129,9 @@ def same(chain: Chain, model: nn.Module, reference: nn.Module, block: str, calls
 
 
 @pytest.mark.parametrize("kind", ["unet", "sd3", "flux"])
-def test_what_blocks_get_is_the_very_same(tiny: Any, recorded: Any, kind: str) -> None:
+def test_what_blocks_get_is_what_the_whole_model_gives_them(
+    tiny: Any, recorded: Any, kind: str
+) -> None:
     """Of the quantized model and of the one in full precision, block by block."""
     model, reference, calls = tiny(kind), tiny(kind), recorded(kind).calls
     blocks = list(describe(model).blocks)
@@ -156,6 +162,30 @@ def test_each_block_computes_once_a_call() -> None:
     assert most(4) == most(9) < 9 + 3
 
 
+@pytest.mark.parametrize("kind", ["pixart", "sd3", "unet"])
+def test_nothing_is_computed_where_all_is_done(tiny: Any, recorded: Any, kind: str) -> None:
+    """A job that goes on may have all blocks done already: no call, no second model."""
+    model, calls = tiny(kind), recorded(kind).calls
+    blocks = list(describe(model).blocks)
+    found = computed(model, blocks)
+    chain = Chain(model, blocks, blocks, set(blocks), calls, "cpu", lambda: pytest.fail("a model"))
+    for block in blocks:
+        chain.passed(block)
+    assert not found
+
+
+@pytest.mark.parametrize("kind", ["pixart", "unet"])
+def test_what_is_no_longer_needed_makes_room(tiny: Any, recorded: Any, kind: str) -> None:
+    """Stored ranges are found after the last block."""
+    model, calls = tiny(kind), recorded(kind).calls
+    blocks = list(describe(model).blocks)
+    chain = Chain(model, blocks, blocks, set(blocks[:-1]), calls, "cpu", None)
+    for block in blocks[:-1]:
+        chain.data(block)
+        chain.passed(block)
+    assert (chain.student, chain.teacher, chain.target, chain.answers) == (None, None, None, {})
+
+
 def test_no_more_is_kept_than_can_be_needed() -> None:
     model, blocks, calls = made(6)
     known = flow(model, blocks, calls, "between")
@@ -168,6 +198,31 @@ def test_no_more_is_kept_than_can_be_needed() -> None:
     for block in blocks:
         chain.data(block)
         assert chain.answers[model].size() <= known.size * len(calls)
+
+
+def test_answers_go_while_the_blocks_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks a model has, what was computed of their answers lives no longer."""
+    usual = Origins._add
+    seen: list[tuple[StorageWeakRef, int]] = []
+    most = 0
+
+    def noted(self: Origins, x: Tensor, names: set[str]) -> None:
+        nonlocal most
+        usual(self, x, names)
+        storage = x.untyped_storage()
+        seen.append((StorageWeakRef(storage), storage.nbytes()))
+        there = {ref.cdata: size for ref, size in seen if not ref.expired()}
+        most = max(most, sum(there.values()))
+
+    monkeypatch.setattr(Origins, "_add", noted)
+
+    def taken(depth: int) -> int:
+        nonlocal most
+        most = 0
+        assert flow(*made(depth)) is not None
+        return most
+
+    assert taken(12) == taken(6) > 0
 
 
 @pytest.mark.parametrize("how", ["other order", "twice", "left out", "writes", "counts"])
@@ -222,6 +277,37 @@ def test_where_there_is_no_room(tmp_path: Path) -> None:
         files = BankFiles(folder, lambda room=room: room)
         chain = Chain(model, blocks, blocks, set(blocks), calls, "cpu", None, files)
         assert bool(chain.answers) is kept and bool(files.beside) is kept
+
+
+def test_several_processes_keep_a_share_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three calls in two processes each keeps the answers of two at most."""
+    model, blocks, calls = made(4)
+    known = flow(model, blocks, calls)
+    assert known is not None
+    for several, share in ((1, 3), (2, 2), (3, 1), (8, 1)):
+        size = namedtuple("several", "size")(several)
+        monkeypatch.setattr(chain_file, "processes", lambda size=size: size)
+        for missing in (0, 1):
+            files = BankFiles(None, lambda room=share * known.size - missing: room)
+            chain = Chain(model, blocks, blocks, set(blocks), calls, "cpu", None, files)
+            assert bool(chain.answers) is not bool(missing)
+
+
+def test_all_answers_lie_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the first call too, and in each call those of a block as in the first."""
+    monkeypatch.setattr(bank_files, "SMALL", 0)
+    model, blocks, calls = made(4)
+    files = BankFiles(tmp_path, lambda: 0)
+    chain = Chain(model, blocks, blocks, set(blocks), calls, "cpu", None, files)
+    for block in blocks:
+        same(chain, model, model, block, calls)
+        for known in chain.answers[model].kept.values():
+            kept = [t for _, tensors, _ in known.values() for t in tensors if any(t.stride())]
+            assert all(map(files.file_of, kept)) and bool(kept) is (block != blocks[0])
+            del known, kept
+        changed(model, block)
+        chain.passed(block)
+    assert not files.maps
 
 
 def test_a_block_that_stands_still_gets_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:

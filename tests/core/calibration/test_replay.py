@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tenuto import describe, record
 from tenuto.calibration.bank import Bank, Rows, on_device
-from tenuto.calibration.replay import Chain, in_order, inputs_of, is_chain, outputs, run_to
+from tenuto.calibration.chain import Chain, is_chain
+from tenuto.calibration.replay import in_order, inputs_of, outputs, run_to
 from tenuto.errors import ModelError
 from tenuto.model.signature import tensors_in
 from tenuto.sampling.trajectory import Call

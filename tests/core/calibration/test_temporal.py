@@ -235,7 +235,7 @@ def test_tiar_is_for_all_layers_and_before_the_blocks(
 
 def test_blocks_see_the_features_that_are_final(tiny: Any, recorded: Any, monkeypatch: Any) -> None:
     """Inputs of reconstruction come from the quantized time path, targets from the plain one."""
-    from tenuto.calibration.replay import Chain
+    from tenuto.calibration.chain import Chain
 
     model, trajectory, seen = tiny("pixart"), recorded("pixart"), list[tuple[Any, Any]]()
     original = Chain.data

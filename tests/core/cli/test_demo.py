@@ -242,7 +242,7 @@ def test_the_demo_makes_a_sheet_and_numbers(
 ) -> None:
     """With the tiny model in place of the shipped one: first without the shipped artifact."""
     monkeypatch.setattr(SHOWCASE, "demo", lambda model: pipe)
-    monkeypatch.setattr(SHOWCASE, "defaults", lambda model: Defaults(4, 2.0))
+    monkeypatch.setattr(SHOWCASE, "defaults", lambda model: Defaults(10, 2.0))
     monkeypatch.setattr("tenuto.cli.commands.check_model", lambda model: None)
     monkeypatch.setattr(SHOWCASE, "shipped_artifact", lambda model: None)
     out = tmp_path / "out"
@@ -253,7 +253,8 @@ def test_the_demo_makes_a_sheet_and_numbers(
     assert all(len(line) <= 80 for line in lines if str(out) not in line)
     assert last.startswith("Next: tenuto quantize MODEL ")
     data = json.loads((out / "demo.json").read_text())
-    assert data["absent"] == ["w4a8-router"] and set(data["variants"]) == {FULL, "w8a8"}
+    assert data["absent"] == ["w4a8-router"]
+    assert [*data["variants"]] == [FULL, "w8a8", "w8a8-half"]
     with Image.open(out / "demo.png") as two:
         size = two.size
     artifact = quantize(pipe, schemes.W8A16, recorded(pipe))
@@ -261,10 +262,12 @@ def test_the_demo_makes_a_sheet_and_numbers(
     assert cli.main(["demo", "--out", str(out), "--json"]) == 0
     data = json.loads(capfd.readouterr().out)
     assert data == json.loads((out / "demo.json").read_text())
-    assert data["absent"] == [] and set(data["variants"]) == {FULL, "w8a8", "w4a8-router"}
-    full, made, shipped = data["variants"].values()
+    assert data["absent"] == []
+    assert [*data["variants"]] == [FULL, "w8a8", "w8a8-half", "w4a8-router"]
+    full, made, half, shipped = data["variants"].values()
     assert full["psnr_db"]["median"] is None and full["identical_pictures"] == 8
     assert made["psnr_db"]["median"] > 25 and made["execution"]["mode"] == "int8"
+    assert (made["reuse_ratio"], half["reuse_ratio"]) == (0, 0.5), "of whole calls, by a forecast"
     assert full.keys() == made.keys() == shipped.keys()
     with Image.open(out / "demo.png") as three:
         assert three.size[0] == size[0] and three.size[1] > size[1] + 90

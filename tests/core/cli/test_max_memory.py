@@ -19,7 +19,7 @@ from tenuto.errors import TenutoError
 from tests.core import tiny_pipelines as small
 
 ROOT = Path(__file__).resolve().parents[3]
-TAKES = {"whole without banks": 100, "by block without banks": 40}
+TAKES = {"whole without recorded inputs": 100, "by block without recorded inputs": 40}
 CALL = ["--height", "32", "--width", "32", "--steps", "1", "--device", "cpu"]
 CALL += ["--set", "text_encoder_out_layers=[0,1,2]", "--set", "max_sequence_length=32"]
 
@@ -80,14 +80,14 @@ def test_recorded_inputs_may_lie_on_disk(folder: Path) -> None:
     """They are what more prompts cost, and only rounding on what layers see records any."""
     usual = {"scheme": "w4a8", "steps": 9, "call": {"height": 512, "width": 512}}
     one, two = (check(folder, prompts=["a"] * n, **usual) for n in (1, 2))
-    assert two.memory["banks"] == 2 * one.memory["banks"] > 0
+    assert two.memory["recorded inputs"] == 2 * one.memory["recorded inputs"] > 0
     for how in ("whole", "by block"):
-        assert two.memory[how] > two.memory[f"{how} without banks"]
-    found = two.memory["by block"] - two.memory["by block without banks"]
-    assert found == two.memory["banks"]
+        assert two.memory[how] > two.memory[f"{how} without recorded inputs"]
+    found = two.memory["by block"] - two.memory["by block without recorded inputs"]
+    assert found == two.memory["recorded inputs"]
     assert "on disk where memory has no room" in str(two)
     plain = check(folder, **usual | {"scheme": "w8a8"})
-    assert plain.memory["banks"] == 0 and "recorded inputs" not in str(plain)
+    assert plain.memory["recorded inputs"] == 0 and "recorded inputs" not in str(plain)
 
 
 def test_it_is_said_before_anything_is_loaded(

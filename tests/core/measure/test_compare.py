@@ -287,6 +287,8 @@ def test_a_note_says_when_int8_is_slower_and_what_happens_by_default(
         assert other.note() is None and other.to_json()["note"] is None
     real = of(changed, execution={"mode": "mixed", "layers": {"fp8": 2, "simulated": 1}})
     assert (real.note() or "").startswith("Fp8 is slower than ")
+    both = of(real, execution={"mode": "mixed", "layers": {"int8": 1, "fp8": 2}}).note() or ""
+    assert both.startswith("Int8 and fp8 are slower than ") and both.endswith("they slow down.")
     assert of(changed, speedup=None).note() is None
 
 

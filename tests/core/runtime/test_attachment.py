@@ -615,7 +615,7 @@ def test_an_unknown_row_computes(tiny: Any, kind: str, route: Make, distinct: An
 # --- what it says of itself -----------------------------------------------------------------------
 
 
-def test_execution_is_told(tiny: Any, kind: str, rounded: Make, route: Make) -> None:
+def test_execution_is_reported(tiny: Any, kind: str, rounded: Make, route: Make) -> None:
     model = tiny(kind)
     count = sum(1 for _ in layers(model))
     expected = {

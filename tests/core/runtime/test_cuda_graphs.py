@@ -28,15 +28,15 @@ CAPTURED = ("sd", "flux")  # of the others a part of the forward may have to run
 class Case:
     """A small pipeline on the card, and an artifact of it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, device: str = "cuda") -> None:
         pipe, prompts, call = tiny.asked(kind)
-        self.pipe = pipe.to("cuda")
+        self.pipe = pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         trajectory = tn.record(pipe, prompts and prompts[:2], steps=4, call=call, batch=2)
         recipe = Recipe((Rule("*", tn.schemes.W8A8, RoundToNearest()),))
         self.artifact = tn.quantize(pipe, recipe, trajectory, temporal="table")
         found = (c for c in trajectory.calls if c.run == trajectory.calls[0].run)
-        self.calls = [tn.model.map_tensors(lambda t: t.cuda(), c.inputs) for c in found]
+        self.calls = [tn.model.map_tensors(lambda t: t.to(device), c.inputs) for c in found]
 
     def attach(self, how: Calls, policy: Any) -> tn.Tenuto:
         """With a schedule or none."""
@@ -70,6 +70,21 @@ def test_replayed_as_eager(kind: str, policy: Any) -> None:
     graphs = case.graphs()
     if kind in CAPTURED:
         assert graphs.reason is None and graphs.known
+    attached.detach()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one card")
+@pytest.mark.parametrize("graphs", [True, "auto"])
+def test_a_pipeline_on_another_card_than_the_current_one(graphs: bool | str) -> None:
+    """What is captured there is what is replayed there, step by step."""
+    case = Case("flux", "cuda:1")
+    with case.attach(Calls(), None):
+        expected = case.runs(4)
+    attached = case.attach(Calls.asked(False, graphs), None)
+    assert torch.cuda.current_device() == 0
+    for found, wanted in zip(case.runs(4), expected, strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+    assert case.graphs().reason is None and case.graphs().known
     attached.detach()
 
 
@@ -111,6 +126,43 @@ def test_other_weights_and_loras_are_what_is_computed_with(compile: bool) -> Non
     torch._dynamo.reset()
 
 
+def test_a_run_of_other_steps_than_the_calibrated_ones() -> None:
+    """A table has no row of their timesteps: the module computes, in a graph of its own."""
+    case = Case("flux")
+
+    def runs() -> list[Tensor]:
+        found = case.runs(3)
+        between = [dict(c) for c in case.calls]
+        for call in between:
+            call["timestep"] = call["timestep"] * 0.97
+        kept, case.calls = case.calls, between
+        found += case.runs(3)
+        case.calls = kept
+        return found + case.runs(1)
+
+    with case.attach(Calls(), None):
+        expected = runs()
+    attached = case.attach(Calls(graphs=True), None)
+    for found, wanted in zip(runs(), expected, strict=True):
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
+    assert len(case.graphs().known) == 2 and case.graphs().reason is None
+    attached.detach()
+
+
+def test_when_all_graphs_are_gone_others_are_made() -> None:
+    """Their pool of memory cannot be used again, and `cublas` may still have some of it."""
+    case = Case("flux")
+    with case.attach(Calls(), None):
+        expected = case.runs(3)
+    attached = case.attach(Calls(graphs=True), None)
+    for _ in range(2):
+        for found, wanted in zip(case.runs(3), expected, strict=True):
+            assert (found - wanted).norm() < 0.01 * wanted.norm()
+        assert case.graphs().known and case.graphs().reason is None
+        case.graphs().forget()
+    attached.detach()
+
+
 def test_graphs_where_they_are_faster() -> None:
     """The calls of a model as small as this one are all launches."""
     case = Case("flux")
@@ -121,7 +173,8 @@ def test_graphs_where_they_are_faster() -> None:
         assert (found - wanted).norm() < 0.02 * wanted.norm()
     graphs = case.graphs()
     assert graphs.choose and graphs.reason is None and graphs.known, graphs.reason
-    assert set(graphs.gains.values()) == {True} and graphs.capture.bytes > 0
+    there = next(denoiser_of(case.pipe).parameters()).device
+    assert set(graphs.gains.values()) == {True} and graphs.capture(there).bytes > 0
     attached.detach()
 
 

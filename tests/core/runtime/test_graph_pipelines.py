@@ -1,4 +1,4 @@
-"""Which calls of real pipelines could be graphs: tried on the CPU, with a capture that computes."""
+"""Which calls of real pipelines could be graphs: on the CPU, where operations are recorded."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ import torch
 from torch import Tensor, nn
 
 import tenuto as tn
+from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import denoiser_of
-from tenuto.runtime import Patches, denoiser_call
+from tenuto.numerics import Recipe, Rule
+from tenuto.runtime import Patches, TemporalTable, denoiser_call
 from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls
 from tenuto.runtime.graphs import Graphs
 from tenuto.sampling.pipeline_call import PipelineCall
 from tests.core import tiny_pipelines as tiny
-from tests.core.runtime.test_graphs import Again
+from tests.core.runtime.recorded import Recorded
 
 
 class Case:
     """A tiny pipeline whose calls are captured on the CPU, by W8A8 as it is attached."""
 
     def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.pipe, prompts, call = tiny.asked(kind)
-        self.again = Again()
-        self.asked = PipelineCall(self.pipe, (prompts or ())[:1], 6, None, call)
-        on_cpu = partial(Graphs, capture=self.again, device="cpu")
+        self.pipe, prompts, self.call = tiny.asked(kind)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.prompts = (prompts or ())[:1]
+        self.again = Recorded()
+        on_cpu = partial(Graphs, capture=lambda _: self.again, device="cpu")
         monkeypatch.setattr(denoiser_call, "Graphs", on_cpu)
 
-    def attach(self, graphs: bool, compile: bool = False) -> tn.Tenuto:
-        """By the user's road, but for where graphs are made."""
-        patches = Patches(scheme=tn.schemes.W8A8, execution="int8")
+    def attach(
+        self, graphs: bool, compile: bool = False, artifact: tn.Artifact | None = None
+    ) -> tn.Tenuto:
+        """As `tenuto.attach` does, but with graphs on the CPU. artifact: in place of W8A8."""
+        scheme = None if artifact else tn.schemes.W8A8
+        patches = Patches(artifact, scheme=scheme, execution="int8")
         return install(self.pipe, patches, None, Calls(compile, graphs))
 
-    def run(self, seed: int) -> list[Tensor]:
+    def run(self, seed: int, steps: int = 6) -> list[Tensor]:
         """What the whole pipeline returns."""
+        asked = PipelineCall(self.pipe, self.prompts, steps, None, self.call)
         with torch.no_grad():
-            found = self.asked(denoiser_of(self.pipe), seed, 1, "latent")
+            found = asked(denoiser_of(self.pipe), seed, 1, "latent")
         return [t for out in found for t in tn.model.tensors_in(dict(out))]
 
     @property
@@ -54,7 +61,6 @@ def test_nothing_of_a_pipeline_keeps_its_calls_from_being_graphs(
 ) -> None:
     """Not the registry of hooks that is left on a model which diffusers calls in a context."""
     case = Case(kind, monkeypatch)
-    case.pipe.set_progress_bar_config(disable=True)
     with case.attach(False):
         expected = [case.run(seed) for seed in range(2)]
     attached = case.attach(True)
@@ -63,6 +69,38 @@ def test_nothing_of_a_pipeline_keeps_its_calls_from_being_graphs(
             assert torch.equal(found, other)
     assert case.graphs.reason is None and case.graphs.weights.walks <= 3
     assert case.again.captured >= 1 and case.again.replayed >= 2
+    attached.detach()
+
+
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+def test_a_run_of_other_steps_than_the_calibrated_ones(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table has no row of them: the module computes, which is a graph of its own."""
+    case = Case(kind, monkeypatch)
+    trajectory = tn.record(case.pipe, case.prompts, steps=6, call=case.call)
+    recipe = Recipe((Rule("*", tn.schemes.W8A8, RoundToNearest()),))
+    artifact = tn.quantize(case.pipe, recipe, trajectory, temporal="table")
+    runs = (6, 6, 5, 6, 5)
+    with case.attach(False, artifact=artifact):
+        expected = [case.run(seed, steps) for seed, steps in enumerate(runs)]
+    attached = case.attach(True, artifact=artifact)
+    for seed, (steps, wanted) in enumerate(zip(runs, expected, strict=True)):
+        for found, other in zip(case.run(seed, steps), wanted, strict=True):
+            assert torch.equal(found, other), (seed, steps)
+    assert case.again.captured == 2 and case.graphs.reason is None
+    attached.clock.index = attached.clock.index.clone()  # as when the model comes from elsewhere
+    assert all(map(torch.equal, case.run(0), expected[0]))
+    table = next(m for m in denoiser_of(case.pipe).modules() if isinstance(m, TemporalTable))
+    (original,) = table._original
+    for weight in original.parameters():
+        weight.data = weight.data * 1.5
+    changed = case.run(0, 5)
+    hook = original.register_forward_hook(lambda *args: None)
+    assert all(map(torch.equal, changed, case.run(0, 5)))
+    assert "a hook lies on its" in str(case.graphs.reason)
+    hook.remove()
+    assert not torch.equal(changed[0], expected[2][0])
     attached.detach()
 
 
@@ -91,7 +129,6 @@ def test_another_lora_of_a_pipeline_takes_the_graph_of_the_first(
     """By diffusers' own `load_lora_weights`: nothing is captured nor compiled for the others."""
     torch._dynamo.reset()
     case = Case("flux", monkeypatch)
-    case.pipe.set_progress_bar_config(disable=True)
     files = adapters("flux", tmp_path, 2)
 
     def load(file: str, first: bool) -> None:

@@ -1,12 +1,14 @@
-"""What is captured, when, and what is kept of it; with a capture that runs its call again."""
+"""What is captured, when, and what is kept of it; on the CPU, see `Recorded`."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,52 +16,14 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.caching import CacheSchedule, apply_schedule_
 from tenuto.errors import TenutoError
-from tenuto.model import map_tensors, override_, tensors_in
+from tenuto.model import override_
 from tenuto.runtime.captures import Reads
 from tenuto.runtime.denoiser_call import DenoiserCall
 from tenuto.runtime.graphs import Graphs
+from tenuto.runtime.weights_in_place import MARKS
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
-
-
-class Again:
-    """As a graph: what was captured is done again, on the same tensors, into the same outputs."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-        self.error: Exception | None = None
-        self.cells: list[Any] = []
-        self.times: list[float] = []  # of a replay and of the call as it is, in turn
-        self.full: str | None = None
-
-    def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        if self.error is not None:
-            raise self.error
-        self.captured += 1
-        given = [cell.given for cell in self.cells]
-        out = map_tensors(torch.clone, call())
-        made = [cell.made for cell in self.cells]
-
-        def replay() -> None:
-            self.replayed += 1
-            before = [(cell.given, cell.made) for cell in self.cells]
-            for cell, own in zip(self.cells, given, strict=True):
-                cell.given = own
-            for own, value in zip(tensors_in(out), tensors_in(call()), strict=True):
-                own.copy_(value)
-            for cell, own, (old, made_before) in zip(self.cells, made, before, strict=True):
-                if own is not None:
-                    own.copy_(cell.made)
-                cell.given, cell.made = old, made_before
-
-        return replay, out
-
-    def seconds(self, run: Callable[[], Any]) -> float:
-        run()
-        return self.times.pop(0)
-
-    def crowded(self) -> str | None:
-        return self.full
+from tests.core.runtime.recorded import Recorded
 
 
 class Block(nn.Module):
@@ -83,10 +47,10 @@ class Denoiser(nn.Module):
         return {"sample": y.add_(extra["added"]), "other": [y[:1], extra["name"]]}
 
 
-def captured(model: nn.Module, **options: Any) -> tuple[DenoiserCall, Again]:
+def captured(model: nn.Module, **options: Any) -> tuple[DenoiserCall, Recorded]:
     """The calls of a model, captured on the CPU."""
-    again = Again()
-    call = DenoiserCall(Graphs(model, capture=again, device="cpu", **options))
+    again = Recorded()
+    call = DenoiserCall(Graphs(model, capture=lambda _: again, device="cpu", **options))
     override_(model, call)
     return call, again
 
@@ -146,6 +110,24 @@ def test_the_graph_used_longest_ago_goes() -> None:
         assert torch.equal(model(*given)["sample"], plain(model, given))
     assert call.graphs is not None and len(call.graphs.known) == 2
     assert again.captured == 4 and call.graphs.evicted == 2, "that of 2 rows, then it again"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replays", [1, 6])
+def test_graphs_that_are_hardly_used_are_no_longer_made(replays: int) -> None:
+    """But in a process that lives long, of many sizes one after another, for each of them."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model, most=2)
+    assert call.graphs is not None
+    for rows in range(1, 16):
+        for seed in range(1 + replays):
+            given = inputs(seed, rows)
+            assert torch.equal(model(*given)["sample"], plain(model, given))
+    if replays == 1:
+        assert again.captured == 11 and "more kinds" in str(call.graphs.reason)
+        assert not call.graphs.known
+    else:
+        assert again.captured == 15 and call.graphs.reason is None
 
 
 class Right:
@@ -235,6 +217,161 @@ def test_a_model_that_changes_all_the_time_runs_as_it_is() -> None:
     assert right.again.captured == 0 and "changes from call to call" in str(right.graphs.reason)
 
 
+class Convolved(Denoiser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.LayerNorm(4)
+        self.drop, self.act = nn.Dropout(0.0), nn.LeakyReLU(0.5)
+        self.by: Any = None
+
+    def forward(self, sample: Tensor, timestep: Tensor, extra: dict[str, Any]) -> dict[str, Any]:
+        sample = self.norm(self.act(self.conv(self.drop(sample)[:, None, :, None])[:, 0, :, 0]))
+        if self.by is not None:
+            sample = sample * self.by()
+        return super().forward(sample, timestep, extra)
+
+
+@torch.no_grad()
+def test_what_is_set_on_a_layer_of_torch_is_seen() -> None:
+    """Tiling makes convolutions circular, others stretch them; a size is only told."""
+    model: Any = tiny.randomized(Convolved())
+    right = Right(model)
+    conv = model.conv
+
+    def circular(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = nn.functional.pad(x, (0, 0, 1, 1), mode="circular")
+        return nn.functional.conv2d(x, weight, bias, padding=(0, 1))
+
+    changes: list[Callable[[], Any]] = [
+        lambda: (setattr(conv, "dilation", (2, 2)), setattr(conv, "padding", (2, 2))),
+        lambda: (setattr(conv, "dilation", (1, 1)), setattr(conv, "padding_mode", "circular")),
+        lambda: setattr(conv, "_conv_forward", circular),
+        lambda: setattr(model.norm, "eps", 1.0),
+        lambda: setattr(model.act, "negative_slope", 0.1),
+        lambda: setattr(model.drop, "p", 0.5),  # not in training: the same values
+    ]
+    assert right(3)
+    for number, change in enumerate(changes):
+        change()
+        assert right(3), number
+        assert right.again.captured == number + 2
+    conv.kernel_size, model.training = (1, 1), model.training
+    model.one.inner.in_features = 5
+    assert right(3) and right.again.captured == len(changes) + 1
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self) -> float:
+        return self.factor
+
+
+class Both(Slotted):
+    """With a dict beside its slot."""
+
+    __slots__ = ("__dict__",)
+
+
+class Listed(list[float]):
+    """A list that knows more than its members."""
+
+    factor = 1.0
+
+    def __call__(self) -> float:
+        return self.factor
+
+
+def listed(factor: float) -> Listed:
+    made = Listed([1.0])
+    made.factor = factor
+    return made
+
+
+class Factor:
+    """Made of a value that torch knows nothing of."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> float:
+        return float(self.value)
+
+
+EXCHANGED: dict[str, Callable[[float], Any]] = {
+    "slots": Slotted,
+    "slots and a dict": Both,
+    "partial": lambda factor: partial(float, factor),
+    "a list's own": listed,
+    "numpy's scalar": lambda factor: Factor(np.float32(factor)),
+    "numpy's array": lambda factor: Factor(np.array(factor)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", EXCHANGED)
+def test_an_object_that_one_cannot_look_into_is_seen_when_exchanged(kind: str) -> None:
+    model: Any = tiny.randomized(Convolved())
+    right = Right(model)
+    for number, factor in enumerate((2.0, 3.0, 4.0)):
+        model.by = EXCHANGED[kind](factor)
+        assert right(3) and right.again.captured == number + 1
+
+
+@torch.no_grad()
+def test_two_states_may_take_turns() -> None:
+    """Each is known: that there were many changes is no reason to have no graphs."""
+    right = Right(tiny.randomized(Denoiser()))
+    for number in range(60):
+        right.model.one.which = number % 2  # type: ignore[union-attr]
+        assert right(3)
+    assert right.again.captured == 2 and right.graphs.reason is None
+
+
+def test_states_that_are_forgotten_keep_nothing() -> None:
+    model: Any = tiny.randomized(Denoiser())
+    weights = Graphs(model, device="cpu").weights
+    for number in range(3 * MARKS):
+        model.one.scaled = lambda by=number: by
+        weights.state()
+    assert len(weights._opaque) <= MARKS + 8
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_autocast_is_another_graph_by_its_dtype(cached: bool) -> None:
+    """And what autocast keeps of weights is free after it: no graph may read that."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model)
+    for number, dtype in enumerate((torch.bfloat16, torch.float16) * 2):
+        with torch.no_grad(), torch.autocast("cpu", dtype, cache_enabled=cached):
+            for seed in range(3):
+                given = inputs(seed)
+                assert torch.equal(model(*given)["sample"], plain(model, given)), dtype
+            assert torch.is_autocast_cache_enabled() == cached
+        assert again.captured == min(2, number + 1)
+    assert call.graphs is not None and call.graphs.reason is None
+
+
+def test_each_device_has_a_capture_of_its_own() -> None:
+    """And another one when all of its graphs are gone: its memory is gone with them."""
+    asked: list[torch.device] = []
+    model = tiny.randomized(Denoiser())
+    again = Recorded()
+    graphs = Graphs(model, capture=lambda device: asked.append(device) or again, device="cpu")
+    override_(model, DenoiserCall(graphs))
+    with torch.no_grad():
+        for seed in range(9):
+            model(*inputs(seed, 1 + seed // 3))
+        assert again.captured == 3 and asked == [torch.device("cpu")]
+        graphs.forget()
+        for seed in range(3):
+            model(*inputs(seed))
+    assert again.captured == 4 and len(asked) == 2
+
+
 @torch.no_grad()
 def test_loras_of_one_shape_share_a_graph() -> None:
     """Loaded under one name after another: what is read stays where it was, with other values."""
@@ -259,12 +396,55 @@ def test_loras_of_one_shape_share_a_graph() -> None:
         model.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))  # swapped in place
         twin.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))
         assert torch.equal(model(*inputs(8))["sample"], twin(*inputs(8))["sample"])
-        assert all(torch.equal(given[k], v) for k, v in given.items()), "no tensor of the user's"
         for unloaded in (model, twin):
             recurse_remove_peft_layers(unloaded)
             del unloaded.peft_config
         assert right(3), "and none"
         assert right.again.captured == (2 if seed < 2 else 3), seed
+
+
+@torch.no_grad()
+def test_a_lora_that_somebody_keeps_is_not_written_over() -> None:
+    """By one that is loaded under the same name: it gets other memory, and a graph of its own."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    right = Right(tiny.randomized(Denoiser()))
+    model: Any = right.model
+    kept: list[tuple[Tensor, Tensor]] = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        inject_adapter_in_model(config, model, "a")
+        assert right(3)
+        if seed < 2:
+            state = model.state_dict()
+            kept += [(v, v.clone()) for k, v in state.items() if "lora" in k]
+            del state
+        assert all(torch.equal(v, before) for v, before in kept), seed
+        assert right.again.captured == min(seed, 2) + 1
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+    assert len(kept) == 8
+
+
+@torch.no_grad()
+def test_adapters_that_are_gone_free_their_memory() -> None:
+    """When others come, whatever their names; until then the last ones have theirs."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
+
+    right = Right(tiny.randomized(Denoiser()))
+    model: Any = right.model
+    for name in "abc":
+        config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+        inject_adapter_in_model(config, model, name)
+        assert right(3)
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        assert right(1)
+        memory = right.graphs.weights._adapters.memory
+        assert len(memory) == 4 and all(f".{name}." in key for key in memory)
 
 
 @torch.no_grad()
@@ -285,18 +465,18 @@ def test_a_packed_weight_is_another_graph() -> None:
 
 @torch.no_grad()
 def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) -> None:
-    """By two times a form of a call; and only while there is memory."""
+    """By medians of both, once a form of a call; and only while there is memory."""
     model = tiny.randomized(Denoiser())
     call, again = captured(model, choose=True)
     assert call.graphs is not None
-    again.times = [1.0, 2.0, 3.0, 2.0]
+    again.times = [1.0, 2.0, 9.0, 2.0, 1.0, 2.0] + [3.0, 2.0] * 3
     for rows, kept in ((2, 1), (3, 1)):
         for seed in range(4):
             given = inputs(seed, rows)
             assert torch.equal(model(*given)["sample"], plain(model, given))
         assert len(call.graphs.known) == kept
     assert again.captured == 2 and not again.times and call.graphs.reason is None
-    again.full, again.times = "they would take 9 GiB", [1.0, 2.0]
+    again.full, again.times = "they would take 9 GiB", [1.0, 2.0] * 3
     with caplog.at_level(logging.INFO, "tenuto"):
         for seed in range(4):
             model(*inputs(seed, 4))
@@ -305,7 +485,7 @@ def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) ->
     assert not call.graphs.known
 
 
-def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Again]:
+def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Recorded]:
     """A model whose first block is computed in every other step, and the second in every third."""
     model = tiny.randomized(Denoiser())
     times = tuple(float(t) for t in range(12, 0, -1))
@@ -313,8 +493,7 @@ def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Again]:
     clock = Clock(times)
     call, again = captured(model, most=most)
     cells = apply_schedule_(model, CacheSchedule(rows, times, ("one", "two")), clock)
-    again.cells = [cell.call for cell in cells]
-    call.prepare(again.cells)
+    call.prepare([cell.call for cell in cells])
     return model, clock, again
 
 
@@ -347,8 +526,8 @@ def test_a_graph_for_every_pattern_of_a_schedule(split: bool) -> None:
 def test_a_clock_reads_by_a_graph() -> None:
     """The same steps, streams and runs as without one, with a condition that changes in place."""
     plain_clock, clock = Clock((9.0, 5.0, 1.0)), Clock((9.0, 5.0, 1.0))
-    again = Again()
-    clock.reads = Reads(again, "cpu")
+    again = Recorded()
+    clock.reads = Reads(lambda _: again, "cpu")
     prompt = torch.randn(2, 3, 4)
     for _ in range(3):
         for time in (9.0, 5.0, 1.0):
@@ -361,24 +540,24 @@ def test_a_clock_reads_by_a_graph() -> None:
     assert (again.captured, again.replayed) == (1, 8) and clock.run == plain_clock.run > 1
 
 
-def moved(model: nn.Module, again: Again) -> None:
+def moved(model: nn.Module, again: Recorded) -> None:
     from accelerate import cpu_offload_with_hook
 
     cpu_offload_with_hook(model, "cpu")
 
 
-def grouped(model: nn.Module, again: Again) -> None:
+def grouped(model: nn.Module, again: Recorded) -> None:
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     HookRegistry.check_if_exists_or_initialize(model.one).register_hook(ModelHook(), "some_cache")  # type: ignore[arg-type]
 
 
-def patched(model: nn.Module, again: Again) -> None:
+def patched(model: nn.Module, again: Recorded) -> None:
     inner: Any = model.two
     inner.forward = lambda x, own=inner.forward: own(x)
 
 
-SPOILT: dict[str, Callable[[Any, Again], Any]] = {
+SPOILT: dict[str, Callable[[Any, Recorded], Any]] = {
     "offloading moves its weights": moved,
     "the hook some_cache of diffusers": grouped,
     "another library's patch lies on its Block": patched,
@@ -436,6 +615,11 @@ def test_who_counts_operations_sees_them() -> None:
     with FlopCounterMode(display=False) as counted:
         right.model(*inputs(0))
     assert counted.get_total_flops() > 0
+    calls: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *args: calls.append(m))
+    right.model(*inputs(0))
+    hook.remove()
+    assert right.model.one in calls
 
 
 @torch.no_grad()
@@ -467,6 +651,18 @@ def test_a_copy_captures_for_itself() -> None:
     own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
     assert own is not call.graphs and not own.known and own.denoiser is twin
     assert torch.equal(twin(*inputs(9))["sample"], plain(model, inputs(9)))
+
+
+@torch.no_grad()
+def test_a_copy_of_what_must_not_be_captured_is_not() -> None:
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model)
+    call.prepare([object()])  # a cache policy that decides while it runs
+    twin = copy.deepcopy(model)
+    for seed in range(3):
+        twin(*inputs(seed))
+    own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
+    assert again.captured == 0 and own.final and "cache policy" in own.reason
 
 
 def test_what_may_be_asked_for() -> None:

@@ -209,10 +209,10 @@ def test_an_output_is_rounded_once_and_laid_out_as_the_input(
             near(found, expected, dtype)
 
 
-def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Equal to half a step of `dtype`, and the noise of fp32."""
+def near(found: Tensor, expected: Tensor, dtype: torch.dtype, noise: float = 3e-6) -> None:
+    """Equal to half a step of `dtype`, and the noise of a sum, by default that of fp32."""
     half = {torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
-    slack = 3e-6 * float(expected.abs().max())
+    slack = noise * float(expected.abs().max())
     fits = expected.abs() < torch.finfo(dtype).max
     gap = (found.float() - expected).abs() - half * 2 * expected.abs()
     assert float(gap[fits].max()) <= slack
@@ -313,7 +313,8 @@ def test_every_kernel_is_its_reference(kernel: Kernel, device: str) -> None:
         expected = kernel.reference(x, scale, zero, weight, bias, case.geometry)
         assert expected.dtype is torch.float64 and found.dtype is case.dtype, case
         assert found.shape == expected.shape and found.is_contiguous(), case
-        near(found, expected, case.dtype)
+        short = kernel.word == "fp8" and device == "cuda"  # a card sums products in fewer bits
+        near(found, expected, case.dtype, 4e-3 if short else 3e-6)
         assert all(torch.equal(*pair) for pair in zip(before, (x, scale), strict=True))
 
 
@@ -342,7 +343,7 @@ class Calls(torch.nn.Module):
 @pytest.mark.parametrize("kernel", kernels.kernels(), ids=lambda k: k.name)
 def test_a_graph_has_it_as_one_operation(kernel: Kernel, device: str) -> None:
     """Traced whole, with shapes and strides from the operation's fake, and the same bits."""
-    if kernel.name == "int8_linear" and device == "cuda":
+    if kernel.name in ("fp8_linear", "int8_linear") and device == "cuda":
         pytest.skip("its plain operations are in the graph there, for Inductor to fuse")
     seen: list[Any] = []
 

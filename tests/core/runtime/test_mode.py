@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tenuto as tn
 from tenuto.calibration.algorithms.nearest import RoundToNearest
@@ -18,11 +19,12 @@ from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.runtime.execution import DENSE, Chooser, chooser_for
 from tenuto.runtime.kept_choices import KeptChoices
 from tenuto.runtime.layers import QLinear
-from tenuto.runtime.mode import Mode
+from tenuto.runtime.mode import CALLS, Mode
 from tenuto.sampling.clock import Clock
 
 MEASURED = Chooser.__call__  # a conftest makes it answer int8
-GPU, CPU = ("QLinear", (64, 64), "cuda:0", 8), ("QLinear", (64, 64), "cpu", 8)
+CARD = torch.device("cuda", 0)
+GPU, CPU = ("QLinear", (64, 64), CARD), ("QLinear", (64, 64), torch.device("cpu"), 8)
 
 
 @pytest.fixture
@@ -103,6 +105,37 @@ def test_what_does_not_compile_is_timed_as_it_is(
     assert "does not compile: there is no compiler." in line
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_layer_is_captured_on_its_own_card(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All its calls in one graph; one that cannot be captured is timed as it is, with a word."""
+    cards: list[torch.device] = []
+    calls: list[Tensor] = []
+
+    class Capture:
+        def __init__(self, device: torch.device) -> None:
+            cards.append(device)
+
+        def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            if fails:
+                raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+            call()
+            return lambda: None, None
+
+    monkeypatch.setattr("tenuto.runtime.mode.CudaCapture", Capture)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    run = Mode(capture=True).run(calls.append, x)
+    run()
+    run()
+    assert cards == [torch.device("cuda", 1)]
+    assert len(calls) == 1 + CALLS * (2 if fails else 1), "made ready, and then captured or called"
+    assert [line.partition(": ")[2] for line in caplog.messages] == (
+        ["operation not permitted."] if fails else []
+    )
+
+
 def test_attach_asks_for_the_mode_that_it_makes(tiny: Any, monkeypatch: Any) -> None:
     """One chooser a mode for the whole process; the user's own is not exchanged."""
     asked: list[Any] = []
@@ -152,7 +185,9 @@ def test_another_process_of_the_same_card_times_nothing(tmp_path: Path) -> None:
     name = first(GPU, timed(ran))
     assert ran and path.exists() and [p.name for p in path.parent.iterdir()] == [path.name]
     ran.clear()
-    assert Chooser(kept=KeptChoices(path))(GPU, timed(ran)) == name and not ran
+    second = (*GPU[:-1], torch.device("cuda", 1))  # another card of the same name
+    for kind in (GPU, second):
+        assert Chooser(kept=KeptChoices(path))(kind, timed(ran)) == name and not ran
     for other, kind in (
         (Chooser(mode=Mode(compile=True), kept=KeptChoices(path)), GPU),
         (Chooser(kept=KeptChoices(path)), (*GPU, "another kernel")),
@@ -174,10 +209,45 @@ def test_a_damaged_file_is_none(tmp_path: Path, content: str) -> None:
     path, ran = tmp_path / "choices.json", []
     path.write_text(content, encoding="utf-8")
     kept = KeptChoices(path)
-    assert kept.get(Mode(), GPU) is None
-    kept.add(Mode(), GPU, "a kernel of the past")
+    assert kept.get(Mode(), GPU, CARD) is None
+    kept.add(Mode(), GPU, CARD, "a kernel of the past")
     name = Chooser(kept=kept)(GPU, timed(ran))
-    assert ran and kept.get(Mode(), GPU) == name
+    assert ran and kept.get(Mode(), GPU, CARD) == name
+
+
+def test_the_oldest_choice_goes_and_those_of_other_processes_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read once, and again before it is written."""
+    monkeypatch.setattr("tenuto.runtime.kept_choices.MOST", 3)
+    path = tmp_path / "choices.json"
+    ours, theirs = KeptChoices(path), KeptChoices(path)
+    assert ours.get(Mode(), "a", CARD) is None
+    theirs.add(Mode(), "a", CARD, "one")
+    assert ours.get(Mode(), "a", CARD) is None, "a layer reads no file"
+    for number, kind in enumerate("bcad"):
+        ours.add(Mode(), kind, CARD, f"{number}")
+        assert ours.get(Mode(), kind, CARD) == f"{number}"
+    found = {kind: KeptChoices(path).get(Mode(), kind, CARD) for kind in "abcd"}
+    assert found == {"a": "2", "b": None, "c": "1", "d": "3"}, "b is the oldest"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_kind_is_known_by_its_device(device: str) -> None:
+    """And by the threads of a CPU; of a GPU they say nothing."""
+    with FakeTensorMode():
+        x = torch.empty(2, device=device)
+    asked: list[Any] = []
+
+    def chooser(kind: Any, runs: Any) -> str:
+        asked.append(kind)
+        return DENSE
+
+    assert execution.decided(chooser, ("QLinear",), {None: lambda x: x}, x) is None
+    threads = (torch.get_num_threads(),) if device == "cpu" else ()
+    assert asked == [("QLinear", x.device, *threads)]
+    card = execution.card_of(asked[0])
+    assert card == (x.device if device == "cuda" else None)
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(
@@ -186,21 +256,23 @@ def test_where_nothing_can_be_written_nothing_is_kept(
     """A file in the place of the folder, and no user's folder at all."""
     (tmp_path / "file").write_text("")
     kept = KeptChoices(tmp_path / "file" / "choices.json")
-    kept.add(Mode(), GPU, "fast")
-    assert kept.get(Mode(), GPU) is None
+    kept.add(Mode(), GPU, CARD, "fast")
+    assert kept.get(Mode(), GPU, CARD) is None
 
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", nobody)
-    KeptChoices().add(Mode(), GPU, "fast")
-    assert KeptChoices().get(Mode(), GPU) is None
+    KeptChoices().add(Mode(), GPU, CARD, "fast")
+    assert KeptChoices().get(Mode(), GPU, CARD) is None
 
 
 @pytest.mark.usefixtures("measured")
-@pytest.mark.parametrize(("kind", "kept"), [(GPU, False), (CPU, True)])
+@pytest.mark.parametrize(
+    ("kind", "seconds", "kept"), [(GPU, 1.1, False), (GPU, 1.01, True), (CPU, 1.1, True)]
+)
 def test_on_a_gpu_what_is_slower_is_left(
-    kind: Any, kept: bool, monkeypatch: pytest.MonkeyPatch
+    kind: Any, seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1.1 times float's time: on a CPU the smaller weights are worth that."""
 
@@ -216,5 +288,5 @@ def test_on_a_gpu_what_is_slower_is_left(
     def spend(seconds: float) -> None:
         time.now += seconds
 
-    runs = {"kernel": lambda: spend(1.1), DENSE: lambda: spend(1.0)}
+    runs = {"kernel": lambda: spend(seconds), DENSE: lambda: spend(1.0)}
     assert (Chooser()(kind, runs) == "kernel") == kept

@@ -5,29 +5,36 @@ What `torch.empty` gives is poisoned, so that nothing which is not written passe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tenuto.numerics import QTensor, float8, integer_codes
 from tenuto.numerics.scheme import Format, schemes
 from tenuto.runtime import kernels
 from tenuto.runtime.kernels import (
+    column_rounding,
     int4_fused,
     int8_conv2d,
     int8_conv2d_fused,
     int8_fused,
+    int8_linear,
     quantize_input,
+    trial,
 )
 from tenuto.runtime.kernels.int8_linear import IntLinear
 from tenuto.runtime.layers import QConv2d, QLinear
@@ -131,6 +138,12 @@ def check_stored() -> None:
             floats_match(values, float8.per_tensor(given, pair[0]))
 
 
+def check_trials() -> None:
+    """What a card is asked once is true where the kernels work."""
+    assert quantize_input.rows_are_right(torch.device(HERE))
+    assert column_rounding.columns_are_right(torch.device(HERE))
+
+
 def tilings() -> Iterator[Any]:
     """What is chosen, and tiles that make several of a small product, by every way of loading."""
     from tenuto.runtime.kernels.tiles_triton import Tiles
@@ -140,7 +153,7 @@ def tilings() -> Iterator[Any]:
 
 
 def check_product() -> None:
-    """Odd shapes, all that follows the product, every way of loading tiles."""
+    """Odd shapes, with a bias and without, every way of loading tiles."""
     from tenuto.runtime.kernels import int8_fused_triton as fused
 
     for (m, n, k), tiles in itertools.product(PRODUCTS, tilings()):
@@ -150,28 +163,16 @@ def check_product() -> None:
         codes = torch.randint(-127, 128, (n, k), device=HERE).to(torch.int8)
         packed = IntLinear(codes, torch.rand(n, device=HERE) + 0.5)
         zero = torch.tensor([37], dtype=torch.int32, device=HERE)
-        every = itertools.product((None, zero), "bgr") if tiles is None else [(None, "b")]
-        for number, (zero, more) in enumerate(every):
+        every = itertools.product((None, zero), (0, 1, 1)) if tiles is None else [(None, 1)]
+        for number, (zero, biased) in enumerate(every):
             dtype = DTYPES[number % 3 if tiles is None else 1]
-            bias, gate, residual = after(m, n, dtype, more)
+            bias = torch.randn(n, device=HERE).to(dtype) if biased else None
             scale = torch.rand((m, 1) if number % 2 else (1,), device=HERE) / k
-            given = codes, packed.scale, packed.sums, bias, dtype, gate, residual, tiles
+            given = codes, packed.scale, packed.sums, bias, dtype, tiles
             found = fused.linear(x, scale, zero, *given)
-            each = None if gate is None else gate.repeat_interleave(m // len(gate), 0)
             middle = 128 if zero is None else zero
-            rest = codes, packed.scale, bias, each, residual
-            near(found, int8_fused.reference(x, scale, middle, *rest), dtype)
-
-
-def after(m: int, n: int, dtype: torch.dtype, more: str) -> tuple[Tensor | None, ...]:
-    """What follows a product: a bias, that and a gate, or a gate and a residual."""
-    bias, residual = torch.randn(n, device=HERE).to(dtype), torch.randn(m, n, device=HERE)
-    gate = torch.randn(1 if m % 2 else 2, n, device=HERE)
-    return (
-        None if more == "r" else bias,
-        None if more == "b" else gate,
-        residual.to(dtype) if more == "r" else None,
-    )
+            wanted = int8_linear.reference(x, scale, middle, codes, packed.scale, bias)
+            near(found, wanted, dtype)
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -186,20 +187,19 @@ def check_operation() -> None:
     x = torch.randint(0, 256, (2, 3, 40), device=HERE).to(torch.uint8)
     codes = torch.randint(-127, 128, (24, 40), device=HERE).to(torch.int8)
     w_scale, bias = torch.rand(24, device=HERE), torch.randn(24, device=HERE)
-    gate, residual = torch.randn(2, 1, 24, device=HERE), torch.randn(2, 3, 24, device=HERE)
     packed, scale = IntLinear(codes, w_scale), torch.rand(2, 3, 1, device=HERE) / 40
 
     def call(x: Tensor, zero: Any) -> Tensor:
-        return int8_fused.fused_linear(x, scale, zero, packed, bias, torch.bfloat16, gate, residual)
+        return int8_fused.fused_linear(x, scale, zero, packed, bias, torch.bfloat16)
 
     for zero in (128, 5, torch.tensor([200], dtype=torch.int32, device=HERE)):
-        wanted = int8_fused.reference(x, scale, zero, codes, w_scale, bias, gate, residual)
+        wanted = int8_linear.reference(x, scale, zero, codes, w_scale, bias)
         near(call(x, zero), wanted, torch.bfloat16)
         near(call((x ^ 128).view(torch.int8), zero), wanted, torch.bfloat16)
         compiled: Any = torch.compile(call, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x, zero), call(x, zero))
     rows = x.view(6, 40).view(torch.int8)
-    more = (packed.scale, packed.sums, bias, None, None, torch.bfloat16)
+    more = (packed.scale, packed.sums, bias, torch.bfloat16)
     args = (rows, scale.view(6, 1), None, packed.weight, *more)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.tenuto.int8_fused.default, args, test_utils=tests)
@@ -307,7 +307,7 @@ def check_layers() -> None:
 
 CHECKS = (
     check_rows, check_images, check_stored, check_product, check_operation, check_four_bits,
-    check_convolution, check_convolution_in_graphs, check_layers,
+    check_convolution, check_convolution_in_graphs, check_layers, check_trials,
 )  # fmt: skip
 
 
@@ -354,6 +354,100 @@ def test_a_range_of_a_step_is_that_of_its_index() -> None:
         assert torch.equal(codes, wanted)
 
 
+# --- trials ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Cards of CUDA as far as a trial asks for them; whether a graph is captured."""
+    state = {"capturing": False}
+    monkeypatch.setattr(trial, "_found", {})
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return state
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("no C compiler\nfound"), OSError(), ValueError]
+)
+def test_a_card_is_tried_once(
+    cards: dict[str, bool], error: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By all threads together, not while a graph is captured; what fails is said once a card."""
+    tried: list[torch.device] = []
+
+    def right(device: torch.device) -> bool:
+        tried.append(device)
+        time.sleep(0.05)
+        if error is ValueError:
+            return False
+        if error is not None:
+            raise error
+        return True
+
+    cards["capturing"] = True
+    assert not trial.works("layers", 0, right) and not tried
+    cards["capturing"] = False
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda index: trial.works("layers", index, right), [0, None] * 4))
+    assert found == [error is None] * 8 and tried == [torch.device("cuda", 0)]
+    trial.works("layers", 1, right)
+    assert tried[1:] == [torch.device("cuda", 1)]
+    assert len(caplog.messages) == (0 if error is None else 2)
+    words = {RuntimeError: "(no C compiler)", OSError: "(OSError)", type: "numbers are wrong"}
+    assert all(words[type(error)] in line and "layers" in line for line in caplog.messages)
+
+
+@needs_triton
+def test_a_trial_is_no_part_of_a_graph(cards: dict[str, bool]) -> None:
+    """A denoiser that is compiled before its first call asks while it is traced."""
+    traced: list[bool] = []
+
+    def right(device: torch.device) -> bool:
+        traced.append(quantize_input.compiling())
+        return True
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if trial.works("layers", 0, right) else x - 1
+
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(call, backend="eager")
+    assert [compiled(torch.zeros(1)).item() for _ in range(3)] == [1.0] * 3
+    assert traced == [False]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("spec", [ValueError("triton.__spec__ is None"), OSError("broken"), None])
+def test_a_broken_or_absent_triton_is_none(
+    cards: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: Any, spec: Any
+) -> None:
+    """Only the broken one is said."""
+
+    def find(name: str) -> None:
+        if spec is not None:
+            raise spec
+
+    monkeypatch.setattr(trial.importlib.util, "find_spec", find)
+    assert not trial.works("layers", 0, lambda device: True)
+    assert [str(spec) in line for line in caplog.messages] == [True] * (spec is not None)
+
+
+@needs_triton
+@pytest.mark.skipif(HERE == "cuda", reason="the interpreter is for where there is no GPU")
+def test_plain_operations_serve_where_triton_compiles_nothing(
+    cards: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trials themselves, where the device is not there: both are false, each says why."""
+    with FakeTensorMode():
+        x = torch.empty(2, 4, device="cuda")
+    assert not int8_fused.supported(x.device) and not column_rounding.supported(x)
+    assert not quantize_input.triton_runs() and not quantize_input.triton_runs(0)
+    assert ["quantized layers" in line for line in caplog.messages] == [True, False]
+
+
 # --- tiles ----------------------------------------------------------------------------------------
 
 
@@ -365,9 +459,10 @@ def test_the_fastest_tiles_are_kept_and_failures_left_out(
     from tenuto.runtime.kernels import tiles_triton as tiles
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiles, "card", lambda: "a card")
+    monkeypatch.setattr(tiles, "card", str)
     some = [tiles.Tiles(16, 16, k) for k in (32, 64, 128)]
     seen: list[int] = []
+    first = torch.device("cuda", 0)
 
     def measured(run: Any) -> float:
         return float(run())
@@ -382,19 +477,18 @@ def test_the_fastest_tiles_are_kept_and_failures_left_out(
         cache_key = "source"
 
     monkeypatch.setattr(tiles, "milliseconds", measured)
-    assert tiles._kept(Function, (4, 8), some, run) == some[2] and seen == [32, 64, 128]
-    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 3
-    tiles._kept(Function, (4, 9), some, run)
+    assert tiles._kept(Function, (4, 8), some, first, run) == some[2] and seen == [32, 64, 128]
+    assert tiles._kept(Function, (4, 8), some, first, run) == some[2] and len(seen) == 3
+    tiles._kept(Function, (4, 9), some, first, run)
     assert len(seen) == 6, "another shape is measured"
-    monkeypatch.setattr(tiles, "card", lambda: "another")
-    tiles._kept(Function, (4, 8), some, run)
+    tiles._kept(Function, (4, 8), some, torch.device("cuda", 1), run)
     assert len(seen) == 9, "another card is measured"
     files = sorted(tmp_path.rglob(tiles.FILE))
     assert len(files) == 3 and all(json.loads(f.read_text()) == list(some[2]) for f in files)
     for file in files:
         file.write_text("{", encoding="utf-8")
-    assert tiles._kept(Function, (4, 8), some, run) == some[2] and len(seen) == 12
-    assert tiles._kept(Function, (5,), some[:1], run) is None and len(seen) == 13
+    assert tiles._kept(Function, (4, 8), some, first, run) == some[2] and len(seen) == 12
+    assert tiles._kept(Function, (5,), some[:1], first, run) is None and len(seen) == 13
     assert len(list(tmp_path.rglob(tiles.FILE))) == 3, "nothing is kept where nothing ran"
     cpu = torch.device("cpu")
     assert tiles.chosen(Function, (), some, cpu, run) == some[0] and len(seen) == 13

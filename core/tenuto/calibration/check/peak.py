@@ -50,8 +50,8 @@ def peaks(
 ) -> dict[str, int]:
     """{"whole", "by block"}: bytes of memory at the peak, of the denoiser all loaded or on disk.
 
-    "banks": bytes of recorded inputs, and of outputs, that are on disk where memory has no room for
-    them; "whole without banks" and "by block without banks" are the peaks then.
+    "recorded inputs": bytes of these, and of outputs, that are on disk where memory has no room for
+    them; "whole without recorded inputs" and "by block without recorded inputs": the peaks then.
     rows: of all recorded calls. stored: bytes of each part that is not loaded yet. rounds: whether
     layers are rounded on what they see. encoders: whether text encoders are quantized too.
     """
@@ -76,8 +76,8 @@ def peaks(
         )
 
     found = dict(zip(("whole", "by block"), peak(work + banks), strict=True))
-    least = dict(zip(("whole without banks", "by block without banks"), peak(work), strict=True))
-    return found | least | {"banks": banks}
+    least = {f"{how} without recorded inputs": n for how, n in zip(found, peak(work), strict=True)}
+    return found | least | {"recorded inputs": banks}
 
 
 def room_for_banks(
@@ -112,7 +112,7 @@ def kept_to(found: Mapping[str, Any], most: int, low_memory: bool | None) -> boo
     Recorded inputs can lie there too. found: of `peaks`. TenutoError says what it takes at the
     least, where that is more.
     """
-    whole, blocks = found["whole without banks"], found["by block without banks"]
+    whole, blocks = (found[f"{how} without recorded inputs"] for how in ("whole", "by block"))
     if not low_memory and whole <= most:
         return False
     if low_memory is not False and blocks <= most:

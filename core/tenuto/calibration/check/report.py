@@ -135,9 +135,9 @@ class Check:
             free = self.memory["free"]
             known = "" if free is None else f"; {gib(free)} are free"
             yield "memory", f"about {gib(self.memory['needed'])} on {self.memory['on']}{known}"
-            if banks := self.memory.get("banks"):
+            if size := self.memory.get("recorded inputs"):
                 place = "in memory, or on disk where memory has no room"
-                yield "recorded inputs", f"about {gib(banks)} {place}"
+                yield "recorded inputs", f"about {gib(size)} {place}"
         for use, facts in self.time.get("uses", {}).items():
             took = f"at least {duration(facts['seconds'])}"
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"

@@ -9,11 +9,10 @@ Shapes: tiles (N, W) fp32; `size`, `low`, `high` (N, W), see `grid.Grid`; the sq
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from .trial import works
 
 
 def compensate(
@@ -45,13 +44,20 @@ def descend(
 
 
 def supported(x: Tensor) -> bool:
-    """Whether the fused kernels run where `x` is."""
-    return x.device.type == "cuda" and _triton()
+    """Whether the fused kernels work where `x` is."""
+    return x.device.type == "cuda" and works("GPTQ", x.device.index, columns_are_right)
 
 
-@functools.cache
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def columns_are_right(device: torch.device) -> bool:
+    """Whether a fused kernel rounds a small tile on `device`; errors of Triton are raised."""
+    from .column_rounding_triton import compensate as fused
+
+    level = torch.tensor([[3.0, -2.0], [1.0, 7.0]], device=device)
+    inverse = torch.tensor([[1.0, -1.0], [0.0, 1.0]], device=device)
+    one, more = torch.ones_like(level), torch.tensor([0.0, 1.0], device=device)
+    # 3/8 are left of the first column, and go to the 3/8 of the second: one level more
+    levels, _ = fused(level + 0.375, inverse, one, -9 * one, 9 * one)
+    return bool((levels == level + more).all())
 
 
 def compensate_reference(

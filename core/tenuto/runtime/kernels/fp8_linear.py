@@ -5,8 +5,9 @@ without a copy; N and K multiples of 16; x_scale fp32, one element or (..., 1). 
 capability 8.9 or higher (Ada, Hopper, Blackwell). All of it is plain operations: a graph has no
 break, and Inductor fuses what makes the codes into the operation before it.
 
-In bf16 the scales of rows and the bias are in the product's own epilogue; sums are fast ones. What
-that epilogue has not (another dtype, another card) is done after a product in fp32.
+In bf16 the scales of rows and the bias are in the product's own epilogue. What that epilogue has
+not (another dtype, another card) is done after a product in fp32. Sums are fast ones where the
+output is rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import QTensor, float8
+from ...text import first_line
 from .epilogue import finished
 from .kernel import Case, Formats, Kernel
 
@@ -70,7 +72,7 @@ def fp8_linear(
     else:
         y = torch._scaled_mm(
             rows, weight, scale_a=packed.one, scale_b=packed.one, out_dtype=torch.float32,
-            use_fast_accum=True,
+            use_fast_accum=dtype is not torch.float32,
         )  # fmt: skip
         y = finished(y * packed.scale, scale, bias, dtype)
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
@@ -92,12 +94,12 @@ def _tried(index: int) -> str | None:
         try:
             _try(torch.device("cuda", index), way)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            said = str(error).strip().partition("\n")[0]
+            said = first_line(error)
         else:
             return way
     log.warning(
         "fp8 layers are simulated or compute in float: torch %s has no product of 8-bit floats "
-        "for this card (%s).", torch.__version__, said[:100],
+        "for this card (%s).", torch.__version__, said,
     )  # fmt: skip
     return None
 
@@ -106,10 +108,10 @@ def _try(device: torch.device, way: str) -> None:
     """A product of `way`; an error of this torch or of this card is raised."""
     codes = torch.ones(STEP, STEP, device=device).to(float8.CODES)
     packed = Float8Linear(codes, torch.ones(STEP, device=device), way)
-    dtype = torch.bfloat16 if way == BY_ROW else torch.float32
-    y = fp8_linear(codes, torch.ones(STEP, 1, device=device), packed, None, dtype)
-    if not bool((y == STEP).all()):
-        raise ValueError("a product is wrong")
+    for dtype in (torch.bfloat16,) if way == BY_ROW else (torch.float16, torch.float32):
+        y = fp8_linear(codes, torch.ones(STEP, 1, device=device), packed, None, dtype)
+        if not bool((y == STEP).all()):
+            raise ValueError("a product is wrong")
 
 
 # --- the kernel -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...numerics import QTensor
 from . import int8_fused
-from .kernel import Case, Formats, Kernel, graph_operation
+from .kernel import INT8_INPUTS, Formats, Kernel, graph_operation
 from .quantize_input import compiling
 
 
@@ -73,22 +73,11 @@ def _fake(x: Tensor, x_scale: Tensor, zero: Any, weight: Tensor, *rest: Any) -> 
 _operation = graph_operation(SCHEMA, _on_tensors, _fake)
 
 
-def _reference(
-    x: Tensor, x_scale: Tensor, x_zero: Any, weight: QTensor, bias: Tensor | None, geometry: Any
-) -> Tensor:
-    return int8_fused.reference(x, x_scale, x_zero, weight.codes(), weight.scale, bias)
-
-
 def _pack(weight: QTensor, geometry: Any) -> IntFour:
     return IntFour(weight)
 
 
-def _supports(case: Case) -> bool:
-    return int8_fused.supported(case.device)
-
-
 KERNEL = Kernel(
-    "int4_fused", "linear", Formats(bits=(2, 3, 4)),
-    Formats(bits=(8,), granularities=("tensor", "token")),
-    _supports, _pack, _reference, call, priority=2, any_bias=True,
+    "int4_fused", "linear", Formats(bits=(2, 3, 4)), INT8_INPUTS, int8_fused.KERNEL.supports, _pack,
+    int8_fused.KERNEL.reference, call, priority=2, any_bias=True,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from ...numerics import QTensor
 from . import onednn
 from .epilogue import finished, in_pieces
 from .int8_linear import IntLinear, signed
-from .kernel import Case, Formats, Kernel, apart, graph_operation
+from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
 from .quantize_input import MIDDLE, compiling, counted
 
 EIGHT = 8  # what cuBLAS wants a multiple of
@@ -223,6 +223,5 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_conv2d", "conv2d", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
-    _supports, _pack, _reference, _call,
+    "int8_conv2d", "conv2d", Formats(), INT8_INPUTS, _supports, _pack, _reference, _call
 )  # fmt: skip

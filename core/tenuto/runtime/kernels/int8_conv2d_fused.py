@@ -15,7 +15,7 @@ from torch import Tensor
 from ...numerics import QTensor
 from . import int8_conv2d, int8_fused
 from .int8_conv2d import layout
-from .kernel import Case, Formats, Kernel, graph_operation
+from .kernel import INT8_INPUTS, Case, Formats, Kernel, graph_operation
 from .quantize_input import compiling
 
 STEP = 16  # bytes that a thread reads at once
@@ -77,12 +77,6 @@ def _fake(x: Tensor, x_scale: Tensor, zero: Any, weight: Tensor, *rest: Any) -> 
 _operation = graph_operation(SCHEMA, _on_tensors, _fake)
 
 
-def _reference(
-    x: Tensor, x_scale: Tensor, x_zero: Any, weight: QTensor, bias: Tensor | None, geometry: Any
-) -> Tensor:
-    return int8_conv2d.reference(x, x_scale, x_zero, weight.codes(), weight.scale, bias, geometry)
-
-
 def _pack(weight: QTensor, geometry: Any) -> Filters:
     return Filters(weight.codes(), weight.scale, geometry)
 
@@ -93,6 +87,6 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_conv2d_fused", "conv2d", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
-    _supports, _pack, _reference, call, priority=1, any_bias=True,
+    "int8_conv2d_fused", "conv2d", Formats(), INT8_INPUTS, _supports, _pack,
+    int8_conv2d.KERNEL.reference, call, priority=1, any_bias=True,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""y = x_scale * (x - x_zero) @ (w_scale * codes).T + bias, and residual + gate * y, in one kernel.
+"""y = x_scale * (x - x_zero) @ (w_scale * codes).T + bias in one kernel.
 
 Constraints: CUDA with Triton, compute capability 8.0 or newer; x 8-bit codes (..., K), codes int8
 (N, K), any shape; x_scale fp32, one element or (..., 1). See `int8_linear.py` for the same by
@@ -15,24 +15,8 @@ from torch import Tensor
 from ...numerics import QTensor
 from . import int8_linear
 from .int8_linear import IntLinear, signed
-from .kernel import Case, Formats, Kernel, apart, graph_operation
+from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
 from .quantize_input import MIDDLE, compiling, triton_runs
-
-
-def reference(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Any,
-    codes: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The operation in float64. gate: (B, ..., N) that broadcasts; residual: as the output."""
-    y = int8_linear.reference(x, x_scale, x_zero, codes, w_scale, bias)
-    y = y if gate is None else y * gate.double()
-    return y if residual is None else residual.double() + y
 
 
 def supported(device: torch.device) -> bool:
@@ -47,18 +31,11 @@ def fused_linear(
     packed: IntLinear,
     bias: Tensor | None,
     dtype: torch.dtype,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """The operation on a packed weight, in `dtype`; one node of a graph that is being made.
-
-    gate: a row of N values for every so many rows of `x`, (G, N) or (G, 1, N). residual: (..., N).
-    """
-    n = packed.scale.shape[0]
-    more = [None if t is None else t.reshape(-1, n) for t in (gate, residual)]
+    """The operation on a packed weight, in `dtype`; one node of a graph that is being made."""
     call = _operation if _operation is not None and compiling() else _on_tensors
-    y = call(*plain(x, x_scale, x_zero), *packed.tensors(), bias, *more, dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+    y = call(*plain(x, x_scale, x_zero), *packed.tensors(), bias, dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], packed.scale.shape[0])
 
 
 def plain(x: Tensor, x_scale: Tensor, x_zero: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -73,7 +50,7 @@ def plain(x: Tensor, x_scale: Tensor, x_zero: Any) -> tuple[Tensor, Tensor, Tens
 
 SCHEMA = (
     "int8_fused(Tensor x, Tensor x_scale, Tensor? zero, Tensor weight, Tensor w_scale,"
-    " Tensor sums, Tensor? bias, Tensor? gate, Tensor? residual, ScalarType dtype) -> Tensor"
+    " Tensor sums, Tensor? bias, ScalarType dtype) -> Tensor"
 )
 
 
@@ -82,8 +59,8 @@ def _on_tensors(
 ) -> Tensor:
     from .int8_fused_triton import linear
 
-    sums, bias, gate, residual, dtype = rest
-    return linear(x, x_scale, zero, weight.t(), w_scale, sums, bias, dtype, gate, residual)
+    sums, bias, dtype = rest
+    return linear(x, x_scale, zero, weight.t(), w_scale, sums, bias, dtype)
 
 
 def _fake(x: Tensor, x_scale: Tensor, zero: Any, weight: Tensor, *rest: Any) -> Tensor:
@@ -91,12 +68,6 @@ def _fake(x: Tensor, x_scale: Tensor, zero: Any, weight: Tensor, *rest: Any) -> 
 
 
 _operation = graph_operation(SCHEMA, _on_tensors, _fake)
-
-
-def _reference(
-    x: Tensor, x_scale: Tensor, x_zero: Any, weight: QTensor, bias: Tensor | None, geometry: Any
-) -> Tensor:
-    return reference(x, x_scale, x_zero, weight.codes(), weight.scale, bias)
 
 
 def _pack(weight: QTensor, geometry: Any) -> IntLinear:
@@ -108,6 +79,6 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_fused", "linear", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
-    _supports, _pack, _reference, fused_linear, priority=1, any_bias=True,
+    "int8_fused", "linear", Formats(), INT8_INPUTS, _supports, _pack, int8_linear.KERNEL.reference,
+    fused_linear, priority=1, any_bias=True,
 )  # fmt: skip

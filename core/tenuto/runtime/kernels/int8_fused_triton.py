@@ -1,7 +1,7 @@
 """The product of int8 codes on CUDA with all that follows in the same kernel, on tensor cores.
 
-out = (x - zero) @ weight.T * row scale * column scale + bias, or residual + gate * that. Sums are
-of 32 bits, the rest is fp32, rounded once.
+out = (x - zero) @ weight.T * row scale * column scale + bias. Sums are of 32 bits, the rest is
+fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ OTHERS = (
 
 @triton.jit
 def _product(
-    x, weight, out, row_ptr, column_ptr, sums_ptr, zero_ptr, bias_ptr, gate_ptr, residual_ptr,
-    m, n, k, span,
+    x, weight, out, row_ptr, column_ptr, sums_ptr, zero_ptr, bias_ptr, m, n, k,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, PER_ROW: tl.constexpr,
-    ZERO: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr, PERSISTENT: tl.constexpr,
+    ZERO: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    STORE: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     down, across = tl.cdiv(m, M), tl.cdiv(n, N)
     every = tl.num_programs(0)
@@ -62,19 +61,11 @@ def _product(
             y *= tl.load(row_ptr)
         if BIAS:
             y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        both = there[:, None] & inside[None, :]
-        at = rows.to(tl.int64)[:, None] * n + columns[None, :]
-        if GATE == "row":  # one for the whole tile
-            of_row = gate_ptr + (row // span).to(tl.int64) * n
-            y *= tl.load(of_row + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        elif GATE == "rows":
-            where = (rows // span).to(tl.int64)[:, None] * n + columns[None, :]
-            y *= tl.load(gate_ptr + where, mask=both, other=0.0).to(tl.float32)
-        if RESIDUAL:
-            y += tl.load(residual_ptr + at, mask=both, other=0.0).to(tl.float32)
         if STORE:
             out.store([row, column], y.to(out.dtype))
         else:
+            at = rows.to(tl.int64)[:, None] * n + columns[None, :]
+            both = there[:, None] & inside[None, :]
             tl.store(out + at, y.to(out.dtype.element_ty), mask=both)
 
 
@@ -116,34 +107,24 @@ def linear(
     sums: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """The operation in `dtype`, (M, N), from int8 codes less 128: x (M, K), weight (N, K).
 
     x_scale: fp32, one element or (M, 1). zero: int32 (1,), None for 128. w_scale fp32 and sums
-    int32 (N,): the latter of the weight's rows. bias (N,), residual (M, N), gate (G, N), a row of
-    it for each M / G rows: of any float type. tiles: these, and none are tried.
+    int32 (N,): the latter of the weight's rows. bias (N,), of any float type. tiles: these,
+    and none are tried.
     """
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     if not out.numel():
         return out
-    parts = [None if t is None else t.contiguous() for t in (bias, gate, residual)]
-    given = [
-        x.contiguous(),
-        weight.contiguous(),
-        x_scale.contiguous(),
-        w_scale,
-        sums,
-        zero,
-        *parts,
-        out,
-    ]
+    bias = None if bias is None else bias.contiguous()
+    x, weight, x_scale = (t.contiguous() for t in (x, weight, x_scale))
+    given = x, weight, x_scale, w_scale, sums, zero, bias, out
     if tiles is None:
-        some = candidates(m, k, x.device, all(t.data_ptr() % 16 == 0 for t in given[:2]))
-        kind = (bucket(m), n, k, str(dtype), gate is None, residual is None, len(some))
+        some = candidates(m, k, x.device, all(t.data_ptr() % 16 == 0 for t in (x, weight)))
+        kind = (bucket(m), n, k, str(dtype), len(some))
         tiles = chosen(_product, kind, some, x.device, lambda t: _launch(t, *given))
     _launch(tiles, *given)
     return out
@@ -169,14 +150,12 @@ def has_copy_engine(device: torch.device) -> bool:
 
 def _launch(
     tiles: Tiles, x: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, sums: Tensor,
-    zero: Any, bias: Any, gate: Any, residual: Any, out: Tensor,
+    zero: Any, bias: Any, out: Tensor,
 ) -> None:  # fmt: skip
     (m, k), n = x.shape, len(weight)
     programs = triton.cdiv(m, tiles.m) * triton.cdiv(n, tiles.n)
     if tiles.persistent:
         programs = min(programs, processors(x.device))
-    span = m if gate is None else m // len(gate)
-    gates = "" if gate is None else "row" if span % tiles.m == 0 else "rows"
     store = tiles.tma and tiles.persistent and out.element_size() == 2 and n % 8 == 0
     operands: tuple[Any, ...] = x, weight
     if tiles.tma:
@@ -185,12 +164,10 @@ def _launch(
     target = TensorDescriptor.from_tensor(out, [tiles.m, tiles.n]) if store else out
     start(
         _product, (programs,), x,
-        *operands, target, x_scale, w_scale, sums, zero, bias, gate, residual,
-        m, n, k, span,
+        *operands, target, x_scale, w_scale, sums, zero, bias, m, n, k,
         M=tiles.m, N=tiles.n, K=tiles.k, GROUP=tiles.group, PER_ROW=x_scale.numel() > 1,
-        ZERO=zero is not None, BIAS=bias is not None, GATE=gates,
-        RESIDUAL=residual is not None, EVEN=k % tiles.k == 0, TMA=tiles.tma, STORE=store,
-        PERSISTENT=tiles.persistent, num_warps=tiles.warps, num_stages=tiles.stages,
+        ZERO=zero is not None, BIAS=bias is not None, EVEN=k % tiles.k == 0, TMA=tiles.tma,
+        STORE=store, PERSISTENT=tiles.persistent, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 

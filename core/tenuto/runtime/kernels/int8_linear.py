@@ -14,7 +14,7 @@ from torch import Tensor
 from ...numerics import QTensor
 from . import onednn
 from .epilogue import finished, in_pieces
-from .kernel import Case, Formats, Kernel, apart, graph_operation
+from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
 from .quantize_input import MIDDLE, compiling, counted
 
 
@@ -170,6 +170,5 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_linear", "linear", Formats(), Formats(bits=(8,), granularities=("tensor", "token")),
-    _supports, _pack, _reference, _call,
+    "int8_linear", "linear", Formats(), INT8_INPUTS, _supports, _pack, _reference, _call
 )  # fmt: skip

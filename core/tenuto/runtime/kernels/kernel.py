@@ -59,6 +59,9 @@ class Formats:
         )
 
 
+INT8_INPUTS = Formats(bits=(8,), granularities=("tensor", "token"))
+
+
 @dataclass(frozen=True)
 class Case:
     """What a layer asks for. shape: of its weight, (N, K) or (O, I / groups, kh, kw).

@@ -11,7 +11,6 @@ operations, which compilers fuse with what comes before.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import threading
 import weakref
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import float8
+from .trial import works
 
 MIDDLE = 128  # zero point of a symmetric range in uint8
 TINY = 1e-8
@@ -114,22 +114,36 @@ def fused(x: Tensor) -> bool:
     return fits and x.dtype in FLOATS and triton_runs(x.device.index)
 
 
-@functools.cache
 def triton_runs(index: int | None = None) -> bool:
-    """Whether Triton is here and takes this CUDA device: compute capability 8.0 or newer."""
-    try:
-        found = importlib.util.find_spec("triton.tools.tensor_descriptor")  # of 3.4 and newer
-    except ModuleNotFoundError:
+    """Whether the kernels of Triton, 3.4 or newer, work on this CUDA device.
+
+    They need compute capability 8.0 or newer, and are tried: that takes a C compiler.
+    """
+    if torch.version.hip is not None:
         return False
-    if found is None or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    index = torch.cuda.current_device() if index is None else index
+    return _capability(index) >= (8, 0) and works("quantized layers", index, rows_are_right)
+
+
+def rows_are_right(device: torch.device) -> bool:
+    """Whether the kernel that quantizes rows does it on `device`; errors of Triton are raised."""
+    import triton.tools.tensor_descriptor  # noqa: F401 # of 3.4 and newer: the products take it
+
+    from .quantize_input_triton import per_row as rows
+
+    x = torch.tensor([[127.0, -3.0, 0.0, 64.0], [-127.0, 2.0, 1.0, 5.0]], device=device)
+    codes, scale = rows(x)
+    return bool((codes == x).all()) and bool((scale == 1).all())
+
+
+def has_float8(index: int) -> bool:
+    """Whether a CUDA device casts to the 8-bit float: compute capability 8.9 or newer."""
+    return _capability(index) >= (8, 9)
 
 
 @functools.cache
-def has_float8(index: int | None = None) -> bool:
-    """Whether a CUDA device casts to the 8-bit float: compute capability 8.9 or newer."""
-    return torch.cuda.get_device_capability(index) >= (8, 9)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def counted(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -67,14 +67,18 @@ def chosen(
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         with torch.cuda.device(device):
-            _known[key] = _kept(kernel, kind, candidates, run) or candidates[0]
+            _known[key] = _kept(kernel, kind, candidates, device, run) or candidates[0]
     return _known[key]
 
 
 def _kept(
-    kernel: Any, kind: Any, candidates: Sequence[Tiles], run: Callable[[Tiles], Any]
+    kernel: Any,
+    kind: Any,
+    candidates: Sequence[Tiles],
+    device: torch.device,
+    run: Callable[[Tiles], Any],
 ) -> Tiles | None:
-    facts = (card(), triton.__version__, kernel.cache_key, kind, list(candidates))
+    facts = (card(device), triton.__version__, kernel.cache_key, kind, list(candidates))
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     try:
         file = get_cache_manager(name).get_file(FILE)
@@ -114,6 +118,6 @@ def start(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: Any, **option
 
 
 @functools.cache
-def card() -> str:
-    """The name of the current card: two of one architecture may prefer other tiles."""
-    return torch.cuda.get_device_name()
+def card(device: torch.device) -> str:
+    """The name of a card: two of one architecture may prefer other tiles."""
+    return torch.cuda.get_device_name(device)

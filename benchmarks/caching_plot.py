@@ -1,6 +1,6 @@
-"""The picture of docs/caching.md: what skipping calls costs, and which calls half of them are.
+"""The plot of docs/caching.md: what skipping calls costs, and which calls half of them are.
 
-    python benchmarks/caching_picture.py        # seconds, no model is run; needs tenuto[plot]
+    python benchmarks/caching_plot.py           # seconds, no model is run; needs tenuto[plot]
 
 The line is predicted by the kernel that ships, for the 20 steps of the demo models' scheduler. The
 points were measured on a GPU, with each model's own kernel (benchmarks/schedules.py), and are read
@@ -82,7 +82,7 @@ def strip(axes: Any, plan: ForecastPlan) -> None:
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the plot."""
     plans, page = programme(), PAGE.read_text("utf-8")
     found = Figure((7.6, 4.6), DPI, facecolor=PAPER)
     above, below = found.subplots(2, 1, height_ratios=(5, 0.8))
