@@ -69,9 +69,10 @@ def kept(page: Any, name: str) -> None:
     page.mouse.move(0, 0)
     page.wait_for_timeout(700)
     image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    for quality in (85, 75, 65, 55):
+    for share, quality in ((1, 85), (1, 75), (1, 65), (1, 55), (0.8, 65), (0.7, 65), (0.6, 65)):
+        size = round(image.width * share), round(image.height * share)
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality, optimize=True)
+        image.resize(size).save(file, "JPEG", quality=quality, optimize=True)
         if file.tell() < LARGEST:
             break
     (DOCS / f"app-{name}.jpg").write_bytes(file.getvalue())
