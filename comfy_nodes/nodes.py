@@ -107,7 +107,7 @@ def info(artifact: Artifact, name: str) -> str:
     route = schedule_of(artifact)
     if route is not None:
         lines.append(
-            f"route: {route.reuse_ratio:.0%} of {len(route.timesteps)} steps x "
+            f"cache schedule: {route.reuse_ratio:.0%} of {len(route.timesteps)} steps x "
             f"{len(route.branches)} branches reused"
         )
     kernel = kernel_of(artifact)
@@ -212,15 +212,16 @@ class ApplyCache(io.ComfyNode):
             description="Makes sampling faster. With a speedup: skips whole calls of the model "
             "and forecasts them, as Tenuto Speed Up does. Else: reuses attention, feed-forward "
             "and residual blocks (in SD3 and Flux whole blocks) of earlier steps, by the "
-            "artifact's route or by a fixed rule. Last in the chain, before the sampler.",
+            "artifact's cache schedule or by a fixed rule. Last in the chain, before the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The model; it stays as it is."),
                 io.Combo.Input(
                     "mode",
                     options=[ROUTE, *rules(SETTINGS)],
                     default=LateInterval.title,
-                    tooltip="Where to reuse: as the artifact's route says; all of the first steps, "
-                    "then one step of every `period`; or one of every `period` from the start on.",
+                    tooltip="Where to reuse: as the artifact's cache schedule says; all of the "
+                    "first steps, then one step of every `period`; or one of every `period` from "
+                    "the start on.",
                 ),
                 io.Int.Input(
                     "first", default=6, min=1, max=1000, tooltip="Steps that are all computed."
@@ -240,7 +241,8 @@ class ApplyCache(io.ComfyNode):
                     "compute_last", default=True, tooltip="Compute the whole of the last step."
                 ),
                 ArtifactType.Input(
-                    "artifact", optional=True, tooltip="One with a route, or with a forecast."
+                    "artifact", optional=True,
+                    tooltip="One with a cache schedule, or with a forecast.",
                 ),
                 speedup_input(1.0, "In place of all settings above. ", optional=True),
             ],
@@ -260,9 +262,11 @@ class ApplyCache(io.ComfyNode):
             policy = made(rules(SETTINGS)[mode], {"first": first, "period": period})
             return cached(model, Patches(policy=policy, limit=limit))
         if artifact is None:
-            raise TenutoError("Connect an artifact with a route, or choose another mode.")
+            raise TenutoError("Connect an artifact with a cache schedule, or choose another mode.")
         if schedule_of(artifact) is None:
-            raise TenutoError("The artifact has no route: make one with `tenuto train-router`.")
+            raise TenutoError(
+                "The artifact has no cache schedule: make one with `tenuto train-router`."
+            )
         return cached(model, Patches(artifact, weights=False, limit=limit))
 
 

@@ -41,7 +41,7 @@ def add(bench: Bench) -> None:
         artifact: str | None, beside: bool, call: dict[str, Any] | None = None,
         speedup: float | str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Draw an image; the answer has the paths of its files, to be fetched from the app."""
+        """Generate an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.generate(
             model, prompt, seed, steps, guidance, artifact or "", beside,
             lambda done, total: None, call, speedup,

@@ -17,7 +17,7 @@ LARGEST = "8gb"  # of an upload: artifacts of large models
 SESSIONS = 32  # pages whose state is remembered: one that is older starts anew
 HEAD = (
     '<div class="tenuto-head"><h1>Tenuto</h1><p>Calibrate a diffusion model once, use one file '
-    "everywhere, and see what it costs and what it buys.</p></div>"
+    "everywhere, and see what it costs and what it gains.</p></div>"
 )
 
 

@@ -59,7 +59,7 @@ class Bench:
         call: Any = None,
         speedup: Any = None,
     ) -> dict[str, Any]:
-        """Draw and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
+        """Generate and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
 
         seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
         the artifact's forecast, or by the one that ships; "auto": as many as are predicted unseen;
@@ -77,7 +77,7 @@ class Bench:
             given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
             count, given(guidance, real, "Guidance", 0, 1000), file, artifact or "", beside,
             checked(folder, call, self.places.inputs), self.places.inputs,
-            asked(folder, [file] if file else (), speedup, count),
+            asked(folder, [file] if file else (), speedup),
         )  # fmt: skip
         self.desk.take("image")
         try:
@@ -225,7 +225,8 @@ class Bench:
     ) -> Job:
         """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes.
 
-        speedup: as in `generate`, of all the artifacts; it can be compared without any.
+        speedup: as in `generate`, of all the artifacts; it can be compared without any. "auto": of
+        each as many as are predicted unseen.
         """
         from tenuto.runtime import check_execution
 
@@ -236,7 +237,7 @@ class Bench:
         lines, inputs = words(prompts, "The list of prompts", LINES), self.places.inputs
         files = {name: self.places.artifact(name) for name in dict.fromkeys(artifacts)}
         place, count_of = self.places.model(model), given(steps, whole, *STEPS)
-        skipping = asked(place, files.values(), speedup, count_of)
+        skipping = asked(place, files.values(), speedup)
         if not files and skipping is None:
             raise TenutoError(NOTHING)
         shown = {name.removeprefix(SHIPPED): name for name in files} or {DEFAULT_FORECAST: ""}

@@ -20,7 +20,7 @@ from .speedup_fields import forecast_of
 from .view import loss_curve, notice, status, step_map
 from .viewer import AUDIBLE, QUIET
 
-IDLE = "Choose a model and what becomes of it, name the artifact and press Start."
+IDLE = "Choose a model and how to calibrate it, name the artifact and press Start."
 STEADY = 0.5  # seconds between two looks at a job
 
 

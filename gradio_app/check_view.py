@@ -12,7 +12,7 @@ from .view import card, table
 
 NAMES = {
     "model": "Model", "family": "Family", "quantized": "Quantized", "in float": "Full precision",
-    "time-only": "Time alone", "can be reused": "Can be reused", "text encoder": "Text encoder",
+    "time-only": "Time path", "can be reused": "Can be reused", "text encoder": "Text encoder",
     "stays as it is": "Stays as it is", "in ComfyUI": "In ComfyUI", "memory": "Memory",
     QUANTIZE: "Quantizing", ROUTER: "Cache schedule", "estimated": "Estimated",
 }  # fmt: skip

@@ -21,7 +21,15 @@ from .fields import noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
 from .speedup import MOST
-from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
+from .speedup_fields import (
+    OFF,
+    SpeedupFields,
+    default_for,
+    follow,
+    safest,
+    speedup_fields,
+    usable,
+)
 from .view import notice, status
 from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
 
@@ -61,7 +69,7 @@ def tab(bench: Bench, model_name: str) -> Compare:
             )  # fmt: skip
             count = gr.Number(
                 8, label="Images", step=1, elem_id="compare-count",
-                info=f"Up to {COUNT['most']}: more make the numbers steadier; tables have 64",
+                info=f"Up to {COUNT['most']}: more make the numbers steadier",
             )  # fmt: skip
             speedup = speedup_fields("compare")
             with gr.Row():
@@ -148,7 +156,9 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
     )  # fmt: skip
     shown = ["" if asked[name] is None else f"{asked[name]:g}" for name in ("steps", "guidance")]
     rest = [asked["seed"], asked["execution"], asked["prompts_text"]]
-    rest.append(min(asked["speedup"] or OFF, MOST))
+    speedup = asked["speedup"] or OFF
+    auto = isinstance(speedup, str)  # by the API
+    rest.append(safest(bench, model, names, asked["steps"]) if auto else min(speedup, MOST))
     own = as_fields(asked["call"], bench.places.inputs)
     return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), model]
 

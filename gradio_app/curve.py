@@ -29,6 +29,7 @@ def curve(seen: Outlook) -> str:
     if seen.db is not None:
         here = f'<circle class="here" cx="{_x(now, most):.1f}" cy="{_y(seen.db):.1f}" r="4.5"/>'
     said = f"Predicted PSNR by calls skipped, in a run of {seen.steps} steps"
+    said += ". Circles: measured at calibration" if marks else ""
     return (
         f'<figure class="tenuto-curve"><figcaption>{escape(said)}</figcaption>'
         f'<svg role="img" aria-label="{escape(said)}" viewBox="0 0 {WIDE} {HIGH}" '

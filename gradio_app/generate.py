@@ -108,7 +108,7 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     go, stop, working = parts
 
     def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        return drawn_now(bench, progress, *values)
+        return generated_now(bench, progress, *values)
 
     def buttons(generating: bool) -> list[Any]:
         pressed = [gr.Button(interactive=not generating), gr.Button(interactive=generating)]
@@ -121,8 +121,10 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     stop.click(bench.studio.stop, None, None, **QUIET)
 
 
-def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
+def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     """What the image side shows after a press of Generate: generated, stopped or failed."""
+    from tenuto.cli.checks import device_of
+
     model, prompt, seed, steps, guidance, artifact, on, beside, mode, speedup, *own = values
     used = artifact if on else NO_ARTIFACT
 
@@ -134,7 +136,7 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
         progress(0, desc="Loading the model")
         found = bench.generate(
             model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
-            usable(bench, model, used, speedup),
+            usable(bench, model, artifact, speedup, on),
         )  # fmt: skip
     except Cancelled:
         return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
@@ -152,7 +154,8 @@ def drawn_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
     else:
         ((which, path),) = pictures.items()
         pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
-        numbers = generated(said, found["seconds"], found["steps"], bench.settings.device or "here")
+        device = str(device_of(bench.settings.device))
+        numbers = generated(said, found["seconds"], found["steps"], device)
     pair["frames"] = found["frames"]
     info = gr.Textbox(found["infotext"], visible=True)
     return [pair, numbers, info, *show(pair, mode)]

@@ -67,6 +67,16 @@ def written(settings: dict[str, Any]) -> str:
     return f"{above}{_line([*values, (WHOLE, prompt)])}"
 
 
+def as_number(speedup: float | str | None, skipped: float | None) -> float | None:
+    """A speedup as it is written beside an image: "auto" as the one that skips as many calls.
+
+    skipped: the share of the run's calls that were skipped, None where none were.
+    """
+    if isinstance(speedup, str):
+        return math.floor(1e4 / (1 - (skipped or 0.0))) / 1e4  # never a call less
+    return speedup
+
+
 def _shown(value: float | None) -> str | None:
     return None if value is None else f"{value:.10g}"
 

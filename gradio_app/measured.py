@@ -41,7 +41,8 @@ def generated(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
         rows.append((_left_out(numbers), _share(numbers["reuse_ratio"])))
     forecast = numbers.get("forecast")
     if forecast and forecast["skipped"]:
-        rows.append(("forecast", predicted(forecast["predicted_db"], forecast["kernel"])))
+        said = predicted(forecast["predicted_db"], bool(forecast["kernel"]))
+        rows.append(("forecast", said.removesuffix(".")))
     return table(rows) + (
         "<p>Turn on “beside full precision” to measure what the artifact changes.</p>"
         if numbers["execution"]["layers"]
@@ -60,7 +61,7 @@ def _column(numbers: Numbers) -> list[str]:
 
 def _left_out(numbers: Numbers) -> str:
     """What the share is of that was not computed: whole calls, or branches."""
-    skipped = (numbers.get("asked_speedup") or 1) > 1
+    skipped = numbers.get("asked_speedup") not in (None, 1)
     return "denoiser calls skipped" if skipped else "branch calls reused"
 
 

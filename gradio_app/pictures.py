@@ -33,8 +33,8 @@ def saved(places: Places, found: Generated) -> dict[str, Any]:
     frames = max(map(len, found.pictures.values()))
     return {
         "pictures": paths, "frames": frames, "numbers": found.numbers, "seconds": found.seconds,
-        "infotext": info, "artifact": wanted.artifact_name or DEFAULT_FORECAST,
-        "steps": wanted.steps,
+        "infotext": info, "steps": wanted.steps,
+        "artifact": wanted.artifact_name or (DEFAULT_FORECAST if wanted.changes else ""),
     }  # fmt: skip
 
 

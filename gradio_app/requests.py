@@ -33,7 +33,7 @@ def calibration(
 
     if all(value is None for value in (chosen["scheme"], chosen["text_encoder"], how["reuse"])):
         raise TenutoError(
-            "Choose a scheme, a route or text encoders: there is nothing to calibrate."
+            "Choose a scheme, a cache schedule or text encoders: there is nothing to calibrate."
         )
     chosen = {k: None if v is None else words(v, k.capitalize(), 100) for k, v in chosen.items()}
     check_quantization(**chosen)

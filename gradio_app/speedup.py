@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ SEVERAL = "The forecast that ships is for models of one denoiser: this one has s
 class Known:
     """What an artifact says of its forecast, or the one that ships; kernel None: there is none.
 
-    default: the speedup that is used where nobody says one. route: it has a cache schedule too.
-    measured: PSNR in dB by the number of calls skipped, in a run of as many steps as the kernel.
-    at_one: the PSNR of a predicted error of 1. scheduler: the model's, where the kernel is not.
-    why: one sentence on why there is no kernel.
+    default: the speedup that is used where nobody says one. route: whether the artifact has a cache
+    schedule. measured: PSNR in dB by the number of calls skipped, in a run of as many steps as the
+    kernel. at_one: the PSNR of a predicted error of 1. scheduler: the model's, where the kernel is
+    not. why: one sentence on why there is no kernel.
     """
 
     kernel: Any
@@ -114,16 +114,22 @@ def _known(file: Path, changed: int, size: int) -> Known:
         )
 
 
-@lru_cache(KEPT)
 def shipped(model: str) -> Known:
     """The forecast that ships, for the model of this folder or name; remembered."""
-    from tenuto.caching import default_kernel
-    from tenuto.sampling import noises_at, prediction_of
     from tenuto.sampling.skeleton import denoisers_in
 
     found = scheduler(model)
     if found is None or denoisers_in(model) > 1:
         return Known(None, why=NO_SCHEDULER if found is None else SEVERAL)
+    return _shipped(found)
+
+
+@lru_cache(KEPT)
+def _shipped(found: Any) -> Known:
+    """The same, for a scheduler."""
+    from tenuto.caching import default_kernel
+    from tenuto.sampling import noises_at, prediction_of
+
     try:
         kernel = default_kernel(prediction_of(found), partial(noises_at, found))
     except TenutoError as error:
@@ -133,41 +139,66 @@ def shipped(model: str) -> Known:
     return Known(kernel, scheduler=found)
 
 
-@lru_cache(KEPT)
 def scheduler(model: str) -> Any:
-    """The scheduler of a model, which is not loaded for it; None where it is not known."""
+    """The scheduler of a model, which is not loaded for it; None where it is not known.
+
+    Remembered while the files that say what it is are the same.
+    """
+    from tenuto.sampling.loading import folder_of
+
+    folder = folder_of(model)
+    if folder is None:
+        return None
+    files = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    with suppress(LookupError):  # what was not found is looked for again
+        return _scheduler(model, *(_changed(file) for file in files))
+    return None
+
+
+@lru_cache(KEPT)
+def _scheduler(model: str, *_: Any) -> Any:
+    """The same; LookupError where it is not known."""
     from tenuto.sampling.skeleton import scheduler_of
 
-    return scheduler_of(model)
+    found = scheduler_of(model)
+    if found is None:
+        raise LookupError(model)
+    return found
+
+
+def _changed(file: Path) -> tuple[int, int] | None:
+    """What differs when a file was written anew; None where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size
 
 
 def forecast_for(model: str, file: Path | None) -> Known:
     """The forecast of an artifact, or the one that ships where it has none."""
-    own = Known(None) if file is None else known(file)
-    if own.kernel is not None:
-        return own
-    found = shipped(model)
-    return replace(found, route=own.route) if own.route else found
+    own = None if file is None else known(file)
+    return shipped(model) if own is None or own.kernel is None else own
 
 
 @lru_cache(KEPT)
-def _errors(of: Known, steps: int) -> dict[int, float]:
+def _errors(kernel: Any, scheduler: Any, steps: int) -> dict[int, float]:
     """The predicted error of a run by the number of its computed calls, every call included.
 
     Its timesteps are taken to lie as those of the recorded run do, or as the scheduler has them.
     """
     from tenuto.caching import Programme
 
-    if of.scheduler is not None:
-        return {**Programme(of.kernel.at(_times(of.scheduler, steps))).errors, steps: 0.0}
-    times = of.kernel.timesteps
+    if scheduler is not None:
+        return {**Programme(kernel.at(_times(scheduler, steps))).errors, steps: 0.0}
+    times = kernel.timesteps
     if steps != len(times):
         gap = (len(times) - 1) / (steps - 1)
         low = [min(int(i * gap), len(times) - 2) for i in range(steps)]
         times = [
             times[n] + (i * gap - n) * (times[n + 1] - times[n]) for i, n in enumerate(low)
         ]  # fmt: skip
-    return {**Programme(of.kernel.at(times)).errors, steps: 0.0}
+    return {**Programme(kernel.at(times)).errors, steps: 0.0}
 
 
 def _times(made: Any, steps: int) -> tuple[float, ...]:
@@ -185,8 +216,13 @@ def _times(made: Any, steps: int) -> tuple[float, ...]:
     return tuple(most * (1 - step / steps) for step in range(steps))
 
 
-def outlook(of: Known, steps: int, speedup: Speedup, sampler: Any = None) -> Outlook:
-    """A run of `steps` steps with a forecast. sampler: the model's scheduler, where it is known."""
+def outlook(
+    of: Known, steps: int, speedup: Speedup, sampler: Any = None, route: bool = False
+) -> Outlook:
+    """A run of `steps` steps with a forecast.
+
+    sampler: the model's scheduler, where it is known. route: whether a cache schedule is left out.
+    """
     from tenuto.caching import MOST, SHORTEST
     from tenuto.sampling.noise import is_stochastic
 
@@ -198,12 +234,12 @@ def outlook(of: Known, steps: int, speedup: Speedup, sampler: Any = None) -> Out
     elif not SHORTEST <= steps <= MOST:
         why = f"Calls are skipped in runs of {SHORTEST} to {MOST} steps."
     if kernel is None or why:
-        return Outlook(steps, steps, why=why, route=of.route)
-    errors = _errors(of, steps)
+        return Outlook(steps, steps, why=why, route=route)
+    errors = _errors(kernel, of.scheduler, steps)
     calls = calls_for(errors, steps, speedup)
     measured = of.measured if steps == len(kernel.timesteps) else {}
     return Outlook(
-        steps, calls, errors, measured, route=of.route, at_one=of.at_one,
+        steps, calls, errors, measured, route=route, at_one=of.at_one,
         foreign=of.scheduler is not None,
     )  # fmt: skip
 
@@ -219,21 +255,23 @@ def automatic(model: str, files: Iterable[Path], steps: int | None) -> float:
     return math.floor(1e4 * count / max(seen.safe for seen in found)) / 1e4  # never a call less
 
 
-def asked(model: str, files: Iterable[Path], speedup: Any, steps: int | None) -> float | None:
-    """What `attach` is told for a speedup, a number or "auto"; TenutoError where there is none.
+def asked(model: str, files: Iterable[Path], speedup: Any) -> Speedup | None:
+    """What `attach` is told for a speedup, a number or "auto".
 
     files: of artifacts; without any, calls are skipped by the forecast that ships. None and 1 leave
-    cache schedules as they are; 1 switches off what an artifact would skip by itself.
+    cache schedules as they are; 1 switches off what an artifact would skip by itself. "auto" is
+    left to the run, which knows its timesteps. TenutoError for what is neither, and where nothing
+    can be skipped as there is no forecast.
     """
     paths = [*files]
-    value = automatic(model, paths, steps) if speedup == AUTO else speedup
-    number = given(value, real, "The speedup", 1, LARGEST)
-    if number is None:
+    auto = speedup == AUTO
+    value = AUTO if auto else given(speedup, real, "The speedup", 1, LARGEST)
+    if value is None:
         return None
-    if number == 1:
+    if value == 1:
         return 1 if any(known(file).default is not None for file in paths) else None
     for file in paths or [None]:
         found = forecast_for(model, file)
         if found.kernel is None:
             raise TenutoError(found.why)
-    return number
+    return value

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from tenuto.caching import DEFAULT_FORECAST, FOREIGN
+from tenuto.caching import DEFAULT_FORECAST, predicted
 from tenuto.errors import TenutoError
 
 from .bench import STEPS, Bench
@@ -32,6 +32,8 @@ from .view import counted
 from .viewer import QUIET
 
 OFF = 1.0
+UNSEEN = "no difference that one sees is predicted."
+ARTIFACT_OFF = "Off, as the artifact is: every call is computed."
 LATEST: dict[str, Any] = QUIET | {"queue": True, "trigger_mode": "always_last"}  # of a drag
 
 
@@ -85,10 +87,15 @@ def default_for(bench: Bench, artifacts: Any) -> float:
         return OFF
 
 
-def usable(bench: Bench, model: str, artifacts: Any, value: Any) -> Any:
-    """What the slider says, or that nothing is skipped: where there is no forecast."""
+def usable(bench: Bench, model: str, artifacts: Any, value: Any, on: bool = True) -> Any:
+    """What the slider says, or that nothing is skipped: where there is no forecast.
+
+    on: whether artifacts are; off is off, also for the forecast that ships.
+    """
     try:
         folder, files = bench.places.model(model), [*_files(bench, artifacts).values()]
+        if files and not on:
+            return OFF
         able = (forecast_for(folder, file).kernel is not None for file in files or [None])
         return value if all(able) else OFF
     except TenutoError:
@@ -98,7 +105,9 @@ def usable(bench: Bench, model: str, artifacts: Any, value: Any) -> Any:
 def safest(bench: Bench, model: str, artifacts: Any, steps: Any, on: bool = True) -> Any:
     """Where "auto" puts the slider; it stays where nothing is known."""
     try:
-        files = _files(bench, artifacts if on else ()).values()
+        files = _files(bench, artifacts).values()
+        if files and not on:
+            return gr.skip()
         count = given(steps, whole, *STEPS)
         found = automatic(bench.places.model(model), files, count)
     except TenutoError:
@@ -112,11 +121,14 @@ def told(
     """Updates for `SpeedupFields.outputs`: whether the slider can be moved, and what it would do.
 
     artifacts: a name, or a list of them; without one, calls are skipped by the forecast that ships.
+    on: as in `usable`.
     steps: None or "" are those of the first artifact.
     """
     fixed = gr.Slider(interactive=False)  # its value stays: other fields may just be filled in
     try:
-        files: dict[str, Path | None] = {**_files(bench, artifacts if on else ())}
+        files: dict[str, Path | None] = {**_files(bench, artifacts)}
+        if files and not on:
+            return [fixed, _line(ARTIFACT_OFF)]
         files = files or {DEFAULT_FORECAST: None}
         folder = bench.places.model(model)
         count = given(steps, whole, *STEPS)
@@ -124,9 +136,12 @@ def told(
             count = defaults_of(folder, next(iter(files.values()))).steps
         speedup, sampler = float(value or OFF), scheduler(folder)
         found = {
-            name: outlook(forecast_for(folder, file), count, speedup, sampler)
+            name: outlook(
+                forecast_for(folder, file), count, speedup, sampler,
+                route=file is not None and known(file).route,
+            )
             for name, file in files.items()
-        }
+        }  # fmt: skip
     except TenutoError as error:
         return [fixed, _line(str(error))]
     able = all(not seen.why for seen in found.values())
@@ -144,8 +159,8 @@ def forecast_of(bench: Bench, name: str) -> str:
         return ""
     if seen.why:
         return ""
-    said = f"{seen.steps - seen.safe} of {seen.steps} calls can be skipped unseen"
-    return f"<p><strong>Forecast:</strong> {said}.</p>{curve(seen)}"
+    said = f"{seen.steps - seen.safe} of {seen.steps} calls can be skipped: {UNSEEN}"
+    return f"<p><strong>Forecast:</strong> {said}</p>{curve(seen)}"
 
 
 def shown(found: dict[str, Outlook]) -> str:
@@ -179,14 +194,12 @@ def _words(seen: Outlook) -> str:
         said = f"Off: each of the {steps} calls is computed."
         if seen.safe < steps:
             safe = int(10 * steps / seen.safe) / 10
-            said += f" At {safe:g}, {seen.safe} would be, and the others forecast unseen."
+            said += f" At {safe:g}, {seen.safe} would be computed and the others forecast: {UNSEEN}"
         return said
     said = (
         f"<strong>{seen.calls} of {counted(steps, 'call', 'calls')} computed</strong>, the others "
-        f"forecast. Predicted: <strong>about {db:.0f} dB</strong> to the run with every call, "
-        f"{in_words(db)}."
+        f"forecast. {predicted(db, seen.foreign)} That is, {in_words(db)}."
     )
-    said += f" This was {FOREIGN}: the forecast is one that ships." if seen.foreign else ""
     measured = seen.measured.get(steps - seen.calls)
     said += "" if measured is None else f" Measured at calibration: {measured:.1f} dB."
     return said + (" Its cache schedule is left out meanwhile." if seen.route else "")

@@ -1,4 +1,4 @@
-"""Drawing in the app's own process: the one model that is loaded, with an artifact or without."""
+"""Generating in the app's process: the one model that is loaded, with an artifact or without."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tenuto.caching import Speedup
 from tenuto.errors import Cancelled
 from tenuto.sampling.loading import Defaults, defaults
 
-from .infotext import written
+from .infotext import as_number, written
 from .settings import Settings
 
 OnCall = Callable[[int, int], None]  # denoiser calls made, and about how many there will be
@@ -42,7 +43,7 @@ class Wanted:
     beside: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
     inputs: Path | None = None
-    speedup: float | None = None
+    speedup: Speedup | None = None
 
     @property
     def changes(self) -> bool:
@@ -55,7 +56,7 @@ class Generated:
     """The images, "full" and "artifact": frames (PIL), one unless it is a video.
 
     numbers: a comparison, or the time. used: what was wanted, and what the artifact or the model
-    has where it was left open.
+    has where it was left open; a speedup "auto" as the number that it was.
     """
 
     pictures: dict[str, list[Any]]
@@ -114,7 +115,7 @@ class Studio:
             return self._pipe
 
     def generate(self, wanted: Wanted, on_call: OnCall) -> Generated:
-        """One image, or two: beside it the one that full precision draws from the same noise."""
+        """One image, or two: beside it the one of full precision, from the same noise."""
         from tenuto.cli.checks import load_artifact
         from tenuto.cli.session import sampling_of
 
@@ -132,6 +133,8 @@ class Studio:
         calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
         with self._watched(pipe, calls, on_call):
             found = _beside(pipe, artifact, wanted) if beside else _alone(pipe, artifact, wanted)
+        speedup = as_number(wanted.speedup, found.numbers["reuse_ratio"])
+        found.used = replace(found.used, speedup=speedup)
         found.sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
         return found
 

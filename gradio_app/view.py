@@ -74,7 +74,8 @@ def what_of(job: Job) -> str:
             counted(asked["count"], "image", "images"),
         ]
         if asked.get("speedup"):
-            parts.append(f"speedup {asked['speedup']:g}")
+            speedup = asked["speedup"]
+            parts.append(f"speedup {speedup if isinstance(speedup, str) else f'{speedup:g}'}")
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
         if asked["reuse"] is not None:
@@ -112,9 +113,11 @@ def bar(job: Job) -> str:
 def step_map(found: dict[str, Any] | None, done: bool = False) -> str:
     """Steps along x, branches along y: a full cell is computed, a thin line is reused."""
     if not found and done:
-        return card("idle", "No route.", "The artifact was made without one.")
+        return card("idle", "No cache schedule.", "The artifact was made without one.")
     if not found:
-        return card("idle", "No route yet.", "Its map appears here while the router trains.")
+        return card(
+            "idle", "No cache schedule yet.", "Its map appears here while the router trains."
+        )
     rows, branches, kinds = found["rows"], found["branches"], found["kinds"]
     steps = len(found["timesteps"])
     reused = sum(row.count(".") for row in rows) / max(1, steps * len(rows))

@@ -43,7 +43,7 @@ def viewer(name: str, label: str) -> Viewer:
         elem_id=f"{name}-slider", elem_classes="tenuto-picture", max_height=640, format="png",
     )  # fmt: skip
     place = gr.Slider(
-        0, 100, 50, step=1, label="Place of the divider", visible=False, elem_id=f"{name}-place"
+        0, 100, 50, step=1, label="Divider position", visible=False, elem_id=f"{name}-place"
     )
     frame = gr.Slider(
         0, 2, 0, step=1, label="Frame", info="0: the video moves", visible=False,

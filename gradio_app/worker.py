@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tenuto.errors import Cancelled, TenutoError
 from tenuto.progress import Progress
 
 from .call import kept, recalled
-from .infotext import written
+from .infotext import as_number, written
 
 GRACE = 10.0  # seconds after the end of the input until the process ends itself
 PACE = 0.1  # seconds between two lines of progress
@@ -151,7 +151,7 @@ def calibrate(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
 
 
 def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
-    """Draw in full precision, with every artifact and in bf16; all of it goes into a folder."""
+    """Generate in full precision, with every artifact and in bf16; all of it goes into a folder."""
     from tenuto.cli.checks import comparison_prompts, load_artifact
     from tenuto.cli.session import pipeline, sampling_of
     from tenuto.files import write_text
@@ -178,11 +178,14 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         speedup=request.get("speedup"), on_progress=bars("Generating"),
     )  # fmt: skip
     used = replace(sampling, call=call)
-    prompts, pictures = _saved(request, generated, wanted_prompts(pipe, lines, call), used)
+    asked = request.get("speedup")
+    faster = {name: as_number(asked, comparison.reuse_ratio) for name, comparison in found.items()}
+    lines = wanted_prompts(pipe, lines, call)
+    prompts, pictures = _saved(request, generated, lines, used, faster)
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
         "numbers": {
-            name: comparison.to_json() | {"asked_speedup": request.get("speedup")}
+            name: comparison.to_json() | {"asked_speedup": asked}
             for name, comparison in found.items()
         },
         "text": {name: str(comparison) for name, comparison in found.items()},
@@ -193,9 +196,13 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
 
 
 def _saved(
-    request: dict[str, Any], generated: Any, lines: Sequence[str], sampling: Any
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Write the images that can be looked at; returns their prompts, and file names by way."""
+    request: dict[str, Any], generated: Any, lines: Sequence[str], sampling: Any,
+    speedups: Mapping[str, float | None],
+) -> tuple[list[str], dict[str, list[str]]]:  # fmt: skip
+    """Write the images that can be looked at; returns their prompts, and file names by way.
+
+    speedups: of the ways that have one.
+    """
     import torch
 
     from tenuto.sampling.images import save_png, to_images
@@ -216,7 +223,7 @@ def _saved(
                 "model": request["shown_model"], "prompt": prompt, "seed": seed + i,
                 "steps": sampling.steps, "guidance": sampling.guidance,
                 "artifact": request["names"].get(name) or None,
-                "speedup": request.get("speedup") if name in request["names"] else None,
+                "speedup": speedups.get(name),
             } | ({"call": call} if call else {})  # fmt: skip
             save_png(image, folder / file, settings | {"drawn": name}, written(settings))
     return prompts, pictures

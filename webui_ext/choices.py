@@ -20,7 +20,7 @@ RULES = {  # policies that need nothing but a period, found by their files
     for title, cls in rules(("period",)).items()
 }
 BOTH, FIRST, HIRES = "Both", "First pass only", "Hires only"
-FAST = (name.upper() for name, s in known().items() if s.activation and not s.stored)
+FAST = tuple(name.upper() for name, s in known().items() if s.activation and not s.stored)
 PRECISIONS = (OFF, *FAST, FROM_ARTIFACT)
 CACHES = (OFF, *RULES, ROUTER)
 PASSES = (BOTH, FIRST, HIRES)

@@ -1,4 +1,4 @@
-"""From what a user chose to what is put in: an artifact's route at a budget, a rule without one."""
+"""From what a user chose to what is put in: a cache schedule at a budget, or a fixed rule."""
 
 from __future__ import annotations
 
@@ -53,14 +53,15 @@ def cache_of(choices: Choices, artifact: Artifact | None) -> dict[str, Any]:
 
 
 def at_budget(artifact: Artifact, reuse: float) -> Callable[[CacheSchedule], CacheSchedule]:
-    """Turns the artifact's route, in any names, into one that reuses about `reuse` of the cells.
+    """Turns the artifact's schedule, in any names, into one that reuses `reuse` of the cells.
 
-    What calibration measured decides. A route that nothing is known of stays as it is.
+    What calibration measured decides. A schedule that nothing is known of stays as it is.
     """
     facts = measured(artifact)
     if facts is None:
         raise ArtifactError(
-            "The artifact has no route: make one with `tenuto train-router`, or choose Uniform."
+            "The artifact has no cache schedule: make one with `tenuto train-router`, or choose "
+            "Uniform."
         )
     known = facts
 

@@ -64,7 +64,7 @@ class TenutoScript(scripts.Script):
         """Before the VAE, the infotext, and what other extensions sample after this."""
         soft(session.stop, p)
         if session.report.predicted and option("infotext"):
-            said = " ".join(session.report.predicted)
+            said = " ".join(s.removeprefix("Predicted: ") for s in session.report.predicted)
             p.extra_generation_params[PREDICTED] = said.rstrip(".")
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:

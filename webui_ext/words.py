@@ -73,7 +73,7 @@ def forecast(choices: Choices) -> str:
     share = f"about {_share(choices):.0%} of the blocks"
     if choices.cache in RULES:
         return f"{quantized}, and one step in {choices.speed:g} is computed whole: {share}."
-    return f"{quantized}, and the route at speed {choices.speed:g} computes {share}."
+    return f"{quantized}, and the cache schedule at speed {choices.speed:g} computes {share}."
 
 
 def _share(choices: Choices) -> float:

@@ -149,7 +149,7 @@ def test_text_encoders_alone(app: Any, visit: Any) -> None:
     page.wait_for_function(
         "document.querySelector('#calibrate-status').innerText.includes('weights alone')"
     )
-    assert "No route." in tab.text("#calibrate-map")
+    assert "No cache schedule." in tab.text("#calibrate-map")
     assert (app.out / "encoder-from-the-page.safetensors").is_file()
 
 

@@ -68,7 +68,7 @@ def test_what_is_shown_of_a_model_that_can_be_calibrated(bench: Bench) -> None:
     text = words(said)
     for part in (
         "It can be calibrated. At least", "of memory,", "Family pixart", "in w4a8",
-        "Full precision 4 parts", "Time alone 1 module", "Can be reused 3 blocks",
+        "Full precision 4 parts", "Time path 1 module", "Can be reused 3 blocks",
         "Quantizing at least", "Cache schedule at least", "calls of the denoiser",
     ):  # fmt: skip
         assert part in text, (part, text)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradio_app import calibrate, generate, measured, speedup_fields, worker
+from gradio_app import calibrate, compare, generate, measured, speedup_fields, worker
 from gradio_app.bench import Bench
 from gradio_app.curve import curve
 from gradio_app.infotext import parsed
@@ -20,7 +20,17 @@ from gradio_app.jobs import DONE, Job
 from gradio_app.pictures import restored
 from gradio_app.restore import _restored
 from gradio_app.settings import Settings
-from gradio_app.speedup import Known, asked, in_words, known, outlook, scheduler, shipped
+from gradio_app.speedup import (
+    Known,
+    asked,
+    automatic,
+    forecast_for,
+    in_words,
+    known,
+    outlook,
+    scheduler,
+    shipped,
+)
 from gradio_app.speedup_fields import default_for, safest, told, usable
 from gradio_app.worker import Reports
 from tenuto.artifact import Artifact
@@ -83,8 +93,8 @@ def test_what_is_said_of_a_run(bench: Bench) -> None:
     found = outlook(known(bench.places.artifact("plain")), 20, 2)
     assert found.db is not None
     assert seen(said) == (
-        f"10 of 20 calls computed , the others forecast. Predicted: about {found.db:.0f} dB to "
-        f"the run with every call, {in_words(found.db)}."
+        f"10 of 20 calls computed , the others forecast. Predicted: about {found.db:.0f} dB PSNR "
+        f"to the image with every call (higher is nearer). That is, {in_words(found.db)}."
     )
     assert "left out meanwhile" in told(bench, 2, MODEL, "routed", 20)[1]
     assert "Measured at calibration: 47.2 dB" in told(bench, 2, MODEL, "preset", 20)[1]
@@ -134,8 +144,46 @@ def test_without_a_forecast_of_its_own_the_shipped_one_is_told(
     assert slider.interactive and seen(said).count("not measured on your model") == 1
     assert found.db is not None and f"about {found.db:.0f} dB" in seen(said)
     assert "not measured" not in told(bench, 2, MODEL, "plain", 20)[1]
-    off = told(bench, 2, MODEL, "plain", 20, False)[1]
-    assert "not measured on your model" in off, "the artifact is off, and so is its forecast"
+
+
+def test_off_is_off(bench: Bench) -> None:
+    """An artifact that is off: nothing stands in for its forecast."""
+    slider, said = told(bench, 2, MODEL, "plain", 20, False)
+    assert (
+        slider.interactive is False
+        and seen(said) == "Off, as the artifact is: every call is computed."
+    )
+    assert usable(bench, MODEL, "plain", 2, False) == 1
+    assert safest(bench, MODEL, "plain", 20, False).keys() == {"__type__"}, "it stays"
+    assert told(bench, 2, MODEL, "", 20, False) and usable(bench, MODEL, "", 2, False) == 2
+    passed: list[Any] = []
+
+    def taken(*given: Any) -> Any:
+        passed.append(given)
+        raise TenutoError("seen")
+
+    bench.generate = taken  # type: ignore[method-assign]
+    own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
+    for on in (True, False):
+        generate.generated_now(
+            bench, lambda *_, **__: None, MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 2, *own
+        )
+    assert [given[5] for given in passed] == ["plain", ""]
+    assert [given[-1] for given in passed] == [2, 1]
+
+
+def test_a_moved_slider_computes_nothing_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an artifact that has a cache schedule and no forecast, too."""
+    from tenuto import caching
+
+    made: list[Any] = []
+    usual = caching.Programme
+    monkeypatch.setattr(caching, "Programme", lambda steps: made.append(steps) or usual(steps))
+    for value in (1, 1.5, 2):
+        assert "data-calls" in told(bench, value, MODEL, SHIPPED, 23)[1]
+    assert len(made) == 1
 
 
 def test_auto_is_as_fast_as_is_predicted_unseen(bench: Bench) -> None:
@@ -146,13 +194,13 @@ def test_auto_is_as_fast_as_is_predicted_unseen(bench: Bench) -> None:
         (["plain"], [own]), ([], [foreign]), (["plain", SHIPPED], [own, foreign]),
     ):  # fmt: skip
         value = safest(bench, MODEL, names, 20)
-        exact = asked(folder, [bench.places.artifact(name) for name in names], "auto", 20)
-        assert exact is not None and 1 < value <= exact < value + 0.1
+        exact = automatic(folder, [bench.places.artifact(name) for name in names], 20)
+        assert 1 < value <= exact < value + 0.1
         calls = [outlook(forecast, 20, exact) for forecast in forecasts]
         assert all(look.errors[look.calls] <= SAFE for look in calls)
         assert max(look.calls for look in calls) == max(look.safe for look in calls)
     assert safest(bench, MODEL, "none", 20).keys() == {"__type__"}, "it stays"
-    assert asked(folder, [], "auto", 8) is None
+    assert asked(folder, [], "auto") == "auto", "the run knows its timesteps"
 
 
 def test_what_no_forecast_ships_for(tmp_path: Path) -> None:
@@ -165,10 +213,26 @@ def test_what_no_forecast_ships_for(tmp_path: Path) -> None:
         (folder / "model_index.json").write_text(json.dumps(index | more))
         found = shipped(str(folder))
         assert (found.kernel is None) == bool(words) and words in found.why
+        if words:
+            with pytest.raises(TenutoError, match="has several"):
+                asked(str(folder), [], "auto")
+    assert shipped(str(folder)) is found and forecast_for(str(folder), None) is found
     (folder / "model_index.json").write_text("{}")
-    shipped.cache_clear()
-    scheduler.cache_clear()
     assert "not known before" in shipped(str(folder)).why
+
+
+def test_a_scheduler_that_is_changed_is_read_again(tmp_path: Path) -> None:
+    """Nor is it remembered that there was none."""
+    index = {"_class_name": "X", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["a", "b"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    assert scheduler(str(tmp_path)) is None
+    config.parent.mkdir()
+    for prediction in ("epsilon", "v_prediction"):
+        config.write_text(json.dumps({"prediction_type": prediction}))
+        found = scheduler(str(tmp_path))
+        assert found.config.prediction_type == prediction and scheduler(str(tmp_path)) is found
+    assert shipped(str(tmp_path)).kernel.prediction == "v"
 
 
 def test_several_artifacts_are_told_one_by_one(bench: Bench) -> None:
@@ -183,10 +247,12 @@ def test_the_curve_has_every_plan(out: Path) -> None:
     rows = re.findall(r"<td>(\d+) of 20</td><td>([\d.]+)</td><td>([\d.]*)</td>", made)
     assert made.count('class="here"') == 1 and made.count('class="measured"') == 1
     assert f'data-points="{len(rows)}"' in made and len(rows) >= 15
+    assert "Circles: measured at calibration" in made
     assert [db for calls, _, db in rows if calls == "10"] == ["47.2"]
     values = [float(db) for _, db, _ in rows]
     assert values == sorted(values, reverse=True), "the more are skipped the worse"
-    assert 'class="here"' not in curve(outlook(known(out / "plain.safetensors"), 20, 1))
+    plain = curve(outlook(known(out / "plain.safetensors"), 20, 1))
+    assert 'class="here"' not in plain and "Circles" not in plain
     assert not curve(outlook(Known(None), 20, 2))
 
 
@@ -196,7 +262,7 @@ def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: P
     for name, has in (("plain", True), ("none", False)):
         job.result = {"name": name}
         said = calibrate.seen(bench, job)[8]
-        assert ("can be skipped unseen." in said and "<polyline" in said) is has
+        assert ("of 20 calls can be skipped: no difference" in said and "<polyline" in said) is has
     assert not speedup_fields.forecast_of(bench, SHIPPED)
 
 
@@ -231,12 +297,13 @@ def test_what_the_library_is_asked(bench: Bench) -> None:
 
     folder = bench.places.model(MODEL)
 
-    def of(speedup: float | None, *names: str) -> float | None:
-        return asked(folder, [files[name] for name in names], speedup, 20)
+    def of(speedup: Any, *names: str) -> Any:
+        return asked(folder, [files[name] for name in names], speedup)
 
     assert (of(None, "preset"), of(1, "plain"), of(1, SHIPPED), of(1)) == (None,) * 4
     assert (of(1, "preset"), of(2, "plain"), of(2, "plain", "preset")) == (1, 2, 2)
     assert (of(2, "plain", SHIPPED), of(1.5)) == (2, 1.5)
+    assert of("auto", "plain", SHIPPED) == "auto"
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -277,6 +344,27 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_auto_is_chosen_in_the_run(bench: Bench) -> None:
+    """The image says the number that it was, and at that it is the same image."""
+    for artifact in ("plain", ""):
+        made, again = (
+            bench.generate(MODEL, "a", 7, 20, 2.0, artifact, False, lambda *_: None, None, faster)
+            for faster in ("auto", None)
+        )
+        assert (made["artifact"], again["artifact"]) == (artifact or "forecast-default", artifact)
+        assert "speedup" not in parsed(again["infotext"])
+        number = parsed(made["infotext"])["speedup"]
+        computed, skipped = made["numbers"]["calls"]
+        assert computed + skipped == 20 and number == pytest.approx(20 / computed, abs=1e-4)
+        said = measured.generated(made["numbers"], 1.0, 20, "here")
+        assert "denoiser calls skipped" in said
+        same = bench.generate(
+            MODEL, "a", 7, 20, 2.0, artifact, False, lambda *_: None, None, number
+        )
+        assert same["numbers"]["calls"] == [computed, skipped] and skipped > 5
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_comparison_has_the_speedup(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the artifacts and not of full precision; what is asked is in the request and the card."""
     monkeypatch.setattr(bench.desk, "start", lambda job, after=None: job)  # done here instead
@@ -294,6 +382,15 @@ def test_a_comparison_has_the_speedup(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert json.loads((folder / "comparison.json").read_text())["numbers"]["plain"] == numbers
     assert restored(bench.places, folder / result["pictures"]["plain"][0])["speedup"] == 2
     assert "speedup" not in restored(bench.places, folder / result["pictures"]["bf16"][0])
+    auto = bench.compare(MODEL, ["plain"], 1, steps=10, speedup="auto")
+    assert "speedup auto" in worker_words(auto)
+    result = worker.compare(auto.request, Reports(lambda **event: None, threading.Event()))
+    share = result["numbers"]["plain"]["reuse_ratio"]
+    assert "denoiser calls skipped" in measured.compared(result["numbers"]) and share > 0
+    shot = Path(result["folder"]) / result["pictures"]["plain"][0]
+    assert restored(bench.places, shot)["speedup"] == pytest.approx(1 / (1 - share), abs=1e-4)
+    auto.state = "running"
+    assert 1 < compare.filled(bench, auto)[8] < 4
     without = worker.compare(bare.request, Reports(lambda **event: None, threading.Event()))
     assert without["numbers"]["forecast-default"]["reuse_ratio"] == 0.5
     (shot,) = without["pictures"]["forecast-default"]

@@ -139,10 +139,17 @@ TIMES = [
 
 
 @pytest.mark.parametrize("shipped", [False, True], ids=["artifact", "no artifact"])
-@pytest.mark.parametrize("times", TIMES, ids=["as recorded", "other steps", "a later start"])
-def test_noise(times: list[int], shipped: bool, in_comfy: Any, in_ldm: Any) -> None:
-    """A kernel that ships is looked up by noise: what float32 rounds of it moves the weights."""
-    known, most = (None, 1e-2) if shipped else (kernel(False), 1e-6)
+@pytest.mark.parametrize(
+    ("times", "most"), zip(TIMES, (6e-4, 1e-4, 1.7e-2), strict=True),
+    ids=["as recorded", "other steps", "a later start"],
+)  # fmt: skip
+def test_noise(times: list[int], most: float, shipped: bool, in_comfy: Any, in_ldm: Any) -> None:
+    """A kernel that ships is looked up by noise: what float32 rounds of it moves the weights.
+
+    Of 1 - alpha^2 it is up to 6e-6, at the last steps, and steps that lie close amplify it: weights
+    up to 4 were 2e-4, 3e-5 and 6e-3 off. most: three times as much.
+    """
+    known, most = (None, most) if shipped else (kernel(False), 1e-6)
     wanted, sigmas = in_diffusers(
         stable_diffusion(), known, timesteps=times, height=16, width=16, guidance_scale=1.0
     )
@@ -158,7 +165,7 @@ def test_noise_levels_between_two_timesteps(in_comfy: Any, in_ldm: Any) -> None:
         stable_diffusion(use_karras_sigmas=True), known, num_inference_steps=STEPS, height=16,
         width=16, guidance_scale=1.0,
     )  # fmt: skip
-    compare(in_webui(in_ldm(), known, sigmas), wanted, 1e-3)
+    compare(in_webui(in_ldm(), known, sigmas), wanted, 1e-5)  # found 3e-6
     near = in_comfyui(in_comfy("unet"), known, sigmas, 4)
     assert near.timesteps == pytest.approx(wanted.timesteps, abs=0.51)
     assert near.calls == wanted.calls
@@ -167,10 +174,13 @@ def test_noise_levels_between_two_timesteps(in_comfy: Any, in_ldm: Any) -> None:
 @pytest.mark.parametrize("shipped", [False, True], ids=["artifact", "no artifact"])
 @pytest.mark.parametrize("steps", [STEPS, 12])
 def test_flow(steps: int, shipped: bool, in_comfy: Any) -> None:
-    """Diffusers' timesteps are 1000 sigmas in float32: 3e-8 off, and the weights 3e-6."""
+    """Diffusers' timesteps are 1000 sigmas in float32: 3e-8 off, and so the weights.
+
+    By 7.5e-7 with an artifact and 2.3e-6 without; three times as much is allowed.
+    """
     known = None if shipped else kernel(True, 1000)
     wanted, sigmas = in_diffusers(tiny.flux(), known, num_inference_steps=steps)
-    compare(in_comfyui(in_comfy("flux"), known, sigmas, 16), wanted, 1e-3 if shipped else 1e-5)
+    compare(in_comfyui(in_comfy("flux"), known, sigmas, 16), wanted, 7e-6 if shipped else 2.3e-6)
 
 
 def test_a_model_that_counts_the_other_way(original: Any, in_comfy: Any) -> None:

@@ -76,7 +76,7 @@ def test_a_route_is_wanted(in_comfy: Any, original: Any) -> None:
 
     schedule = {"timesteps": [999.0, 500.0], "steps": 2, "guidance": 1.0}
     made = Artifact.new(original("sd3"), schedule)
-    with pytest.raises(TenutoError, match="no route"):
+    with pytest.raises(TenutoError, match="no cache schedule"):
         ApplyCache.execute(in_comfy("sd3"), ROUTE, 1, 2, 0.0, 1.0, True, made)
     assert info(made, "x") == "x: sd3 (SD3Transformer2DModel)"
 

@@ -190,10 +190,10 @@ def test_half_of_the_calls_without_an_artifact(
         made = by_slider(model)
         found, ran = calls(made)
     assert ran == 6 and torch.isfinite(found).all() and not torch.equal(found, plain)
-    text, foreign = told(made), "by forecast-default, not measured on your model."
+    text, foreign = told(made), "by the forecast that ships, not measured on your model)."
     assert "6 of 12 calls of the model skipped" in text
     (line,) = [line for line in text.splitlines() if line.endswith(foreign)]
-    db = line.removeprefix("About ").partition(" dB")[0]
+    db = line.removeprefix("Predicted: about ").partition(" dB")[0]
     assert 10 < int(db) < 80
     (warned,) = [r.message for r in caplog.records if "not measured on your model" in r.message]
     assert f"{db} dB" in warned and "6 of 12" in warned
@@ -201,7 +201,9 @@ def test_half_of_the_calls_without_an_artifact(
         assert torch.equal(sampled(same), found)
     own = by_slider(model, 2.0, artifact)
     assert torch.equal(sampled(own), known) and not torch.equal(known, found)
-    assert "dB are predicted." in told(own) and "not measured" not in told(own)
+    assert "dB PSNR to the image with every call (higher is nearer)." in told(
+        own
+    ) and "not measured" not in told(own)
     assert by_slider(model, 1.0) is model and torch.equal(sampled(model), plain)
     assert told(model).startswith("Off")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,11 @@ def test_half_of_the_calls_without_an_artifact(host: Any, kernel: Any) -> None:
     p = host.p(True, BALANCED, *half()[2:], steps=12)
     found, ran = made_with(host, p)
     assert ran == 6 and torch.isfinite(found).all() and not torch.equal(found, plain)
-    foreign, said = "dB are predicted by forecast-default, not measured on your model", p.processed
+    foreign, said = "by the forecast that ships, not measured on your model)", p.processed
     assert said.comments.count(foreign) == 1
-    assert host.infotext(p)["Tenuto predicted"].endswith(foreign)
+    assert re.fullmatch(
+        r"about \d+ dB .*" + re.escape(foreign), host.infotext(p)["Tenuto predicted"]
+    )
     assert host.paste(host.infotext(p))[10] == 2.0
     words = sys.modules["tenuto_webui.words"]
     choices = sys.modules["tenuto_webui.choices"].Choices
@@ -161,7 +164,9 @@ def test_half_of_the_calls_without_an_artifact(host: Any, kernel: Any) -> None:
     assert "not measured" not in words.forecast(choices.of(half()))
     own = host.p(*half(), steps=12)
     assert not torch.equal(made_with(host, own)[0], found)
-    assert "dB are predicted;" in own.processed.comments + ";"
+    assert (
+        "dB PSNR to the image with every call (higher is nearer);" in own.processed.comments + ";"
+    )
     assert "not measured" not in own.processed.comments
     few = host.p(True, BALANCED, *half()[2:], steps=8)
     assert made_with(host, few)[1] == 8 and "in a run of 8 steps" in few.processed.comments
@@ -183,7 +188,7 @@ def test_weights_are_kept_and_the_noise_is_that_of_the_run(host: Any, kernel: An
         request = host.p(*p, steps=12)
         found.append(made_with(host, request)[0])
         words.append(request.processed.comments)
-    assert "dB are predicted" in words[0] and "dB are predicted" in words[1]
+    assert "dB PSNR to the image" in words[0] and "dB PSNR to the image" in words[1]
     assert not torch.equal(found[0], found[1]), "each has a kernel, and so a plan, of its own"
     assert words[2].count("no default forecast for this model") == 1
 

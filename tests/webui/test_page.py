@@ -135,7 +135,7 @@ def test_buttons_fill_fields_and_the_status_line_follows(host: Any) -> None:
     assert inputs == host.inputs and len(outputs) == 1
     assert "Tenuto is off" in fn(*(c.value for c in host.inputs))
     said = fn(True, *(c.value for c in host.inputs[1:]))
-    line = "Layers run in W8A8, and the route at speed 2 computes about 50% of the blocks."
+    line = "Layers run in W8A8, and the cache schedule at speed 2 computes about 50% of the blocks."
     kind = webui("hosts").detect()
     assert f">{line} Host: {kind}.<" in said
     host.pictures(host.p(True))

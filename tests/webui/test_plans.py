@@ -74,7 +74,7 @@ def test_the_scores_where_the_router_was_the_best() -> None:
 def test_a_route_that_nothing_is_known_of_stays_and_none_is_refused() -> None:
     made = artifact()
     assert torch.equal(at_speed(made, 4.0).table, made.tensors["route/table"])
-    with pytest.raises(ArtifactError, match="no route"):
+    with pytest.raises(ArtifactError, match="no cache schedule"):
         cache_of(Choices(), Artifact({}, {}))
 
 

@@ -40,9 +40,11 @@ def default_kernel(prediction: str | None, noise: Noise) -> NoiseKernel:
     about, kernels = _shipped()
     if prediction not in kernels:
         known = ", ".join(sorted(kernels))
+        said = (
+            f"it predicts {prediction}" if prediction else "its host does not say what it predicts"
+        )
         raise TenutoError(
-            f"There is no default forecast for this model: it predicts "
-            f"{prediction or 'what it does not say'}, and kernels ship for {known}."
+            f"There is no default forecast for this model: {said}, and kernels ship for {known}."
         )
     plain = OutputKernel.of(kernels[prediction], about["kernels"][prediction])
     return NoiseKernel(

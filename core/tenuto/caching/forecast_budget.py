@@ -45,21 +45,18 @@ def about_db(error: float, at_one: float = AT_ONE) -> float:
     return min(100.0, at_one - 10 * math.log10(max(error, 1e-30)))
 
 
-def predicted(db: float, origin: str = "") -> str:
-    """What a plan is likely to cost, in a few words; origin: whose kernel, if not this model's."""
-    said = f"about {db:.0f} dB are predicted"
-    return f"{said} by {origin}, {FOREIGN}" if origin else said
+def predicted(db: float, foreign: bool) -> str:
+    """What a plan is likely to cost, as a sentence. foreign: its kernel is not of this model."""
+    whose = f"; by the forecast that ships, {FOREIGN}" if foreign else ""
+    return (
+        f"Predicted: about {db:.0f} dB PSNR to the image with every call (higher is nearer{whose})."
+    )
 
 
-def tell(calls: int, steps: int, db: float, origin: str = "") -> None:
-    """Warn of a plan that is bad, or whose kernel is not of this model (origin: whose it is)."""
-    if calls >= steps:
+def tell(calls: int, steps: int, db: float, foreign: bool) -> None:
+    """Warn of a plan that is bad, or whose kernel is not of this model."""
+    if calls >= steps or not (foreign or db < LEAST):
         return
+    more = " This changes images visibly: ask for less." if db < LEAST else ""
     share = f"{steps - calls} of {steps} calls"
-    if origin:
-        log.warning("Of a run, %s are skipped: %s.", share, predicted(db, origin))
-    if db < LEAST:
-        log.warning(
-            "Skipping %s changes images visibly: about %.0f dB are predicted. Ask for less.",
-            share, db,
-        )  # fmt: skip
+    log.warning("%s are skipped. %s%s", share, predicted(db, foreign), more)

@@ -85,7 +85,7 @@ class Forecast:
                 PLANS.pop(next(iter(PLANS)))
             programme = Programme(kernel.at(times))
             plan = programme.plan(calls_for(programme.errors, len(times), self.speedup))
-            tell(plan.calls, len(times), self.db(plan), self.origin)
+            tell(plan.calls, len(times), self.db(plan), bool(self.origin))
             PLANS[key] = plan
         return PLANS[key]
 

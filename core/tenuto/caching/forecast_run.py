@@ -53,8 +53,7 @@ def said_of(calls: ForecastCalls) -> str:
     made = calls.forecast
     if not calls.counts[1] or not isinstance(made, Forecast):
         return ""
-    words = predicted(made.db(calls.plan), made.origin)
-    return f"{words[0].upper()}{words[1:]}."
+    return predicted(made.db(calls.plan), bool(made.origin))
 
 
 def _why(forecast: Forecast, steps: int, stochastic: bool, straight: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..artifact.summary import check_lines, counted, layers_by_scheme, mib
+from ..caching import predicted
 from ..measure import resident_weight_bytes
 from ..model import denoisers_of
 from ..runtime import Tenuto, attach
@@ -37,15 +38,12 @@ def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> lis
 
 
 def skipped_line(attached: Any) -> list[str]:
-    """What a forecast did in the run that is over: nothing, or one sentence."""
+    """What a forecast did in the run that is over: nothing, or one line."""
     found = attached.forecast() if isinstance(attached, Tenuto) else None
     if not found or not found["skipped"]:
         return []
-    whose = ", predicted and not measured on your model" if found["kernel"] else " by prediction"
-    return [
-        f"{found['skipped']} of {found['steps']} calls were skipped: about "
-        f"{found['predicted_db']:.0f} dB to the full run{whose}."
-    ]
+    said = predicted(found["predicted_db"], bool(found["kernel"]))
+    return [f"{found['skipped']} of {found['steps']} calls were skipped. {said}"]
 
 
 def compare_line(model: str, artifact: Path) -> str:

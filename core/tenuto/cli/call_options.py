@@ -45,9 +45,9 @@ Compile = Annotated[
     Option("--compile", help="Compile the denoiser's blocks, which takes a minute or two."),
 ]
 Graphs = Annotated[
-    bool,
+    bool | None,
     Option(
         "--graphs/--no-graphs",
-        help="Run the denoiser's calls as CUDA graphs where they are faster; usual with --compile.",
+        help="Run the denoiser's calls as CUDA graphs where they are faster (if --compile).",
     ),
 ]

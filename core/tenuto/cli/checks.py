@@ -142,6 +142,20 @@ def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> None:
         )
 
 
+def how_called(compile: bool, graphs: bool | None, attached: bool = True) -> dict[str, Any]:
+    """`compile` and `graphs` as `attach` and `compare` take them. graphs: None: as `compile`.
+
+    TenutoError where one of them is asked for and nothing is `attached`.
+    """
+    if (compile or graphs) and not attached:
+        raise TenutoError(
+            "--compile and --graphs are for a model with something attached: give --artifact or "
+            "--speedup."
+        )
+    captured = compile if graphs is None else graphs
+    return {"compile": compile, "graphs": "auto" if captured else False}
+
+
 def load_artifact(path: Path) -> Artifact:
     """The artifact in `path`; whatever is wrong with it becomes one sentence."""
     with damage_told(path):

@@ -35,6 +35,7 @@ from .checks import (
     check_quantization,
     check_wanted,
     comparison_prompts,
+    how_called,
     load_artifact,
 )
 from .console import Answer, Bars
@@ -194,8 +195,7 @@ def generate(
 
     bars = bars or Bars()
     check_model(model)
-    if compile and artifact is None and speedup is None:
-        raise TenutoError("--compile is for a model with something attached: give --artifact.")
+    how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
     check_file(out)
     found = load_artifact(artifact) if artifact else None
@@ -206,7 +206,7 @@ def generate(
     pipe = pipeline(model, sampling, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution, speedup, compile, graphs) as attached:
+    with attached_to(pipe, found, execution, speedup, **how) as attached:
         images = generate_images(
             pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
             seed=seed, count=batch, call=sampling.called(pipe),
@@ -240,7 +240,7 @@ def compare(
     device: str | None = None,
     execution: str = "int8",
     compile: bool = False,
-    graphs: bool = False,
+    graphs: bool | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Measure time, memory and the distance from full precision at equal seeds."""
@@ -261,8 +261,7 @@ def compare(
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
         call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
-        speedup=speedup, compile=compile, graphs="auto" if graphs else False,
-        on_progress=bars("Comparing"),
+        speedup=speedup, on_progress=bars("Comparing"), **how_called(compile, graphs),
     )  # fmt: skip
     bars.close()
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else f" --speedup {speedup}"

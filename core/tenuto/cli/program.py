@@ -170,7 +170,7 @@ def generate(
     device: o.Device = None,
     execution: o.Execution = "auto",
     compile: c.Compile = False,
-    graphs: c.Graphs | None = None,
+    graphs: c.Graphs = None,
     batch: o.Batch = 1,
     out: o.Image = None,
 ) -> int:
@@ -200,7 +200,7 @@ def compare(
     device: o.Device = None,
     execution: o.Execution = "int8",
     compile: c.Compile = False,
-    graphs: c.Graphs = False,
+    graphs: c.Graphs = None,
     as_json: o.Json = False,
 ) -> int:
     """Measure what an artifact costs and what it gains."""

@@ -218,16 +218,12 @@ def attached_to(
     artifact: Artifact | None,
     execution: str,
     speedup: Speedup | None = None,
-    compile: bool = False,
-    graphs: bool | None = None,
+    **how: Any,
 ) -> Any:
-    """A context with `artifact`, if any, attached. graphs: None: as `compile`."""
+    """A context with `artifact`, if any, attached. how: as `how_called` says."""
     if artifact is None and speedup is None:
         return nullcontext()
-    captured = "auto" if (compile if graphs is None else graphs) else False
-    return attach(
-        pipe, artifact, execution=execution, speedup=speedup, compile=compile, graphs=captured
-    )  # fmt: skip
+    return attach(pipe, artifact, execution=execution, speedup=speedup, **how)
 
 
 def recorded(

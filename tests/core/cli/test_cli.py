@@ -26,6 +26,7 @@ from tenuto.artifact.artifact import Artifact
 from tenuto.artifact.compact import expanded
 from tenuto.cli import commands
 from tenuto.cli.console import Bars
+from tenuto.errors import TenutoError
 from tenuto.sampling.loading import load
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,6 +178,8 @@ BAD = {
     "nothing counted": (("compare", "MODEL", "--artifact", "x", "--count", "0"), "--count"),
     "infinite guidance": ((*GENERATE, "--guidance", "inf"), "--guidance"),
     "negative seed": ((*GENERATE, "--seed", "-1"), "--seed"),
+    "compiled, with nothing": ((*GENERATE, "--compile"), "give --artifact or --speedup"),
+    "captured, with nothing": ((*GENERATE, "--graphs"), "give --artifact or --speedup"),
     "no prompt": (("generate", "MODEL", "--prompt", " "), "--prompt"),
     "all reused": (("train-router", "MODEL", "--reuse", "1", "--out", "o"), "--reuse"),
     "slower": (("train-router", "MODEL", "--speedup", "1", "--out", "o"), "--speedup"),
@@ -420,6 +423,29 @@ def test_execution_is_as_asked(
             assert seen.pop() == (asked[1] if asked else default)
         assert cli.main([*arguments, "--execution", "fp8"]) == 2
         assert "int8" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "compiled", "captured"),
+    [([], False, False), (["--compile"], True, "auto"), (["--graphs"], False, "auto"),
+     (["--compile", "--no-graphs"], True, False)],
+)  # fmt: skip
+def test_compare_measures_what_generate_runs(
+    asked: list[str], compiled: bool, captured: Any, tiny_pixart_folder: Path,
+    here: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[dict[str, Any]] = []
+
+    def note(*args: Any, **options: Any) -> Any:
+        seen.append(options)
+        raise TenutoError("seen")
+
+    monkeypatch.setattr("tenuto.cli.session.attach", note)
+    monkeypatch.setattr("tenuto.measure.compare", note)
+    shared = [str(tiny_pixart_folder), "--steps", "2", "--speedup", "2", *asked]
+    for command in (["generate", "--prompt", "a"], ["compare", "--prompts", "p.txt"]):
+        assert cli.main([*command, *shared]) == 2
+    assert [(s["compile"], s["graphs"]) for s in seen] == [(compiled, captured)] * 2
 
 
 def test_a_compact_artifact_is_the_same_one(

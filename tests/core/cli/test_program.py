@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
+from typer.core import TyperGroup
 
 from tenuto import cli
 from tenuto.cli import commands
@@ -74,6 +76,10 @@ def test_options_are_those_of_the_function(name: str) -> None:
     for key, option in options.items():
         default = tuple(option.default) if isinstance(option.default, list) else option.default
         assert default == takes[key].default, key
+    command = typer.main.get_command(declared.program)
+    assert isinstance(command, TyperGroup)
+    for param in command.commands[name.replace("_", "-")].params:
+        assert getattr(param, "help", None), f"{name} says nothing of {param.name}"
 
 
 def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None:

@@ -78,7 +78,7 @@ def test_one_slider_and_nothing_else(server: Any, make: Any) -> None:
     made = server.run(make.chained(graph, make.node("Tenuto_SpeedUp", speedup=2.0)))
     text = text_of(made)
     assert "5 of 10 calls of the model skipped and forecast (50%), 5 computed" in text
-    assert "dB are predicted by forecast-default, not measured on your model." in text
+    assert "by the forecast that ships, not measured on your model)." in text
     assert not torch.equal(server.latent(made), plain)
     off = server.run(make.chained(graph, make.node("Tenuto_SpeedUp", speedup=1.0)))
     assert torch.equal(server.latent(off), plain) and text_of(off).startswith("Off")
