@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
 from benchmarks.schedules import MODELS, SEED, chip, surroundings
+from tenuto.files import write_tensors
 from tenuto.measure import psnr
 from tenuto.model import denoiser_of
 from tenuto.runtime import Patches, percentile
@@ -43,7 +44,6 @@ from tenuto.runtime.attachment import install
 from tenuto.runtime.default_forecast import default_kernel_of
 from tenuto.sampling import OutputKernel, sampler
 from tenuto.sampling.loading import defaults, load
-from tenuto.work import write_tensors
 
 STEPS = 50
 FILE = Path(__file__).resolve().parent.parent / "assets" / "forecast-default.safetensors"

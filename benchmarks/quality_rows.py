@@ -21,8 +21,8 @@ from tenuto.calibration.algorithms.adaround import AdaRound
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import denoiser_of
 from tenuto.resources import asset
+from tenuto.resume import digest
 from tenuto.sampling.loading import defaults, load, prompts
-from tenuto.work import digest
 
 FULL, BF16, AUTOENCODER = "full precision", "bf16", "autoencoder alone"
 W4A8, REUSE = "W4A8 (GPTQ)", 0.3  # what "W4A8 + router" is made of

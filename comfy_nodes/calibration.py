@@ -26,8 +26,8 @@ from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
 from tenuto.model import key_map_of, map_tensors
 from tenuto.numerics import known, named
+from tenuto.resume import Work
 from tenuto.sampling import Call, Trajectory, record
-from tenuto.work import Work
 
 from .api import ArtifactType, io, ui
 from .cache import is_stochastic

@@ -11,7 +11,7 @@ from typing import Any
 
 from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
-from tenuto.work import clear_parts, whole_file, write_text
+from tenuto.files import clear_parts, whole_file, write_text
 
 from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words

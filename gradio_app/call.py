@@ -197,8 +197,8 @@ def read(path: Path, name: str) -> Any:
 
 def kept(call: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A call as plain data; its images are now in `folder`, and named after what is in them."""
+    from tenuto.files import whole_file
     from tenuto.sampling import MARK, described
-    from tenuto.work import whole_file
 
     marks = described(call)
     for name, value in call.items():

@@ -11,10 +11,11 @@ from typing import Any
 
 from tenuto.cli.checks import check_out
 from tenuto.errors import ArtifactError, ModelError, TenutoError
+from tenuto.files import write_text
 from tenuto.resources import asset
+from tenuto.resume import Work
 from tenuto.sampling.loading import PREFIX, check_model
 from tenuto.text import printable
-from tenuto.work import Work, write_text
 
 from .given import words
 

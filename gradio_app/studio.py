@@ -67,7 +67,7 @@ class Generated:
 
     def infotext(self, settings: Mapping[str, Any], which: str) -> str:
         """The settings of one of the images as A1111 writes them."""
-        from tenuto.version import __version__
+        from tenuto.resources import __version__
 
         size = "x".join(map(str, self.pictures[which][0].size))
         return written({

@@ -154,9 +154,9 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     """Generate in full precision, with every artifact and in bf16; all of it goes into a folder."""
     from tenuto.cli.checks import comparison_prompts, load_artifact
     from tenuto.cli.session import pipeline, sampling_of
+    from tenuto.files import write_text
     from tenuto.measure import compare_all
     from tenuto.sampling import one_by_one, wanted_prompts
-    from tenuto.work import write_text
 
     files = {name: _path(path) for name, path in request["artifacts"].items()}
     artifacts = {name: path and load_artifact(path) for name, path in files.items()}

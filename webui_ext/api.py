@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tenuto.version import __version__
+from tenuto.resources import __version__
 
 from . import accordion, artifacts, words
 

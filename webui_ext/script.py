@@ -8,7 +8,7 @@ from typing import Any
 from modules import scripts
 
 from tenuto.errors import TenutoError
-from tenuto.version import __version__
+from tenuto.resources import __version__
 
 from . import accordion, artifacts
 from .choices import PREDICTED, Choices, infotext

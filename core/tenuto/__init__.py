@@ -7,10 +7,10 @@ from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoErr
 from .measure import compare
 from .model import describe
 from .numerics import Format, Recipe, Rule, Scheme, schemes
+from .resources import __version__
 from .runtime import attach
 from .sampling import Trajectory, record
 from .sampling.loading import demo, prompts
-from .version import __version__
 
 __all__ = [
     "Artifact",

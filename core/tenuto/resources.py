@@ -1,4 +1,4 @@
-"""What is found by its file: demo models, prompts, the network of LPIPS; modules of a package."""
+"""What ships: the version, demo models, prompts, the network of LPIPS; modules of a package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import ModuleType
 
 from .errors import TenutoError
 from .text import prompts_of
+
+__version__ = "0.1.0"  # also in pyproject.toml: a test holds the two together
 
 HERE = Path(__file__).resolve().parent
 PLACES = (HERE / "assets", HERE.parents[1] / "assets")  # installed; a clone or editable install

@@ -31,8 +31,8 @@ from gradio_app.studio import Generated, Wanted
 from tenuto.calibration.router.in_progress import so_far
 from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
+from tenuto.resume import Work
 from tenuto.sampling.images import save_png
-from tenuto.work import Work
 
 OWN = [None, None, "", "", "", "", ""]  # fields of the pipeline's own settings, left empty
 SETTINGS = {

@@ -22,13 +22,13 @@ from tenuto.calibration.temporal.discovery import changed
 from tenuto.calibration.temporal.time_path import _fed, _first_row
 from tenuto.measure.bf16 import bf16_copy
 from tenuto.model import map_leaves, map_tensors, tensors_in
+from tenuto.resume import Work
 from tenuto.sampling import Clock, calls_of, to_device
 from tenuto.sampling.encoder_calls import _rows
 from tenuto.sampling.plain import unpacked
 from tenuto.sampling.record import recording
 from tenuto.sampling.storage import keep
 from tenuto.sampling.trajectory import Call, Trajectory
-from tenuto.work import Work
 
 
 class Pair(NamedTuple):

@@ -19,9 +19,9 @@ from tenuto.artifact.summary import about, facts_of
 from tenuto.errors import ArtifactError, Cancelled, TenutoError
 from tenuto.measure import resident_weight_bytes
 from tenuto.model import denoisers_of, encoders_of, parts_of
+from tenuto.resume import Work
 from tenuto.runtime import QLayer
 from tenuto.sampling import keep, kept
-from tenuto.work import Work
 from tests.core import tiny_pipelines as tiny
 
 SECOND = "transformer_2"

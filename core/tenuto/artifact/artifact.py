@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, SchemeError
+from ..files import write_tensors
 from ..model import check_weights, describe, parts_of
 from ..numerics import Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
-from ..work import write_tensors
 from .fingerprint import fingerprint, same, versions
 from .float_codes import in_file, in_memory
 from .forecast import joined_forecast, kernel_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..model import tensors_in, watched
 from ..numerics import Format, covering
+from ..resume import Work
 from ..sampling import Call, Trajectory, processes
-from ..work import Work
 from .replay import arguments
 
 

@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
+from ..files import bits_of
 from ..model import Leave, override_, tensors_in, watched
-from ..work import bits_of
 from .bank import Seen, cut_out, whole
 from .bank_files import BankFiles, Columns
 from .by_block import unfilled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..numerics import Format, QTensor
-from ..work import Work
+from ..resume import Work
 
 
 class Codes(Mapping[str, QTensor]):

@@ -13,9 +13,9 @@ from ..artifact import Artifact
 from ..model import Backbone, device_and_dtype, layers
 from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
+from ..resume import Work
 from ..runtime import quantizable
 from ..sampling import Trajectory, processes
-from ..work import Work
 from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar

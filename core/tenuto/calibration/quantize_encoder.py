@@ -20,6 +20,7 @@ from ..errors import SchemeError
 from ..model import Backbone, describe, encoders_of
 from ..numerics import QTensor, Recipe, Rule, Scheme, schemes
 from ..progress import Progress, parts
+from ..resume import Work, digest
 from ..sampling import (
     BATCH,
     HELD_OUT,
@@ -35,7 +36,6 @@ from ..sampling import (
     unprompted,
     work_in,
 )
-from ..work import Work, digest
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar

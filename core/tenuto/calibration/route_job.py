@@ -33,8 +33,8 @@ from ..model import (
     refuse_cache,
 )
 from ..progress import Progress, parts
+from ..resume import Work
 from ..sampling import Trajectory, to_device
-from ..work import Work
 from .router.effort import PRESETS, calls_of_search
 from .router.iepo import gain
 from .router.learning_to_cache import train_gates

@@ -16,10 +16,10 @@ from ..calibration import Preset, effort
 from ..errors import ArtifactError, TenutoError
 from ..model import encoders_of
 from ..numerics import Scheme, named
+from ..resume import MANIFEST
 from ..sampling import Trajectory, processes
 from ..sampling.loading import PREFIX, prompts
 from ..text import printable, prompts_of
-from ..work import MANIFEST
 
 RECORDING = "recording"  # the folder of the recording inside the work folder
 

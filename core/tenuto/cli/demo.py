@@ -14,6 +14,7 @@ from ..artifact import Artifact, set_default
 from ..artifact.summary import counted, mib, table
 from ..calibration import effort, prompts_needed, quantize
 from ..errors import TenutoError
+from ..files import write_text
 from ..measure import FIRST_SEED, FULL, Comparison, compare_all
 from ..measure.sheet import Row, sheet
 from ..numerics import schemes
@@ -21,7 +22,6 @@ from ..resources import asset
 from ..sampling import record
 from ..sampling.images import save_png, to_images
 from ..sampling.loading import PREFIX, Defaults, defaults, demo, prompts
-from ..work import write_text
 from .console import Answer, Bars
 
 CAPTIONS = (

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..measure import FIRST_SEED
-from ..version import __version__
+from ..resources import __version__
 from . import call_options as c
 from . import forecast_options as f
 from . import memory_options as m

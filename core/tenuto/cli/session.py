@@ -15,9 +15,11 @@ from ..caching import Speedup
 from ..calibration import ENCODERS, Check, check
 from ..calibration.check.peak import kept_to
 from ..errors import TenutoError
+from ..files import clear_parts
 from ..lock import Lock
 from ..model import denoisers_of, encoders_of
 from ..numerics import Scheme
+from ..resume import MANIFEST, Work
 from ..runtime import attach
 from ..sampling import (
     PipelineCall,
@@ -39,7 +41,6 @@ from ..sampling import (
 )
 from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
-from ..work import MANIFEST, Work, clear_parts
 from .calls import fitted, with_images
 from .checks import RECORDING, check_encoders, damage_told, device_of
 from .console import Bars

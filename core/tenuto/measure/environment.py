@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..model import device_and_dtype
-from ..version import __version__
+from ..resources import __version__
 
 
 def surroundings(denoiser: nn.Module) -> dict[str, Any]:

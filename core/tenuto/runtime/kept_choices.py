@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..version import __version__
-from ..work import write_text
+from ..files import write_text
+from ..resources import __version__
 
 FILE = Path(".cache") / "tenuto" / "choices.json"  # in the user's folder
 MOST = 4096  # choices: beyond, the oldest goes

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArtifactError, TenutoError
+from ..files import bits_of
 from ..text import printable
-from ..work import bits_of
 
 MARK = "sha256"  # the key that tells a mark from plain data
 SCALARS = (str, int, float, bool, type(None))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TenutoError
-from ..work import whole_file
+from ..files import whole_file
 from .pipeline_call import PipelineCall, one_by_one, wanted_prompts
 from .results import pil_of, to_images
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..work import Work
+from ..resume import Work
 from .processes import processes
 
 

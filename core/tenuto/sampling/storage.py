@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..work import Work, bits_of
+from ..files import bits_of
+from ..resume import Work
 from .output_kernel import OutputKernel
 from .pipeline_call import PipelineCall
 from .plain import Packed, unpacked

@@ -513,7 +513,7 @@ def test_a_router_joins_the_artifact(
 # --- long work ------------------------------------------------------------------------------------
 
 SAVES = """
-import tenuto.work as w
+import tenuto.resume as w
 old = w.Work.save
 def save(self, unit, tensors):
     old(self, unit, tensors)

@@ -18,11 +18,11 @@ from tenuto.errors import ModelError, TenutoError
 from tenuto.measure.compare import BF16, FULL, compare, compare_all
 from tenuto.model.parts import denoiser_of
 from tenuto.numerics.scheme import schemes
+from tenuto.resume import Work
 from tenuto.runtime.attachment import attach
 from tenuto.sampling.loading import LISTS, Defaults, check_model, defaults, demo, load, prompts
 from tenuto.sampling.record import record, sampler
 from tenuto.sampling.trajectory import Call, Trajectory
-from tenuto.work import Work
 
 SHOWCASE = importlib.import_module("tenuto.cli.demo")
 ASSETS = Path(__file__).resolve().parents[3] / "assets"

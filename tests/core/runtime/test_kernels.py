@@ -19,8 +19,8 @@ from tenuto.runtime.kernels import (
     Kernel,
     epilogue,
     int8_conv2d,
+    int8_cpu,
     int8_linear,
-    onednn,
     quantize_input,
 )
 
@@ -52,8 +52,8 @@ def for_int_mm(codes: Tensor) -> Tensor:
     On a CPU without VNNI oneDNN adds pairs of products in 16 bits; the library then splits codes
     above `SAFE_WEIGHT`, which only its own CPU kernel does.
     """
-    top = onednn.SAFE_WEIGHT
-    return codes.clamp(-top, top) if onednn.saturates() else codes
+    top = int8_cpu.SAFE_WEIGHT
+    return codes.clamp(-top, top) if int8_cpu.saturates() else codes
 
 
 def zero_points(device: str) -> list[Any]:
@@ -229,7 +229,7 @@ def test_what_is_not_supported_is_said() -> None:
 @pytest.mark.parametrize("zero", [0, 1, 3, 128, 255, torch.tensor([201], dtype=torch.int32)])
 def test_halves_add_up(zero: Any) -> None:
     x = torch.arange(256, dtype=torch.uint8)
-    parts = onednn._halves(x, zero)
+    parts = int8_cpu._halves(x, zero)
     assert torch.equal(sum(p.int() for p, _ in parts), x.int())
     assert sum(int(z) for _, z in parts) == int(zero)
     assert all(int(p.max()) <= 128 and p.dtype is torch.uint8 for p, _ in parts)
@@ -241,8 +241,8 @@ def test_both_ways_of_summing_are_exact(monkeypatch: pytest.MonkeyPatch) -> None
     x, codes = inputs("extreme", (4, 256), draw), weights("extreme", (8, 256), draw)
     y = torch.nn.functional.pad(x, (0, 0)).view(4, 4, 8, 8)
     kernel = codes.view(8, 4, 8, 8)
-    for split in {True, onednn.saturates()}:
-        monkeypatch.setattr(onednn, "saturates", lambda split=split: split)
+    for split in {True, int8_cpu.saturates()}:
+        monkeypatch.setattr(int8_cpu, "saturates", lambda split=split: split)
         linear, geometry = int8_linear.pack(codes, torch.ones(8)), ([1, 1], [0, 0], [1, 1], 1)
         conv = int8_conv2d.pack(kernel, torch.ones(8), tuple(geometry))
         expected = x.long() @ codes.long().t()

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import tenuto as tn
 from tenuto.model import denoiser_of, tensors_in
+from tenuto.resume import Work
 from tenuto.sampling import PipelineCall, described, keep, kept, repeated, sampler
 from tenuto.sampling.images import generate_images
 from tenuto.sampling.pipeline_call import guidance_name
 from tenuto.sampling.record import recording
 from tenuto.sampling.results import images_of, latents_of, pil_of
-from tenuto.work import Work
 from tests.core import family_pipelines as families
 from tests.core import tiny_pipelines as tiny
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from tenuto.errors import TenutoError
+from tenuto.resume import Work
 from tenuto.sampling.processes import NEEDED, Processes, launched, launched_size
 from tenuto.sampling.shared_work import work_in
-from tenuto.work import Work
 
 ROOT = Path(__file__).resolve().parents[3]
 GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...caching import CacheSchedule
 from ...errors import TenutoError
 from ...progress import Progress
+from ...resume import Work
 from ...sampling import Trajectory
-from ...work import Work
 from .iepo import RULES
 from .logits import Router
 from .training import Training

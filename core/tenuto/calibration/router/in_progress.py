@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...artifact import StepMap
-from ...work import MANIFEST
+from ...resume import MANIFEST
 
 
 @dataclass(frozen=True)

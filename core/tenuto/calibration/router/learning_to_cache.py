@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ...progress import Progress
+from ...resume import Work
 from ...sampling import Trajectory
-from ...work import Work
 from .effort import PRESETS
 from .harmonica import HarmoniCa
 

@@ -13,8 +13,8 @@ from ...caching import CacheSchedule
 from ...errors import TenutoError
 from ...model import frozen
 from ...progress import Progress
+from ...resume import Work
 from ...sampling import Clock, Trajectory
-from ...work import Work
 from .iepo import RULES, gain
 from .logits import Router
 from .mixing import mixed

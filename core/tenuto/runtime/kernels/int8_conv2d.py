@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import QTensor
-from . import onednn
+from . import int8_cpu
 from .epilogue import finished, in_pieces
 from .int8_linear import IntLinear, signed
 from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
@@ -42,17 +42,17 @@ def reference(
 def supported(device: torch.device, shape: tuple[int, ...], groups: int = 1) -> bool:
     """Whether a kernel executes a weight of `shape` (O, I / groups, kh, kw) on `device`."""
     if device.type == "cpu":
-        return shape[1] > 1 and onednn.available()
+        return shape[1] > 1 and int8_cpu.available()
     return device.type == "cuda" and groups == 1 and torch.version.hip is None
 
 
 def pack(
     codes: Tensor, w_scale: Tensor, geometry: tuple[Any, ...]
-) -> onednn.PackedConv2d | IntConv2d:
+) -> int8_cpu.PackedConv2d | IntConv2d:
     """`codes` made ready for their device; geometry: stride, padding, dilation, groups."""
     plain = tuple(list(g) if isinstance(g, tuple) else g for g in geometry)
     if codes.device.type == "cpu":
-        return onednn.PackedConv2d(codes, w_scale, plain)
+        return int8_cpu.PackedConv2d(codes, w_scale, plain)
     return IntConv2d(codes, w_scale, plain)
 
 
@@ -69,7 +69,7 @@ def int8_conv2d(
     Norms of contiguous models are many times slower on channels_last, which the operators return.
     """
     form = layout(x)
-    if onednn.takes(packed, x_scale, x_zero, dtype):
+    if int8_cpu.takes(packed, x_scale, x_zero, dtype):
         return packed(x, x_zero, x_scale.view(1), bias, dtype).contiguous(memory_format=form)
     wide = None if bias is None else bias.view(-1, 1, 1)
     width = len(packed.scale) * x.shape[-2] * x.shape[-1]
@@ -182,7 +182,7 @@ def _on_tensors(
     sizes, packed = tuple(geometry), None
     if weight[0].is_mkldnn:
         facts = {"shape": tuple(shape), "geometry": sizes}
-        packed = onednn.PackedConv2d.restored(weight, split, **facts)
+        packed = int8_cpu.PackedConv2d.restored(weight, split, **facts)
     else:
         packed = IntConv2d.restored(weight, shape, sizes)
     return int8_conv2d(x, x_scale, number if zero is None else zero, packed, bias, dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import QTensor
-from . import onednn
+from . import int8_cpu
 from .epilogue import finished, in_pieces
 from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
 from .quantize_input import MIDDLE, compiling, counted
@@ -32,15 +32,15 @@ def reference(
 def supported(device: torch.device, shape: tuple[int, ...]) -> bool:
     """Whether a kernel executes a weight of `shape` (N, K) on `device`."""
     if device.type == "cpu":
-        return onednn.available()
+        return int8_cpu.available()
     multiple = shape[0] % 8 == 0 and shape[1] % 8 == 0
     return device.type == "cuda" and multiple and torch.version.hip is None
 
 
-def pack(codes: Tensor, w_scale: Tensor) -> onednn.PackedLinear | IntLinear:
+def pack(codes: Tensor, w_scale: Tensor) -> int8_cpu.PackedLinear | IntLinear:
     """`codes` made ready for the device that they are on."""
     if codes.device.type == "cpu":
-        return onednn.PackedLinear(codes, w_scale)
+        return int8_cpu.PackedLinear(codes, w_scale)
     return IntLinear(codes, w_scale)
 
 
@@ -54,7 +54,7 @@ def int8_linear(
 ) -> Tensor:
     """The operation on a packed weight, in `dtype`: sums, scale and bias in fp32, rounded once."""
     rows, scale = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
-    if onednn.takes(packed, x_scale, x_zero, dtype):
+    if int8_cpu.takes(packed, x_scale, x_zero, dtype):
         y = packed(rows, x_zero, x_scale.view(1), bias, dtype)
     else:
         y = in_pieces(lambda q, s: finished(packed(q, x_zero), s, bias, dtype), rows, scale,
@@ -130,7 +130,7 @@ def _on_tensors(
     dtype: torch.dtype,
 ) -> Tensor:
     own = weight[0].is_mkldnn
-    packed = onednn.PackedLinear.restored(weight, split) if own else IntLinear.restored(weight)
+    packed = int8_cpu.PackedLinear.restored(weight, split) if own else IntLinear.restored(weight)
     return int8_linear(x, x_scale, number if zero is None else zero, packed, bias, dtype)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .onednn import writes_bf16
+from .int8_cpu import writes_bf16
 from .quantize_input import compiling
 
 

@@ -27,9 +27,9 @@ from tenuto.calibration.router.student import Student
 from tenuto.calibration.router.training import Training
 from tenuto.model.parts import frozen
 from tenuto.model.patches import override_
+from tenuto.resume import Work
 from tenuto.runtime.layers import QConv2d, QLinear
 from tenuto.sampling.clock import Clock
-from tenuto.work import Work
 
 QUICK = HarmoniCa(reuse=0.4, iterations=6, batch=2)
 

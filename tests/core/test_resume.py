@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenuto import files as files_module
 from tenuto import lock as lock_module
-from tenuto import work as work_module
+from tenuto import resume
 from tenuto.errors import TenutoError
+from tenuto.files import clear_parts, whole_file, write_tensors, write_text
 from tenuto.lock import Lock
-from tenuto.work import Work, clear_parts, digest, whole_file, write_tensors, write_text
+from tenuto.resume import Work, digest
 
 JOB = {"job": "quantize", "seed": 0}
-CORE = Path(work_module.__file__).parent.parent
+CORE = Path(resume.__file__).parent.parent
 
 
 def unit(value: float = 1.0) -> dict[str, Tensor]:
@@ -83,7 +85,7 @@ def test_one_job_inside_another(tmp_path: Path) -> None:
 
 def test_another_format_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Work(tmp_path / "w", JOB).save("outside", unit())
-    monkeypatch.setattr(work_module, "FORMAT", work_module.FORMAT + 1)
+    monkeypatch.setattr(resume, "FORMAT", resume.FORMAT + 1)
     assert Work(tmp_path / "w", JOB).load("outside") is None
 
 
@@ -197,7 +199,7 @@ def test_a_failed_write_leaves_the_old_file(
         Path(name).write_bytes(before[: len(before) // 2])
         raise error
 
-    monkeypatch.setattr(work_module, "save_file", half)
+    monkeypatch.setattr(files_module, "save_file", half)
     with pytest.raises(type(error)):
         write_tensors(path, unit(2.0), None)
     assert path.read_bytes() == before
@@ -218,7 +220,7 @@ def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
     code = f"""
         import sys; sys.path.insert(0, {str(CORE)!r})
         import torch
-        from tenuto.work import Work
+        from tenuto.resume import Work
         work = Work({str(tmp_path / "w")!r}, {JOB!r})
         for n in range(10**6):
             work.save(f"u{{n % 7}}", {{"a": torch.full((2**18,), float(n))}})
@@ -253,9 +255,9 @@ def test_what_a_library_leaves_beside_its_file_is_ours(
         raise Interrupted
 
     work, file = Work(tmp_path / "w", JOB), tmp_path / "x.safetensors"
-    monkeypatch.setattr(work_module, "save_file", killed)
+    monkeypatch.setattr(files_module, "save_file", killed)
     with monkeypatch.context() as kill:
-        kill.setattr(work_module.shutil, "rmtree", lambda *_, **__: None)
+        kill.setattr(files_module.shutil, "rmtree", lambda *_, **__: None)
         for write in (lambda: work.save("u", unit()), lambda: write_tensors(file, unit(), None)):
             with pytest.raises(Interrupted):
                 write()
@@ -273,7 +275,7 @@ def other_process(folder: Path, then: str) -> subprocess.Popen[str]:
     code = f"""
         import sys, time; sys.path.insert(0, {str(CORE)!r})
         import torch
-        from tenuto.work import Work
+        from tenuto.resume import Work
         work = Work({str(folder)!r}, {JOB!r})
         work.save("u", {{"a": torch.ones(3)}})
         print("ready", flush=True)
@@ -355,7 +357,7 @@ import resource, sys, torch
 from pathlib import Path
 from tenuto import Artifact
 from tenuto.errors import TenutoError
-from tenuto.work import Work
+from tenuto.resume import Work
 folder = Path(sys.argv[1])
 work = Work(folder / "w", {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
