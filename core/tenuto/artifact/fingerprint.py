@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..model import Weights, own_parameters
+from ..resources import __version__
 
 PROBES = 32  # weights looked at for a fingerprint
 
@@ -48,10 +49,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def versions() -> dict[str, Any]:
     """What the file was made with: plain facts, no time, so that equal runs give equal bytes."""
-    from .. import version
-
     return {
-        "tenuto": version.__version__,
+        "tenuto": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
