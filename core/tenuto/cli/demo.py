@@ -133,7 +133,10 @@ def row_lines(name: str, found: Comparison) -> list[str]:
     lines = [f"{seconds:.2f} s an image", f"{mib(weights['artifact'])} of weights in memory"]
     floor = found.bf16_floor_psnr_db
     if name == FULL:
-        return lines if floor is None else [*lines, f"PSNR of bf16: {floor['median']:.1f} dB"]
+        half = found.seconds_per_picture.get("bf16")
+        if floor is None or half is None:
+            return lines
+        return [*lines, f"in bf16: {half:.2f} s, PSNR {floor['median']:.1f} dB"]
     gain = f"{found.speedup or 0:.2f} times as fast as {found.dtype}"
     lines.insert(1, "simulated, no gain" if found.speedup is None else gain)
     near = [f"PSNR {found.psnr_db['median']:.1f} dB"]

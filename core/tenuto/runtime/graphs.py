@@ -242,7 +242,10 @@ def _gains(capture: Capture, replay: Callable[[], Any], call: Callable[[], Any])
 
 def _autocast(device: str) -> torch.dtype | None:
     """What operations on `device` are cast to by autocast; None: it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    try:
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    except TypeError:  # before torch 2.4, which knows the GPU's alone
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 @contextmanager
