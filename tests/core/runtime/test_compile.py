@@ -22,6 +22,7 @@ from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
 from tenuto.runtime.kernels import int8_linear
 from tests.core import family_pipelines, tiny_language
 from tests.core import tiny_pipelines as tiny
+from tests.core.runtime.exact import for_int_mm
 
 STEPS = 2
 SCHEMES = (
@@ -229,7 +230,7 @@ def test_the_product_of_a_gpu_is_traced_as_plain_operations(rows: int, stored: b
     """What CUDA computes with runs here too: in a graph, Inductor fuses what is round it."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (rows, 64), generator=draw).to(torch.uint8)
-    codes = torch.randint(-127, 128, (32, 64), generator=draw).to(torch.int8)
+    codes = for_int_mm(torch.randint(-127, 128, (32, 64), generator=draw).to(torch.int8))
     w_scale, bias = torch.rand(32, generator=draw), torch.randn(32, generator=draw)
     scale = torch.rand(1 if stored else rows, 1, generator=draw)
     zero: Any = torch.tensor([117], dtype=torch.int32) if stored else 128

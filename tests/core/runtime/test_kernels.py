@@ -23,6 +23,7 @@ from tenuto.runtime.kernels import (
     int8_linear,
     quantize_input,
 )
+from tests.core.runtime.exact import for_int_mm
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CODES = ("random", "extreme", "halfway")
@@ -44,16 +45,6 @@ def inputs(name: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     if name == "random":
         return torch.randint(0, 256, shape, generator=draw).to(torch.uint8)
     return torch.where(torch.rand(shape, generator=draw) < 0.8, 255, 0).to(torch.uint8)
-
-
-def for_int_mm(codes: Tensor) -> Tensor:
-    """Weights whose products with any input `torch._int_mm` adds exactly on this processor.
-
-    On a CPU without VNNI oneDNN adds pairs of products in 16 bits; the library then splits codes
-    above `SAFE_WEIGHT`, which only its own CPU kernel does.
-    """
-    top = int8_cpu.SAFE_WEIGHT
-    return codes.clamp(-top, top) if int8_cpu.saturates() else codes
 
 
 def zero_points(device: str) -> list[Any]:
