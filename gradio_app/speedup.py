@@ -256,7 +256,7 @@ def automatic(model: str, files: Iterable[Path], steps: int | None) -> float:
 
 
 def asked(model: str, files: Iterable[Path], speedup: Any) -> Speedup | None:
-    """What `attach` is told for a speedup, a number or "auto".
+    """The speedup that `attach` gets: a number or "auto"; None: nobody asked for one.
 
     files: of artifacts; without any, calls are skipped by the forecast that ships. None and 1 leave
     cache schedules as they are; 1 switches off what an artifact would skip by itself. "auto" is

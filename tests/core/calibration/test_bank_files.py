@@ -192,7 +192,9 @@ for block in blocks:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limit there")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no such limit that a process could lower"
+)
 def test_few_files_are_open(tmp_path: Path) -> None:
     """A process may have 1,024 on many systems, and a preset records hundreds of calls."""
     run = subprocess.run(

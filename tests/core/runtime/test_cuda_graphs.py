@@ -73,7 +73,9 @@ def test_replayed_as_eager(kind: str, policy: Any) -> None:
     attached.detach()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one card")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs of CUDA: a model on the second one"
+)
 @pytest.mark.parametrize("graphs", [True, "auto"])
 def test_a_pipeline_on_another_card_than_the_current_one(graphs: bool | str) -> None:
     """What is captured there is what is replayed there, step by step."""

@@ -23,7 +23,7 @@ from tenuto.runtime.graphs import Graphs
 from tenuto.runtime.weights_in_place import MARKS
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
-from tests.core.runtime.recorded import Recorded
+from tests.core.runtime.recorded import Recorded, alike
 
 
 class Block(nn.Module):
@@ -74,7 +74,7 @@ def test_the_second_call_of_a_case_is_captured_and_later_ones_replayed() -> None
     for seed in range(5):
         given = inputs(seed)
         out = model(*given)
-        assert torch.equal(out["sample"], plain(model, given)) and out["other"][1] == "a"
+        assert alike(out["sample"], plain(model, given)) and out["other"][1] == "a"
         outs.append((out["sample"], out["sample"].clone()))
     assert (again.captured, again.replayed) == (1, 4)
     assert all(torch.equal(out, kept) for out, kept in outs), "a replay wrote over an output"
@@ -86,7 +86,7 @@ def test_an_input_that_was_written_to_is_copied_again() -> None:
     captured(model)
     given = inputs(0)
     for _ in range(4):
-        assert torch.equal(model(*given)["sample"], plain(model, given))
+        assert alike(model(*given)["sample"], plain(model, given))
         given[2]["added"].add_(1.0)
 
 
@@ -96,7 +96,7 @@ def test_shapes_dtypes_and_arguments_have_a_graph_each() -> None:
     call, again = captured(model)
     kinds = [inputs(0), inputs(0, rows=3), inputs(0, name="b")]
     for given in kinds * 3:
-        assert torch.equal(model(*given)["sample"], plain(model, given))
+        assert alike(model(*given)["sample"], plain(model, given))
     assert call.graphs is not None
     assert again.captured == len(call.graphs.known) == 3
 
@@ -107,7 +107,7 @@ def test_the_graph_used_longest_ago_goes() -> None:
     call, again = captured(model, most=2)
     for rows in (1, 1, 2, 2, 1, 3, 3, 1, 2):
         given = inputs(0, rows)
-        assert torch.equal(model(*given)["sample"], plain(model, given))
+        assert alike(model(*given)["sample"], plain(model, given))
     assert call.graphs is not None and len(call.graphs.known) == 2
     assert again.captured == 4 and call.graphs.evicted == 2, "that of 2 rows, then it again"
 
@@ -122,7 +122,7 @@ def test_graphs_that_are_hardly_used_are_no_longer_made(replays: int) -> None:
     for rows in range(1, 16):
         for seed in range(1 + replays):
             given = inputs(seed, rows)
-            assert torch.equal(model(*given)["sample"], plain(model, given))
+            assert alike(model(*given)["sample"], plain(model, given))
     if replays == 1:
         assert again.captured == 11 and "more kinds" in str(call.graphs.reason)
         assert not call.graphs.known
@@ -144,7 +144,7 @@ class Right:
         for _ in range(calls):
             self.seed += 1
             given = inputs(self.seed)
-            found.append(torch.equal(self.model(*given)["sample"], plain(self.model, given)))
+            found.append(alike(self.model(*given)["sample"], plain(self.model, given)))
         return all(found)
 
 
@@ -349,7 +349,7 @@ def test_autocast_is_another_graph_by_its_dtype(cached: bool) -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype, cache_enabled=cached):
             for seed in range(3):
                 given = inputs(seed)
-                assert torch.equal(model(*given)["sample"], plain(model, given)), dtype
+                assert alike(model(*given)["sample"], plain(model, given)), dtype
             assert torch.is_autocast_cache_enabled() == cached
         assert again.captured == min(2, number + 1)
     assert call.graphs is not None and call.graphs.reason is None
@@ -392,10 +392,10 @@ def test_loras_of_one_shape_share_a_graph() -> None:
         assert right(3), "another LoRA"
         inject_adapter_in_model(config, twin, "a")
         twin.load_state_dict(given, strict=False)
-        assert torch.equal(model(*inputs(7))["sample"], twin(*inputs(7))["sample"])
+        assert alike(model(*inputs(7))["sample"], twin(*inputs(7))["sample"])
         model.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))  # swapped in place
         twin.one.inner.lora_A["a"].weight.data.copy_(torch.ones(rank, 4))
-        assert torch.equal(model(*inputs(8))["sample"], twin(*inputs(8))["sample"])
+        assert alike(model(*inputs(8))["sample"], twin(*inputs(8))["sample"])
         for unloaded in (model, twin):
             recurse_remove_peft_layers(unloaded)
             del unloaded.peft_config
@@ -473,7 +473,7 @@ def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) ->
     for rows, kept in ((2, 1), (3, 1)):
         for seed in range(4):
             given = inputs(seed, rows)
-            assert torch.equal(model(*given)["sample"], plain(model, given))
+            assert alike(model(*given)["sample"], plain(model, given))
         assert len(call.graphs.known) == kept
     assert again.captured == 2 and not again.times and call.graphs.reason is None
     again.full, again.times = "they would take 9 GiB", [1.0, 2.0] * 3
@@ -518,7 +518,7 @@ def test_a_graph_for_every_pattern_of_a_schedule(split: bool) -> None:
                         kept[name, streams] = getattr(expected_model, name)(x)
                     x = kept[name, streams]
                 expected = x * given[1].view(-1, 1) + given[2]["added"]
-                assert torch.equal(model(*given)["sample"], expected), (run, place, streams)
+                assert alike(model(*given)["sample"], expected), (run, place, streams)
     assert again.captured == 4 and again.replayed > 20
 
 
@@ -590,7 +590,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(
     with caplog.at_level(logging.WARNING, "tenuto"):
         for seed in range(4):
             given = inputs(seed)
-            assert torch.equal(model(*given)["sample"], plain(twin, given))
+            assert alike(model(*given)["sample"], plain(twin, given))
     said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
     assert len(said) == 1 and reason in said[0] and "\n" not in said[0]
     assert again.captured == late and call.graphs is not None and call.graphs.reason
@@ -650,7 +650,7 @@ def test_a_copy_captures_for_itself() -> None:
     twin = copy.deepcopy(model)
     own = twin.forward.__self__.call.graphs  # type: ignore[union-attr]
     assert own is not call.graphs and not own.known and own.denoiser is twin
-    assert torch.equal(twin(*inputs(9))["sample"], plain(model, inputs(9)))
+    assert alike(twin(*inputs(9))["sample"], plain(model, inputs(9)))
 
 
 @torch.no_grad()

@@ -436,7 +436,7 @@ def test_a_broken_or_absent_triton_is_none(
 
 
 @needs_triton
-@pytest.mark.skipif(HERE == "cuda", reason="the interpreter is for where there is no GPU")
+@pytest.mark.skipif(HERE == "cuda", reason="there is a GPU, on which the trials succeed")
 def test_plain_operations_serve_where_triton_compiles_nothing(
     cards: dict[str, bool], caplog: pytest.LogCaptureFixture
 ) -> None:
