@@ -5,8 +5,9 @@
 Every way runs in a process of its own on the same card, one after another; a row that the file has
 already is not measured again, but for those that failed. A row has the median of 20 denoiser calls
 with quartiles in ms, the times of the first call and of the first five (compile, capture, choice of
-kernels) and the peak memory. Weights are random: only time and memory mean anything. "run" is the
-mean over a run of 20 steps of which half are forecast, or reused. Rows of torchao, SDNQ and
+kernels) and the peak memory. Weights are random: only time and memory mean anything. "run" is a
+step of a whole run of 20 with its scheduler, the mean; "forecast": half of its calls are skipped.
+Rows of torchao, SDNQ and
 cache-dit say "not installed" where they are not. `--quick`: four rows in two minutes.
 `--models tiny --device cpu` tries the script itself.
 """
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "core"))
 
 from gpu_models import MAKE, MODELS, made
-from gpu_ways import BASE, STEPS, WAYS, missing, times
+from gpu_runs import STEPS, Loop
+from gpu_ways import BASE, COMPILED, RUNS, WAYS, missing
 
 import tenuto as tn
 from tenuto.model import describe, patch_of
@@ -39,31 +41,23 @@ CALLS = 20
 QUICK = (BASE, "bf16 graph", "bf16 blocks, graph", "w8a8 int8 graph")
 
 
-def run(denoiser: nn.Module, inputs: dict[str, Any], way: str) -> Callable[[], Tensor]:
-    """What is timed: a call, or of a forecast a whole run of `STEPS`."""
-    if not way.startswith("run:"):
-        return lambda: denoiser(**inputs, return_dict=False)[0]
-
-    steps = [torch.full_like(inputs["timestep"], t) for t in times()]
-    sample = next(iter(inputs))
-
-    def whole() -> Tensor:
-        x = torch.randn_like(inputs[sample])  # another one is another run
-        for step in steps:
-            out = denoiser(**inputs | {sample: x, "timestep": step}, return_dict=False)[0]
-            x = x - 0.01 * out[:, : x.shape[1]]
-        return x
-
-    return whole
+def called(
+    model: str, way: str, denoiser: nn.Module, inputs: dict[str, Any]
+) -> tuple[Callable[[], Any], int]:
+    """What is timed, and how many steps that is: one call, or a run of `STEPS`."""
+    if way in RUNS:
+        loop = Loop(model, denoiser, inputs)
+        RUNS[way](loop)
+        return loop, STEPS
+    changed = WAYS[way](denoiser)
+    return lambda: changed(**inputs, return_dict=False)[0], 1
 
 
 def row(model: str, way: str, device: str, calls: int) -> dict[str, Any]:
     """One row, measured in this process."""
     denoiser, inputs = made(model, device)
     cuda, blocks = device == "cuda", len(describe(denoiser).blocks)
-    denoiser = WAYS[way](denoiser)
-    call = run(denoiser, inputs, way)
-    share = STEPS if way.startswith("run:") else 1
+    call, share = called(model, way, denoiser, inputs)
 
     def timed() -> float:
         start = time.perf_counter()
@@ -103,8 +97,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for r in rows:
         same = [o for o in rows if o["model"] == r["model"] and "q50" in o]
-        base = [o["q50"] for o in same if o["way"] == BASE]
-        best = [o["q50"] for o in same if o["way"] in ("bf16 compile", "bf16 reduce-overhead")]
+        of = "run: " * (r["way"] in RUNS)
+        base = [o["q50"] for o in same if o["way"] == of + BASE]
+        best = [o["q50"] for o in same if o["way"] in (of + way for way in COMPILED)]
         if "q50" not in r:
             cells = [r["error"][:60], *[""] * 5]
         else:
@@ -141,7 +136,7 @@ def asked() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MAKE))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *RUNS], choices=[*WAYS, *RUNS])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=Path("gpu_speed.json"))
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a row")

@@ -7,17 +7,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from gpu_runs import STEPS
 from torch import nn
 
 import tenuto as tn
-from tenuto.caching import Forecast, ForecastCalls
-from tenuto.model import override_
 from tenuto.runtime import Calls
 from tenuto.runtime.denoiser_call import CompiledBlocks
-from tenuto.sampling import Clock, Follow, OutputKernel
 
-STEPS = 20  # of a run
 BASE = "bf16 eager"
+COMPILED = ("bf16 compile", "bf16 reduce-overhead")
 TUNED = "max-autotune-no-cudagraphs"  # Triton's products of codes, what is round them fused
 Way = Callable[[nn.Module], nn.Module]
 
@@ -52,33 +50,34 @@ def stored(compile: bool, graphs: bool) -> Any:
     return way
 
 
-def plain(compile: bool, graphs: bool, forecast: bool = False) -> Any:
+def plain(compile: bool, graphs: bool) -> Any:
     """The bf16 model itself, with what `attach` does round its calls."""
 
     def way(denoiser: nn.Module) -> nn.Module:
         calls = Calls(compile, graphs and torch.cuda.is_available()).of(denoiser, False)
         vars(denoiser)["calls"] = calls[0]
-        if forecast:
-            clock = Clock(times())
-            Follow(denoiser, clock)
-            override_(denoiser, ForecastCalls(clock, half(), denoiser))
         return denoiser
 
     return way
 
 
-def times() -> tuple[float, ...]:
-    """20 steps from 999 down."""
-    return tuple(float(t) for t in torch.linspace(999, 1, STEPS).round())
+def forecast(artifact: str | None = None, compile: bool = False, graphs: bool = False) -> Any:
+    """A loop with half of its calls skipped, by the kernel that ships, as `attach` does it."""
+
+    def way(loop: Any) -> None:
+        on = graphs and torch.cuda.is_available()
+        tn.attach(loop, artifact, speedup=2.0, compile=compile, graphs=on)
+
+    return way
 
 
-def half() -> Forecast:
-    """Half of the calls skipped, by a kernel of smooth outputs."""
-    sigma = torch.linspace(0.99, 0.05, STEPS, dtype=torch.float64)
-    values = torch.exp(-((sigma[:, None] - sigma[None, :]) ** 2) / 0.1)
-    alpha = (1 - sigma**2).sqrt()
-    kernel = OutputKernel(values, times(), tuple(alpha.tolist()), tuple(sigma.tolist()), "eps")
-    return Forecast(kernel, 2.0)
+def of_denoiser(then: Way) -> Any:
+    """What is done to the denoiser of a loop."""
+
+    def way(loop: Any) -> None:
+        then(loop.denoiser)
+
+    return way
 
 
 def compiled(mode: str | None) -> Any:
@@ -162,17 +161,26 @@ WAYS: dict[str, Way] = {
     "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
     "fp8-static blocks": stored(True, False),
     "fp8-static blocks, graph": stored(True, True),
-    "run: forecast": plain(False, False, True),
-    "run: forecast, blocks, graph": plain(True, True, True),
     "torchao fp8 compile": torchao("fp8", compiled(None)),
     "torchao fp8 blocks, graph": torchao("fp8", plain(True, True)),
     "torchao int8 compile": torchao("int8", compiled(None)),
     "torchao int8 blocks, graph": torchao("int8", plain(True, True)),
     "sdnq int8 compile": sdnq("int8", compiled(None)),
     "sdnq fp8 compile": sdnq("fp8", compiled(None)),
-    "run: cache-dit": cache_dit(),
-    "run: cache-dit compile": cache_dit(compiled(None)),
-    "run: cache-dit, torchao fp8 compile": torchao("fp8", cache_dit(compiled(None))),
+}
+RUNS: dict[str, Any] = {
+    f"run: {BASE}": of_denoiser(lambda denoiser: denoiser),
+    "run: bf16 compile": of_denoiser(compiled(None)),
+    "run: bf16 reduce-overhead": of_denoiser(compiled("reduce-overhead")),
+    "run: bf16 blocks, graph": of_denoiser(plain(True, True)),
+    "run: forecast": forecast(),
+    "run: forecast, graph": forecast(graphs=True),
+    "run: forecast, blocks, graph": forecast(compile=True, graphs=True),
+    "run: w8a8, forecast, blocks, graph": forecast("w8a8", True, True),
+    "run: fp8, forecast, blocks, graph": forecast("fp8", True, True),
+    "run: cache-dit": of_denoiser(cache_dit()),
+    "run: cache-dit compile": of_denoiser(cache_dit(compiled(None))),
+    "run: cache-dit, torchao fp8 compile": of_denoiser(torchao("fp8", cache_dit(compiled(None)))),
 }
 PEERS = {"torchao": "torchao", "sdnq": "sdnq", "cache-dit": "cache_dit"}
 
