@@ -81,8 +81,7 @@ def row(model: str, way: str, device: str, calls: int) -> dict[str, Any]:
 
 def facts(denoiser: nn.Module) -> dict[str, Any]:
     """What was executed: how many graphs, why none, how the layers compute."""
-    around = vars(denoiser).get("calls")
-    around = around or getattr(patch_of(vars(denoiser).get("forward")), "call", None)
+    around = getattr(patch_of(vars(denoiser).get("forward")), "call", None)
     graphs = getattr(around, "graphs", None)
     found = {} if graphs is None else {"graphs": len(graphs.known), "why": graphs.reason}
     layers = [m for m in denoiser.modules() if isinstance(m, tn.runtime.QLayer)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,23 +17,26 @@ from tenuto.runtime.denoiser_call import CompiledBlocks
 BASE = "bf16 eager"
 COMPILED = ("bf16 compile", "bf16 reduce-overhead")
 TUNED = "max-autotune-no-cudagraphs"  # Triton's products of codes, what is round them fused
+WHOLE_ROWS = {"triton.multi_kernel": 1}  # reductions of long rows are tried in one pass, too
 Way = Callable[[nn.Module], nn.Module]
 
 
-def attached(
-    scheme: str, execution: str, compile: bool, graphs: bool, mode: str | None = None
-) -> Any:
-    """`attach` with these options. mode: of torch.compile."""
+def attached(scheme: str, execution: str, compile: bool, graphs: bool, **options: Any) -> Any:
+    """`attach` with these arguments. options: of torch.compile, in place of its own."""
 
     def way(denoiser: nn.Module) -> nn.Module:
         on = graphs and torch.cuda.is_available()
         found = tn.attach(denoiser, scheme, execution=execution, compile=compile, graphs=on)
-        for patch in found.patches:
-            if isinstance(patch, CompiledBlocks) and mode:
-                patch.options = {"mode": mode}
+        _compile_by(found.patches, options)
         return denoiser
 
     return way
+
+
+def _compile_by(patches: Iterable[Any], options: dict[str, Any]) -> None:
+    for patch in patches:
+        if isinstance(patch, CompiledBlocks) and options:
+            patch.options = options
 
 
 def stored(compile: bool, graphs: bool) -> Any:
@@ -50,12 +53,12 @@ def stored(compile: bool, graphs: bool) -> Any:
     return way
 
 
-def plain(compile: bool, graphs: bool) -> Any:
+def plain(compile: bool, graphs: bool, **options: Any) -> Any:
     """The bf16 model itself, with what `attach` does round its calls."""
 
     def way(denoiser: nn.Module) -> nn.Module:
-        calls = Calls(compile, graphs and torch.cuda.is_available()).of(denoiser, False)
-        vars(denoiser)["calls"] = calls[0]
+        calls = Calls(compile, graphs and torch.cuda.is_available())
+        _compile_by(calls.of(denoiser, False)[1], options)
         return denoiser
 
     return way
@@ -147,17 +150,20 @@ WAYS: dict[str, Way] = {
     "bf16 graph": plain(False, True),
     "bf16 blocks": plain(True, False),
     "bf16 blocks, graph": plain(True, True),
+    "bf16 whole rows, graph": plain(True, True, options=WHOLE_ROWS),
     "w8a8 int8": attached("w8a8", "int8", False, False),
     "w8a8 auto": attached("w8a8", "auto", False, False),
     "w8a8 int8 graph": attached("w8a8", "int8", False, True),
     "w8a8 int8 blocks": attached("w8a8", "int8", True, False),
     "w8a8 int8 blocks, graph": attached("w8a8", "int8", True, True),
-    "w8a8 int8 tuned blocks, graph": attached("w8a8", "int8", True, True, TUNED),
+    "w8a8 int8 whole rows, graph": attached("w8a8", "int8", True, True, options=WHOLE_ROWS),
+    "w8a8 int8 tuned blocks, graph": attached("w8a8", "int8", True, True, mode=TUNED),
     "w8a8 auto blocks, graph": attached("w8a8", "auto", True, True),
     "fp8": attached("fp8", "int8", False, False),
     "fp8 graph": attached("fp8", "int8", False, True),
     "fp8 blocks": attached("fp8", "int8", True, False),
     "fp8 blocks, graph": attached("fp8", "int8", True, True),
+    "fp8 whole rows, graph": attached("fp8", "int8", True, True, options=WHOLE_ROWS),
     "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
     "fp8-static blocks": stored(True, False),
     "fp8-static blocks, graph": stored(True, True),

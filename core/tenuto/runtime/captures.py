@@ -67,8 +67,11 @@ class CudaCapture:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             own = {"pool": self.pool, "stream": self.stream}
-            with torch.cuda.graph(graph, **own, capture_error_mode="thread_local"):
-                out = call()
+            try:
+                with torch.cuda.graph(graph, **own, capture_error_mode="thread_local"):
+                    out = call()
+            except RuntimeError as error:
+                raise RuntimeError(first_line(cause_of(error))) from error
             self.bytes += max(0, torch.cuda.memory_reserved() - before)
         return functools.partial(self._replay, graph), out
 
@@ -94,6 +97,13 @@ class CudaCapture:
             return None
         taken, left = (f"{x / 2**30:.1f} GiB" for x in (self.bytes, max(0, free)))
         return f"they would take {taken} of the card's memory and leave {left}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong first: the end of a capture raises another error, "a previous error"."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @dataclass(eq=False)

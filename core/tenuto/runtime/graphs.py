@@ -116,7 +116,8 @@ class Graphs:
                 return self._answer(found)
         key = case, reused, self.weights.state()
         if self._refused() or not (key in self.known or self._take(key, call, args, kwargs)):
-            return call(*args, **kwargs)
+            with _casts_uncached(self.device):  # as it will be captured: nothing is compiled anew
+                return call(*args, **kwargs)
         self.known.move_to_end(key)
         self._launch(self.known[key], args, kwargs)
         return self._answer(self.known[key])
@@ -202,7 +203,7 @@ class Graphs:
         try:
             for cell, value in zip(self.cells, own_given, strict=True):
                 cell.given, cell.made = value, None
-            with _casts_uncached():
+            with _casts_uncached(self.device):
                 replay, out = capture(again)
             made = {n: c.made for n, c in enumerate(self.cells) if c.made is not None}
             slow = timed and not _gains(capture, replay, again)
@@ -249,8 +250,14 @@ def _autocast(device: str) -> torch.dtype | None:
 
 
 @contextmanager
-def _casts_uncached() -> Iterator[None]:
-    """Autocast without the weights that it keeps cast: they are freed when it ends."""
+def _casts_uncached(device: str) -> Iterator[None]:
+    """Autocast on `device` without the weights that it keeps cast: they are freed when it ends.
+
+    Where it is off nothing is changed: what is compiled goes by this switch, too.
+    """
+    if _autocast(device) is None:
+        yield
+        return
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

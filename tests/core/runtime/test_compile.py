@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,10 @@ from tenuto.caching import Interval
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.model import denoiser_of, tensors_in
 from tenuto.numerics import Recipe, Rule, Scheme
-from tenuto.runtime import Patches
+from tenuto.runtime import Patches, denoiser_call
 from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
+from tenuto.runtime.graphs import Graphs
 from tenuto.runtime.kernels import int8_linear
 from tests.core import family_pipelines, tiny_language
 from tests.core import tiny_pipelines as tiny
@@ -165,6 +167,30 @@ def test_a_move_of_a_compiled_model() -> None:
         case.denoiser.to(torch.float64).to(torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=True):
             assert near(case.run(), expected)
+    attached.detach()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_capture_compiles_nothing(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a call was compiled before: compilers time kernels, which no capture survives."""
+    counter, during = CompileCounter(), []
+
+    class Capture:
+        def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            before = counter.frame_count
+            out = call()
+            during.append(counter.frame_count - before)
+            return lambda: None, out
+
+    case = Case("flux", tn.schemes.W8A8)
+    on_cpu = functools.partial(Graphs, capture=lambda _: Capture(), device="cpu")
+    monkeypatch.setattr(denoiser_call, "Graphs", on_cpu)
+    attached = case.attach(Calls(compile=True, graphs=True))
+    with_options(attached, counter, 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for change in range(4):
+            case.run(0.01 * change)
+    assert counter.frame_count and during and not any(during)
     attached.detach()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import tenuto as tn
 from tenuto.caching import CacheSchedule, apply_schedule_
 from tenuto.errors import TenutoError
 from tenuto.model import override_
-from tenuto.runtime.captures import Reads
+from tenuto.runtime.captures import Reads, cause_of
 from tenuto.runtime.denoiser_call import DenoiserCall
 from tenuto.runtime.graphs import Graphs
 from tenuto.runtime.weights_in_place import MARKS
@@ -353,6 +354,21 @@ def test_autocast_is_another_graph_by_its_dtype(cached: bool) -> None:
             assert torch.is_autocast_cache_enabled() == cached
         assert again.captured == min(2, number + 1)
     assert call.graphs is not None and call.graphs.reason is None
+
+
+def test_what_went_wrong_first_is_what_is_said() -> None:
+    """The end of a capture raises another error, which says nothing."""
+
+    @contextmanager
+    def capture() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("failed due to a previous error")
+
+    with pytest.raises(RuntimeError) as caught, capture():
+        raise ValueError("a shape is wrong")
+    assert str(cause_of(caught.value)) == "a shape is wrong"
 
 
 def test_each_device_has_a_capture_of_its_own() -> None:

@@ -24,6 +24,9 @@ from tenuto.sampling.clock import Clock
 
 MEASURED = Chooser.__call__  # a conftest makes it answer int8
 CARD = torch.device("cuda", 0)
+LAST = torch.device(
+    "cuda", max(0, torch.cuda.device_count() - 1) if torch.cuda.is_available() else 1
+)
 GPU, CPU = ("QLinear", (64, 64), CARD), ("QLinear", (64, 64), torch.device("cpu"), 8)
 
 
@@ -125,11 +128,11 @@ def test_a_layer_is_captured_on_its_own_card(
 
     monkeypatch.setattr("tenuto.runtime.mode.CudaCapture", Capture)
     with FakeTensorMode():
-        x = torch.empty(2, device="cuda:1")
+        x = torch.empty(2, device=LAST)
     run = Mode(capture=True).run(calls.append, x)
     run()
     run()
-    assert cards == [torch.device("cuda", 1)]
+    assert cards == [LAST]
     assert len(calls) == 1 + CALLS * (2 if fails else 1), "made ready, and then captured or called"
     assert [line.partition(": ")[2] for line in caplog.messages] == (
         ["operation not permitted."] if fails else []
@@ -185,7 +188,7 @@ def test_another_process_of_the_same_card_times_nothing(tmp_path: Path) -> None:
     name = first(GPU, timed(ran))
     assert ran and path.exists() and [p.name for p in path.parent.iterdir()] == [path.name]
     ran.clear()
-    second = (*GPU[:-1], torch.device("cuda", 1))  # another card of the same name
+    second = (*GPU[:-1], LAST)  # another card of the same name
     for kind in (GPU, second):
         assert Chooser(kept=KeptChoices(path))(kind, timed(ran)) == name and not ran
     for other, kind in (

@@ -65,16 +65,19 @@ def codes_match(found: Tensor, wanted: Tensor) -> None:
     assert float(gap.sum()) <= 1 + 2e-3 * gap.numel()
 
 
-def floats_match(found: Tensor, wanted: Tensor) -> None:
-    """8-bit floats: nearly all equal, the others neighbours.
+def floats_match(found: Tensor, wanted: Tensor, exact: Tensor) -> None:
+    """8-bit floats: each as near to the exact number as the wanted one, whichever side of a tie.
 
     The interpreter of Triton (3.6 to 3.9) loses the carry where a mantissa is rounded up to 2, and
     cuts the smallest off.
     """
-    found, wanted = found.float(), wanted.float()
-    lost = (found == wanted / 2) if HERE == "cpu" else torch.zeros_like(found, dtype=torch.bool)
-    assert float((found != wanted).sum()) <= 1 + (0.1 if HERE == "cpu" else 1e-2) * found.numel()
-    assert torch.allclose(found[~lost], wanted[~lost], rtol=0.126, atol=2**-9)
+    found, wanted, exact = found.double(), wanted.double(), exact.double()
+    if HERE == "cpu":
+        lost = found == wanted / 2
+        assert float((found != wanted).sum()) <= 1 + 0.1 * found.numel()
+        assert torch.allclose(found[~lost], wanted[~lost], rtol=0.126, atol=2**-9)
+        return
+    assert ((found - exact).abs() <= (wanted - exact).abs() + 1e-5 * exact.abs()).all()
 
 
 def check_rows() -> None:
@@ -91,7 +94,7 @@ def check_rows() -> None:
         values, scale = fused.per_row(x, "e4m3")
         near, their = float8.per_row(x)
         assert values.dtype is torch.float8_e4m3fn and torch.allclose(scale, their, rtol=1e-6)
-        floats_match(values, near)
+        floats_match(values, near, x.double() / their)
     wide = torch.randn(4, 5, 96, device=HERE)
     part = wide[..., 32:64]
     assert torch.equal(fused.per_row(part)[0], fused.per_row(part.contiguous())[0])
@@ -135,7 +138,7 @@ def check_stored() -> None:
             codes_match(codes, quantize_input.reference_per_tensor(given, *pair))
             assert codes.stride() == given.stride()
             values = fused.stored(given, scales, zeros, index, "e4m3")[0]
-            floats_match(values, float8.per_tensor(given, pair[0]))
+            floats_match(values, float8.per_tensor(given, pair[0]), given.double() / pair[0])
 
 
 def check_trials() -> None:
@@ -365,7 +368,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     return state
 
 
