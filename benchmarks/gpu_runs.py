@@ -52,7 +52,7 @@ class Loop:
         for t in self.scheduler.timesteps:
             both = self.scheduler_input(x, t)
             given[self.sample] = torch.cat([both, both]) if rows > 1 else both
-            given["timestep"] = t.expand(rows) / (1000 if self.flow else 1)
+            given["timestep"] = t.expand(rows) / 1000 if self.flow else t.expand(rows)
             out = self.denoiser(**given, return_dict=False)[0][:, : x.shape[1]]
             if rows > 1:
                 first, second = out.chunk(2)

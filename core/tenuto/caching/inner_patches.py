@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,18 +18,33 @@ def inner_patch(denoiser: nn.Module) -> str:
     A hook, as of self-attention guidance, or an attention processor of another library's or of a
     pipeline's own: both may keep what they see for the rest of the step.
     """
-    for name, module in denoiser.named_modules():
-        if name and any(_foreign(vars(module).get(hooks)) for hooks in HOOKS):
-            return name
-        processor = vars(module).get("processor")
-        if processor is not None and not type(processor).__module__.startswith(OURS):
-            return name
-    return ""
+    if not any(_reads(m, m is not denoiser) for m in _inside(denoiser)):  # without names: quick
+        return ""
+    return next(name for name, m in denoiser.named_modules() if _reads(m, bool(name)))
+
+
+def _inside(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a denoiser, itself too; one that is there twice may come twice."""
+    waiting: list[Any] = [denoiser]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            yield module
+            waiting.extend(module._modules.values())
+
+
+def _reads(module: nn.Module, hooked: bool) -> bool:
+    """Whether a module's processor, or one of its hooks if those count, may read along."""
+    own = vars(module)
+    if hooked and any(map(_foreign, filter(None, map(own.get, HOOKS)))):
+        return True
+    processor = own.get("processor")
+    return processor is not None and not type(processor).__module__.startswith(OURS)
 
 
 def _foreign(hooks: Any) -> bool:
     """Whether one of a module's hooks is not of this library or of torch itself."""
     return any(
         not str(getattr(hook, "__module__", type(hook).__module__)).startswith(("torch.", *OURS))
-        for hook in (hooks or {}).values()
+        for hook in hooks.values()
     )

@@ -30,11 +30,15 @@ def outside_graphs(call: Function) -> Function:
     It takes a second to import, and models that are not compiled do without.
     """
 
+    disabled: list[Callable[..., Any]] = []  # made once: it costs as much as some calls
+
     @functools.wraps(call)
     def eager(*args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return call(*args, **kwargs)
-        return torch.compiler.disable(call)(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(call))
+        return disabled[0](*args, **kwargs)
 
     vars(eager)["_torchdynamo_disable"] = True  # what torch's own decorator writes
     return eager  # type: ignore[return-value]

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenuto.numerics import QTensor, float8, integer_codes
 from tenuto.numerics.scheme import Format, schemes
@@ -37,6 +38,7 @@ from tenuto.runtime.kernels import (
     trial,
 )
 from tenuto.runtime.kernels.int8_linear import IntLinear
+from tenuto.runtime.kernels.quantize_input import LONG, WIDEST
 from tenuto.runtime.layers import QConv2d, QLinear
 from tenuto.sampling import Clock
 
@@ -449,6 +451,42 @@ def test_plain_operations_serve_where_triton_compiles_nothing(
     assert not int8_fused.supported(x.device) and not column_rounding.supported(x)
     assert not quantize_input.triton_runs() and not quantize_input.triton_runs(0)
     assert ["quantized layers" in line for line in caplog.messages] == [True, False]
+
+
+class _Operations(TorchDispatchMode):
+    """Keeps what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_long_rows_stay_one_operation_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter ones are plain operations, which compilers fuse with what comes before."""
+    monkeypatch.setattr(quantize_input, "compiling", lambda: True)
+    for columns, whole in ((LONG - 1, False), (LONG, True), (WIDEST + 1, False)):
+        for dtype, per_row in quantize_input.PER_ROW.items():
+            with FakeTensorMode(), _Operations() as seen:
+                x = torch.empty(2, 3, columns, device="cuda", dtype=torch.bfloat16)
+                codes, scale = per_row(x)
+            assert ("tenuto::quantize_rows" in seen.names) == whole, (columns, dtype)
+            assert codes.shape == x.shape and scale.shape == (2, 3, 1)
+            assert scale.dtype is torch.float32 and codes.device == x.device
+
+
+@pytest.mark.parametrize("dtype", list(quantize_input.PER_ROW))
+def test_the_operation_of_long_rows_is_the_function(dtype: str) -> None:
+    x = torch.randn(2, 3, 70, device=HERE).bfloat16()
+    codes, scale = torch.ops.tenuto.quantize_rows(x, dtype)
+    wanted, their = quantize_input.PER_ROW[dtype](x)
+    assert codes.dtype is quantize_input.TYPES[dtype] and torch.equal(scale, their)
+    shifted = quantize_input.counted(codes), quantize_input.counted(wanted)
+    assert torch.equal(*(shifted if dtype == "int" else (codes.float(), wanted.float())))
+    torch.library.opcheck(torch.ops.tenuto.quantize_rows, (x, dtype))
 
 
 # --- tiles ----------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...numerics import QTensor
 from . import int8_cpu
 from .epilogue import finished, in_pieces
-from .int8_linear import IntLinear, signed
+from .int8_linear import IntLinear
 from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling, counted
+from .quantize_input import MIDDLE, compiling, counted, signed
 
 EIGHT = 8  # what cuBLAS wants a multiple of
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...numerics import QTensor
 from . import int8_linear
-from .int8_linear import IntLinear, signed
+from .int8_linear import IntLinear
 from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling, triton_runs
+from .quantize_input import MIDDLE, compiling, signed, triton_runs
 
 
 def supported(device: torch.device) -> bool:

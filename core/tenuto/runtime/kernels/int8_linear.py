@@ -15,7 +15,7 @@ from ...numerics import QTensor
 from . import int8_cpu
 from .epilogue import finished, in_pieces
 from .kernel import INT8_INPUTS, Case, Formats, Kernel, apart, graph_operation
-from .quantize_input import MIDDLE, compiling, counted
+from .quantize_input import MIDDLE, compiling, counted, signed
 
 
 def reference(
@@ -100,11 +100,6 @@ class IntLinear:
     def tensors(self) -> list[Tensor]:
         """What is resident."""
         return [self.weight, self.scale, self.sums]
-
-
-def signed(x: Tensor) -> Tensor:
-    """x - 128 as int8, of uint8 codes: the highest bit turned over. Codes in int8 are that."""
-    return x if x.dtype is torch.int8 else (x ^ MIDDLE).view(torch.int8)
 
 
 def _number(zero: Any, like: Tensor) -> Any:

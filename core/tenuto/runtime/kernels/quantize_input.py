@@ -5,7 +5,7 @@ a piece at a time in a buffer that is kept: passes over a cache, and no page fau
 by adding 1.5 * 2^23, which leaves the rounded number in the lowest byte of a float. Every device
 computes the same codes. On CUDA one kernel of Triton finds the range of a row and writes the codes,
 less 128 as int8 (`quantize_input_triton.py`); in a graph that is being made they are plain
-operations, which compilers fuse with what comes before.
+operations, which compilers fuse with what comes before, but for long rows: these stay that kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...numerics import float8
+from .kernel import graph_operation
 from .trial import works
 
 MIDDLE = 128  # zero point of a symmetric range in uint8
@@ -28,6 +29,8 @@ MAGIC = 1.5 * 2**23  # from here to 2^24 floats are whole numbers
 PIECE = 2**18  # elements a thread: 1 MiB of floats, about a core's second cache
 
 WIDEST = 2**15  # columns of a row that a kernel of Triton keeps in registers
+LONG = 2**12  # compiled code reads so long a row twice, and computes what is before it twice
+TYPES = {"int": torch.int8, "e4m3": float8.CODES}  # of codes on CUDA
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _kept = threading.local()
@@ -74,6 +77,8 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     dims (-1,) is one range per token (..., 1); (1, 2, 3) one per image (B, 1, 1, 1). Never over
     the batch: an image must not depend on its neighbours. On CUDA codes may be int8, less 128.
     """
+    if _stays_whole(x, dims):
+        return _long_rows(x, "int")
     if fused(x) and dims in ((-1,), (1, 2, 3)):
         from . import quantize_input_triton as kernels
 
@@ -99,11 +104,36 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
 
 def per_row_float8(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
     """`float8.per_row`, in one kernel where that runs."""
+    if _stays_whole(x, dims):
+        return _long_rows(x, "e4m3")
     if fused(x) and dims == (-1,) and has_float8(x.device.index):
         from .quantize_input_triton import per_row as rows
 
         return rows(x, "e4m3")
     return float8.per_row(x, dims)
+
+
+def _stays_whole(x: Tensor, dims: tuple[int, ...]) -> bool:
+    """Whether a graph that is being made keeps the quantization of `x` as one operation."""
+    if x.device.type != "cuda" or _long_rows is None or dims != (-1,):
+        return False
+    return LONG <= x.shape[-1] <= WIDEST and compiling()
+
+
+def _rows_of(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Codes, whole ones as int8 less 128, and scales of a range a row."""
+    codes, scale = PER_ROW[dtype](x)
+    return signed(codes) if dtype == "int" else codes, scale
+
+
+def _fake_rows(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=TYPES[dtype])
+    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+_long_rows = graph_operation(
+    "quantize_rows(Tensor x, str dtype) -> (Tensor, Tensor)", _rows_of, _fake_rows
+)
 
 
 def fused(x: Tensor) -> bool:
@@ -144,6 +174,11 @@ def has_float8(index: int) -> bool:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def signed(x: Tensor) -> Tensor:
+    """x - 128 as int8, of uint8 codes: the highest bit turned over. Codes in int8 are that."""
+    return x if x.dtype is torch.int8 else (x ^ MIDDLE).view(torch.int8)
 
 
 def counted(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

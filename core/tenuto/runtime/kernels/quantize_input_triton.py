@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...numerics import float8, integer_codes
+from .quantize_input import TYPES
 from .tiles_triton import start
 
 TILE, BLOCK = 2048, 4096  # elements of a program: of short rows, of a stored range
 TOP = {"int": 127.0, "e4m3": float8.MOST}
-TYPES = {"int": torch.int8, "e4m3": float8.CODES}
 
 
 @triton.jit
