@@ -489,6 +489,26 @@ def test_the_operation_of_long_rows_is_the_function(dtype: str) -> None:
     torch.library.opcheck(torch.ops.tenuto.quantize_rows, (x, dtype))
 
 
+@pytest.mark.parametrize("dtype", list(quantize_input.PER_ROW))
+def test_the_operation_of_long_rows_takes_any_strides(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By plain operations too, on a card that the kernels of Triton do not run on."""
+    monkeypatch.setattr(quantize_input, "_lean", lambda x: False)
+    monkeypatch.setattr(quantize_input, "triton_runs", lambda index: False)
+    rows = torch.randn(2, 3, 70, device=HERE)
+    wanted = torch.ops.tenuto.quantize_rows(rows, dtype)
+    wide = torch.cat([rows, rows], -1)
+    for x in (
+        rows.mT.contiguous().mT,
+        rows.transpose(0, 1).contiguous().transpose(0, 1),
+        wide[..., 70:],
+    ):
+        for found, other in zip(torch.ops.tenuto.quantize_rows(x, dtype), wanted, strict=True):
+            assert torch.equal(found.float(), other.float()) and found.is_contiguous()
+        torch.library.opcheck(torch.ops.tenuto.quantize_rows, (x, dtype))
+
+
 # --- tiles ----------------------------------------------------------------------------------------
 
 

@@ -122,7 +122,7 @@ def _stays_whole(x: Tensor, dims: tuple[int, ...]) -> bool:
 
 def _rows_of(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Codes, whole ones as int8 less 128, and scales of a range a row."""
-    codes, scale = PER_ROW[dtype](x)
+    codes, scale = PER_ROW[dtype](x.contiguous())  # plain operations keep the strides of `x`
     return signed(codes) if dtype == "int" else codes, scale
 
 
