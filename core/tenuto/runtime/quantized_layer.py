@@ -265,6 +265,7 @@ class QLayer(Replacement):
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
 
+    @torch.no_grad()
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         assert self.scheme.activation is not None
         dtype = self.scheme.activation.dtype

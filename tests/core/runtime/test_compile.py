@@ -22,6 +22,8 @@ from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls, CompiledBlocks
 from tenuto.runtime.graphs import Graphs
 from tenuto.runtime.kernels import int8_linear
+from tenuto.runtime.layers import QLinear
+from tenuto.sampling import Clock
 from tests.core import family_pipelines, tiny_language
 from tests.core import tiny_pipelines as tiny
 from tests.core.runtime.exact import for_int_mm
@@ -234,6 +236,24 @@ def test_a_user_compiles() -> None:
     computed, reused = (sum(column) for column in zip(*attached.counts().values(), strict=True))
     assert computed == reused > 0
     attached.detach()
+
+
+@pytest.mark.parametrize("scheme", [tn.schemes.W8A8, tn.schemes.FP8], ids=["int8", "fp8"])
+def test_what_is_trained_beside_a_compiled_layer(scheme: Scheme) -> None:
+    """An adapter gets the gradients that it gets in eager mode: codes have none, nor do ranges."""
+    base, beside = nn.Linear(16, 8), nn.Linear(16, 8)
+    weight = RoundToNearest().weight(base.weight, scheme.weight)
+    layer = QLinear(base, weight, scheme, Clock((999.0,)), simulate=True)
+    found = []
+    for compile in (False, True):
+        x = torch.ones(3, 16).cumsum(1).requires_grad_()
+
+        def both(x: Tensor) -> Tensor:
+            return layer(x * 2) + beside(x)
+
+        call = torch.compile(both, backend="aot_eager") if compile else both
+        found.append(torch.autograd.grad(call(x).square().sum(), [x, beside.weight]))
+    assert all(map(torch.allclose, *found))
 
 
 def test_detached_while_compiled() -> None:
