@@ -28,14 +28,14 @@ from .choices import (
 
 PLAIN = Choices()
 AUTOMATIC = (
-    "Auto makes 1 in Speed of the model's calls and forecasts the others: nearly the same image. "
-    "Under a sampler that adds noise (Euler a, SDE, LCM) it is Router. It needs 9 steps. Start, "
-    "stop, last step and reuse in a row are limits of Uniform and Router alone."
+    "At speed 2, Auto makes half of the model's calls and forecasts the others: nearly the same "
+    "image. Under a sampler that adds noise (Euler a, SDE, LCM) it is Router. Runs need 9 steps. "
+    "Start, stop, last step and reuse in a row are limits of Uniform and Router alone."
 )
 SKIPS = (
-    "1 leaves it to the feature cache. Above 1 calls are skipped in place of it, as by Auto, but "
-    "nothing is reused where a run does not allow that. 2 skips half of them. Without an artifact "
-    "that has a forecast of your model, one that ships decides, which was not measured on it."
+    "1 leaves it to the feature cache. Above 1, calls are skipped in its place, as by Auto, but "
+    "nothing is reused where a run does not allow that. Without an artifact that has a forecast of "
+    "your model, one that ships decides, which was not measured on it."
 )
 problem: list[str] = []  # why the last infotext was not restored; it stays until Tenuto is on
 
