@@ -38,6 +38,17 @@ def sdxl() -> nn.Module:
     return diffusers.UNet2DConditionModel(**config)
 
 
+def sd15() -> nn.Module:
+    """The U-Net of Stable Diffusion 1.5."""
+    import diffusers
+
+    config: Any = dict(  # noqa: C408
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+        block_out_channels=[320, 640, 1280, 1280],
+    )  # fmt: skip
+    return diffusers.UNet2DConditionModel(**config)
+
+
 def klein() -> nn.Module:
     """FLUX.2-klein-4B."""
     import diffusers
@@ -63,6 +74,12 @@ def sdxl_inputs() -> dict[str, Any]:
             "added_cond_kwargs": added}  # fmt: skip
 
 
+def sd15_inputs() -> dict[str, Any]:
+    """Of one call at 512 with guidance."""
+    return {"sample": torch.randn(2, 4, 64, 64), "timestep": torch.tensor(500),
+            "encoder_hidden_states": torch.randn(2, 77, 768)}  # fmt: skip
+
+
 def klein_inputs() -> dict[str, Any]:
     """Of one call at 1024: 64 x 64 patches and 512 tokens."""
     image, text = torch.zeros(1, 4096, 4), torch.zeros(1, 512, 4)
@@ -78,16 +95,20 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = 
     "dit16": (dit, lambda: dit_inputs(16)),
     "sdxl": (sdxl, sdxl_inputs),
     "klein": (klein, klein_inputs),
+    "sd15": (sd15, sd15_inputs),
+    "dit blocks": (lambda: dit(4), lambda: dit_inputs(2)),
     "tiny": (lambda: dit(2, 2, 32), lambda: dit_inputs(2)),
 }
 
 
-def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in bf16 and the arguments of a call, on the device."""
+def made(
+    name: str, device: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in `dtype` and the arguments of a call, on the device."""
     torch.manual_seed(0)
     model, inputs = MAKE[name]
     with torch.device(device):
-        denoiser = model().to(torch.bfloat16).eval().requires_grad_(False)
+        denoiser = model().to(dtype).eval().requires_grad_(False)
     for weight in denoiser.parameters():  # zeros, as some layers start with, would be no work
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
@@ -97,6 +118,6 @@ def made(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
         if isinstance(x, dict):
             return {key: moved(value, key) for key, value in x.items()}
         narrow = x.is_floating_point() and name != "timestep"
-        return x.to(device, torch.bfloat16) if narrow else x.to(device)
+        return x.to(device, dtype) if narrow else x.to(device)
 
     return denoiser, moved(inputs())

@@ -60,7 +60,7 @@ def attach(
     speedup: Speedup | None = None,
     chooser: Chooser | None = None,
     compile: bool = False,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -86,7 +86,8 @@ def attach(
     decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
     graphs, one for every pattern of a step; "auto": on CUDA, where a graph is faster than the call
-    and the card has the memory. Weights may be moved, changed and replaced all the while: `Graphs`.
+    and the card has the memory, and no call takes long anyway. Weights may be moved, changed and
+    replaced all the while: `Graphs`.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.

@@ -69,6 +69,8 @@ def captured(graphs: bool | str) -> bool:
         raise TenutoError(f"Unknown graphs={graphs!r}: choose True, False or 'auto'.")
     if graphs is True and not torch.cuda.is_available():
         raise TenutoError("CUDA graphs need a GPU of CUDA, and there is none: use graphs='auto'.")
+    if graphs == "auto" and torch.version.hip is not None:
+        return False  # nobody has tried them there
     return bool(graphs) and torch.cuda.is_available()
 
 
@@ -93,6 +95,8 @@ class DenoiserCall:
                 self.graphs.off("its cache policy decides while it runs")
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if compiling() and not self.cells and self.blocks is None:
+            return original(*args, **kwargs)  # the user compiles it all: nothing breaks the graph
         case = self._before(args, kwargs)
         if self.blocks is not None and not compiling() and self.blocks.unpacked():
             original = self.blocks.as_they_are(original)

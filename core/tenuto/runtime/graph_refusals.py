@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..caching.inner_patches import inner_patch
 from ..model import patch_of
 from ..model.hooks import CAST, GROUPS
 from .temporal_table import TemporalTable
@@ -18,11 +19,12 @@ from .temporal_table import TemporalTable
 MOVES = "offloading moves its weights"
 
 
-def refusal_of(model: nn.Module) -> str | None:
+def refusal_of(model: nn.Module, strict: bool = False) -> str | None:
     """What keeps the calls of `model` from being captured, or None.
 
     The model's own forward hooks lie round its calls, and are no hindrance; nor is an empty
-    registry, which diffusers leaves on a model that a pipeline has run.
+    registry, which diffusers leaves on a model that a pipeline has run. strict: neither is an
+    attention processor of another library welcome, which may keep what it sees.
     """
     modules = list(_modules(model))
     for module in modules:
@@ -40,7 +42,8 @@ def refusal_of(model: nn.Module) -> str | None:
             return _lies("another library's patch", module)
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
             return _lies("a hook", module)
-    return None
+    reader = inner_patch(model) if strict else ""
+    return f"the processor of {reader} may keep what it sees" if reader else None
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

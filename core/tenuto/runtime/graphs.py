@@ -33,6 +33,7 @@ MOST = 16  # graphs of one denoiser: each keeps its own outputs
 GAIN = 0.98  # of the time of a call as it is: what its graph must stay below to be kept
 TURNS = 3  # of both, timed one after the other
 USES = 5  # replays: fewer do not pay for a capture
+LONG = 0.3  # seconds of a call: starting its kernels is a small part of them, and trials take time
 
 
 class Graphs:
@@ -41,7 +42,8 @@ class Graphs:
     cells: what reuses outputs inside the call. capture: what records on a device. most: how many
     graphs are kept, the one used last the longest. device: of the calls that are captured. warm:
     how many calls of a case run before it is captured. choose: keep a graph only where it is faster
-    than the call, and only while the card has the memory.
+    than the call, which takes less than `LONG`, while the card has the memory, and where no
+    processor of another library could miss a call.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Graphs:
         self.choose = choose
         self.known: OrderedDict[Any, Captured] = OrderedDict()
         self.gains: dict[Any, bool] = {}  # by the form of a call: whether its graph is faster
+        self.short: set[Any] = set()  # forms of calls that do not take long
         self.calls: dict[Any, int] = {}
         self.reason: str | None = None  # why none is made now
         self.final = False  # nor later
-        self.weights = InPlaceWeights(denoiser, device)
+        self.weights = InPlaceWeights(denoiser, device, strict=choose)
         self.evicted = 0  # in a row, of those that had hardly been replayed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
@@ -117,7 +120,7 @@ class Graphs:
         key = case, reused, self.weights.state()
         if self._refused() or not (key in self.known or self._take(key, call, args, kwargs)):
             with _casts_uncached(self.device):  # as it will be captured: nothing is compiled anew
-                return call(*args, **kwargs)
+                return self._as_it_is(key, call, args, kwargs)
         self.known.move_to_end(key)
         self._launch(self.known[key], args, kwargs)
         return self._answer(self.known[key])
@@ -127,6 +130,7 @@ class Graphs:
         self.known.clear()
         self.calls.clear()
         self.gains.clear()
+        self.short.clear()
         self.weights.forget()
 
     def _refused(self) -> bool:
@@ -147,7 +151,7 @@ class Graphs:
             self.calls.clear()
         form = key[0]
         slower = self.gains.get(form) is False
-        if count <= self.warm or slower:
+        if count <= self.warm or slower or self._to_be_timed(key):
             return False
         try:
             found = self._captured(call, args, kwargs, self.choose and form not in self.gains)
@@ -156,8 +160,29 @@ class Graphs:
             return False
         if len(self.gains) > 8 * self.most:
             self.gains.clear()
+            self.short.clear()
         self.gains[form] = found is not None
         return found is not None and self._kept(key, found)
+
+    def _to_be_timed(self, key: Any) -> bool:
+        """Whether the next call of a case shows if its form takes long: it has run before."""
+        known = key[0] in self.short or key[0] in self.gains
+        return self.choose and not known and self.calls.get(key, 0) > self.warm
+
+    def _as_it_is(self, key: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call without a graph; timed, where that decides whether there will be one."""
+        if self.reason is not None or not self._to_be_timed(key):
+            return call(*args, **kwargs)
+        out: list[Any] = []
+        capture = self.capture(self._device((args, kwargs)))
+        seconds = capture.seconds(lambda: out.append(call(*args, **kwargs)))
+        if seconds <= LONG:
+            self.short.add(key[0])
+        else:
+            self.gains[key[0]] = False
+            kind = type(self.denoiser).__name__
+            log.info("%s runs without CUDA graphs: a call takes %.1f s.", kind, seconds)
+        return out[0]
 
     def _kept(self, key: Any, found: Captured) -> bool:
         """Whether there is room for one more graph; the one used longest ago may go for it."""

@@ -39,11 +39,12 @@ MARKS = 64  # different states that are remembered
 class InPlaceWeights:
     """The addresses of a model's weights, and what else decides how it computes.
 
-    Those of adapters stay in place, see `AdaptersInPlace`. device: of these weights.
+    Those of adapters stay in place, see `AdaptersInPlace`. device: of these weights. strict: as
+    `refusal_of` takes it.
     """
 
-    def __init__(self, model: nn.Module, device: str = "cuda") -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: nn.Module, device: str = "cuda", strict: bool = False) -> None:
+        self.model, self.device, self.strict = model, device, strict
         self.walks = 0  # how often the whole model was looked at
         self.refusal: str | None = None  # why it must run as it is
         self._seen: _Walk | None = None
@@ -74,7 +75,7 @@ class InPlaceWeights:
             return self._now()
         self.walks, self._streak = self.walks + 1, self._streak + 1
         self._seen = None  # it has the weights of adapters that are gone
-        self.refusal = refusal_of(self.model)
+        self.refusal = refusal_of(self.model, self.strict)
         if self.refusal is None:
             self._adapters.keep(self.model)
         self._seen = _Walk(self.model)

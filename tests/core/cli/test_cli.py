@@ -427,8 +427,8 @@ def test_execution_is_as_asked(
 
 @pytest.mark.parametrize(
     ("asked", "compiled", "captured"),
-    [([], False, False), (["--compile"], True, "auto"), (["--graphs"], False, "auto"),
-     (["--compile", "--no-graphs"], True, False)],
+    [([], False, "auto"), (["--compile"], True, "auto"), (["--graphs"], False, "auto"),
+     (["--no-graphs"], False, False), (["--compile", "--no-graphs"], True, False)],
 )  # fmt: skip
 def test_compare_measures_what_generate_runs(
     asked: list[str], compiled: bool, captured: Any, tiny_pixart_folder: Path,

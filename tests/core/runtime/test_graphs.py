@@ -20,7 +20,7 @@ from tenuto.errors import TenutoError
 from tenuto.model import override_
 from tenuto.runtime.captures import Reads, cause_of
 from tenuto.runtime.denoiser_call import DenoiserCall
-from tenuto.runtime.graphs import Graphs
+from tenuto.runtime.graphs import LONG, Graphs
 from tenuto.runtime.weights_in_place import MARKS
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
@@ -485,20 +485,55 @@ def test_a_graph_is_kept_where_it_is_faster(caplog: pytest.LogCaptureFixture) ->
     model = tiny.randomized(Denoiser())
     call, again = captured(model, choose=True)
     assert call.graphs is not None
-    again.times = [1.0, 2.0, 9.0, 2.0, 1.0, 2.0] + [3.0, 2.0] * 3
+    short = LONG / 2
+    again.times = [short, 1.0, 2.0, 9.0, 2.0, 1.0, 2.0, short] + [3.0, 2.0] * 3
     for rows, kept in ((2, 1), (3, 1)):
         for seed in range(4):
             given = inputs(seed, rows)
             assert alike(model(*given)["sample"], plain(model, given))
         assert len(call.graphs.known) == kept
     assert again.captured == 2 and not again.times and call.graphs.reason is None
-    again.full, again.times = "they would take 9 GiB", [1.0, 2.0] * 3
+    again.full, again.times = "they would take 9 GiB", [short] + [1.0, 2.0] * 3
     with caplog.at_level(logging.INFO, "tenuto"):
         for seed in range(4):
             model(*inputs(seed, 4))
     (said,) = [r for r in caplog.records if "without CUDA graphs" in r.getMessage()]
     assert "9 GiB" in said.getMessage() and said.levelno == logging.INFO, "nobody asked for them"
     assert not call.graphs.known
+
+
+@torch.no_grad()
+def test_a_call_that_takes_long_is_timed_once_and_left_as_it_is(caplog: Any) -> None:
+    """Trials of a graph would take longer than it saves; another size of it is asked anew."""
+    model = tiny.randomized(Denoiser())
+    call, again = captured(model, choose=True)
+    again.times = [2 * LONG, 2 * LONG]
+    with caplog.at_level(logging.INFO, "tenuto"):
+        for rows in (2, 3):
+            for seed in range(5):
+                given = inputs(seed, rows)
+                assert alike(model(*given)["sample"], plain(model, given))
+    assert not again.captured and not again.times
+    assert [line.partition(": ")[2] for line in caplog.messages] == ["a call takes 0.6 s."] * 2
+    assert call.graphs is not None and call.graphs.reason is None
+
+
+class Keeper:
+    """An attention processor of somebody's."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choose", [False, True])
+def test_a_processor_that_may_keep_what_it_sees(choose: bool) -> None:
+    """Nobody has asked for graphs where they are the default: it misses nothing there."""
+    model: Any = tiny.randomized(Denoiser())
+    model.one.processor = Keeper()
+    call, again = captured(model, choose=choose)
+    again.times = [LONG / 2] + [1.0, 2.0] * 3
+    for seed in range(4):
+        model(*inputs(seed))
+    assert again.captured == (not choose) and call.graphs is not None
+    assert bool(call.graphs.reason) == choose
 
 
 def scheduled(most: int = 16) -> tuple[nn.Module, Clock, Recorded]:
