@@ -84,6 +84,7 @@ class Session:
             self.installed, self.report.attached = made, True
         else:
             made.detach()
+            self.report.notes += filter(None, [made.why])
 
     def evaluates(self, params: Any) -> None:
         """The host's callback before each evaluation, of whatever sampling run."""

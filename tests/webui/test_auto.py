@@ -80,6 +80,22 @@ def test_where_the_noise_is_not_known(host: Any) -> None:
     assert "so blocks" not in alone.processed.comments, "Speedup is that or nothing"
 
 
+def test_a_file_with_nothing_to_reuse_says_why(host: Any, tmp_path: Path) -> None:
+    """Where the noise is not known either, nothing is attached."""
+    from tenuto.artifact import Artifact
+    from tenuto.artifact.host_names import canonicalized
+
+    made = Artifact.new(host.unet, {"timesteps": [999.0], "steps": 1, "guidance": 1.0})
+    made.tensors["route/costs"] = torch.zeros(1)  # safetensors 0.4.2 wants one
+    (tmp_path / "tenuto").mkdir()
+    canonicalized(made, host.unet).save(tmp_path / "tenuto" / "bare.safetensors")
+    sys.modules["tenuto_webui.hosts"].sampling_of(host.sd_model).prediction_type = "sample"
+    plain = host.pictures(host.p(*OFF, steps=12))
+    p = host.p(True, "bare.safetensors", "Off", steps=12)
+    assert torch.equal(host.pictures(p), plain)
+    assert p.processed.comments.count("no default forecast for this model") == 1
+
+
 def test_a_sampler_that_does_not_say_its_steps(
     host: Any, stubs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
