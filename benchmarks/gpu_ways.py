@@ -83,6 +83,29 @@ def of_denoiser(then: Way) -> Any:
     return way
 
 
+def fused(then: Way) -> Way:
+    """Query, key and value of an attention by one layer, as diffusers does it, and then `then`."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+
+        kind: Any = FusedAttnProcessor2_0
+        found = [m for m in denoiser.modules() if isinstance(m, Attention)]
+        for module in found:
+            module.fuse_projections()
+            module.set_processor(kind())
+            module.fused_projections = False  # `attach` refuses it: an artifact knows them apart
+            for name in ("to_q", "to_k", "to_v"):  # they would be quantized, and never be called
+                if hasattr(module, "to_qkv") or (name != "to_q" and hasattr(module, "to_kv")):
+                    delattr(module, name)
+        if not found:
+            fuse: Any = denoiser.fuse_qkv_projections
+            fuse()
+        return then(denoiser)
+
+    return way
+
+
 def compiled(mode: str | None) -> Any:
     """torch.compile of the whole model."""
 
@@ -164,6 +187,9 @@ WAYS: dict[str, Way] = {
     "fp8 blocks": attached("fp8", "int8", True, False),
     "fp8 blocks, graph": attached("fp8", "int8", True, True),
     "fp8 whole rows, graph": attached("fp8", "int8", True, True, options=WHOLE_ROWS),
+    "fused: bf16 blocks, graph": fused(plain(True, True)),
+    "fused: w8a8 int8 blocks, graph": fused(attached("w8a8", "int8", True, True)),
+    "fused: fp8 blocks, graph": fused(attached("fp8", "int8", True, True)),
     "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
     "fp8-static blocks": stored(True, False),
     "fp8-static blocks, graph": stored(True, True),
