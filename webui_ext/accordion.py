@@ -27,11 +27,15 @@ from .choices import (
 )
 
 PLAIN = Choices()
+AUTOMATIC = (
+    "At speed 2, Auto makes half of the model's calls and forecasts the others: nearly the same "
+    "image. Under a sampler that adds noise (Euler a, SDE, LCM) it is Router. Runs need 9 steps. "
+    "Start, stop, last step and reuse in a row are limits of Uniform and Router alone."
+)
 SKIPS = (
-    "1 is off. 2 skips half of the model's calls and computes what they would have answered from "
-    "the calls before: about half the time, nearly the same image. In place of the feature cache. "
-    "Without an artifact that has a forecast of your model, one that ships decides, which was not "
-    "measured on it. Needs 9 steps, and a sampler that adds no noise (not Euler a, SDE, LCM)."
+    "1 leaves it to the feature cache. Above 1, calls are skipped in its place, as by Auto, but "
+    "nothing is reused where a run does not allow that. Without an artifact that has a forecast of "
+    "your model, one that ships decides, which was not measured on it."
 )
 problem: list[str] = []  # why the last infotext was not restored; it stays until Tenuto is on
 
@@ -66,7 +70,7 @@ def build(script: Any) -> list[Any]:
         with gr.Row():
             cache = gr.Radio(
                 label="Feature cache", choices=list(CACHES), value=PLAIN.cache,
-                elem_id=ident("cache"),
+                elem_id=ident("cache"), info=AUTOMATIC,
             )  # fmt: skip
             speed = slider("speed", "Speed", 1, 8, 0.5)
         with gr.Row():

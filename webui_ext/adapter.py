@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from tenuto.caching import CacheSchedule, Forecast
-from tenuto.errors import ModelError
+from tenuto.errors import ModelError, TenutoError
 from tenuto.model import WHOLE, Attached, describe, key_map_of, override_
 from tenuto.runtime import (
     Host,
@@ -37,12 +38,14 @@ SOME = 2.0  # stands for any speedup in what is kept from run to run
 class Chosen(Patches):
     """What the extension's fields say beside. lora: see `Weights`; limits: of the cache.
 
-    by_step: the policy is a rule for the steps of a run, whatever their timesteps.
+    by_step: the policy is a rule for the steps of a run, whatever their timesteps. fallback:
+    branches are reused in the runs of which no call can be skipped, else in none.
     """
 
     lora: str = SIDE
     limits: Limits = field(default_factory=Limits)
     by_step: bool = False
+    fallback: bool = False
 
 
 class WebUI(Host):
@@ -58,15 +61,25 @@ class WebUI(Host):
     def install(self, handle: Any, patches: Patches) -> Installed:
         """What is said is done at every step that an artifact knows."""
         chosen = patches if isinstance(patches, Chosen) else Chosen(**vars(patches))
-        shipped = with_kernel(chosen, lambda: host_kernel(hosts.sampling_of(handle))).kernel
+        shipped, why = None, ""
+        try:
+            shipped = with_kernel(chosen, lambda: host_kernel(hosts.sampling_of(handle))).kernel
+        except TenutoError as error:
+            if not chosen.fallback:
+                raise
+            chosen, why = replace(chosen, speedup=None, fallback=False), f"{error}"
         weights = self._weights(handle, chosen, shipped)
-        forecast = weights.plan.forecast
+        forecast, denoiser = weights.plan.forecast, self.denoiser(handle)
         if forecast is None or chosen.speedup is None:
-            plan = plan_of(self.denoiser(handle), chosen, weights.plan)
-            return Installed(handle, weights, plan)
+            plan = plan_of(denoiser, chosen, weights.plan)
+            return Installed(handle, weights, plan, why=why)
         kernel = shipped or forecast.kernel  # hosts change a checkpoint's schedule by an option
         forecast = replace(forecast, speedup=chosen.speedup, kernel=kernel)
-        return Installed(handle, weights, None, forecast)
+        plan = None
+        if chosen.fallback:
+            with suppress(ModelError):  # of a class whose branches have no names here
+                plan = plan_of(denoiser, chosen, weights.plan)
+        return Installed(handle, weights, plan, forecast)
 
     def forget(self) -> None:
         """Another checkpoint: nothing that was made of the last one is kept."""
@@ -80,8 +93,9 @@ class WebUI(Host):
         denoiser, changes = self.denoiser(handle), Changes(handle)
         some = None if chosen.speedup is None else SOME
         made_of = replace(
-            chosen, policy=None, limit=None, route=True, limits=Limits(), speedup=some
-        )
+            chosen, policy=None, limit=None, route=True, limits=Limits(), speedup=some,
+            by_step=False, fallback=chosen.fallback and chosen.artifact is not None,
+        )  # fmt: skip
         token = weakref.ref(denoiser), id(chosen.artifact), replace(made_of, artifact=None)
         if self._known is not None and self._known[0] == token:
             return self._known[1]
@@ -92,21 +106,27 @@ class WebUI(Host):
                 return denoiser.get_parameter(name)
             return changes.own(layer, denoiser.get_submodule(layer))
 
-        layers = list(hosts.layers(denoiser))
-        given = as_chosen(replace(made_of, kernel=shipped))
-        plan = replacements_for(denoiser, given, tensor=tensor, layers=layers)
+        more: Any = {"tensor": tensor, "layers": list(hosts.layers(denoiser))}
+        plan = replacements_for(denoiser, as_chosen(replace(made_of, kernel=shipped)), **more)
+        if chosen.fallback and chosen.artifact is not None:  # its schedule, beside the forecast
+            other = as_chosen(replace(made_of, speedup=None, weights=False))
+            plan.policy = replacements_for(denoiser, other, **more).policy
         self._known = token, Weights(plan, chosen)
         return self._known[1]
 
 
 class Installed(Attached):
-    """Patches in a denoiser. They act between `run.evaluates` of their owner and `detach`."""
+    """Patches in a denoiser. They act between `run.evaluates` of their owner and `detach`.
+
+    plan: with a forecast, for runs that it is not for. why: what was chosen and cannot be had.
+    """
 
     def __init__(
-        self, handle: Any, weights: Weights, plan: Plan | None, forecast: Forecast | None = None
-    ) -> None:
+        self, handle: Any, weights: Weights, plan: Plan | None, forecast: Forecast | None = None,
+        why: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(handle, [])
-        self.run, self.changes = Run(), Changes(handle)
+        self.run, self.changes, self.why = Run(), Changes(handle), why
         self.weights, self.cache, self.skips = weights, None, None
         denoiser = hosts.denoiser_of(handle)
         try:
@@ -116,7 +136,7 @@ class Installed(Attached):
                 self.cache = Cache(plan, self.run)
                 self.patches += self.cache.overrides(denoiser)
             if forecast is not None:
-                self.skips = Skips(forecast, denoiser, self.run)
+                self.skips = Skips(forecast, denoiser, self.run, self.cache)
                 self.patches.append(override_(denoiser, self.skips))
         except BaseException:
             self.detach()
@@ -134,7 +154,7 @@ class Installed(Attached):
 
         Under a forecast: [computed, forecast] calls of the network.
         """
-        if self.skips is not None:
+        if self.skips is not None and not self.skips.instead:
             return {WHOLE.name: list(self.skips.counts)}
         if self.cache is None:
             return {}

@@ -90,10 +90,10 @@ def _table(policy: Any, steps: int, branches: tuple[str, ...]) -> list[list[bool
 
 
 class Cache:
-    """A plan in use. computed, reused: branch calls since then."""
+    """A plan in use. computed, reused: branch calls since then. on: not where calls are skipped."""
 
     def __init__(self, plan: Plan, run: Run) -> None:
-        self.plan, self.run = plan, run
+        self.plan, self.run, self.on = plan, run, True
         self.clock = Clock(plan.schedule.timesteps if plan.schedule is not None else ())
         self.calls = [BranchCall(self, number) for number in range(len(plan.branches))]
         run.clocks.append(self.clock)
@@ -139,8 +139,8 @@ class BranchCall(CachedBranch):
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = self.owner.run
-        stamp = run.evaluation, run.call
-        if not run.on or run.call < 0 or stamp == self._stamp:  # twice in one call: as it is
+        stamp, on = (run.evaluation, run.call), run.on and self.owner.on
+        if not on or run.call < 0 or stamp == self._stamp:  # twice in one call: as it is
             return original(*args, **kwargs)
         self._stamp, before = stamp, self.counts[1]
         out = super().__call__(original, module, *args, **kwargs)

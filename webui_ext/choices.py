@@ -14,7 +14,7 @@ from tenuto.errors import TenutoError
 from tenuto.numerics import known
 
 FROM_ARTIFACT = "From artifact"
-OFF, ROUTER = "Off", "Router (from artifact)"
+AUTO, OFF, ROUTER = "Auto", "Off", "Router (from artifact)"
 RULES = {  # policies that need nothing but a period, found by their files
     (*getattr(cls, "aliases", ()), getattr(cls, "name", title))[0].capitalize(): cls
     for title, cls in rules(("period",)).items()
@@ -22,27 +22,28 @@ RULES = {  # policies that need nothing but a period, found by their files
 BOTH, FIRST, HIRES = "Both", "First pass only", "Hires only"
 FAST = tuple(name.upper() for name, s in known().items() if s.activation and not s.stored)
 PRECISIONS = (OFF, *FAST, FROM_ARTIFACT)
-CACHES = (OFF, *RULES, ROUTER)
+CACHES = (AUTO, OFF, *RULES, ROUTER)
 PASSES = (BOTH, FIRST, HIRES)
 BUILT_IN = "Built-in: "
 BALANCED = f"{BUILT_IN}Balanced"
 FASTEST = 4.0  # of a forecast
-SHORT = {ROUTER: "router"} | {c: c.lower() for c in (OFF, *RULES)}  # of caches, in an infotext
+SHORT = {c: c.lower() for c in CACHES} | {ROUTER: "router"}  # of caches, in an infotext
 
 
 @dataclass(frozen=True)
 class Choices:
     """The fields of the accordion.
 
-    speed: the period of a rule, the budget of Router (2: about half is computed). start, stop:
-    shares of the steps between which anything is reused. longest: how often in a row; 0: no limit.
+    cache: Auto skips whole calls where a run allows that, and is Router where it does not. speed:
+    the period of a rule, the budget of the others (2: about half is computed). start, stop: shares
+    of the steps between which a branch is reused. longest: how often in a row; 0: no limit.
     speedup: above 1, whole calls are skipped instead, so that a run has so many times fewer.
     """
 
     enabled: bool = False
     artifact: str = BALANCED
     precision: str = FROM_ARTIFACT
-    cache: str = ROUTER
+    cache: str = AUTO
     speed: float = 2.0
     start: float = 0.15
     stop: float = 1.0

@@ -15,11 +15,13 @@ from tenuto.caching import Forecast, ForecastCalls, forecast_run, said_of, why_n
 from tenuto.sampling import adds_noise
 
 from . import hosts
+from .cache import Cache
 from .run import Run
 
 log = logging.getLogger("tenuto")
 
 UNKNOWN = "No call is skipped: this sampler does not say its steps before it begins."
+INSTEAD = ", so blocks are reused instead."
 
 
 class Skips:
@@ -27,17 +29,27 @@ class Skips:
 
     counts: calls computed and forecast, of all runs. why: a sentence where nothing is skipped.
     It lies round whatever has the forward: what ControlNet adds inside is skipped with the call.
+    cache: acts in runs of which nothing can be skipped, from where that shows, and in no others.
     """
 
-    def __init__(self, forecast: Forecast, denoiser: nn.Module, run: Run) -> None:
-        self.forecast, self.denoiser, self.run = forecast, denoiser, run
+    def __init__(
+        self, forecast: Forecast, denoiser: nn.Module, run: Run, cache: Cache | None = None
+    ) -> None:
+        self.forecast, self.denoiser, self.run, self.cache = forecast, denoiser, run, cache
         self.counts, self.why = [0, 0], UNKNOWN
         self.calls: ForecastCalls | None = None
         self._stamp = (-1, -1)
+        self._astray = -1  # the last evaluation at none of the steps that were said
+
+    @property
+    def instead(self) -> bool:
+        """Whether branches are reused now, and no call is skipped."""
+        return self.cache is not None and self.cache.on
 
     def said(self) -> str:
         """Why nothing was skipped, in one sentence; "" where something was."""
-        return self.why or ("" if self.calls is None else why_none(self.calls))
+        why = self.why or ("" if self.calls is None else why_none(self.calls))
+        return instead(why, self.cache)
 
     def predicted(self) -> str:
         """What skipping is likely to have cost, in one sentence; "" where nothing was skipped."""
@@ -53,6 +65,18 @@ class Skips:
             given = self.forecast, times, self.denoiser, stochastic, guidance
             self.calls, self.why = forecast_run(*given)
             self.run.clocks.append(self.calls.clock)
+        if self.cache is not None:
+            self.cache.on, self._astray = bool(self.why), -1
+
+    def _lost(self, calls: ForecastCalls, module: nn.Module) -> bool:
+        """Whether this run goes its own way, twice in a row, or has a hook that reads along.
+
+        Once in a row is a second-order sampler between two of its steps.
+        """
+        if calls.step(module) is not None:
+            return bool(calls.patch)
+        before, self._astray = self._astray, self.run.evaluation
+        return before == self.run.evaluation - 1 and before >= 0
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, calls = self.run, self.calls
@@ -61,13 +85,20 @@ class Skips:
         if not usual:  # of somebody else's images, or not through the hook that counts calls
             return original(*args, **kwargs)
         self._stamp = stamp
-        if calls is None:
+        if self.cache is not None and not self.cache.on and calls is not None:
+            self.cache.on = not calls.counts[1] and self._lost(calls, module)
+        if calls is None or self.instead:
             self.counts[0] += 1
             return original(*args, **kwargs)
         before = calls.counts[1]
         out = calls(original, module, *args, **kwargs)
         self.counts[calls.counts[1] > before] += 1
         return out
+
+
+def instead(why: str, cache: Cache | None) -> str:
+    """`why` no call is skipped, and that branches were reused, if so; "" where `why` is."""
+    return why.rstrip(".") + INSTEAD if why and cache is not None and cache.reused else why
 
 
 class Watched:

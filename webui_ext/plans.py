@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tenuto.artifact import Artifact, measured, policy_of, schedule_of
+from tenuto.artifact import Artifact, kernel_of, measured, policy_of, schedule_of
 from tenuto.caching import CacheSchedule, Facts, at_share, made, unmeasured
 from tenuto.errors import ArtifactError
 from tenuto.numerics import Scheme, named
 
 from .adapter import GRID, Chosen
 from .cache import Limits, Plan
-from .choices import FROM_ARTIFACT, OFF, ROUTER, RULES, Choices
+from .choices import AUTO, FASTEST, FROM_ARTIFACT, OFF, RULES, Choices
 from .run import Run
 
 
@@ -43,9 +43,26 @@ def cache_of(choices: Choices, artifact: Artifact | None) -> dict[str, Any]:
         return {"route": False, "speedup": choices.speedup}
     if choices.cache == OFF or choices.speed <= 1:
         return {"route": False}
-    if choices.cache != ROUTER:
+    if choices.cache in RULES:
         settings = {"period": max(1, round(choices.speed))}
         return {"policy": made(RULES[choices.cache], settings), "by_step": True}
+    return (_automatic if choices.cache == AUTO else _branches)(choices, artifact)
+
+
+def _automatic(choices: Choices, artifact: Artifact | None) -> dict[str, Any]:
+    """Whole calls are skipped, and branches reused in runs that allow no skipping.
+
+    A file with a schedule and no forecast keeps to what was measured on its model: the schedule.
+    """
+    scheduled = artifact is None or schedule_of(artifact) is not None
+    rest = _branches(choices, artifact) if scheduled else {"route": False}
+    if artifact is not None and scheduled and kernel_of(artifact) is None:
+        return rest
+    return rest | {"speedup": min(choices.speed, FASTEST), "fallback": True}
+
+
+def _branches(choices: Choices, artifact: Artifact | None) -> dict[str, Any]:
+    """What Router reuses: by rule without an artifact, else by its schedule at a budget."""
     reuse, first = 1 - 1 / choices.speed, math.ceil(choices.start * len(GRID))
     if artifact is None:
         return {"policy": partial(unmeasured, reuse, first)}

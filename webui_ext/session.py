@@ -12,7 +12,7 @@ from tenuto.errors import TenutoError
 from . import artifacts, hosts
 from .adapter import Installed, WebUI
 from .choices import Choices
-from .forecast import Watched
+from .forecast import Watched, instead
 from .options import HALF, option
 from .plans import chosen_of
 from .timing import Timing
@@ -84,6 +84,7 @@ class Session:
             self.installed, self.report.attached = made, True
         else:
             made.detach()
+            self.report.notes += filter(None, [made.why])
 
     def evaluates(self, params: Any) -> None:
         """The host's callback before each evaluation, of whatever sampling run."""
@@ -122,14 +123,17 @@ class Session:
             report.computed += done.cache.computed
             report.reused += done.cache.reused
             report.bytes = max(report.bytes, done.cache.bytes())
+        found = [(instead(done.why, done.cache), report.notes)]
         if done.skips is not None and sum(done.skips.counts):
-            report.calls += done.skips.counts[0]
-            report.skipped += done.skips.counts[1]
-            for said, told in (
+            if not done.skips.instead:
+                report.calls += done.skips.counts[0]
+                report.skipped += done.skips.counts[1]
+            found = [
                 (done.skips.said(), report.notes), (done.skips.predicted(), report.predicted),
-            ):  # fmt: skip
-                if said and said not in told:
-                    told.append(said)
+            ]  # fmt: skip
+        for said, told in found:
+            if said and said not in told:
+                told.append(said)
         if done.weights.plan:
             report.layers, report.how = done.weights.plan.count(), done.weights.how()
             report.lora = max(report.lora, done.changes.count())

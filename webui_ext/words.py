@@ -10,6 +10,7 @@ from tenuto.errors import TenutoError
 
 from . import artifacts, hosts
 from .choices import CACHES, FROM_ARTIFACT, OFF, RULES, SHORT, Choices
+from .plans import cache_of, share
 from .session import Report, session
 from .weights import SIDE, WHOLE
 
@@ -63,25 +64,28 @@ def forecast(choices: Choices) -> str:
         scheme = artifacts.scheme_of(choices.artifact)
     quantized = "Layers stay in full precision" if scheme == OFF else f"Layers run in {scheme}"
     if choices.speedup > 1:
-        rest = f"about {1 - 1 / choices.speedup:.0%} of the model's calls are skipped"
-        found = artifacts.find(choices.artifact)
-        own = found is not None and found.header.get("forecast")
-        whose = "" if own else f", by a forecast that ships and was {FOREIGN}"
-        return f"{quantized}, and {rest}, in runs of {SHORTEST} steps or more{whose}."
+        return f"{quantized}, and {_skipped(choices, choices.speedup)}."
     if choices.cache == OFF:
         return f"{quantized}, without a cache."
-    share = f"about {_share(choices):.0%} of the blocks"
-    if choices.cache in RULES:
-        return f"{quantized}, and one step in {choices.speed:g} is computed whole: {share}."
-    return f"{quantized}, and the cache schedule at speed {choices.speed:g} computes {share}."
-
-
-def _share(choices: Choices) -> float:
-    """Of a run of 20 steps, if its branches are reused alike."""
-    from .plans import share
-
     found = artifacts.find(choices.artifact)
-    return share(choices, None if found is None else artifacts.load(found))
+    made = None if found is None else artifacts.load(found)
+    what, computed = cache_of(choices, made), share(choices, made)  # of a run of 20 steps
+    reused = f"about {computed:.0%} of the blocks"
+    if "speedup" in what:
+        rest = f"; where none can be, as under Euler a, {reused} are computed" * (computed < 1)
+        return f"{quantized}, and {_skipped(choices, what['speedup'])}{rest}."
+    if choices.cache in RULES:
+        return f"{quantized}, and one step in {choices.speed:g} is computed whole: {reused}."
+    return f"{quantized}, and the cache schedule at speed {choices.speed:g} computes {reused}."
+
+
+def _skipped(choices: Choices, speedup: float) -> str:
+    """Of whole calls: how many, when, and by whose forecast."""
+    found = artifacts.find(choices.artifact)
+    own = found is not None and found.header.get("forecast")
+    whose = "" if own else f", by a forecast that ships and was {FOREIGN}"
+    share = f"about {1 - 1 / speedup:.0%} of the model's calls are skipped"
+    return f"{share}, in runs of {SHORTEST} steps or more{whose}"
 
 
 def status_html(choices: Choices | None = None, warning: str = "") -> str:

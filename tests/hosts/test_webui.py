@@ -111,6 +111,27 @@ def test_off_on_off(host: Any, save_route: Any, sampler: str, args: Any) -> None
     assert ("layers W8A8 (int8" in told) == (args in (W8A8, BOTH))
 
 
+@pytest.mark.parametrize(
+    "sampler,skipped",
+    [("euler", 5), ("heun", 10), ("dpm_2", 5), ("dpmpp_2m", 5), ("lms", 5), ("euler_ancestral", 0),
+     ("dpmpp_2s_ancestral", 0)],
+)  # fmt: skip
+def test_ticked_and_nothing_else_chosen(host: Any, sampler: str, skipped: int) -> None:
+    """Half of the calls are skipped; or blocks are reused, where the sampler adds noise."""
+    how = {"sampler": sampler, "steps": 10}
+    plain = host.pictures(host.p(False, **how))
+    p = host.p(True, **how)
+    changed = host.pictures(p)
+    told = p.processed.comments
+    assert torch.equal(host.pictures(host.p(False, **how)), plain)
+    assert not any("forward" in vars(m) for m in host.unet.modules())
+    assert 0 < gap(changed, plain) < 0.5 and "layers W8A8 (int8" in told
+    assert (f"Tenuto: {skipped} of " in told) == bool(skipped)
+    assert ("so blocks are reused instead" in told) == ("blocks computed" in told) == (not skipped)
+    if not skipped:
+        assert torch.equal(host.pictures(host.p(*BOTH[:4], **how)), changed), "as Router"
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_all_compute_is_exact(host: Any, save_route: Any, sampler: str) -> None:
     save_route(1.1)

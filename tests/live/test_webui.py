@@ -29,7 +29,7 @@ CACHE = [True, BALANCED, "Off", "Uniform", 2, 0, 1, False, 0]
 ARGS = {
     "uniform 2": CACHE,
     "uniform 3": [*CACHE[:4], 3, *CACHE[5:]],
-    "router": [True, BALANCED, "Off"],
+    "router": [True, BALANCED, "Off", "router"],
     "w8a8": [True, BALANCED, "W8A8", "Off"],
     "w4a8": [True, BALANCED, "W4A8", "Off"],
     "both": [True, BALANCED, "W8A8", "Uniform", 2, 0],

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BALANCED = "Built-in: Balanced"
 FIELDS = (  # label, default: the positional interface of the API. Append; never reorder or rename
     ("Tenuto", False), ("Artifact", BALANCED), ("Precision", "From artifact"),
-    ("Feature cache", "Router (from artifact)"), ("Speed", 2.0), ("Start at", 0.15),
+    ("Feature cache", "Auto"), ("Speed", 2.0), ("Start at", 0.15),
     ("Stop at", 1.0), ("Always compute last step", True), ("Max. consecutive reuse", 3),
     ("Passes", "Both"), ("Speedup", 1.0),
 )  # fmt: skip
@@ -64,10 +64,25 @@ def test_infotext_has_only_what_is_not_the_default(host: Any) -> None:
     found = host.pictures(p)
     params = host.infotext(p)
     assert set(params) == {"Steps", "Tenuto", "Tenuto artifact", "Tenuto version"}
-    assert params["Tenuto"] == "W8A8+router"
+    assert params["Tenuto"] == "W8A8+auto"
     values = host.paste(params)
     assert values[0] is True and values[3:] == [value for _, value in FIELDS[3:]]
     assert torch.equal(host.pictures(host.p(*values)), found), "what W8A8 meant"
+
+
+@pytest.mark.parametrize("cache", ["Router (from artifact)", "Uniform", "Off"])
+def test_an_infotext_of_before_means_what_it_meant(host: Any, cache: str) -> None:
+    """It has nothing of what is new, and other caches than the default of now."""
+    short = cache.partition(" ")[0].lower()
+    old = {"Steps": "12", "Tenuto": f"W8A8+{short}", "Tenuto artifact": BALANCED}
+    values = host.paste(old)
+    assert values == [True, BALANCED, "W8A8", cache, *(value for _, value in FIELDS[4:])]
+    p = host.p(*values, steps=12)
+    found = host.pictures(p)
+    assert torch.equal(host.pictures(host.p(True, BALANCED, "W8A8", cache, steps=12)), found)
+    assert "calls of the model skipped" not in p.processed.comments
+    assert ("blocks computed" in p.processed.comments) == (cache != "Off")
+    assert host.infotext(p)["Tenuto"] == old["Tenuto"]
 
 
 def test_a_picture_without_it_turns_it_off(host: Any) -> None:
@@ -135,7 +150,11 @@ def test_buttons_fill_fields_and_the_status_line_follows(host: Any) -> None:
     assert inputs == host.inputs and len(outputs) == 1
     assert "Tenuto is off" in fn(*(c.value for c in host.inputs))
     said = fn(True, *(c.value for c in host.inputs[1:]))
-    line = "Layers run in W8A8, and the cache schedule at speed 2 computes about 50% of the blocks."
+    line = (
+        "Layers run in W8A8, and about 50% of the model&#x27;s calls are skipped, in runs of 9 "
+        "steps or more, by a forecast that ships and was not measured on your model; where none "
+        "can be, as under Euler a, about 50% of the blocks are computed."
+    )
     kind = webui("hosts").detect()
     assert f">{line} Host: {kind}.<" in said
     host.pictures(host.p(True))
@@ -143,8 +162,8 @@ def test_buttons_fill_fields_and_the_status_line_follows(host: Any) -> None:
     assert f">{line} Last image, in {kind}: " in again and again.endswith(".</div>")
     assert "about 50%" in fn(True, BALANCED, "Off", "Uniform", 2.0, 0.0, 1.0, False, 0, "Both")
     for preset in webui("choices").PRESETS.values():
-        assert 0 < webui("words")._share(preset) < 1
-        assert preset.artifact == BALANCED and preset.passes == "Both"
+        assert 0 < webui("plans").share(preset, None) < 1
+        assert preset.cache == "Auto" and preset.artifact == BALANCED and preset.passes == "Both"
 
 
 def test_settings_are_there_and_what_changes_pictures_is_in_the_infotext(host: Any) -> None:
@@ -165,10 +184,10 @@ def test_axes_are_added_once_and_each_cell_tells_its_own(host: Any) -> None:
     assert len(grid.axis_options) == 7
     axes = {o.label.removeprefix("[Tenuto] "): o for o in grid.axis_options}
     for name, value, key, text in (
-        ("Precision", "W8A8", "Tenuto", "W8A8+router"), ("Cache", "uniform", "Tenuto",
+        ("Precision", "W8A8", "Tenuto", "W8A8+auto"), ("Cache", "uniform", "Tenuto",
          "W8A8+uniform"), ("Speed", 3.0, "Tenuto speed", "3.0"),
         ("Start", 0.5, "Tenuto start", "0.5"), ("Speedup", 2.0, "Tenuto speedup", "2.0"),
-        ("Artifact", "Built-in: Quality", "Tenuto", "Off+router"),
+        ("Artifact", "Built-in: Quality", "Tenuto", "Off+auto"),
     ):  # fmt: skip
         p = host.p(True)
         axes[name].apply(p, value, [value])

@@ -11,9 +11,10 @@ from tenuto.artifact import Artifact, schedule_of
 from tenuto.caching import CacheSchedule, unmeasured
 from tenuto.errors import ArtifactError
 from tenuto.runtime import Replacements
+from tenuto.sampling import OutputKernel
 from webui_ext import adapter
 from webui_ext.cache import Limits, Plan
-from webui_ext.choices import CACHES, OFF, ROUTER, RULES, Choices, infotext, pasted
+from webui_ext.choices import AUTO, CACHES, OFF, ROUTER, RULES, Choices, infotext, pasted
 from webui_ext.plans import at_budget, cache_of, chosen_of, share
 from webui_ext.run import Run
 
@@ -75,7 +76,25 @@ def test_a_route_that_nothing_is_known_of_stays_and_none_is_refused() -> None:
     made = artifact()
     assert torch.equal(at_speed(made, 4.0).table, made.tensors["route/table"])
     with pytest.raises(ArtifactError, match="no cache schedule"):
-        cache_of(Choices(), Artifact({}, {}))
+        cache_of(Choices(cache=ROUTER), Artifact({}, {}))
+
+
+def test_auto_skips_calls_unless_the_file_has_a_schedule_alone() -> None:
+    """What was measured on the model goes before what was not."""
+    kernel = OutputKernel(
+        torch.eye(20, dtype=torch.float64), tuple(TIMES), (0.6,) * 20, (0.8,) * 20, "eps", 2
+    )
+    both = artifact(costs=torch.ones(20)).add_forecast(kernel)
+    bare, forecast = Artifact({}, {}), Artifact({}, {}).add_forecast(kernel)
+    for made, branches in ((None, "policy"), (both, "limit"), (bare, "route"), (forecast, "route")):
+        found = cache_of(Choices(speed=3.0), made)
+        assert found["speedup"] == 3.0 and found["fallback"] is True
+        assert branches in found and ("route" in found) == (branches == "route")
+    assert set(cache_of(Choices(), artifact())) == {"limit"}
+    assert cache_of(Choices(speed=8.0), None)["speedup"] == 4.0, "no faster than a forecast goes"
+    assert cache_of(Choices(speed=1.0), None) == {"route": False}
+    assert set(cache_of(Choices(cache=ROUTER), both)) == {"limit"}
+    assert cache_of(Choices(speedup=1.5), both) == {"route": False, "speedup": 1.5}
 
 
 @pytest.mark.parametrize("speed", [1.5, 2.0, 3.0, 8.0])
@@ -123,7 +142,7 @@ def test_the_forecast_counts_what_is_limited() -> None:
 
 def test_a_rule_is_found_by_its_file() -> None:
     """The menu has what needs nothing but a period, under the name that old infotexts have."""
-    assert (OFF, UNIFORM, ROUTER) == CACHES
+    assert (AUTO, OFF, UNIFORM, ROUTER) == CACHES
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -216,13 +216,12 @@ def test_the_denoiser_in_one_graph(graphs: bool, monkeypatch: pytest.MonkeyPatch
     """What compiles the forward of the whole model, hooks outside, gets one graph of it."""
     monkeypatch.setattr(denoiser_call, "Graphs", functools.partial(Graphs, device="cpu"))
     case = Case("flux", tn.schemes.W4A8)
-    with case.attach(Calls(graphs=graphs)):
-        with monkeypatch.context() as patched:
-            patched.setattr(Graphs, "case", lambda *_: None)
-            expected = case.run()
-            forward = torch.compile(case.denoiser.forward, backend="eager", fullgraph=True)
-            patched.setattr(case.denoiser, "forward", forward)
-            assert near(case.run(), expected)
+    with case.attach(Calls(graphs=graphs)), monkeypatch.context() as patched:
+        patched.setattr(Graphs, "case", lambda *_: None)
+        expected = case.run()
+        forward = torch.compile(case.denoiser.forward, backend="eager", fullgraph=True)
+        patched.setattr(case.denoiser, "forward", forward)
+        assert near(case.run(), expected)
 
 
 @pytest.mark.slow
