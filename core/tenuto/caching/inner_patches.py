@@ -24,11 +24,13 @@ def inner_patch(denoiser: nn.Module) -> str:
 
 
 def _inside(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a denoiser, itself too; one that is there twice may come twice."""
+    """The modules of a denoiser, itself too."""
     waiting: list[Any] = [denoiser]
+    seen: set[int] = set()
     while waiting:
         module = waiting.pop()
-        if module is not None:
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
             yield module
             waiting.extend(module._modules.values())
 

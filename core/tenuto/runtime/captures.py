@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
+import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .kernels.quantize_input import compiling
 
 log = logging.getLogger("tenuto")
 
-SHARE = 1 / 8  # of a card's memory: what graphs take at most, and what they leave at least
+TAKEN, LEFT = 1 / 8, 1 / 4  # of a card's memory: by graphs at most; free at least, for a decoder
 Replay = Callable[[], None]
 
 
@@ -67,11 +68,12 @@ class CudaCapture:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             own = {"pool": self.pool, "stream": self.stream}
+            earlier = sys.exc_info()[1]  # the user's own, which is being handled
             try:
                 with torch.cuda.graph(graph, **own, capture_error_mode="thread_local"):
                     out = call()
-            except RuntimeError as error:
-                raise RuntimeError(first_line(cause_of(error))) from error
+            except Exception as error:  # of any kind: whatever it is, the call runs as it is
+                raise RuntimeError(first_line(cause_of(error, earlier))) from error
             self.bytes += max(0, torch.cuda.memory_reserved() - before)
         return functools.partial(self._replay, graph), out
 
@@ -89,19 +91,22 @@ class CudaCapture:
             return time.perf_counter() - start
 
     def crowded(self) -> str | None:
-        """Of what is allowed of the card's memory, see `SHARE`."""
+        """Of what is allowed of the card's memory, see `TAKEN` and `LEFT`."""
         free, whole = torch.cuda.mem_get_info(self.device)
         reserved = torch.cuda.memory_reserved(self.device)
         free += reserved - torch.cuda.memory_allocated(self.device) - self.bytes
-        if self.bytes <= SHARE * whole and free >= SHARE * whole:
+        if self.bytes <= TAKEN * whole and free >= LEFT * whole:
             return None
         taken, left = (f"{x / 2**30:.1f} GiB" for x in (self.bytes, max(0, free)))
         return f"they would take {taken} of the card's memory and leave {left}"
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a capture raises another error, "a previous error"."""
-    while error.__context__ is not None:
+def cause_of(error: BaseException, earlier: BaseException | None = None) -> BaseException:
+    """What went wrong first: the end of a capture raises another error, "a previous error".
+
+    earlier: what was being handled when it began, and is no part of it.
+    """
+    while error.__context__ is not None and error.__context__ is not earlier:
         error = error.__context__
     return error
 
@@ -117,24 +122,21 @@ class Captured:
     inputs: list[Tensor]
     out: Any
     made: dict[int, Any]
-    seen: list[tuple[Any, int]]
     uses: int = 0
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the inputs of a call in; a tensor that is the same as in the last call is there."""
-        for number, (own, given) in enumerate(zip(self.inputs, tensors, strict=True)):
-            version = -1 if given.is_inference() else given._version
-            known, before = self.seen[number]
-            if known is not None and known() is given and before == version >= 0:
-                continue
+        """Copy the inputs of a call in, those too that are the same objects as in the last one.
+
+        Not every writer raises a tensor's version: `.data`, NumPy and other graphs do not.
+        """
+        for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given)
-            self.seen[number] = weakref.ref(given), version
 
 
 class Reads:
     """Functions of tensors alone as graphs, by the shapes of these: what a clock reads of a call.
 
-    Some forty small kernels start at once. What comes out is written over by the next call.
+    Some forty small kernels start at once. A thread that comes meanwhile does without.
     """
 
     def __init__(
@@ -142,9 +144,18 @@ class Reads:
     ) -> None:
         self.capture, self.device, self.most = functools.cache(capture), device, most
         self.known: OrderedDict[Any, Captured | None] = OrderedDict()  # None: it was seen once
+        self.lock = threading.Lock()
 
     def __call__(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
         """call(*args)."""
+        if not self.lock.acquire(blocking=False):
+            return call(*args)
+        try:
+            return self._read(call, args)
+        finally:
+            self.lock.release()
+
+    def _read(self, call: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
         tensors = list(tensors_in(args))
         if any(x.device.type != self.device for x in tensors) or compiling() or self.most == 0:
             return call(*args)
@@ -170,9 +181,9 @@ class Reads:
                 )
                 return call(*args)
             inputs = list(tensors_in(own))
-            found = Captured(replay, inputs, out, {}, [(None, -1)] * len(inputs))
+            found = Captured(replay, inputs, out, {})
             self.known[key] = found
         self.known.move_to_end(key)
         found.fill(tensors)
         found.replay()
-        return found.out
+        return found.out.clone()

@@ -27,7 +27,9 @@ class Around(Override):
     """Lies beneath whatever is put round the forward later, offloading say: it keeps no order."""
 
     def remove(self) -> None:
-        """Take it out, or switch it off beneath what lies on it."""
+        """Take it out, or switch it off beneath what lies on it; its graphs free their memory."""
+        if isinstance(self.call, DenoiserCall) and self.call.graphs is not None:
+            self.call.graphs.forget()
         if self.off or not self.lies_on_top():
             self.off = True
         else:
@@ -53,8 +55,7 @@ class Calls:
     def of(self, denoiser: nn.Module, cells: bool) -> tuple[DenoiserCall, list[Any]]:
         """What is done round the calls of one, and the patches of it. cells: whether it has any."""
         blocks = CompiledBlocks(denoiser) if self.compile else None
-        warm = 1 + self.compile
-        graphs = Graphs(denoiser, warm=warm, choose=self.choose) if self.graphs else None
+        graphs = Graphs(denoiser, choose=self.choose) if self.graphs else None
         call = DenoiserCall(graphs, blocks)
         if not (self.compile or self.graphs or cells):
             return call, []

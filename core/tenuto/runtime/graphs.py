@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
+import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..caching import CachedBranch
 from ..model import map_leaves, map_tensors, tensors_in
 from ..text import first_line
 from .captures import Capture, Captured, CaptureOn, CudaCapture
+from .graph_cases import about, autocast, casts_uncached, other_stream, switches
 from .kernels.quantize_input import compiling
 from .weights_in_place import PLAIN, InPlaceWeights
 
@@ -61,12 +63,13 @@ class Graphs:
         self.capture, self.most, self.warm = functools.cache(capture), most, warm
         self.choose = choose
         self.known: OrderedDict[Any, Captured] = OrderedDict()
-        self.gains: dict[Any, bool] = {}  # by the form of a call: whether its graph is faster
-        self.short: set[Any] = set()  # forms of calls that do not take long
+        self.gains: dict[Any, bool] = {}  # by about how much is computed: if a graph is faster
+        self.short: dict[Any, bool] = {}  # by the form of a call: whether it does not take long
         self.calls: dict[Any, int] = {}
         self.reason: str | None = None  # why none is made now
         self.final = False  # nor later
         self.weights = InPlaceWeights(denoiser, device, strict=choose)
+        self.lock = threading.Lock()
         self.evicted = 0  # in a row, of those that had hardly been replayed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
@@ -99,16 +102,31 @@ class Graphs:
 
         map_leaves(leaf, (args, kwargs))
         if not any(x.device.type == self.device for x in tensors_in((args, kwargs))):
-            return None  # the model is elsewhere
+            if self.known:
+                self.forget()  # the model is elsewhere: its memory is for others
+            return None
         if strange:
             return self.off(strange[0])
         seen = torch._C._len_torch_dispatch_stack() or nn.modules.module._has_any_global_hook()
-        if seen or (self.device == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if seen or (self.device == "cuda" and other_stream()):
             return None  # somebody counts, traces or captures what is inside
-        return (*parts, torch.is_inference_mode_enabled(), _autocast(self.device))
+        modes = torch.is_inference_mode_enabled(), autocast(self.device), switches()
+        return (*parts, *modes)
 
     def run(self, case: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`call` on these arguments, or the graph of it; the cells have what they reuse."""
+        """`call` on these arguments, or the graph of it; the cells have what they reuse.
+
+        A graph reads and writes the same memory at every replay: a thread that comes meanwhile has
+        its call as it is.
+        """
+        if not self.lock.acquire(blocking=False):
+            return call(*args, **kwargs)
+        try:
+            return self._run(case, call, args, kwargs)
+        finally:
+            self.lock.release()
+
+    def _run(self, case: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reused = tuple(map(_form, (cell.given for cell in self.cells)))
         key = case, reused, self.weights.latest()
         found = self.known.get(key)
@@ -119,7 +137,9 @@ class Graphs:
                 return self._answer(found)
         key = case, reused, self.weights.state()
         if self._refused() or not (key in self.known or self._take(key, call, args, kwargs)):
-            with _casts_uncached(self.device):  # as it will be captured: nothing is compiled anew
+            if self.reason is not None or self._gains_nothing(key[0]):
+                return call(*args, **kwargs)
+            with casts_uncached(self.device):  # as it will be captured: nothing is compiled anew
                 return self._as_it_is(key, call, args, kwargs)
         self.known.move_to_end(key)
         self._launch(self.known[key], args, kwargs)
@@ -149,37 +169,38 @@ class Graphs:
         count = self.calls[key] = self.calls.get(key, 0) + 1
         if len(self.calls) > 8 * self.most:
             self.calls.clear()
-        form = key[0]
-        slower = self.gains.get(form) is False
-        if count <= self.warm or slower or self._to_be_timed(key):
+        size = about(key[0])
+        if count <= self.warm or self._gains_nothing(key[0]) or self._to_be_timed(key):
             return False
         try:
-            found = self._captured(call, args, kwargs, self.choose and form not in self.gains)
+            found = self._captured(call, args, kwargs, self.choose and size not in self.gains)
         except RuntimeError as error:
             self.off(f"it cannot be captured ({first_line(error)})")
             return False
         if len(self.gains) > 8 * self.most:
             self.gains.clear()
-            self.short.clear()
-        self.gains[form] = found is not None
+        self.gains[size] = found is not None
         return found is not None and self._kept(key, found)
+
+    def _gains_nothing(self, form: Any) -> bool:
+        """Whether a call of this form takes long, or a graph of about its size was no faster."""
+        return self.short.get(form) is False or self.gains.get(about(form)) is False
 
     def _to_be_timed(self, key: Any) -> bool:
         """Whether the next call of a case shows if its form takes long: it has run before."""
-        known = key[0] in self.short or key[0] in self.gains
-        return self.choose and not known and self.calls.get(key, 0) > self.warm
+        return self.choose and key[0] not in self.short and self.calls.get(key, 0) > self.warm
 
     def _as_it_is(self, key: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call without a graph; timed, where that decides whether there will be one."""
-        if self.reason is not None or not self._to_be_timed(key):
+        if not self._to_be_timed(key):
             return call(*args, **kwargs)
         out: list[Any] = []
         capture = self.capture(self._device((args, kwargs)))
         seconds = capture.seconds(lambda: out.append(call(*args, **kwargs)))
-        if seconds <= LONG:
-            self.short.add(key[0])
-        else:
-            self.gains[key[0]] = False
+        if len(self.short) > 8 * self.most:
+            self.short.clear()
+        self.short[key[0]] = seconds <= LONG
+        if seconds > LONG:
             kind = type(self.denoiser).__name__
             log.info("%s runs without CUDA graphs: a call takes %.1f s.", kind, seconds)
         return out[0]
@@ -228,14 +249,20 @@ class Graphs:
         try:
             for cell, value in zip(self.cells, own_given, strict=True):
                 cell.given, cell.made = value, None
-            with _casts_uncached(self.device):
+            with casts_uncached(self.device):
+                if "torch._dynamo" in sys.modules:
+                    again()  # compiled code goes by strides and kinds of tensors: not in a capture
+                    for mine, x in zip(own, self._tensors(args, kwargs), strict=True):
+                        mine.copy_(x)  # written anew: nothing that was made of it is known
+                for cell in self.cells:
+                    cell.made = None
                 replay, out = capture(again)
             made = {n: c.made for n, c in enumerate(self.cells) if c.made is not None}
             slow = timed and not _gains(capture, replay, again)
         finally:
             for cell, value in zip(self.cells, given, strict=True):
                 cell.given, cell.made = value, None
-        return None if slow else Captured(replay, own, out, made, [(None, -1)] * len(own))
+        return None if slow else Captured(replay, own, out, made)
 
     def _launch(self, graph: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         graph.fill(self._tensors(args, kwargs))
@@ -264,31 +291,6 @@ def _gains(capture: Capture, replay: Callable[[], Any], call: Callable[[], Any])
     turns = [(capture.seconds(replay), capture.seconds(call)) for _ in range(TURNS)]
     graph, plain = map(statistics.median, zip(*turns, strict=True))
     return graph <= GAIN * plain
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    """What operations on `device` are cast to by autocast; None: it is off."""
-    try:
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    except TypeError:  # before torch 2.4, which knows the GPU's alone
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-
-
-@contextmanager
-def _casts_uncached(device: str) -> Iterator[None]:
-    """Autocast on `device` without the weights that it keeps cast: they are freed when it ends.
-
-    Where it is off nothing is changed: what is compiled goes by this switch, too.
-    """
-    if _autocast(device) is None:
-        yield
-        return
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _form(given: Any) -> Any:
