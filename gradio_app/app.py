@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 from tenuto.errors import TenutoError
@@ -57,14 +58,14 @@ def build(bench: Bench) -> Any:
         )  # fmt: skip
         page.load(
             lambda key: [
-                *calibrate.seen(bench, bench.desk.job(key, "calibrate")),
+                *_at_first(bench.desk.job(key, "calibrate"), partial(calibrate.seen, bench)),
                 *calibrate_fields.filled(bench, bench.desk.job(key, "calibrate")),
             ],
             watch.key, [*watch.outputs, *calibration.fields, calibration.own.accordion], **QUIET,
         )  # fmt: skip
         page.load(
             lambda key: [
-                *compare.seen(bench.desk.job(key, "compare")),
+                *_at_first(bench.desk.job(key, "compare"), compare.seen),
                 *compare.filled(bench, bench.desk.job(key, "compare")),
             ],
             comparison.key,
@@ -73,6 +74,17 @@ def build(bench: Bench) -> Any:
         )  # fmt: skip
         _fill(page, bench, generation, calibration, comparison)
     return page
+
+
+def _at_first(job: Any, seen: Any) -> list[Any]:
+    """The view of a job in a page that opens: without one its timer is left alone.
+
+    On a busy machine that comes after a click has begun one, and would stop what watches it.
+    """
+    import gradio as gr
+
+    updates = seen(job)
+    return updates if job is not None else [gr.skip(), *updates[1:]]
 
 
 def _fill(page: Any, bench: Bench, generation: Any, calibration: Any, comparison: Any) -> None:

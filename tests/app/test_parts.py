@@ -643,3 +643,13 @@ def test_threads_do_not_pass_each_other() -> None:
     for thread in threads:
         thread.join()
     assert len(got) == 1
+
+
+def test_a_page_that_opens_late_stops_no_watch() -> None:
+    """A click may have begun a job by then, which the page's timer watches."""
+    import gradio as gr
+
+    from gradio_app.app import _at_first
+
+    assert _at_first(None, lambda job: ["timer", "said"]) == [gr.skip(), "said"]
+    assert _at_first("a job", lambda job: ["timer", job]) == ["timer", "a job"]
