@@ -129,7 +129,7 @@ def test_ticked_and_nothing_else_chosen(host: Any, sampler: str, skipped: int) -
     assert (f"Tenuto: {skipped} of " in told) == bool(skipped)
     assert ("so blocks are reused instead" in told) == ("blocks computed" in told) == (not skipped)
     if not skipped:
-        assert torch.equal(host.pictures(host.p(*BOTH[:4], **how)), changed), "as Router"
+        assert gap(host.pictures(host.p(*BOTH[:4], **how)), changed) < 1e-3, "as Router"
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])

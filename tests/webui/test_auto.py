@@ -17,6 +17,7 @@ ROUTER = "Router (from artifact)"
 ON = (True,)  # what a user ticks
 OFF = (False,)
 PLAIN = (True, BALANCED, "Off")
+alike = partial(torch.allclose, rtol=1e-4, atol=1e-5)  # the same work done twice
 
 
 def as_router(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -34,10 +35,10 @@ def test_half_of_the_calls_are_skipped(host: Any, args: Any) -> None:
     assert "blocks" not in p.processed.comments
     assert ("layers W8A8" in p.processed.comments) == (args is ON)
     assert "not measured on your model" in host.infotext(p)["Tenuto predicted"]
-    assert torch.equal(host.pictures(host.p(*host.paste(host.infotext(p)), steps=12)), found)
+    assert alike(host.pictures(host.p(*host.paste(host.infotext(p)), steps=12)), found)
     alone = (*args, BALANCED, "W8A8")[:3] if args is ON else args
     speedup = (*alone, "Off", 2.0, 0.15, 1.0, True, 3, "Both", 2.0)
-    assert torch.equal(host.pictures(host.p(*speedup, steps=12)), found), "as Speedup has it"
+    assert alike(host.pictures(host.p(*speedup, steps=12)), found), "as Speedup has it"
     assert torch.equal(host.pictures(host.p(*OFF, steps=12)), plain)
 
 
@@ -48,7 +49,7 @@ def test_blocks_are_reused_where_no_call_can_be_skipped(host: Any, args: Any) ->
     plain = host.pictures(host.p(*OFF, **facts))
     p, before = host.p(*args, **facts), host.p(*as_router(args), **facts)
     found = host.pictures(p)
-    assert torch.equal(found, host.pictures(before)) and not torch.equal(found, plain)
+    assert alike(found, host.pictures(before)) and not torch.equal(found, plain)
     said = p.processed.comments
     assert said.count("adds noise of its own at every step, so blocks are reused instead") == 1
     assert "calls of the model skipped" not in said and "Tenuto predicted" not in host.infotext(p)
@@ -71,7 +72,7 @@ def test_where_the_noise_is_not_known(host: Any) -> None:
     known.prediction_type = "sample"
     before = host.pictures(host.p(*as_router(PLAIN), steps=12))
     p = host.p(*PLAIN, steps=12)
-    assert torch.equal(host.pictures(p), before)
+    assert alike(host.pictures(p), before)
     why = "There is no default forecast for this model"
     assert p.processed.comments.count(why) == 1
     assert "so blocks are reused instead" in p.processed.comments
@@ -103,7 +104,7 @@ def test_a_sampler_that_does_not_say_its_steps(
     before = host.pictures(host.p(*as_router(PLAIN), steps=12))
     monkeypatch.setattr(module, "times_of", lambda *_: [])
     p = host.p(*PLAIN, steps=12)
-    assert torch.equal(host.pictures(p), before)
+    assert alike(host.pictures(p), before)
     assert "does not say its steps before it begins, so blocks are" in p.processed.comments
 
 
@@ -212,14 +213,14 @@ def test_what_a_file_has_goes_first(host: Any, tmp_path: Path, forecast: bool) -
     assert ("blocks computed" in said) != forecast and "not measured" not in said
     noisy = {"steps": 12, "sampler": "euler_ancestral"}
     p, before = host.p(*args, **noisy), host.p(*args, ROUTER, **noisy)
-    assert torch.equal(host.pictures(p), host.pictures(before))
+    assert alike(host.pictures(p), host.pictures(before))
     assert "blocks computed" in p.processed.comments
     assert ("so blocks are reused instead" in p.processed.comments) == forecast
 
 
 def test_it_is_nearer_to_the_full_run_than_blocks_by_a_rule() -> None:
     """Of the shipped U-Net, at the same share, W8A8 in both: 10 dB in docs/webui.md."""
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="the demo U-Net needs diffusers, which hosts may lack")
     import tenuto
     from tenuto.caching import unmeasured
     from tenuto.numerics import named

@@ -79,7 +79,8 @@ def test_an_infotext_of_before_means_what_it_meant(host: Any, cache: str) -> Non
     assert values == [True, BALANCED, "W8A8", cache, *(value for _, value in FIELDS[4:])]
     p = host.p(*values, steps=12)
     found = host.pictures(p)
-    assert torch.equal(host.pictures(host.p(True, BALANCED, "W8A8", cache, steps=12)), found)
+    again = host.pictures(host.p(True, BALANCED, "W8A8", cache, steps=12))
+    assert torch.allclose(again, found, rtol=1e-4, atol=1e-5)
     assert "calls of the model skipped" not in p.processed.comments
     assert ("blocks computed" in p.processed.comments) == (cache != "Off")
     assert host.infotext(p)["Tenuto"] == old["Tenuto"]
