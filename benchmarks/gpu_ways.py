@@ -190,6 +190,7 @@ WAYS: dict[str, Way] = {
     "fused: bf16 blocks, graph": fused(plain(True, True)),
     "fused: w8a8 int8 blocks, graph": fused(attached("w8a8", "int8", True, True)),
     "fused: fp8 blocks, graph": fused(attached("fp8", "int8", True, True)),
+    "fused: fp8-static blocks, graph": fused(stored(True, True)),
     "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
     "fp8-static blocks": stored(True, False),
     "fp8-static blocks, graph": stored(True, True),

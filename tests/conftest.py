@@ -52,7 +52,7 @@ def tiny_pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The weights are random, of seed 0. `tenuto.json` says 4 steps and guidance 2. Leave it as it is.
     """
     folder = tmp_path_factory.mktemp("models") / "tiny-pixart"
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # those of other libraries
         torch.manual_seed(0)
         _save_tiny_pixart(folder)

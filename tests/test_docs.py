@@ -43,7 +43,7 @@ def ran(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             spec.loader.exec_module(module)
         found[page.stem] = vars(module)
     return found

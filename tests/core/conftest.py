@@ -143,7 +143,7 @@ def tiny() -> Callable[[str], nn.Module]:
 
     def build(kind: str) -> nn.Module:
         if kind not in made:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 made[kind] = _randomized(_made(kind))
         return copy.deepcopy(made[kind])
 

@@ -37,7 +37,7 @@ def unet() -> nn.Module:
     """12 / 1 / 12 blocks; ldm starts some weights at zero, with which nothing would show."""
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = UNetModel(
             image_size=32, in_channels=4, out_channels=4, model_channels=32,

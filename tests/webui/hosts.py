@@ -144,7 +144,7 @@ class Host(Modules):
         p.sampler = p.sampler or self._sampler(p)
         model, sigmas = p.sampler.model_wrap_cfg, torch.linspace(10, 0, p.steps + 1)
         given = {"extra_args": {}, "callback": model.stepped, "disable": True}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             return p.sampler.func(model, x, sigmas=sigmas, **given)
 

@@ -194,7 +194,7 @@ class IntegratedUNet2DConditionModel(UNetModel):
 
 def unet(kind: str) -> nn.Module:
     """The U-Net of one host, the same weights each time."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = {
             "a1111": lambda: UNetModel(), "reforge": lambda: WalkingUNetModel(),

@@ -142,7 +142,7 @@ CASES = {
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Call, tuple[str, ...]]:
     """A tiny random model with the class of diffusers, a call of it, what is time-only there."""
     make, expected = CASES[request.param]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, call = make()
         for p in model.parameters():  # nothing stays zero: a zero hides what a module depends on

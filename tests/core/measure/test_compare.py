@@ -55,7 +55,7 @@ def sample(denoiser: nn.Module, seed: int, batch: int, steps: int = 4) -> Tensor
 def denoiser() -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=3, out_channels=3,

@@ -137,7 +137,7 @@ class InTheDtypeOfItsTime(nn.Module):
 
 
 def test_a_comparison_without_bf16_says_why() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = InTheDtypeOfItsTime()
 

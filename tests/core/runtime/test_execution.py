@@ -89,7 +89,7 @@ def test_it_really_times_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(kind: str = "linear", scheme: Scheme = schemes.W8A8, **options: Any) -> Any:
     """A quantized layer with weights of seed 0."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         groups = 8 if kind == "depthwise" else 1
         base: Any = nn.Linear(32, 24) if kind == "linear" else nn.Conv2d(8, 8, 3, groups=groups)

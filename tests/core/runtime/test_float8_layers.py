@@ -37,7 +37,7 @@ def values(x: Tensor, scale: Tensor) -> Tensor:
 
 def layer(kind: str, scheme: Scheme, **options: Any) -> tuple[Any, Any]:
     """A float layer and its quantized one; a stored range is that of ±4, then of ±8."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base: Any = nn.Linear(32, 24) if kind == "linear" else nn.Conv2d(8, 6, 3, padding=1)
     weight = RoundToNearest().weight(base.weight, scheme.weight)

@@ -79,7 +79,7 @@ def made(
     scheme: tn.Scheme, dtype: torch.dtype = torch.bfloat16, k: int = 64, **options: Any
 ) -> Any:
     """A layer with weights of seed 0 and ranges of ±4."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Linear(k, 48).to(dtype)
     pair = (torch.tensor([4.0, 8.0]) / 448, torch.zeros(2)) if scheme.stored else None
@@ -169,7 +169,7 @@ def model() -> Any:
     """A transformer in bf16 all of whose widths are multiples of 16, and the inputs of a call."""
     from diffusers import DiTTransformer2DModel
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8,
