@@ -16,6 +16,7 @@ from torch import nn
 from ..caching import CachedBranch
 from ..errors import TenutoError
 from ..model import Override, describe, outside_graphs, tensors_in
+from .fused_rows import backend
 from .graphs import Graphs
 from .kernels.quantize_input import compiling
 from .quantized_layer import QLayer
@@ -145,6 +146,8 @@ class CompiledBlocks:
         self._before: list[Any] = []
         self._layers: list[QLayer] = []
         self._limit: tuple[str, int] | None = None
+        for layer in self._quantized():
+            layer.whole = True
 
     def compile(self) -> None:
         """From the next call on; what the user compiled is left out until `remove`."""
@@ -155,9 +158,13 @@ class CompiledBlocks:
         self._limit = name, getattr(config, name)
         setattr(config, name, max(LIMIT, self._limit[1]))
         self._ready()
+        rest = dict(self.options)
+        if self._layers:
+            own = {name: rest.pop(name) for name in ("mode", "options", "backend") if name in rest}
+            rest["backend"] = backend(**own)
         for block in self.blocks:
             self._before.append(vars(block).get("_compiled_call_impl"))
-            block.compile(**self.options)
+            block.compile(**rest)
 
     def unpacked(self) -> bool:
         """Whether a move of the model has undone what compiled code reads of a layer."""
@@ -177,9 +184,12 @@ class CompiledBlocks:
 
         return once
 
-    def _ready(self) -> None:
+    def _quantized(self) -> list[QLayer]:
         modules = (m for block in self.blocks for m in block.modules())
-        self._layers = [m for m in modules if isinstance(m, QLayer)]
+        return [m for m in modules if isinstance(m, QLayer)]
+
+    def _ready(self) -> None:
+        self._layers = self._quantized()
         for layer in self._layers:
             layer.ready()
         self._packings = sum([layer.packings for layer in self._layers])
@@ -195,5 +205,7 @@ class CompiledBlocks:
             import torch._dynamo.config as config
 
             setattr(config, *self._limit)
+        for layer in self._quantized():
+            layer.whole = False
         self._before, self._limit, self._layers, self._packings = [], None, [], 0
         self.on = True  # a call that comes later compiles nothing

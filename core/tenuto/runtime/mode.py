@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..text import first_line
 from .captures import CudaCapture
+from .fused_rows import backend
 
 log = logging.getLogger("tenuto")
 
@@ -83,7 +84,7 @@ def compiled(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
     code = step.__code__.replace(co_name=f"step_{next(_numbers)}")
     own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
-    return torch.compile(own, dynamic=False)
+    return torch.compile(own, dynamic=False, backend=backend())
 
 
 def _tried(new: Any, old: Any, x: Tensor) -> Any:

@@ -58,6 +58,7 @@ class QLayer(Replacement):
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
         self.latest: tuple[Kernel | None, ...] = ()  # the last one: what compiled code goes by
         self.packings = 0  # how often the memory of the weight changed
+        self.whole = False  # whether compiled code keeps the quantization of rows as one operation
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
@@ -270,7 +271,7 @@ class QLayer(Replacement):
         assert self.scheme.activation is not None
         dtype = self.scheme.activation.dtype
         if self.input_scale is None or self.input_zero is None:
-            return *self.memo.per_row(x, self._dims, dtype), quantize_input.ZERO[dtype]
+            return *self.memo.per_row(x, self._dims, dtype, self.whole), quantize_input.ZERO[dtype]
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
         return quantize_input.stored_at(x, self.input_scale, self.input_zero, index, dtype)

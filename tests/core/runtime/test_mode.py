@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tenuto as tn
 from tenuto.calibration.algorithms.nearest import RoundToNearest
-from tenuto.runtime import execution
+from tenuto.runtime import execution, mode
 from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.runtime.execution import DENSE, Chooser, chooser_for
 from tenuto.runtime.kept_choices import KeptChoices
@@ -45,7 +45,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(graph.code)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    monkeypatch.setattr(mode, "backend", lambda: keep)
     return found
 
 

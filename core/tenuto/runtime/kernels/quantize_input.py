@@ -71,13 +71,14 @@ def per_tensor(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return restore(codes.view(rows.shape))
 
 
-def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
+def per_row(x: Tensor, dims: tuple[int, ...] = (-1,), whole: bool = False) -> tuple[Tensor, Tensor]:
     """Codes (uint8) and fp32 scales of a symmetric range found over `dims` of `x`.
 
     dims (-1,) is one range per token (..., 1); (1, 2, 3) one per image (B, 1, 1, 1). Never over
     the batch: an image must not depend on its neighbours. On CUDA codes may be int8, less 128.
+    whole: a graph that is being made keeps it as one operation, for `fused_rows.py`.
     """
-    if _stays_whole(x, dims):
+    if _stays_whole(x, dims, whole):
         return _long_rows(x, "int")
     if fused(x) and dims in ((-1,), (1, 2, 3)):
         from . import quantize_input_triton as kernels
@@ -102,9 +103,11 @@ def per_row(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
         return restore(codes.view(ordered.shape)), scale.view(wide)
 
 
-def per_row_float8(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Tensor]:
-    """`float8.per_row`, in one kernel where that runs."""
-    if _stays_whole(x, dims):
+def per_row_float8(
+    x: Tensor, dims: tuple[int, ...] = (-1,), whole: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`float8.per_row`, in one kernel where that runs. whole: as in `per_row`."""
+    if _stays_whole(x, dims, whole):
         return _long_rows(x, "e4m3")
     if fused(x) and dims == (-1,) and has_float8(x.device.index):
         from .quantize_input_triton import per_row as rows
@@ -113,11 +116,16 @@ def per_row_float8(x: Tensor, dims: tuple[int, ...] = (-1,)) -> tuple[Tensor, Te
     return float8.per_row(x, dims)
 
 
-def _stays_whole(x: Tensor, dims: tuple[int, ...]) -> bool:
+def _stays_whole(x: Tensor, dims: tuple[int, ...], whole: bool) -> bool:
     """Whether a graph that is being made keeps the quantization of `x` as one operation."""
-    if x.device.type != "cuda" or _long_rows is None or dims != (-1,):
+    if not gpu(x) or _long_rows is None or dims != (-1,):
         return False
-    return LONG <= x.shape[-1] <= WIDEST and compiling()
+    return (1 if whole else LONG) <= x.shape[-1] <= WIDEST and compiling()
+
+
+def gpu(x: Tensor) -> bool:
+    """Whether `x` is where kernels of Triton do it."""
+    return x.device.type == "cuda"
 
 
 def _rows_of(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -262,12 +270,12 @@ class Memo:
         return Memo()
 
     def per_row(
-        self, x: Tensor, dims: tuple[int, ...] = (-1,), dtype: str = "int"
+        self, x: Tensor, dims: tuple[int, ...] = (-1,), dtype: str = "int", whole: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Codes and scales as the function of that name gives them; those of a float by its own."""
         find = PER_ROW[dtype]
         if compiling() or x.is_inference():  # compilers see what is equal; inference has no version
-            return find(x, dims)
+            return find(x, dims, whole)
         wanted = dims, dtype
         for known, version, kind, found in self.seen:
             if known() is x and version == x._version and kind == wanted:

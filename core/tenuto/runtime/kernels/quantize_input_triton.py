@@ -30,6 +30,31 @@ def _larger(a, b):
 
 
 @triton.jit
+def _quotient(x, scale, inverse):
+    """x / scale, rounded to nearest, by 1 / scale: a third of the time of a division.
+
+    The remainder of a first quotient corrects it (Markstein, IBM J. Res. Dev. 34(1), 1990).
+    """
+    first = x * inverse
+    return tl.where(inverse == 0, first, tl.fma(tl.fma(-first, scale, x), inverse, first))
+
+
+@triton.jit
+def ranged(x, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
+            WHOLE: tl.constexpr):  # fmt: skip
+    """Codes, in fp32, and scales (ROWS,) of rows x (ROWS, WIDE), which are 0 beyond their end."""
+    size = tl.reduce(tl.abs(x), 1, _larger)
+    scale = _larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
+    inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
+    wide = tl.broadcast_to(scale[:, None], (ROWS, WIDE))
+    value = _quotient(x, wide, tl.broadcast_to(inverse[:, None], (ROWS, WIDE)))
+    value = tl.minimum(tl.maximum(value, -TOP), TOP)
+    if WHOLE:
+        value = _rounded(value)
+    return value, scale
+
+
+@triton.jit
 def _rows(
     x_ptr, codes_ptr, scale_ptr, rows, columns, stride,
     ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
@@ -40,12 +65,7 @@ def _rows(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     far = row.to(tl.int64)[:, None]
     x = tl.load(x_ptr + far * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    size = tl.reduce(tl.abs(x), 1, _larger)
-    scale = _larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
-    value = tl.div_rn(x, tl.broadcast_to(scale[:, None], (ROWS, WIDE)))
-    value = tl.minimum(tl.maximum(value, -TOP), TOP)
-    if WHOLE:
-        value = _rounded(value)
+    value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
     codes = value.to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + far * columns + column[None, :], codes, mask=inside)
     tl.store(scale_ptr + row, scale, mask=row < rows)
@@ -55,9 +75,10 @@ def _rows(
 def _images(x_ptr, codes_ptr, scale_ptr, size, BLOCK: tl.constexpr):
     image, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, where = at < size, image * size + at
-    scale = tl.broadcast_to(tl.load(scale_ptr + image), (BLOCK,))
+    scale = tl.load(scale_ptr + image)
+    inverse = tl.div_rn(1.0, scale)
     x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    value = _rounded(tl.minimum(tl.maximum(tl.div_rn(x, scale), -127.0), 127.0))
+    value = _rounded(tl.minimum(tl.maximum(_quotient(x, scale, inverse), -127.0), 127.0))
     tl.store(codes_ptr + where, value.to(tl.int8), mask=inside)
 
 
@@ -70,7 +91,7 @@ def _stored(
     scale = tl.load(scales_ptr + index)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-    value = tl.div_rn(x, tl.broadcast_to(scale, (BLOCK,)))
+    value = _quotient(x, scale, tl.div_rn(1.0, scale))
     if WHOLE:
         zero = tl.load(zeros_ptr + index)
         value = _rounded(tl.minimum(tl.maximum(value, -512.0), 512.0)) + zero
@@ -89,7 +110,7 @@ def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
 
     dtype: "int" gives int8 codes, "e4m3" torch's 8-bit floats. K at most `quantize_input.WIDEST`.
     """
-    flat = _lines(x)
+    flat = lines(x)
     rows, columns = flat.shape
     codes = torch.empty(x.shape, dtype=TYPES[dtype], device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
@@ -98,7 +119,7 @@ def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
     start(
         _rows, (triton.cdiv(rows, high),), x,
         flat, codes, scale, rows, columns, flat.stride(0), ROWS=high, WIDE=wide, TOP=TOP[dtype],
-        TINY=integer_codes.TINY, WHOLE=dtype == "int", num_warps=_warps(high * wide),
+        TINY=integer_codes.TINY, WHOLE=dtype == "int", num_warps=warps(high * wide),
     )  # fmt: skip
     return codes, scale
 
@@ -137,7 +158,7 @@ def stored(
     return codes, scale, zero
 
 
-def _lines(x: Tensor) -> Tensor:
+def lines(x: Tensor) -> Tensor:
     """(R, K) with neighbouring columns side by side; a part of a wider tensor is not copied."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -149,6 +170,6 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _warps(elements: int) -> int:
+def warps(elements: int) -> int:
     """About 16 to 64 elements a thread."""
     return 4 if elements <= 4096 else 8 if elements <= 8192 else 16

@@ -1,0 +1,308 @@
+"""The quantization of rows with what makes them: kernels, operations, and the pass over a graph."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import tenuto as tn
+from tenuto.model import denoiser_of, describe, tensors_in
+from tenuto.numerics import float8
+from tenuto.runtime import fused_rows
+from tenuto.runtime.denoiser_call import CompiledBlocks
+from tenuto.runtime.fused_rows import backend, fuse
+from tenuto.runtime.kernels import quantize_after, quantize_input
+from tenuto.runtime.kernels.quantize_after import ACTS, reference_acted, reference_normed
+from tests.core import tiny_pipelines as tiny
+from tests.core.runtime.test_triton_kernels import (
+    DTYPES,
+    HERE,
+    codes_match,
+    floats_match,
+    in_triton,
+    needs_triton,
+)
+
+OPS = torch.ops.tenuto
+Call = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of a CPU keep the quantization of rows whole, as those of a GPU do."""
+    monkeypatch.setattr(quantize_input, "gpu", lambda x: True)
+
+
+# --- kernels and operations -----------------------------------------------------------------------
+
+
+def right(found: tuple[Tensor, Tensor], exact: Tensor, dtype: str) -> None:
+    """Codes and scales of `exact`, up to rounding."""
+    codes, scale = found
+    assert codes.dtype is quantize_input.TYPES[dtype] and codes.shape == exact.shape
+    if dtype == "int":
+        wanted, their = quantize_input.reference_per_row(exact)
+        codes_match(codes, wanted)
+    else:
+        near, their = float8.per_row(exact)
+        if HERE == "cpu":
+            floats_match(codes, near, exact / their)
+        else:  # sums in another order may cross a tie
+            assert torch.allclose(codes.float(), near.float(), rtol=0.126, atol=2**-9)
+    assert torch.allclose(scale, their, rtol=1e-5)
+
+
+def gpu_inputs() -> Iterator[tuple[Any, ...]]:
+    """x, gate and before: rows of their own, and parts of wider ones."""
+    for (rows, late, first), dtype in itertools.product(((5, 7, 3), (3, 130, 64)), DTYPES):
+        x, gate = (torch.randn(2, rows, late, device=HERE).to(dtype) for _ in range(2))
+        before = torch.randn(2, rows, first, device=HERE).to(dtype)
+        yield x, gate, before
+        wide = torch.cat([before, x, gate], -1)
+        yield tuple(wide.split([first, late, late], -1)[n] for n in (1, 2, 0))
+
+
+def check_acted() -> None:
+    """Every activation, with and without a gate and what stands before it."""
+    from tenuto.runtime.kernels import quantize_after_triton as fused
+
+    for (x, gate, before), act in itertools.product(gpu_inputs(), ACTS):
+        for g, b in itertools.product((gate, None), (before, None)):
+            for dtype in quantize_input.TYPES:
+                right(fused.acted(b, x, g, act, dtype), reference_acted(b, x, g, act), dtype)
+
+
+def check_normed() -> None:
+    """Layer norms and root mean squares; factors of the model, and of an image or of all."""
+    from tenuto.runtime.kernels import quantize_after_triton as fused
+
+    for (x, *_), centered in itertools.product(gpu_inputs(), (True, False)):
+        width = x.shape[-1]
+        weight, bias = torch.randn(2, width, device=HERE).to(x.dtype)
+        rows = torch.randn(3, 2, 1, width, device=HERE).to(x.dtype)
+        for given in (
+            (None, None, None, None), (weight, bias, None, None), (None, None, rows[0], rows[1]),
+            (weight, None, rows[0, :1], weight), (None, None, rows[2], None),
+        ):  # fmt: skip
+            for dtype in quantize_input.TYPES:
+                found = fused.normed(x, *given, 1e-3, centered, dtype)
+                right(found, reference_normed(x, *given, 1e-3, centered), dtype)
+
+
+CHECKS = check_acted, check_normed
+
+
+@needs_triton
+def test_the_kernels_are_right() -> None:
+    in_triton("test_fused_rows")
+
+
+def test_the_operations_are_what_torch_computes() -> None:
+    """By plain operations, as on a CPU; the norms and activations are torch's own."""
+    x, gate, before = (torch.randn(2, 5, 8) for _ in range(3))
+    times, plus = torch.randn(2, 2, 1, 8)
+    wanted = torch.cat([before, F.silu(x) * gate], -1)
+    right(OPS.quantize_acted(before, x, gate, "silu", "int"), wanted, "int")
+    wanted = F.gelu(x, approximate="tanh")
+    right(OPS.quantize_acted(None, x, None, "gelu tanh", "e4m3"), wanted, "e4m3")
+    wanted = F.layer_norm(x, (8,), None, None, 1e-6) * times + plus
+    found = OPS.quantize_normed(x, None, None, times, plus, 1e-6, True, "int")
+    right(found, wanted, "int")
+    wanted = torch.rms_norm(x, (8,), gate[0, 0], 1e-6) * times
+    found = OPS.quantize_normed(x, gate[0, 0], None, times, None, 1e-6, False, "e4m3")
+    right(found, wanted, "e4m3")
+    torch.library.opcheck(OPS.quantize_acted, (before, x, gate, "silu", "int"))
+    torch.library.opcheck(OPS.quantize_normed, (x, None, None, times, plus, 1e-6, True, "e4m3"))
+
+
+# --- the pass -------------------------------------------------------------------------------------
+
+
+def names(module: fx.GraphModule) -> list[str]:
+    """Our operations in a graph, in order, with the activation of those that have one."""
+    found = []
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and name.startswith("tenuto.quantize"):
+            act = f" {node.args[3]}" if "acted" in name else ""
+            found.append(name.split(".")[1] + act)
+    return found
+
+
+def compiled(call: Call, *inputs: Any) -> tuple[list[str], Any]:
+    """Our operations in the graph of a call after the pass, and what it gives."""
+    seen: list[str] = []
+
+    def keep(module: fx.GraphModule, given: Any) -> Any:
+        fuse(module)
+        seen.extend(names(module))
+        return module.forward
+
+    with torch.no_grad():
+        return seen, torch.compile(call, backend=keep, fullgraph=True)(*inputs)
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return OPS.quantize_rows(x, "int")
+
+
+X, Y, Z = (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+T, P = X[:, :1] + 1, Y[:, :1]
+W = Z[0, 0]
+PLAIN = "quantize_rows"
+CASES: dict[str, tuple[Call, list[str]]] = {
+    "modulated": (
+        lambda: rows(F.layer_norm(X, (8,), None, None, 1e-6) * (1 + T) + P),
+        ["quantize_normed"],
+    ),
+    "shift first": (lambda: rows(P + T * F.layer_norm(X, (8,))), ["quantize_normed"]),
+    "affine": (lambda: rows(F.layer_norm(X, (8,), W, W)), ["quantize_normed"]),
+    "root mean square": (lambda: rows(torch.rms_norm(X, (8,), W, 1e-6) * T), ["quantize_normed"]),
+    "cast": (
+        lambda: rows((F.layer_norm(X.float(), (8,)) * T).type_as(X).contiguous()),
+        ["quantize_normed"],
+    ),
+    "dropout that is off": (
+        lambda: rows(F.dropout(F.gelu(X), 0.5, False)), ["quantize_acted gelu"],
+    ),
+    "gated": (lambda: rows(F.silu(X) * Y), ["quantize_acted silu"]),
+    "gated the other way": (lambda: rows(X * F.gelu(Y)), ["quantize_acted gelu"]),
+    "joined": (
+        lambda: rows(torch.cat([X, F.gelu(Y, approximate="tanh")], dim=2)),
+        ["quantize_acted gelu tanh"],
+    ),
+    "joined and gated": (
+        lambda: rows(torch.cat([Z, F.silu(X) * Y], dim=-1)), ["quantize_acted silu"],
+    ),
+    "twice": (lambda: (rows(F.silu(Y)), rows(F.silu(Y))), ["quantize_acted silu"] * 2),
+    # what must stay as it is
+    "dropout": (lambda: rows(F.dropout(F.gelu(X), 0.5, True)), [PLAIN]),
+    "a row of each token": (lambda: rows(F.layer_norm(X, (8,)) * Y), [PLAIN]),
+    "another dimension": (lambda: rows(torch.cat([X, F.silu(Y)], dim=1)), [PLAIN]),
+    "three parts": (lambda: rows(torch.cat([X, Y, F.silu(Z)], dim=-1)), [PLAIN]),
+    "two norms": (lambda: rows(F.layer_norm(X, (5, 8))), [PLAIN]),
+    "a number's norm": (lambda: rows(torch.rms_norm(X, (8,))), [PLAIN]),
+    "neither": (lambda: rows(X + Y), [PLAIN]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_taken_in(case: str) -> None:
+    call, wanted = CASES[case]
+    seen, found = compiled(call)
+    assert seen == wanted
+    if case == "dropout":
+        return  # it is random
+    for one, other in zip(tensors_in(found), tensors_in(call()), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1.001 if one.ndim == 3 else 1e-6)
+
+
+def test_an_input_of_several_layers_is_quantized_once() -> None:
+    def call() -> Any:
+        x = F.layer_norm(X, (8,)) * T + P
+        return rows(x), rows(x), rows(x)
+
+    assert compiled(call)[0] == ["quantize_normed"]
+
+
+def test_what_somebody_else_reads_stays() -> None:
+    """Then it is computed anyway."""
+
+    def call() -> Any:
+        x = F.layer_norm(X, (8,)) * T + P
+        return rows(x), x.sum()
+
+    assert compiled(call)[0] == [PLAIN]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda x: x.add_(1), lambda x: x.__iadd__(1), lambda x: torch.add(x, 1, out=x)]
+)
+def test_nothing_moves_over_a_write(write: Call) -> None:
+    """An input that is written to after it was read is not read later, nor a quantized one kept."""
+
+    def call(x: Tensor, y: Tensor) -> Any:
+        z = F.silu(x)
+        write(x)
+        first = rows(z)
+        early = rows(y)
+        write(y)
+        return first, early, rows(y)
+
+    seen, found = compiled(call, X.clone(), Y.clone())
+    assert seen == [PLAIN] * 3
+    wanted = call(X.clone(), Y.clone())
+    for one, other in zip(tensors_in(found), tensors_in(wanted), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_graph_of_another_torch_is_compiled_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(module: fx.GraphModule) -> int:
+        raise RuntimeError("nodes are no more")
+
+    monkeypatch.setattr(fused_rows, "fuse", broken)
+    call = torch.compile(lambda x: x + 1, backend=backend(backend="eager"))
+    assert torch.equal(call(X), X + 1)
+    assert "nodes are no more" in caplog.text
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+FUSED = {  # of all blocks: what is taken in; what is left
+    "sd": (15, 6), "flux": (11, 2), "sd3": (14, 3), "qwen-image": (8, 2), "wan": (4, 3),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
+def test_the_blocks_of_real_models(kind: str, scheme: str) -> None:
+    """Norms and activations of the families go in, and the answer stays what it was."""
+    pipe, prompts, call = tiny.asked(kind)
+    denoiser = denoiser_of(pipe)
+    trajectory = tn.record(pipe, prompts and prompts[:1], steps=2, call=call, batch=1)
+    inputs = dict(trajectory.calls[0].inputs)
+    seen: list[str] = []
+
+    def keep(module: fx.GraphModule, given: Any) -> Any:
+        seen.extend(names(module))
+        return module.forward
+
+    with tn.attach(denoiser, scheme, simulate=True, compile=True) as attached:
+        (blocks,) = (p for p in attached.patches if isinstance(p, CompiledBlocks))
+        blocks.options = {"backend": keep}
+        with torch.no_grad():
+            wanted, found = (next(iter(tensors_in(denoiser(**inputs)))) for _ in range(2))
+        layers = [m for m in denoiser.modules() if isinstance(m, tn.runtime.QLayer)]
+        assert any(layer.whole for layer in layers)
+    taken = sum(name != PLAIN for name in seen)
+    assert (taken, len(seen) - taken) == FUSED[kind]
+    assert len(describe(denoiser).blocks) >= 2
+    assert float((found - wanted).norm()) <= 0.01 * float(wanted.norm())
+
+
+def test_layers_of_a_cpu_stay_plain_operations() -> None:
+    """Its compiler fuses them well; kernels of a GPU are no gain there."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+
+    def call(x: Tensor) -> Tensor:
+        return quantize_input.Memo().per_row(block(x), (-1,), "int", True)[1]
+
+    assert compiled(call, X)[0] == []
+    assert quantize_after.ACTS.keys() == {"none", "silu", "gelu", "gelu tanh"}
