@@ -16,10 +16,11 @@ from torch import nn
 from ..caching import CachedBranch
 from ..errors import TenutoError
 from ..model import Override, describe, outside_graphs, tensors_in
-from .fused_rows import backend
+from .compiler import backend
 from .graphs import Graphs
 from .kernels.quantize_input import compiling
 from .quantized_layer import QLayer
+from .side_by_side import lay_side_by_side
 
 LIMIT = 64  # versions of a block's code: one for each pattern of its branches, dtype and size
 
@@ -141,7 +142,8 @@ class CompiledBlocks:
     """The repeated blocks of a denoiser under torch.compile: one compilation serves equal ones."""
 
     def __init__(self, denoiser: nn.Module, **options: Any) -> None:
-        self.blocks = [denoiser.get_submodule(name) for name in describe(denoiser).blocks]
+        self.denoiser, self.backbone = denoiser, describe(denoiser)
+        self.blocks = [denoiser.get_submodule(name) for name in self.backbone.blocks]
         self.options, self.on, self._packings = options, False, 0
         self._before: list[Any] = []
         self._layers: list[QLayer] = []
@@ -192,6 +194,7 @@ class CompiledBlocks:
         self._layers = self._quantized()
         for layer in self._layers:
             layer.ready()
+        lay_side_by_side(self.denoiser, self.backbone)
         self._packings = sum([layer.packings for layer in self._layers])
 
     def remove(self) -> None:

@@ -1,16 +1,14 @@
-"""`fused_rows`: a backend of torch.compile that quantizes rows together with what makes them.
+"""Rows are quantized together with what makes them, in the graph of a block that is compiled.
 
-In the graph of a block whose layers say `whole`, the quantization of an input is one operation. A
-norm with its modulation, or an activation with its gate, that only this operation reads goes into
-it: `kernels/quantize_after.py`. Inputs that several layers share are quantized once. The rest is
-Inductor's.
+There the quantization of an input is one operation. A norm with its modulation, or an activation
+with its gate, that only this operation reads goes into it: `kernels/quantize_after.py`. Inputs that
+several layers share are quantized once.
 """
 
 from __future__ import annotations
 
-import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +17,6 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from .kernels.quantize_after import quantize_acted, quantize_normed
-
-log = logging.getLogger("tenuto")
 
 CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous")
 MULTIPLIES, ADDS = (operator.mul, torch.mul), (operator.add, torch.add)
@@ -32,29 +28,6 @@ NORMS: dict[Any, tuple[str, ...]] = {  # names of what comes after the input
     getattr(F, "rms_norm", None): ("normalized_shape", "weight", "eps"),
 }
 SPECIAL = {"__setitem__", *(f"__{name}__" for name in dir(operator) if name.startswith("i"))}
-
-
-def backend(
-    mode: str | None = None,
-    options: dict[str, Any] | None = None,
-    backend: Callable[..., Any] | str = "inductor",
-) -> Callable[[fx.GraphModule, Sequence[Any]], Any]:
-    """What `Module.compile(backend=...)` takes, of torch.compile's own arguments."""
-    patches = dict(options or {})
-    if mode not in (None, "default"):
-        from torch._inductor import list_mode_options
-
-        patches = dict(list_mode_options(mode)) | patches
-
-    def compiled(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        try:
-            fuse(module)
-        except Exception as error:  # of any kind: another torch may write its graphs otherwise
-            log.warning("Quantization is not fused with what is before it: %s.", error)
-        rest = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
-        return rest(module, inputs, config_patches=patches) if patches else rest(module, inputs)
-
-    return compiled
 
 
 def fuse(module: fx.GraphModule) -> int:
@@ -83,9 +56,15 @@ class _Match:
     chain: list[fx.Node] = field(default_factory=list)
 
 
-def _is_quantization(node: Any) -> bool:
+def _is_quantization(node: fx.Node) -> bool:
     operation = torch.ops.tenuto.quantize_rows
     return node.op == "call_function" and node.target in (operation, operation.default)
+
+
+def quantizes(node: fx.Node) -> bool:
+    """Whether a node of a graph gives codes and scales of rows."""
+    fused = quantize_normed.default, quantize_acted.default
+    return _is_quantization(node) or (node.op == "call_function" and node.target in fused)
 
 
 def _merge(graph: fx.Graph) -> None:
@@ -161,7 +140,7 @@ def _before(node: Any, chain: list[fx.Node]) -> Any:
         if len(node.users) != 1:
             return None
         cast = node.op == "call_method" and node.target in CASTS and bool(_shape(node))
-        idle = _called(node, (F.dropout,)) and not _argument(node, 2, "training", True)
+        idle = _called(node, (F.dropout,)) and not argument(node, 2, "training", True)
         if not (cast or idle):
             return node
         chain.append(node)
@@ -171,7 +150,8 @@ def _before(node: Any, chain: list[fx.Node]) -> Any:
     return None
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    """An argument of a call, by place or name."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
@@ -243,7 +223,7 @@ def _act(node: Any) -> str | None:
     if node.target is F.silu:
         return None if node.kwargs.get("inplace") else "silu"
     if node.target is F.gelu:
-        kind = _argument(node, 1, "approximate", "none")
+        kind = argument(node, 1, "approximate", "none")
         return {"none": "gelu", "tanh": "gelu tanh"}.get(str(kind))
     return None
 
@@ -254,7 +234,7 @@ def _acted(node: fx.Node) -> _Match | None:
     before, last = None, _before(node.args[0], chain)
     if _called(last, JOINS):
         assert last is not None
-        parts, dim = last.args[0], _argument(last, 1, "dim", 0)
+        parts, dim = last.args[0], argument(last, 1, "dim", 0)
         if not isinstance(parts, (tuple, list)) or len(parts) != 2:
             return None
         if dim not in (-1, len(_shape(last)) - 1):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..text import first_line
 from .captures import CudaCapture
-from .fused_rows import backend
+from .compiler import backend
 
 log = logging.getLogger("tenuto")
 

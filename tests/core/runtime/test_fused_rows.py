@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import tenuto as tn
 from tenuto.model import denoiser_of, describe, tensors_in
 from tenuto.numerics import float8
-from tenuto.runtime import fused_rows
+from tenuto.runtime import compiler
+from tenuto.runtime.compiler import backend
 from tenuto.runtime.denoiser_call import CompiledBlocks
-from tenuto.runtime.fused_rows import backend, fuse
+from tenuto.runtime.fused_rows import fuse
 from tenuto.runtime.kernels import quantize_after, quantize_input
 from tenuto.runtime.kernels.quantize_after import ACTS, reference_acted, reference_normed
 from tests.core import tiny_pipelines as tiny
@@ -78,11 +79,15 @@ def gpu_inputs() -> Iterator[tuple[Any, ...]]:
 def check_acted() -> None:
     """Every activation, with and without a gate and what stands before it."""
     from tenuto.runtime.kernels import quantize_after_triton as fused
+    from tenuto.runtime.kernels.tiles_triton import Tiles
 
     for (x, gate, before), act in itertools.product(gpu_inputs(), ACTS):
         for g, b in itertools.product((gate, None), (before, None)):
             for dtype in quantize_input.TYPES:
-                right(fused.acted(b, x, g, act, dtype), reference_acted(b, x, g, act), dtype)
+                wanted = reference_acted(b, x, g, act)
+                right(fused.acted(b, x, g, act, dtype), wanted, dtype)
+                parts = Tiles(1, 16, 0, 4)
+                right(fused.acted(b, x, g, act, dtype, parts), wanted, dtype)
 
 
 def check_normed() -> None:
@@ -255,7 +260,7 @@ def test_a_graph_of_another_torch_is_compiled_as_it_is(
     def broken(module: fx.GraphModule) -> int:
         raise RuntimeError("nodes are no more")
 
-    monkeypatch.setattr(fused_rows, "fuse", broken)
+    monkeypatch.setattr(compiler, "fuse", broken)
     call = torch.compile(lambda x: x + 1, backend=backend(backend="eager"))
     assert torch.equal(call(X), X + 1)
     assert "nodes are no more" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,13 @@ from torch import Tensor
 
 from ...numerics import integer_codes
 from .quantize_input import TYPES
-from .quantize_input_triton import TILE, TOP, lines, ranged, warps
-from .tiles_triton import start
+from .quantize_input_triton import TILE, TOP, coded, larger, lines, ranged, scale_of, warps
+from .tiles_triton import Tiles, bucket, chosen, start
+
+PARTS = (  # of a row, for long ones: n columns at a time
+    Tiles(1, 512, 0, 4), Tiles(1, 1024, 0, 4), Tiles(1, 2048, 0, 4), Tiles(1, 2048, 0, 8),
+    Tiles(1, 4096, 0, 8),
+)  # fmt: skip
 
 
 @triton.jit
@@ -25,29 +32,63 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _acted(
-    before_ptr, x_ptr, gate_ptr, codes_ptr, scale_ptr, rows, first, columns,
+def _made(
+    before_ptr, x_ptr, gate_ptr, far, there, column, first, columns,
     before_stride, x_stride, gate_stride,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-    WHOLE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, BEFORE: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDE)
-    there, far = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    """[before, act(x) * gate] of rows `far` at `column`, 0 beyond their end."""
     inside = there & (column < columns)[None, :]
     mine = inside & (column >= first)[None, :] if BEFORE else inside
     at = (column - first)[None, :] if BEFORE else column[None, :]
-    x = tl.load(x_ptr + far * x_stride + at, mask=mine, other=0.0).to(tl.float32)
-    x = _act(x, ACT)
+    x = _act(tl.load(x_ptr + far * x_stride + at, mask=mine, other=0.0).to(tl.float32), ACT)
     if GATED:
         x *= tl.load(gate_ptr + far * gate_stride + at, mask=mine, other=0.0).to(tl.float32)
     if BEFORE:
         its = there & (column < first)[None, :]
         place = before_ptr + far * before_stride + column[None, :]
         x = tl.where(mine, x, tl.load(place, mask=its, other=0.0).to(tl.float32))
-    value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
-    place = codes_ptr + far * columns + column[None, :]
-    tl.store(place, value.to(codes_ptr.dtype.element_ty), mask=inside)
+    return x
+
+
+@triton.jit
+def _acted(
+    before_ptr, x_ptr, gate_ptr, codes_ptr, scale_ptr, rows, first, columns,
+    before_stride, x_stride, gate_stride,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr,
+    TINY: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    BEFORE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDE)
+    there, far = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    codes = codes_ptr + far * columns
+    if PARTS:  # a row is made twice, a part at a time: its range, then its codes
+        top = tl.zeros((ROWS, WIDE), tl.float32)
+        for start in range(0, columns, WIDE):
+            x = _made(
+                before_ptr, x_ptr, gate_ptr, far, there, start + column, first, columns,
+                before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
+            )  # fmt: skip
+            top = larger(top, tl.abs(x))
+        scale, inverse = scale_of(tl.reduce(top, 1, larger), ROWS, TOP, TINY)
+        for start in range(0, columns, WIDE):
+            at = start + column
+            x = _made(
+                before_ptr, x_ptr, gate_ptr, far, there, at, first, columns,
+                before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
+            )  # fmt: skip
+            value = coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE)
+            inside = there & (at < columns)[None, :]
+            tl.store(codes + at[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
+    else:
+        x = _made(
+            before_ptr, x_ptr, gate_ptr, far, there, column, first, columns,
+            before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
+        )  # fmt: skip
+        value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
+        inside = there & (column < columns)[None, :]
+        tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + row, scale, mask=row < rows)
 
 
@@ -88,20 +129,30 @@ def _normed(
 
 
 def acted(
-    before: Tensor | None, x: Tensor, gate: Tensor | None, act: str, dtype: str
-) -> tuple[Tensor, Tensor]:
-    """`quantize_after.quantize_acted`; x: fp16, bf16 or fp32."""
+    before: Tensor | None, x: Tensor, gate: Tensor | None, act: str, dtype: str,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`quantize_after.quantize_acted`; x: fp16, bf16 or fp32. tiles: these, and none are tried."""
     flat = lines(x)
     others = [flat if other is None else lines(other) for other in (before, gate)]
     first = 0 if before is None else before.shape[-1]
     columns = first + x.shape[-1]
-    codes, scale, options = _answer(x, columns, dtype)
-    start(
-        _acted, (triton.cdiv(len(flat), options["ROWS"]),), x,
-        others[0], flat, others[1], codes, scale, len(flat), first, columns,
-        others[0].stride(0), flat.stride(0), others[1].stride(0), ACT=act, GATED=gate is not None,
-        BEFORE=before is not None, **options,
-    )  # fmt: skip
+    codes, scale = _answer(x, columns, dtype)
+
+    def run(t: Tiles) -> None:
+        start(
+            _acted, (triton.cdiv(len(flat), t.m),), x,
+            others[0], flat, others[1], codes, scale, len(flat), first, columns,
+            others[0].stride(0), flat.stride(0), others[1].stride(0), ACT=act,
+            GATED=gate is not None, BEFORE=before is not None, PARTS=t.n < columns,
+            **_options(t, dtype),
+        )  # fmt: skip
+
+    if tiles is None:
+        some = (*_whole_rows(columns), *(t for t in PARTS if t.n < columns))
+        kind = (bucket(len(flat)), first, columns, act, gate is None, str(x.dtype), dtype)
+        tiles = chosen(_acted, kind, some, x.device, run)
+    run(tiles)
     return codes, scale
 
 
@@ -111,26 +162,43 @@ def normed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`quantize_after.quantize_normed`; x: fp16, bf16 or fp32."""
     flat, columns = lines(x), x.shape[-1]
-    codes, scale, options = _answer(x, columns, dtype)
+    codes, scale = _answer(x, columns, dtype)
     factors = [flat if t is None else t.contiguous() for t in (weight, bias)]
     moved = [flat if t is None else lines(t) for t in (times, plus)]
     strides = [t.stride(0) if len(t) > 1 else 0 for t in moved]
-    start(
-        _normed, (triton.cdiv(len(flat), options["ROWS"]),), x,
-        flat, *factors, *moved, codes, scale, len(flat), columns, len(flat) // len(x),
-        flat.stride(0), *strides, eps, CENTERED=centered, WEIGHT=weight is not None,
-        BIAS=bias is not None, TIMES=times is not None, PLUS=plus is not None, **options,
-    )  # fmt: skip
+    given = [t is not None for t in (weight, bias, times, plus)]
+
+    def run(t: Tiles) -> None:
+        start(
+            _normed, (triton.cdiv(len(flat), t.m),), x,
+            flat, *factors, *moved, codes, scale, len(flat), columns, len(flat) // len(x),
+            flat.stride(0), *strides, eps, CENTERED=centered, WEIGHT=given[0], BIAS=given[1],
+            TIMES=given[2], PLUS=given[3], **_options(t, dtype),
+        )  # fmt: skip
+
+    kind = (bucket(len(flat)), columns, centered, *given, str(x.dtype), dtype)
+    run(chosen(_normed, kind, _whole_rows(columns), x.device, run))
     return codes, scale
 
 
-def _answer(x: Tensor, columns: int, dtype: str) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """What is written, and the options that both kernels have."""
-    codes = torch.empty((*x.shape[:-1], columns), dtype=TYPES[dtype], device=x.device)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+def _whole_rows(columns: int) -> tuple[Tiles, ...]:
+    """Programs that keep rows in registers, the safe one first. n: the columns of a program."""
     wide = triton.next_power_of_2(columns)
-    high = max(1, TILE // wide)
-    return codes, scale, {
-        "ROWS": high, "WIDE": wide, "TOP": TOP[dtype], "TINY": integer_codes.TINY,
-        "WHOLE": dtype == "int", "num_warps": warps(high * wide),
+    high, usual = max(1, TILE // wide), warps(wide)
+    more = (max(1, usual // 2), 2 * usual) if wide <= 4096 else (2 * usual, 4 * usual)
+    found = [Tiles(high, wide, 0, usual), *(Tiles(high, wide, 0, w) for w in more)]
+    return tuple(found + ([Tiles(2 * high, wide, 0, usual)] if wide <= 2048 else []))
+
+
+def _options(tiles: Tiles, dtype: str) -> dict[str, Any]:
+    """What both kernels are told."""
+    return {
+        "ROWS": tiles.m, "WIDE": tiles.n, "TOP": TOP[dtype], "TINY": integer_codes.TINY,
+        "WHOLE": dtype == "int", "num_warps": tiles.warps,
     }  # fmt: skip
+
+
+def _answer(x: Tensor, columns: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """What is written."""
+    codes = torch.empty((*x.shape[:-1], columns), dtype=TYPES[dtype], device=x.device)
+    return codes, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)

@@ -5,6 +5,8 @@ Codes of whole numbers come out as int8, less 128: what the products of a GPU ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,8 @@ def _rounded(x):
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a: Any, b: Any) -> Any:
+    """The larger one; NaN where there is one."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -40,18 +43,36 @@ def _quotient(x, scale, inverse):
 
 
 @triton.jit
-def ranged(x, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-            WHOLE: tl.constexpr):  # fmt: skip
-    """Codes, in fp32, and scales (ROWS,) of rows x (ROWS, WIDE), which are 0 beyond their end."""
-    size = tl.reduce(tl.abs(x), 1, _larger)
-    scale = _larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
-    inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
+def scale_of(
+    size: Any, ROWS: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr
+) -> tuple[Any, Any]:  # fmt: skip
+    """Scales (ROWS,) of rows by their largest values, and 1 / scale."""
+    scale = larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
+    return scale, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
+
+
+@triton.jit
+def coded(
+    x: Any, scale: Any, inverse: Any, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    TOP: tl.constexpr, WHOLE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Codes, in fp32, of x (ROWS, WIDE); scale and 1 / scale (ROWS,)."""
     wide = tl.broadcast_to(scale[:, None], (ROWS, WIDE))
     value = _quotient(x, wide, tl.broadcast_to(inverse[:, None], (ROWS, WIDE)))
     value = tl.minimum(tl.maximum(value, -TOP), TOP)
     if WHOLE:
         value = _rounded(value)
-    return value, scale
+    return value
+
+
+@triton.jit
+def ranged(
+    x: Any, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Codes, in fp32, and scales (ROWS,) of rows x (ROWS, WIDE), which are 0 beyond their end."""
+    scale, inverse = scale_of(tl.reduce(tl.abs(x), 1, larger), ROWS, TOP, TINY)
+    return coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE), scale
 
 
 @triton.jit
@@ -171,5 +192,5 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def warps(elements: int) -> int:
-    """About 16 to 64 elements a thread."""
-    return 4 if elements <= 4096 else 8 if elements <= 8192 else 16
+    """Of a program with so many elements of rows."""
+    return 4 if elements <= 4096 else 8

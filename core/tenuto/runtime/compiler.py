@@ -1,0 +1,41 @@
+"""A backend of torch.compile: what is ours in a graph is fused, and the rest is Inductor's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..text import first_line
+from .fused_rows import fuse
+from .joint_products import join
+
+log = logging.getLogger("tenuto")
+
+
+def backend(
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    backend: Callable[..., Any] | str = "inductor",
+) -> Callable[[fx.GraphModule, Sequence[Any]], Any]:
+    """What `Module.compile(backend=...)` takes, of torch.compile's own arguments."""
+    patches = dict(options or {})
+    if mode not in (None, "default"):
+        from torch._inductor import list_mode_options
+
+        patches = dict(list_mode_options(mode)) | patches
+
+    def compiled(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        try:
+            fuse(module)
+            join(module, inputs)
+        except Exception as error:  # of any kind: another torch may write its graphs otherwise
+            log.warning("Blocks are compiled without fused quantization: %s.", first_line(error))
+        rest: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        given: Any = list(inputs)
+        return rest(module, given, config_patches=patches) if patches else rest(module, given)
+
+    return compiled
