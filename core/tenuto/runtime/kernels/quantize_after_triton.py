@@ -71,7 +71,8 @@ def _acted(
                 before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
             )  # fmt: skip
             top = larger(top, tl.abs(x))
-        scale, inverse = scale_of(tl.reduce(top, 1, larger), ROWS, TOP, TINY)
+        size = tl.reduce(top, 1, larger)
+        scale, inverse = scale_of(size, ROWS, TOP, TINY)  # pyright: ignore[reportArgumentType]
         for start in range(0, columns, WIDE):
             at = start + column
             x = _made(

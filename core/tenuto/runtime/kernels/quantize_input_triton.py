@@ -5,8 +5,6 @@ Codes of whole numbers come out as int8, less 128: what the products of a GPU ta
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ def _rounded(x):
 
 
 @triton.jit
-def larger(a: Any, b: Any) -> Any:
+def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """The larger one; NaN where there is one."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -44,18 +42,19 @@ def _quotient(x, scale, inverse):
 
 @triton.jit
 def scale_of(
-    size: Any, ROWS: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr
-) -> tuple[Any, Any]:  # fmt: skip
+    size: tl.tensor, ROWS: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Scales (ROWS,) of rows by their largest values, and 1 / scale."""
-    scale = larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), TINY)
+    low = tl.full((ROWS,), TINY, tl.float32)
+    scale = larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), low)
     return scale, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
 
 
 @triton.jit
 def coded(
-    x: Any, scale: Any, inverse: Any, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    x: tl.tensor, scale: tl.tensor, inverse: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr,
     TOP: tl.constexpr, WHOLE: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Codes, in fp32, of x (ROWS, WIDE); scale and 1 / scale (ROWS,)."""
     wide = tl.broadcast_to(scale[:, None], (ROWS, WIDE))
     value = _quotient(x, wide, tl.broadcast_to(inverse[:, None], (ROWS, WIDE)))
@@ -67,11 +66,12 @@ def coded(
 
 @triton.jit
 def ranged(
-    x: Any, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
+    x: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
     WHOLE: tl.constexpr,
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Codes, in fp32, and scales (ROWS,) of rows x (ROWS, WIDE), which are 0 beyond their end."""
-    scale, inverse = scale_of(tl.reduce(tl.abs(x), 1, larger), ROWS, TOP, TINY)
+    size = tl.reduce(tl.abs(x), 1, larger)
+    scale, inverse = scale_of(size, ROWS, TOP, TINY)  # pyright: ignore[reportArgumentType]
     return coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE), scale
 
 
