@@ -65,7 +65,8 @@ def checked(
     twin = private_copy(denoiser).float().to(device).eval()
     calls = list(chosen(trajectory))
     plain = [answer(twin, call, device) for call in calls]
-    attached = attach(twin, artifact, route=False, execution="int8", simulate=True)
+    how: Any = {"route": False, "execution": "int8", "simulate": True, "graphs": False}
+    attached = attach(twin, artifact, **how)
     errors = [relative_error(answer(twin, c, device), y) for c, y in zip(calls, plain, strict=True)]
     new = {p.name: p.new for p in attached.patches if isinstance(p, Swap)}
     attached.detach()

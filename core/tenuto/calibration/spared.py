@@ -131,7 +131,8 @@ class Trial:
         self.twin = private_copy(denoiser).float().to(device).eval()
         self.calls, self.device = calls, device
         self.plain = [answer(self.twin, call, device) for call in calls]
-        attached = attach(self.twin, artifact, route=False, execution="int8", simulate=True)
+        how: Any = {"route": False, "execution": "int8", "simulate": True, "graphs": False}
+        attached = attach(self.twin, artifact, **how)
         self.clock = attached.clock
         self.new: Mapping[str, nn.Module] = {
             p.name: p.new for p in attached.patches if isinstance(p, Swap)

@@ -102,9 +102,9 @@ def _quantize(
     model: Any, jobs: Mapping[str, RouteJob], trajectory: Trajectory, own: Mapping[str, Artifact]
 ) -> None:
     """Let the searches run on quantized denoisers, of which `own` are the artifacts, if any."""
+    how: Any = {"route": False, "execution": "int8", "graphs": False}
     low = {
-        name: quantized(parts_of(model)[name], part, route=False, execution="int8").denoiser
-        for name, part in own.items()
+        name: quantized(parts_of(model)[name], part, **how).denoiser for name, part in own.items()
     }
     if low:
         for name, part in recordings(model, trajectory, low).items():

@@ -48,6 +48,6 @@ Graphs = Annotated[
     bool | None,
     Option(
         "--graphs/--no-graphs",
-        help="Run the denoiser's calls as CUDA graphs where they are faster (if --compile).",
+        help="Run the denoiser's calls as CUDA graphs where they are faster (on CUDA, they do).",
     ),
 ]

@@ -143,7 +143,7 @@ def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> None:
 
 
 def how_called(compile: bool, graphs: bool | None, attached: bool = True) -> dict[str, Any]:
-    """`compile` and `graphs` as `attach` and `compare` take them. graphs: None: as `compile`.
+    """As `attach` and `compare` take them. graphs: None and True: where they are faster.
 
     TenutoError where one of them is asked for and nothing is `attached`.
     """
@@ -152,8 +152,7 @@ def how_called(compile: bool, graphs: bool | None, attached: bool = True) -> dic
             "--compile and --graphs are for a model with something attached: give --artifact or "
             "--speedup."
         )
-    captured = compile if graphs is None else graphs
-    return {"compile": compile, "graphs": "auto" if captured else False}
+    return {"compile": compile, "graphs": False if graphs is False else "auto"}
 
 
 def load_artifact(path: Path) -> Artifact:

@@ -70,7 +70,7 @@ def compare(
     describe: Describe | None = None,
     speedup: Speedup | None = None,
     compile: bool = False,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
@@ -116,7 +116,7 @@ def compare_all(
     execution: str = "int8",
     speedup: Speedup | None = None,
     compile: bool = False,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     floor: bool = True,
     on_progress: Progress | None = None,
 ) -> tuple[dict[str, Comparison], dict[str, Generated]]:

@@ -60,7 +60,7 @@ def attach(
     speedup: Speedup | None = None,
     chooser: Chooser | None = None,
     compile: bool = False,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.

@@ -17,8 +17,10 @@ from ..caching import CachedBranch
 from ..errors import TenutoError
 from ..model import Override, describe, outside_graphs, tensors_in
 from .compiler import backend
+from .execution import chooser_for
 from .graphs import Graphs
 from .kernels.quantize_input import compiling
+from .mode import Mode
 from .quantized_layer import QLayer
 from .side_by_side import lay_side_by_side
 
@@ -58,7 +60,7 @@ class Calls:
         """What is done round the calls of one, and the patches of it. cells: whether it has any."""
         blocks = CompiledBlocks(denoiser) if self.compile else None
         graphs = Graphs(denoiser, choose=self.choose) if self.graphs else None
-        call = DenoiserCall(graphs, blocks)
+        call = DenoiserCall(graphs, blocks, denoiser)
         if not (self.compile or self.graphs or cells):
             return call, []
         around = Around(denoiser, call)
@@ -81,10 +83,17 @@ class DenoiserCall:
     """The forward of a denoiser with its branches' cells prepared, captured if `graphs` are.
 
     blocks: are compiled after the first call, in which layers pack their weights and choose.
+    denoiser: whose layers choose anew where its calls are not captured after all.
     """
 
-    def __init__(self, graphs: Graphs | None = None, blocks: CompiledBlocks | None = None) -> None:
-        self.graphs, self.blocks = graphs, blocks
+    def __init__(
+        self,
+        graphs: Graphs | None = None,
+        blocks: CompiledBlocks | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> None:
+        self.graphs, self.blocks, self.denoiser = graphs, blocks, denoiser
+        self.captured = True  # as far as layers know
         self.cells: list[CachedBranch] = []
 
     def prepare(self, calls: Sequence[Any]) -> None:
@@ -128,8 +137,21 @@ class DenoiserCall:
             shape = _shape(args, kwargs)
             for cell in self.cells:
                 cell.after(shape)
+        if self.graphs is not None and self.captured != (self.graphs.reason is None):
+            self._choose_anew(self.graphs.reason is None)
         if self.blocks is not None and not self.blocks.on:
             self.blocks.compile()
+
+    def _choose_anew(self, captured: bool) -> None:
+        """Let layers choose for calls as they are from now on, or for graphs again."""
+        before, now = (
+            chooser_for(Mode(self.blocks is not None, how)) for how in (self.captured, captured)
+        )
+        self.captured = captured
+        layers = () if self.denoiser is None else self.denoiser.modules()
+        for layer in layers:
+            if isinstance(layer, QLayer) and layer.chooser is before and layer.wanted == "auto":
+                layer.choose_by(now)
 
 
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

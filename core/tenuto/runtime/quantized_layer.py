@@ -203,6 +203,11 @@ class QLayer(Replacement):
         x = x.detach()
         return self._dequantized(x) if kernel is None else self._executed(kernel, x)
 
+    def choose_by(self, chooser: Any) -> None:
+        """Decide anew, at the next calls, by another chooser."""
+        self.chooser, self.choices, self.latest = chooser, {}, ()
+        self.packings += 1
+
     def _kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
         grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors

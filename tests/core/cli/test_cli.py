@@ -427,7 +427,7 @@ def test_execution_is_as_asked(
 
 @pytest.mark.parametrize(
     ("asked", "compiled", "captured"),
-    [([], False, False), (["--compile"], True, "auto"), (["--graphs"], False, "auto"),
+    [([], False, "auto"), (["--compile"], True, "auto"), (["--graphs"], False, "auto"),
      (["--no-graphs"], False, False), (["--compile", "--no-graphs"], True, False)],
 )  # fmt: skip
 def test_compare_measures_what_generate_runs(

@@ -21,7 +21,10 @@ from tenuto.runtime.attachment import install
 from tenuto.runtime.denoiser_call import Calls, DenoiserCall
 from tests.core import tiny_pipelines as tiny
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # Inductor's advice for fp32
+]
 CAPTURED = ("sd", "flux")  # of the others a part of the forward may have to run outside
 
 

@@ -311,3 +311,51 @@ def test_layers_of_a_cpu_stay_plain_operations() -> None:
 
     assert compiled(call, X)[0] == []
     assert quantize_after.ACTS.keys() == {"none", "silu", "gelu", "gelu tanh"}
+
+
+# --- compiled for a card --------------------------------------------------------------------------
+
+POINTERS = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "scales_ptr": "*fp32", "zeros_ptr": "*fp32",
+            "index_ptr": "*i64", "zero_ptr": "*i32"}  # fmt: skip
+INT = {"TOP": 127.0, "TINY": 1e-8, "WHOLE": True}
+BUILDS: list[tuple[str, str, dict[str, Any]]] = [
+    ("quantize_input_triton", "_rows", INT | {"ROWS": 2, "WIDE": 1024}),
+    ("quantize_input_triton", "_images", {"BLOCK": 1024}),
+    ("quantize_input_triton", "_stored", {"BLOCK": 1024, "MOST": 448.0, "WHOLE": True}),
+    ("quantize_after_triton", "_normed",
+     INT | dict.fromkeys(("CENTERED", "WEIGHT", "BIAS", "TIMES", "PLUS"), True)
+     | {"ROWS": 2, "WIDE": 1024}),
+    *(("quantize_after_triton", "_acted",
+       INT | {"ROWS": 1, "WIDE": 1024, "PARTS": parts, "ACT": act, "GATED": True, "BEFORE": True})
+      for parts, act in ((True, "silu"), (False, "gelu"), (False, "gelu tanh"))),
+]  # fmt: skip
+
+
+def build(file: str, name: str, constants: dict[str, Any]) -> str:
+    """The program of a kernel for an sm_80, which needs no GPU."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"tenuto.runtime.kernels.{file}"), name)
+    types = {
+        argument: "constexpr" if argument in constants
+        else POINTERS.get(argument, "*bf16" if argument.endswith("_ptr") else
+                          "fp32" if argument == "eps" else "i32")
+        for argument in kernel.arg_names
+    }  # fmt: skip
+    given = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, types, constexprs=given)
+    return triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Triton 3")  # of what its next versions do
+def test_the_kernels_compile_for_a_card(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes more than the compiler does."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for file, name, constants in BUILDS:
+        assert f".entry {name}" in build(file, name, constants), (file, name, constants)

@@ -19,11 +19,16 @@ from torch._dynamo.testing import CompileCounter
 
 import tenuto as tn
 from tenuto.caching import CacheSchedule, apply_schedule_
+from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.errors import TenutoError
 from tenuto.model import override_
+from tenuto.numerics import schemes
 from tenuto.runtime.captures import Reads, cause_of
 from tenuto.runtime.denoiser_call import DenoiserCall
+from tenuto.runtime.execution import chooser_for
 from tenuto.runtime.graphs import LONG, Graphs
+from tenuto.runtime.layers import QLinear
+from tenuto.runtime.mode import Mode
 from tenuto.runtime.weights_in_place import MARKS
 from tenuto.sampling import Clock
 from tests.core import tiny_pipelines as tiny
@@ -815,3 +820,34 @@ def test_what_may_be_asked_for() -> None:
         with pytest.raises(TenutoError, match="need a GPU"):
             tn.attach(pipe, tn.schemes.W8A8, graphs=True)
     tn.attach(pipe, tn.schemes.W8A8).detach()
+
+
+@torch.no_grad()
+def test_layers_choose_for_calls_as_they_will_run() -> None:
+    """What is fastest in a graph may be slowest where each of its kernels waits for Python."""
+    model = tiny.randomized(Denoiser())
+    base = nn.Linear(4, 4)
+    weight = RoundToNearest().weight(base.weight, schemes.W8A8.weight)
+    modes = [chooser_for(Mode(False, captured)) for captured in (False, True)]
+    model.one.add_module("of_ours", QLinear(base, weight, schemes.W8A8, Clock((0,)),
+                                            wanted="auto", chooser=modes[1]))  # fmt: skip
+    other = QLinear(base, weight, schemes.W8A8, Clock((0,)), wanted="auto", chooser=own_choice)
+    model.two.add_module("of_the_users_choice", other)
+    graphs = Graphs(model, capture=lambda _: Recorded(), device="cpu")
+    call = DenoiserCall(graphs, None, model)
+    override_(model, call)
+    layer: Any = model.one.of_ours
+    layer(torch.randn(2, 4))
+    model(*inputs(0))
+    assert layer.chooser is modes[1] and layer.choices
+    graphs.off("something moves")
+    model(*inputs(1))
+    assert layer.chooser is modes[0] and not layer.choices
+    assert other.chooser is own_choice
+    graphs.reason = None
+    model(*inputs(2))
+    assert layer.chooser is modes[1]
+
+
+def own_choice(kind: Any, runs: Any) -> str:
+    return "int8"
