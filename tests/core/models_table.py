@@ -220,11 +220,12 @@ class Share:
     quantized: float
     branches: float
     blocks: float
+    call: float
 
     def line(self, name: str) -> str:
         """A row of the second table."""
         size = f"{self.parameters / 1e9:.2f} B"
-        shares = (self.quantized, self.branches, self.blocks, 1.0)
+        shares = (self.quantized, self.branches, self.blocks, self.call)
         return f"| {name} | {size} | " + " | ".join(f"{100 * s:.1f} %" for s in shares) + " |"
 
 
@@ -306,7 +307,8 @@ def share(kind: str, config: dict[str, Any]) -> Share:
         return sum(found) / total
 
     parts = within(b.name for b in backbone.branches)
-    return Share(total, low / sum(weights.values()), parts, within(backbone.blocks))
+    called = sum(p.numel() for p in model.get_submodule(WHOLE.name).parameters()) / total
+    return Share(total, low / sum(weights.values()), parts, within(backbone.blocks), called)
 
 
 def inside(names: Iterable[str]) -> tuple[str, ...]:

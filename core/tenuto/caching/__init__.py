@@ -20,6 +20,7 @@ from .forecast_budget import (
     calls_for,
     check_speedup,
     predicted,
+    untold,
 )
 from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
 from .forecast_run import forecast_run, said_of, why_none
@@ -94,6 +95,7 @@ __all__ = [
     "speedup_of",
     "table_policy",
     "unmeasured",
+    "untold",
     "whole_steps",
     "why_none",
 ]

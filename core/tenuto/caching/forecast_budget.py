@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias
 
 from ..errors import TenutoError
@@ -53,10 +55,26 @@ def predicted(db: float, foreign: bool) -> str:
     )
 
 
-def tell(calls: int, steps: int, db: float, foreign: bool) -> None:
-    """Warn of a plan that is bad, or whose kernel is not of this model."""
+_told = ContextVar("told", default=True)
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Within, plans are made to be measured: nobody has asked for one, so none is warned of."""
+    token = _told.set(False)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+def tell(calls: int, steps: int, db: float, foreign: bool) -> bool:
+    """Warn of a plan that is bad, or whose kernel is not of this model; whether it was the time."""
+    if not _told.get():
+        return False
     if calls >= steps or not (foreign or db < LEAST):
-        return
+        return True
     more = " This changes images visibly: ask for less." if db < LEAST else ""
     share = f"{steps - calls} of {steps} calls"
     log.warning("%s are skipped. %s%s", share, predicted(db, foreign), more)
+    return True

@@ -82,12 +82,16 @@ class Forecast:
         key = kernel.mark, self.speedup, times
         if key not in PLANS:
             if len(PLANS) >= KEPT:
-                PLANS.pop(next(iter(PLANS)))
+                old = next(iter(PLANS))
+                PLANS.pop(old)
+                TOLD.discard(old)
+            TOLD.discard(key)
             programme = Programme(kernel.at(times))
-            plan = programme.plan(calls_for(programme.errors, len(times), self.speedup))
-            tell(plan.calls, len(times), self.db(plan), bool(self.origin))
-            PLANS[key] = plan
-        return PLANS[key]
+            PLANS[key] = programme.plan(calls_for(programme.errors, len(times), self.speedup))
+        plan = PLANS[key]
+        if key not in TOLD and tell(plan.calls, len(times), self.db(plan), bool(self.origin)):
+            TOLD.add(key)
+        return plan
 
 
 def speedup_of(kernel: OutputKernel, speedup: Speedup) -> float:
@@ -121,6 +125,7 @@ class ForecastPlan:
         return ForecastPlan(tuple(timesteps), (True,) * count, ((),) * count, ((),) * count)
 
 
+TOLD: set[Any] = set()  # the keys in PLANS whose warning has had its time
 PLANS: dict[Any, ForecastPlan] = {}  # made in this process, oldest first; no more than KEPT
 KEPT = 32
 

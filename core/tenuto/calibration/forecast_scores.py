@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import Artifact, kernel_of
-from ..caching import SHORTEST, Forecast
+from ..caching import SHORTEST, Forecast, untold
 from ..errors import TenutoError
 from ..model import all_frozen, denoiser_of, device_and_dtype, parts_of
 from ..progress import Progress
@@ -55,7 +55,8 @@ def with_scores(
     if sample is None or kernel is None:
         return artifact
     try:
-        found = _scores(model, kernel, sample, trajectory.batch, on_progress)
+        with untold():
+            found = _scores(model, kernel, sample, trajectory.batch, on_progress)
     except TenutoError:
         return artifact
     about = {"images": COUNT, "seed": SEED, "scores": found}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..errors import SchemeError, TenutoError
+from ..model import describe, layers, parts_of
 from ..numerics import Recipe, Scheme, named
 from ..progress import Progress
 from ..sampling import Trajectory, record, repeated
 from ..sampling.loading import Defaults, defaults
-from .presets import Preset
+from .presets import Preset, recipe_for
 
 
 def scheme_of(given: Scheme | Recipe | str) -> Scheme | Recipe:
@@ -51,6 +53,31 @@ def trajectory_of(
         model, list(given)[:count], steps=usual.steps, guidance=usual.guidance, batch=batch,
         call=repeated(schedule or {}, None), seed=seed, on_progress=on_progress,
     )  # fmt: skip
+
+
+def check_recipe(model: Any, scheme: Scheme | Recipe, effort: Preset, rounding: str | None) -> None:
+    """TenutoError where nothing of a denoiser is quantized, SchemeError where `rounding` is wrong.
+
+    It is what `quantize` would find after it has recorded.
+    """
+    if isinstance(scheme, Recipe) and rounding is not None:
+        raise SchemeError("A recipe says itself how weights round.")
+    algorithm = None if isinstance(scheme, Recipe) else effort.rounding(rounding)
+    for denoiser in parts_of(model).values():
+        recipe = scheme
+        if isinstance(recipe, Scheme):
+            recipe = recipe_for(recipe, describe(denoiser), algorithm)
+        rules = (recipe.rule(name) for name, _ in layers(denoiser))
+        if not any(rule is not None and rule.scheme is not None for rule in rules):
+            raise TenutoError("No layer of the model matches the recipe.")
+
+
+def check_place(work: str | Path | None) -> None:
+    """TenutoError where the folder `work` cannot be one, as far as can be seen."""
+    if work is not None:
+        for place in (Path(work), *Path(work).parents):
+            if place.exists() and not place.is_dir():
+                raise TenutoError(f"Cannot work in {work}: {place} is no folder.")
 
 
 def prompts_needed(scheme: Scheme | Recipe, effort: Preset, rounding: str | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
-from ..errors import SchemeError, TenutoError
+from ..errors import TenutoError
 from ..model import (
     Describe,
     check_fused,
@@ -23,7 +23,7 @@ from ..runtime import check_free
 from ..sampling import Trajectory, processes, work_in
 from .by_denoiser import joined, part_seed, recordings, weights_of
 from .forecast_scores import images_of, measurable, with_scores
-from .given import prompts_needed, scheme_of, trajectory_of
+from .given import check_place, check_recipe, prompts_needed, scheme_of, trajectory_of
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
@@ -73,6 +73,8 @@ def quantize(
         check_free(denoiser, hooked=True)
         check_fused(denoiser)
     choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
+    check_recipe(model, scheme, chosen, rounding)
+    check_place(work)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
@@ -110,8 +112,6 @@ def _of_denoiser(
     denoiser, chosen = parts_of(model)[part], effort(preset)
     backbone = with_time_only(denoiser, backbone_of(denoiser), trajectory)
     if isinstance(scheme, Recipe):
-        if rounding is not None:
-            raise SchemeError("A recipe says itself how weights round.")
         recipe = scheme
     else:
         recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))

@@ -22,7 +22,7 @@ from ..caching import (
     table_policy,
     whole_steps,
 )
-from ..errors import ModelError, SchemeError, TenutoError
+from ..errors import ModelError, TenutoError
 from ..model import (
     WHOLE,
     check_weights,
@@ -60,8 +60,6 @@ class RouteJob:
         seed: int,
         part: str = "",
     ) -> None:
-        if preset not in PRESETS:
-            raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
         self.part, self.denoiser = part, parts_of(model)[part]
         check_weights(self.denoiser)
         refuse_cache(self.denoiser, "a search for what can be reused")
@@ -100,8 +98,6 @@ class RouteJob:
             return
         self.only = policy
         cls: Any = table_policy(policy)
-        if self.whole and policy in TRAINED:
-            raise TenutoError("Of whole calls no router is trained: choose another policy.")
         if hasattr(cls, "branches_of") and not self.whole:
             self._take(cls().branches_of(self.denoiser))
 
@@ -125,8 +121,6 @@ class RouteJob:
 
         Cells are not equal: one share of them is a third less work in one table than in another.
         """
-        if reuse is not None and speedup is not None:
-            raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
         steps = len(self.times)
         self.asked = {"reuse": reuse, "speedup": speedup}
         self.reuse = DEFAULT_REUSE if reuse is None else reuse

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, kernel_of, set_default
-from ..caching import SHORTEST
-from ..errors import TenutoError
+from ..caching import SHORTEST, table_policy
+from ..errors import SchemeError, TenutoError
 from ..model import (
     Describe,
     describing,
     parts_of,
+    refuse_cache,
 )
 from ..progress import Progress
-from ..runtime import quantized
+from ..runtime import check_free, quantized
 from ..sampling import Sample, Trajectory
 from .by_denoiser import joined, recordings
-from .given import trajectory_of
-from .route_job import DEFAULT_REUSE, RouteJob
+from .given import check_place, trajectory_of
+from .route_job import DEFAULT_REUSE, TRAINED, RouteJob
 from .router.effort import PRESETS
 
 
@@ -59,13 +60,11 @@ def train_router(
     """
     describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)
-    known = None if made is None else made.header["schedule"]
+    check_route(model, made, preset, reuse, speedup, policy, whole, sample, work)
     if not isinstance(trajectory, Trajectory):
-        batch = PRESETS[preset].batch if preset in PRESETS else 1
+        known, batch = made and made.header["schedule"], PRESETS[preset].batch
         trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
     if sample is not None:
-        if len(parts_of(model)) > 1:
-            raise TenutoError("A pipeline of several denoisers runs itself: leave `sample` out.")
         trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
     own, parts = {} if made is None else made.by_denoiser(model), recordings(model, trajectory)
     jobs: dict[str, RouteJob] = {}
@@ -85,6 +84,42 @@ def train_router(
     sizes = {name: sum(jobs[name].sizes().values()) if name in jobs else 0 for name in makes}
     made = joined(makes, sizes, work, on_progress)
     return _forecast_by_default(made, reuse, speedup) if whole else made
+
+
+def check_route(
+    model: Any,
+    artifact: Artifact | None,
+    preset: str,
+    reuse: float | None,
+    speedup: float | None,
+    policy: str | None,
+    whole: bool,
+    sample: Sample | None,
+    work: str | Path | None,
+) -> None:
+    """TenutoError where the search would end in one, whatever is recorded for it."""
+    check_place(work)
+    if sample is not None and len(parts_of(model)) > 1:
+        raise TenutoError("A pipeline of several denoisers runs itself: leave `sample` out.")
+    if preset not in PRESETS:
+        raise SchemeError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
+    for denoiser in parts_of(model).values():
+        check_free(denoiser)
+        refuse_cache(denoiser, "a search for what can be reused")
+    if artifact is not None:
+        artifact.check(model)
+    if reuse is not None and speedup is not None:
+        raise TenutoError("Ask for a reuse ratio or for a speedup, not for both.")
+    if reuse is not None and not 0 < reuse < 1:
+        raise TenutoError(
+            f"A run cannot reuse {reuse:.0%} of its branches: ask for more than 0 and less than 1."
+        )
+    if speedup is not None and not speedup > 1:
+        raise TenutoError(f"A speedup is a number above 1, not {speedup:g}.")
+    if policy is not None:
+        table_policy(policy)
+    if whole and policy in TRAINED:
+        raise TenutoError("Of whole calls no router is trained: choose another policy.")
 
 
 def _forecast_by_default(

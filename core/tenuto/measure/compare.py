@@ -30,7 +30,7 @@ from ..model import (
 )
 from ..progress import Progress
 from ..resources import prompts as shipped_prompts
-from ..runtime import Calls, Latency, attach, check_execution, latency, percentile
+from ..runtime import Calls, Latency, attach, check_execution, check_free, latency, percentile
 from ..sampling import Sample, one_by_one
 from ..sampling.loading import defaults
 from .bf16 import NATIVE
@@ -166,8 +166,12 @@ def _checked(
     model: Any,
     artifacts: Mapping[str, Artifact | str | Path | None],
 ) -> dict[str, Artifact]:
-    """The artifacts, which are of this model; ModelError where a cache of diffusers is on."""
+    """The artifacts, which are of this model; ModelError where none can be attached now.
+
+    That is where one is already, where weights are elsewhere or a cache of diffusers is on.
+    """
     for denoiser in denoisers.values():
+        check_free(denoiser)
         refuse_cache(denoiser, "a comparison with full precision")
     known = {name: _of(model, artifact) for name, artifact in artifacts.items()}
     for artifact in known.values():

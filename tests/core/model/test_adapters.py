@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from tenuto import attach, schemes
 from tenuto.artifact import fingerprint
-from tenuto.model import adapted, layers, own_modules, own_parameters, tensors_in
+from tenuto.model import (
+    adapted,
+    denoiser_of,
+    layers,
+    own_modules,
+    own_parameters,
+    tensors_in,
+)
 from tenuto.runtime import QLayer
+from tests.core.family_pipelines import MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +77,33 @@ def names_of(model: nn.Module) -> list[str]:
     return sorted({*found[:: max(1, len(found) // 7)], *convolutions[1::5]})
 
 
+class Sdxl:
+    """The U-Net of a small SDXL pipeline, and one call of it."""
+
+    def __init__(self) -> None:
+        self.model: Any = denoiser_of(MODELS["SDXL"]().model)
+
+    def inputs(self) -> dict[str, Any]:
+        config, draw = self.model.config, torch.Generator().manual_seed(0)
+        wide = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.randn(2, wide, generator=draw), "time_ids": torch.ones(2, 6)}
+        return {
+            "sample": torch.randn(2, config.in_channels, 8, 8, generator=draw),
+            "timestep": torch.tensor(300),
+            "encoder_hidden_states": torch.randn(2, 5, config.cross_attention_dim, generator=draw),
+            "added_cond_kwargs": added,
+        }
+
+
 def test_equal_to_the_lora_on_the_dequantized_model(known: Any) -> None:
+    check(known)
+
+
+def test_the_same_of_sdxl() -> None:
+    check(Sdxl())
+
+
+def check(known: Any) -> None:
     """Before or after attaching, two at once, scaled, and gone again; off is off."""
     model = copy.deepcopy(known.model)
     plain, targets = outputs(known, model), names_of(model)
@@ -94,6 +128,10 @@ def test_equal_to_the_lora_on_the_dequantized_model(known: Any) -> None:
 
     with attach(model, schemes.W8A16):  # they are there before
         assert gap(outputs(known, model), both) < 1e-5
+        unload(model)
+        assert gap(outputs(known, model), quantized) < 1e-5
+        add(model, "one", 1, targets)  # and one that comes meanwhile goes meanwhile
+        assert gap(outputs(known, model), one) < 1e-5
         unload(model)
         assert gap(outputs(known, model), quantized) < 1e-5
     assert torch.equal(outputs(known, model), plain)
