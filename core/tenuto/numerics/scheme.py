@@ -93,6 +93,11 @@ class Scheme:
         """Whether it has ranges that calibration finds: it cannot be applied without one."""
         return self.activation is not None and not self.activation.dynamic
 
+    @property
+    def of_files(self) -> bool:
+        """Whether its weights are numbers of files of other programs that no other scheme has."""
+        return self.weight.rotate or self.weight.dtype in LEVELS
+
     def __post_init__(self) -> None:
         if self.weight.granularity != "channel":
             raise SchemeError("Weights are quantized per output channel, or in groups of it.")
@@ -104,6 +109,8 @@ class Scheme:
             _check_activation(self.activation)
             if self.weight.smooth:
                 raise SchemeError("A scale per column is for weights whose inputs stay in float.")
+            if self.weight.rotate and not self.activation.dynamic:
+                raise SchemeError("Inputs that are rotated are quantized per token.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a header; without what older versions do not know, where it says no."""
