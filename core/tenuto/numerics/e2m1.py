@@ -3,7 +3,7 @@
 value = entry[code] * (scale * step[n, g]): 0, 1/2, 1, 3/2, 2, 3, 4 or 6, with a sign, and one scale
 for the whole weight. A *level* is the place of an entry, signed: -7 to 7, and 0 is 0.
 
-Shapes: `x` in units of the scale, `step` fp32 that broadcasts against it.
+Shapes: `x` in units of the scale, `step` fp32 of its shape, or with one last column.
 """
 
 from __future__ import annotations

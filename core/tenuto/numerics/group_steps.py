@@ -39,7 +39,7 @@ def _best(x: Tensor, place: Tensor, bits: int, kind: Any) -> Tensor:
     best, least = float8.values(place), torch.full_like(place, torch.inf)
     for move in TRIED:
         step = float8.values((place + move).clamp_(1, float8.HIGHEST))
-        wide = step[..., None].expand_as(x)
+        wide = step[..., None]
         near = kind.number(kind.nearest(x, wide, bits), wide, bits)
         error = near.sub_(x).square_().sum(-1)
         better = error < least
@@ -51,8 +51,8 @@ def nearest(rows: Tensor, scale: Tensor, step: Tensor, form: Any, kind: Any) -> 
     """Levels (N, K) of the values nearest to a weight (N, K)."""
     out = torch.empty_like(rows)
     for some in _pieces(rows):
-        wide = step[some].repeat_interleave(form.group, 1)
-        out[some] = kind.nearest(rows[some] / scale[some, None], wide, form.bits)
+        x = (rows[some] / scale[some, None]).unflatten(1, (-1, form.group))
+        out[some] = kind.nearest(x, step[some, :, None], form.bits).flatten(1)
     return out
 
 

@@ -6,7 +6,7 @@ weights of a normal distribution; with 6 bits it is the code itself, from -31 to
 whole numbers is one of 8-bit codes, whatever the groups (ComfyUI's `asym_w4a8_int8`). A *level* is
 the place of an entry, signed: -8 to 7, or -31 to 31; of equal numbers several levels may do.
 
-Shapes: `x` in units of its row's scale, `step` fp32 that broadcasts against it.
+Shapes: `x` in units of its row's scale, `step` fp32 of its shape, or with one last column.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def nearest(x: Tensor, step: Tensor, bits: int) -> Tensor:
     if bits == 4:
         numbers = (_table(x) * step[..., None]).round_().clamp_(-HIGHEST, HIGHEST)
         middles = (numbers[..., 1:] + numbers[..., :-1]) * 0.5
-        return (x[..., None] > middles).sum(-1).float() - 8
+        if step.shape[-1] == 1:  # of a group at once
+            return torch.searchsorted(middles.squeeze(-2), x.contiguous()).float() - 8
+        return torch.searchsorted(middles, x[..., None].contiguous()).squeeze(-1).float() - 8
     near = (x / step).round_().clamp_(-31, 31)
     best = (near - 1).clamp_min_(-31)
     least = (number(best, step, bits) - x).abs_()
