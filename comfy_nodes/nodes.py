@@ -26,7 +26,8 @@ from .speed import cached, faster, speedup_input
 def title(scheme: Scheme) -> str:
     """What a scheme is called in the nodes; workflows have it."""
     if scheme.activation is None:
-        return f"W{scheme.weight.bits} (weights only)"
+        name = scheme.name.upper() if scheme.of_files else f"W{scheme.weight.bits}"
+        return f"{name} (weights only)"
     name = scheme.name.removesuffix("-static").upper()
     return f"{name}, a range a step" if scheme.stored else name
 
