@@ -42,7 +42,7 @@ def formats() -> dict[str, ModuleType]:
     return {name: module for name, module in found(__name__).items() if hasattr(module, "SCHEMES")}
 
 
-FORMATS = ("comfy", "diffusers", "float", "gguf")  # as `--to` names them; a test compares the files
+FORMATS = ("comfy", "float", "gguf")  # as `--to` names them; a test compares the files
 
 
 def check_format(
@@ -57,8 +57,8 @@ def check_format(
         choice = f"choose one of {', '.join(form.SCHEMES)}" if form.SCHEMES else "it takes none"
         raise TenutoError(f"The format {to} has no scheme {scheme!r}: {choice}.")
     if Path(out).suffix.lower() != form.SUFFIX:
-        said = f"with a name that ends in {form.SUFFIX}" if form.SUFFIX else "a folder"
-        raise TenutoError(f"What --to {to} writes is {said}, unlike {Path(out).name}.")
+        said = f"a file that ends in {form.SUFFIX}" if form.SUFFIX else "a folder"
+        raise TenutoError(f"The format {to} is {said}, and {Path(out).name} is none.")
     if prefix and not (getattr(form, "PREFIXED", False) and PREFIX.fullmatch(prefix)):
         raise TenutoError(
             "A prefix is for --to comfy alone, and made of words with a dot after each."

@@ -186,10 +186,8 @@ def _read_back(
             step(host)
             entry, layer = entries[host], host.removesuffix(".weight")
             file.seek(entry.offset)
-            count = torch.Size(entry.shape).numel()
             kind = kinds.get(layer) if layer != host else None
-            size = count // SIZE * kind.bytes if kind else count * FLOATS[entry.type].itemsize
-            data = torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8)
+            data = torch.frombuffer(bytearray(file.read(entry.bytes)), dtype=torch.uint8)
             if kind is not None:
                 found = unpacked(data.view(-1, kind.bytes), kind)
             else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,9 @@ from ...files import bits_of
 
 MAGIC, VERSION, ALIGNED = b"GGUF", 3, 32
 UINT32, INT32, STRING, ARRAY = 4, 5, 8, 9  # types of values
+TYPES = {  # of tensors that we write: weights and bytes of a block
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+}  # fmt: skip
 MOST = 2**20  # entries or characters: more is no file of ours
 Value = int | str | list[int]
 
@@ -89,7 +93,7 @@ def _value(value: Value) -> bytes:
 def read_gguf(path: Path) -> tuple[dict[str, Value], dict[str, Entry]]:
     """(values, tensors) of a file as `GgufWriter` writes it; offsets are from its beginning.
 
-    The sizes of the tensors in bytes are what lies between them. ArtifactError where it is damaged.
+    ArtifactError where it is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -128,19 +132,17 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Value], dict[str, Entry]
     if max(tensors, pairs) > MOST:
         raise ValueError("no such file")
     values = {text(): value() for _ in range(pairs)}
-    found: list[tuple[str, tuple[int, ...], int, int]] = []
+    found: list[Entry] = []
     for _ in range(tensors):
         name, count = text(), take("I")
         if not 0 < count <= 4:
             raise ValueError("a tensor has one to four dimensions")
         sizes = struct.unpack(f"<{count}Q", file.read(8 * count))
-        found.append((name, sizes[::-1], *take("IQ")))
+        kind, offset = take("IQ")
+        block, width = TYPES[kind]
+        found.append(Entry(name, sizes[::-1], kind, prod(sizes) // block * width, offset))
     start = file.tell() + (-file.tell() % ALIGNED)
-    ends = [row[3] for row in found[1:]] + [size - start]
-    entries = {
-        name: Entry(name, shape, kind, end - offset, start + offset)
-        for (name, shape, kind, offset), end in zip(found, ends, strict=True)
-    }
-    if any(entry.bytes < 0 or entry.offset + entry.bytes > size for entry in entries.values()):
+    entries = {e.name: replace(e, offset=start + e.offset) for e in found}
+    if any(entry.offset + entry.bytes > size for entry in entries.values()):
         raise ValueError("it ends before its tensors do")
     return values, entries

@@ -100,6 +100,8 @@ class Plan:
         for name, place in self.parts[host]:
             own = self._values(self._own[name]).to("cpu")
             own = own.float() if own.is_floating_point() else own
+            if not bool(own.isfinite().all()):
+                raise ModelError(f"{name} has values that are no finite numbers.")
             found.append(swapped(own) if place.swapped else own)
         return torch.cat(found) if len(found) > 1 else found[0]
 
