@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, SchemeError
 from ..files import write_tensors
 from ..model import check_weights, describe, parts_of
-from ..numerics import Scheme, layout
+from ..numerics import Format, Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
 from .fingerprint import fingerprint, same, versions
-from .float_codes import in_file, in_memory
+from .float_codes import PARTS, in_file, in_memory
 from .forecast import joined_forecast, kernel_of
 from .forms import check_forms, wanted
 from .header import ALONE, KEY, WRONG, check_fingerprint, opened
@@ -188,9 +188,7 @@ class Artifact:
             form = schemes[about["scheme"]].weight
             needed = layout(f"{encoder}.{layer}", tuple(about["shape"]), form)
             self._check_tensors({f"encoder/{k}": v for k, v in needed.items()}, name)
-            if form.dtype == "e4m3":
-                key = f"encoder/{encoder}.{layer}.qdata"
-                check_floats(key, self.tensors[key], name)
+            self._check_floats(f"encoder/{encoder}.{layer}", form, name)
 
     def _check_table(self, module: str, outputs: list[tuple[int, ...]], name: str) -> None:
         """The features of one module, a row for every step; none of its layers beside them."""
@@ -224,8 +222,13 @@ class Artifact:
             fact = (torch.float32, (steps,))
             needed |= {f"ranges/{layer}.scale": fact, f"ranges/{layer}.zero_point": fact}
         self._check_tensors(needed, name)
-        if scheme.weight.dtype == "e4m3":
-            check_floats(f"weights/{layer}.qdata", self.tensors[f"weights/{layer}.qdata"], name)
+        self._check_floats(f"weights/{layer}", scheme.weight, name)
+
+    def _check_floats(self, layer: str, form: Format, name: str) -> None:
+        """Codes or steps of a layer that are 8-bit floats."""
+        key = f"{layer}.{PARTS.get(form.dtype)}"
+        if key in self.tensors:
+            check_floats(key, self.tensors[key], name)
 
     def _steps(self) -> int:
         """How many steps it was calibrated at; ValueError where there are none."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..model import Weights, denoiser_of, layers, parts_of
-from ..numerics import Format, Grid, QTensor, Scheme
+from ..numerics import Format, Grid, QTensor, Scheme, float8
+from ..numerics.scheme import LEVELS
 from .artifact import Artifact
 
 LEVEL = 9  # of zlib
@@ -96,11 +97,15 @@ def _layers(artifact: Artifact, model: Any) -> Iterator[tuple[str, Format, Tenso
 def _grid(tensors: dict[str, Tensor], name: str, form: Format) -> Grid:
     """The grid of a layer as the file has it."""
     parts = (tensors.get(f"weights/{name}.{part}") for part in ("zero_point", "step"))
-    zero, step = (None if t is None else t.cpu().float() for t in parts)
+    zero, step = (None if t is None else t.cpu() for t in parts)
+    if step is not None:
+        own = form.dtype in LEVELS
+        step = float8.values(float8.level_of(step)) if own else step.float()
+    zero = None if zero is None else zero.float()
     scale = tensors[f"weights/{name}.scale"].cpu()
     if zero is None or form.symmetric:
         zero = torch.zeros_like(scale)
-    return Grid(scale, zero if form.group else zero[:, None], step, form)
+    return Grid(scale, zero if zero.ndim == 2 else zero[:, None], step, form)
 
 
 def _checksum(codes: Tensor) -> int:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..numerics import float8
+from ..numerics.scheme import LEVELS
+
+PARTS = {"e4m3": "qdata"} | dict.fromkeys(LEVELS, "step")  # what is in e4m3, by dtype
 
 
 def in_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,14 +37,15 @@ def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _keys(header: Mapping[str, Any]) -> Iterator[str]:
-    """The names of all codes that are 8-bit floats."""
-    yield from (f"weights/{name}.qdata" for name in _layers(header))
+    """The names of all tensors of 8-bit floats."""
+    yield from (f"weights/{name}" for name in _layers(header))
     for encoder, facts in header.get("encoders", {}).items():
-        yield from (f"encoder/{encoder}.{name}.qdata" for name in _layers(facts))
+        yield from (f"encoder/{encoder}.{name}" for name in _layers(facts))
 
 
 def _layers(facts: Mapping[str, Any]) -> Iterator[str]:
     forms = {name: scheme["weight"] for name, scheme in facts.get("schemes", {}).items()}
     for name, about in facts.get("layers", {}).items():
-        if forms.get(about["scheme"], {}).get("dtype") == "e4m3":
-            yield name
+        part = PARTS.get(forms.get(about["scheme"], {}).get("dtype"))
+        if part is not None:
+            yield f"{name}.{part}"

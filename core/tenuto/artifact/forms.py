@@ -18,7 +18,7 @@ NUMBERS = (  # shown as such
 )  # fmt: skip
 FORMAT = {
     "bits": int, "group": int, "symmetric": bool, "per_step": bool, "smooth": bool,
-    "granularity": str, "ranges": str, "dtype": str,
+    "granularity": str, "ranges": str, "dtype": str, "rotate": bool,
 }  # fmt: skip
 
 

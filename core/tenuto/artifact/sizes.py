@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError
 from ..model import encoders_of, layers
 from ..numerics import QTensor, Scheme, ends
+from ..numerics.scheme import LEVELS
 from ..text import printable
 from .artifact import Artifact
 
@@ -53,6 +54,8 @@ def _check(model: nn.Module, header: Mapping[str, Any], tensors: dict[str, Tenso
 
 def _highest(form: Any) -> float:
     """The largest number that a scale multiplies."""
+    if form.dtype in LEVELS:
+        return LEVELS[form.dtype].HIGHEST
     if form.dtype != "int":
         return ends(form)[1]
     return 128.0 if form.group else 2.0**form.bits

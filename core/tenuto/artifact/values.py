@@ -28,6 +28,10 @@ def check_values(key: str, found: Tensor, name: str) -> None:
 
 
 def check_floats(key: str, found: Tensor, name: str) -> None:
-    """The bytes of 8-bit floats: one that is no number is refused."""
+    """The bytes of 8-bit floats: one that is no number is refused, and a step that is below 0."""
     if bool((found & 0x7F == 0x7F).any()):
         raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} has codes of no number.")
+    if key.endswith(".step") and bool((found > 0x7F).any()):
+        raise ArtifactError(
+            f"{name} is damaged: {printable(key, WORDS)} has values that are not above 0."
+        )

@@ -72,7 +72,7 @@ def needs_every_prompt(
         algorithms = [rule.algorithm for rule in scheme.rules]
     else:
         schemes = [scheme]
-        algorithms = [effort.rounding(rounding)] if scheme.weight.bits < 8 else []
+        algorithms = [effort.rounding(rounding, scheme)] if scheme.weight.bits < 8 else []
     seen = any(getattr(algorithm, "needs_inputs", False) for algorithm in algorithms)
     stored = any(s.stored for s in schemes)
     return seen or stored

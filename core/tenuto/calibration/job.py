@@ -78,10 +78,8 @@ class Job:
     def maintain(self, choice: str, rounding: Tiar) -> None:
         """Set what becomes of the time-only modules; before anything is quantized."""
         plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
-        names, trajectory = self.backbone.temporal, self.trajectory
-        self.time = Maintenance.of(
-            self.model, names, plan, trajectory, self.device, choice, rounding
-        )
+        names, given = self.backbone.temporal, (self.trajectory, self.device)
+        self.time = Maintenance.of(self.model, names, plan, *given, choice, rounding)
 
     def units(self) -> Iterator[tuple[str, list[str]]]:
         """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.

@@ -27,9 +27,18 @@ class Preset:
     effort: Effort
     usual: str = "gptq"
 
-    def rounding(self, name: str | None = None) -> Any:
-        """The algorithm called `name` at this effort; None: the usual one. Else SchemeError."""
-        return by_name(name or self.usual, "denoiser", self.effort)
+    def rounding(self, name: str | None = None, scheme: Scheme | None = None) -> Any:
+        """The algorithm called `name` at this effort; None: the usual one. Else SchemeError.
+
+        scheme: of the weights; those whose values lie at unequal distances not every one can round.
+        """
+        able = scheme is None or not scheme.of_files
+        found = by_name(name or (self.usual if able else "gptq"), "denoiser", self.effort)
+        if not able and getattr(found, "even", False):
+            assert scheme is not None
+            said = "to nearest or by GPTQ"
+            raise SchemeError(f"Weights in {scheme.name} are rounded {said}, not by {found.name}.")
+        return found
 
 
 PRESETS = {

@@ -114,7 +114,7 @@ def _of_denoiser(
             raise SchemeError("A recipe says itself how weights round.")
         recipe = scheme
     else:
-        recipe = recipe_for(scheme, backbone, chosen.rounding(rounding))
+        recipe = recipe_for(scheme, backbone, chosen.rounding(rounding, scheme))
     job = Job(denoiser, backbone, recipe, trajectory, device, part_seed(seed, part))
     job.max_memory = max_memory
     if not job.plan:

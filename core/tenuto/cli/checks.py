@@ -112,7 +112,7 @@ def check_quantization(
     if text_encoder is not None:
         encoder_scheme(text_encoder, method or "gptq")
     found, effort_of = None if scheme is None else named(scheme), effort(preset)
-    effort_of.rounding(rounding)
+    effort_of.rounding(rounding, found)
     if rounding is not None and (found is None or found.weight.bits == 8):
         raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
     check_choice(temporal)

@@ -1,7 +1,7 @@
 """Number formats: schemes and recipes, grids of values, quantized tensors."""
 
-from . import float8
-from .grid import Grid, covering, ends
+from . import float8, native
+from .grid import Grid, covering, ends, fits
 from .integer_codes import affine
 from .qtensor import QTensor, layout
 from .scheme import Format, Recipe, Rule, Scheme, known, label, named, schemes
@@ -16,10 +16,12 @@ __all__ = [
     "affine",
     "covering",
     "ends",
+    "fits",
     "float8",
     "known",
     "label",
     "layout",
     "named",
+    "native",
     "schemes",
 ]

@@ -7,20 +7,25 @@ and the integer kernels need not know of groups (QServe, arXiv 2405.04532; LLMC)
     value = scale[n] * step[n, g] * (code - zero[n, g]),   |step * (code - zero)| <= 127.
 A *level* is code - zero: signed, whole, between `limits`. The values of an 8-bit float lie at
 unequal distances,
-    value = scale[n] * float8.values(level).
+    value = scale[n] * float8.values(level),
+and so do those of the dtypes in `scheme.LEVELS`, whose groups of columns have e4m3 steps,
+    value = scale[n] * number(level, step[n, g]).
+A rotated format has all of this of the rotated weight, see `rotation.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SchemeError
-from . import float8
+from . import float8, group_steps
 from .integer_codes import RANGES, affine, code_limits, row_range
-from .scheme import Format
+from .rotation import butterfly, size_for
+from .scheme import LEVELS, Format
 
 WIDEST = 127  # of an 8-bit code
 
@@ -29,7 +34,8 @@ WIDEST = 127  # of an 8-bit code
 class Grid:
     """The grid of a weight (N, K) with G ranges a row.
 
-    scale: fp32 (N,). zero: whole fp32 (N, G). step: whole fp32 (N, G), or None where G is 1.
+    scale: fp32 (N,). zero: whole fp32 (N, G). step: whole fp32 (N, G), or None where G is 1; of the
+    dtypes in `scheme.LEVELS` e4m3 numbers.
     """
 
     scale: Tensor
@@ -40,7 +46,11 @@ class Grid:
     @staticmethod
     def of(weight: Tensor, form: Format) -> Grid:
         """The grid of a weight (N, ...) as its format searches it."""
-        rows, search = weight.detach().float().flatten(1), RANGES[form.ranges]
+        check_shape(weight.shape, form)
+        rows, search = rows_of(weight, form), RANGES[form.ranges]
+        if form.dtype in LEVELS:
+            scale, step = group_steps.found(rows, form, LEVELS[form.dtype])
+            return Grid(scale, torch.zeros_like(step), step, form)
         if form.dtype == "e4m3":
             scale, zero = float8.covering(*row_range(rows))
             return Grid(scale, zero[:, None], None, form)
@@ -64,7 +74,8 @@ class Grid:
     def size(self, columns: int) -> Tensor:
         """The distance of neighbouring values, (N, K). SchemeError where they are unequal."""
         if self.form.dtype != "int":
-            raise SchemeError(f"A format {self.form.dtype} is rounded to nearest, and only so.")
+            said = "has unequal steps: round it to nearest or by GPTQ"
+            raise SchemeError(f"A format {self.form.dtype} {said}.")
         if self.step is None:
             return self.scale[:, None].expand(-1, columns)
         return self.spread(self.step * self.scale[:, None], columns)
@@ -79,12 +90,39 @@ class Grid:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Levels (N, ...) of the values nearest to `weight` (N, ...)."""
-        rows = weight.detach().float().flatten(1)
+        rows, form = rows_of(weight, self.form), self.form
+        if form.dtype in LEVELS:
+            assert self.step is not None
+            found = group_steps.nearest(rows, self.scale, self.step, form, LEVELS[form.dtype])
+            return found.view(weight.shape)
         if self.form.dtype == "e4m3":
             return float8.levels(rows / self.scale[:, None]).view(weight.shape)
         columns = rows.shape[1]
         levels = (rows / self.size(columns)).round_()
         return levels.clamp_(*self.limits(columns)).view(weight.shape)
+
+
+def fits(shape: Any, form: Format) -> bool:
+    """Whether a weight of `shape` can be kept in `form`."""
+    if form.rotate or form.dtype in LEVELS:
+        if len(shape) != 2:
+            return False
+        if form.dtype in LEVELS:
+            return LEVELS[form.dtype].fits(shape[1], form.bits, form.group)
+    return True
+
+
+def check_shape(shape: Any, form: Format) -> None:
+    """SchemeError unless a weight of `shape` can be kept in `form`."""
+    if not fits(shape, form):
+        size = " x ".join(map(str, shape))
+        raise SchemeError(f"A weight of {size} has no codes in {form.dtype} of {form.bits} bits.")
+
+
+def rows_of(weight: Tensor, form: Format) -> Tensor:
+    """A weight (N, ...) as fp32 rows (N, K), rotated where its format is."""
+    rows = weight.detach().float().flatten(1)
+    return butterfly(rows, size_for(rows.shape[1])) if form.rotate else rows
 
 
 def spread(values: Tensor, group: int, columns: int) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import SchemeError
+from . import e2m1, int8_levels
 
+LEVELS: Mapping[str, Any] = {"int8_levels": int8_levels, "e2m1": e2m1}  # by dtype
 GRANULARITIES = ("tensor", "channel", "token")
-DTYPES = ("int", "e4m3")
+DTYPES = ("int", "e4m3", "int8_levels", "e2m1")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,11 @@ class Format:
     group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
     smooth: a weight is multiplied by a scale per column before it is rounded, and divided by it
     afterwards (AWQ, arXiv 2306.00978).
-    dtype: "int" is whole codes of 2 to 8 bits, "e4m3" an 8-bit float. See `float8.py`.
+    dtype: "int" is whole codes of 2 to 8 bits, "e4m3" an 8-bit float, "int8_levels" codes for 8-bit
+    whole numbers and "e2m1" a 4-bit float, both with an e4m3 factor a group. See the files of these
+    names, and `float8.py`.
+    rotate: a weight is rotated along its columns before it is rounded, and its inputs before they
+    are. See `rotation.py`.
     """
 
     bits: int = 8
@@ -35,6 +41,7 @@ class Format:
     group: int = 0
     smooth: bool = False
     dtype: str = "int"
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,8 +56,23 @@ class Format:
             raise SchemeError(f"Unknown granularity {self.granularity!r}: one of {GRANULARITIES}.")
         if self.ranges not in ("minmax", "mse", "percentile"):
             raise SchemeError(f"Unknown range search {self.ranges!r}.")
-        if self.group and (self.bits > 4 or self.symmetric or self.group < 8 or self.group % 8):
+        if self.dtype in LEVELS:
+            self._check_levels()
+        elif self.group and (self.bits > 4 or self.symmetric or self.group < 8 or self.group % 8):
             raise SchemeError("Groups are for asymmetric weights of 4 bits or less: 8, 16, 24, ...")
+        if self.rotate and (self.smooth or self.dtype not in ("int", "int8_levels")):
+            raise SchemeError("A rotated weight has whole codes and no scale per column.")
+        if self.rotate and self.dtype == "int" and not (self.bits == 8 and self.symmetric):
+            raise SchemeError("A rotated weight of whole codes has 8 bits and a symmetric range.")
+
+    def _check_levels(self) -> None:
+        """SchemeError unless it is a format whose codes are places in a table."""
+        kind = LEVELS[self.dtype]
+        if self.bits not in kind.BITS or self.group not in kind.GROUPS or not self.symmetric:
+            bits, groups = (" or ".join(map(str, some)) for some in (kind.BITS, kind.GROUPS))
+            raise SchemeError(f"A format {self.dtype} has {bits} bits and groups of {groups}.")
+        if self.ranges == "percentile" or self.dynamic:
+            raise SchemeError(f"The ranges of {self.dtype} are a weight's: minmax or mse.")
 
     @property
     def dynamic(self) -> bool:
@@ -71,6 +93,11 @@ class Scheme:
         """Whether it has ranges that calibration finds: it cannot be applied without one."""
         return self.activation is not None and not self.activation.dynamic
 
+    @property
+    def of_files(self) -> bool:
+        """Whether its weights are numbers of files of other programs that no other scheme has."""
+        return self.weight.rotate or self.weight.dtype in LEVELS
+
     def __post_init__(self) -> None:
         if self.weight.granularity != "channel":
             raise SchemeError("Weights are quantized per output channel, or in groups of it.")
@@ -82,6 +109,8 @@ class Scheme:
             _check_activation(self.activation)
             if self.weight.smooth:
                 raise SchemeError("A scale per column is for weights whose inputs stay in float.")
+            if self.weight.rotate and not self.activation.dynamic:
+                raise SchemeError("Inputs that are rotated are quantized per token.")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a header; without what older versions do not know, where it says no."""
@@ -91,6 +120,8 @@ class Scheme:
                 del form["smooth"]
             if form and form["dtype"] == "int":
                 del form["dtype"]
+            if form and not form["rotate"]:
+                del form["rotate"]
         return found
 
     @staticmethod
@@ -107,7 +138,7 @@ def _check_activation(form: Format) -> None:
     """What no layer computes is refused here, before it passes as something else."""
     if form.granularity == "channel":
         raise SchemeError("Activations are quantized per tensor or per token.")
-    if form.bits != 8 or form.ranges != "minmax" or form.group or form.smooth:
+    if form.bits != 8 or form.ranges != "minmax" or form.group or form.smooth or form.rotate:
         raise SchemeError("Activations have 8 bits and min-max ranges.")
     if form.dtype == "int" and form.symmetric != form.dynamic:
         raise SchemeError("Activation ranges are symmetric per token, asymmetric per tensor.")
@@ -167,10 +198,15 @@ _W4 = Format(4, symmetric=False, ranges="mse", group=32)
 _TOKEN = Format(8, symmetric=True, granularity="token")
 _STEP = Format(8, symmetric=False, granularity="tensor", per_step=True)
 _E4M3 = Format(dtype="e4m3")
+_LEVELS = Format(4, ranges="mse", group=16, dtype="int8_levels", rotate=True)
 
 
 class schemes:
-    """The named schemes. `*_STATIC`: one activation range per step instead of one per token."""
+    """The named schemes. `*_STATIC`: one activation range per step instead of one per token.
+
+    `COMFY_*` and NVFP4: the numbers of files that ComfyUI and others read by themselves, see
+    `native/`.
+    """
 
     W8A8 = Scheme("w8a8", _W8, _TOKEN)
     W6A8 = Scheme("w6a8", Format(6, symmetric=True, ranges="mse"), _TOKEN)
@@ -183,6 +219,10 @@ class schemes:
     FP8_STATIC = Scheme(
         "fp8-static", _E4M3, Format(dtype="e4m3", granularity="tensor", per_step=True)
     )
+    COMFY_W4A8 = Scheme("comfy-w4a8", _LEVELS, _TOKEN)
+    COMFY_W6A8 = Scheme("comfy-w6a8", replace(_LEVELS, bits=6), _TOKEN)
+    COMFY_INT8 = Scheme("comfy-int8", Format(8, ranges="minmax", rotate=True), _TOKEN)
+    NVFP4 = Scheme("nvfp4", Format(4, ranges="mse", group=16, dtype="e2m1"))
 
 
 def known() -> dict[str, Scheme]:
@@ -201,7 +241,7 @@ def label(scheme: Scheme) -> str:
 
 
 def _words(form: Format) -> str:
-    return f"{form.bits}-bit" + (" float" if form.dtype != "int" else "")
+    return f"{form.bits}-bit" + (" float" if form.dtype in ("e4m3", "e2m1") else "")
 
 
 def named(name: str) -> Scheme:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..model import Replacement, outside_graphs
 from ..numerics import QTensor, Scheme
+from ..numerics.rotation import rotated
 from ..sampling import Clock
 from . import execution
 from .execution import DENSE, Chooser
@@ -59,6 +60,7 @@ class QLayer(Replacement):
         self.latest: tuple[Kernel | None, ...] = ()  # the last one: what compiled code goes by
         self.packings = 0  # how often the memory of the weight changed
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
+        self.rotation = qweight.rotation
         self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
         buffers = {
@@ -115,15 +117,16 @@ class QLayer(Replacement):
 
     def qtensor(self) -> QTensor:
         """The weight; once packed, the packed codes are the only copy."""
-        if not self._packed or self.scheme.weight.dtype != "int":
+        if not self._packed or self.scheme.weight.dtype not in ("int", "int8_levels"):
             return self._stored()
         codes = next(iter(self._packed.values())).codes()
-        return QTensor(codes, self.weight_scale, None, self.shape, 8)
+        return QTensor(codes, self.weight_scale, None, self.shape, 8, rotation=self.rotation)
 
     def _stored(self) -> QTensor:
         """The weight in the form that a file has it."""
         form, parts = self.scheme.weight, (self.qdata, self.weight_scale, self.zero_point)
         facts = self.shape, self.bits, self.step, form.group, self.channel, form.dtype
+        facts = *facts, self.rotation
         kept = QTensor(*parts, *facts)
         if not self._packed:
             return kept
@@ -205,7 +208,9 @@ class QLayer(Replacement):
     def _kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
         grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors
-        return type(self).__name__, self.shape, self.bits, grouped, self.input_scale is None
+        facts = self.shape, self.bits, grouped, self.input_scale is None
+        turned = (self.rotation,) if self.rotation else ()  # kept choices of others stay as named
+        return (type(self).__name__, *facts, *turned)
 
     def _forget(self) -> None:
         """Drop the caches that no choice so far has a use for."""
@@ -230,7 +235,7 @@ class QLayer(Replacement):
 
     def _simulated(self, x: Tensor) -> Tensor:
         codes, scale, zero = self._quantize(x)
-        near = (quantize_input.counted(codes) - zero) * scale
+        near = rotated((quantize_input.counted(codes) - zero) * scale, self.rotation)
         weight, bias = self._weight_in(torch.float32), self._bias(torch.float32)
         return self._dense(near, weight, bias).to(x.dtype)
 
@@ -270,7 +275,8 @@ class QLayer(Replacement):
         assert self.scheme.activation is not None
         dtype = self.scheme.activation.dtype
         if self.input_scale is None or self.input_zero is None:
-            return *self.memo.per_row(x, self._dims, dtype), quantize_input.ZERO[dtype]
+            found = self.memo.per_row(x, self._dims, dtype, self.rotation)
+            return *found, quantize_input.ZERO[dtype]
         index = self.clock.index.to(self.input_scale.device)
         index = index if len(self.input_scale) > 1 else torch.zeros_like(index)
         return quantize_input.stored_at(x, self.input_scale, self.input_zero, index, dtype)

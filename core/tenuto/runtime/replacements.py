@@ -31,6 +31,7 @@ from ..model import describe, key_map_of, own_modules
 from ..model import layers as layers_of
 from ..numerics import QTensor, Scheme
 from ..sampling import Clock, OutputKernel
+from ..text import printable
 from .execution import Chooser, check_execution
 from .kernels.quantize_input import Memo
 from .layers import QConv2d, QLayer, QLinear
@@ -109,6 +110,8 @@ class Replacements:
     def table(self, name: str, module: nn.Module) -> TemporalTable:
         """The table for a time-only module."""
         facts = self.tables[name]
+        if not facts["single"] and type(module).__module__.startswith("torch.nn."):
+            raise ArtifactError(f"The artifact is damaged: {printable(name)} gives one tensor.")
         rows = [self.rows[f"{name}.{number}"] for number in range(len(facts["outputs"]))]
         return TemporalTable(module, rows, bool(facts["single"]), self.clock)
 

@@ -1,8 +1,9 @@
 """A thousand damaged artifacts: each is refused in one sentence, or attaches and gives numbers.
 
 Mutations are drawn from a seed: entries of the header, tensors, single bytes. What an artifact may
-have is in it: ranges per token and per step, groups of columns, floats of 8 bits, a temporal table,
-a text encoder, a route, compact weights, all of it again for a second denoiser.
+have is in it: ranges per token and per step, groups of columns, floats of 8 bits, the numbers of
+other programs' files, a temporal table, a text encoder, a route, compact weights, all of it again
+for a second denoiser.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ LONGEST, SLACK = 300, 64 * 2**20  # characters of a sentence; bytes beside twice
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.attn, self.mlp = nn.Linear(width, width), nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
@@ -55,9 +56,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(2, 8, 1)
-        self.time = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 8))
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.stem = nn.Conv2d(2, 32, 1)
+        self.time = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 32))
+        self.blocks = nn.ModuleList(Block(32) for _ in range(5))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         tokens = self.stem(x).flatten(2).transpose(1, 2)
@@ -70,7 +71,8 @@ class Model(nn.Module):
 PLAN = {
     "stem": schemes.W8A8_STATIC, "blocks.0.attn": schemes.W4A8, "blocks.0.mlp": schemes.W4A16,
     "blocks.1.attn": schemes.W4A8_STATIC, "blocks.1.mlp": schemes.W8A8, "blocks.2.attn": E4M3,
-    "blocks.2.mlp": SMOOTH,
+    "blocks.2.mlp": SMOOTH, "blocks.3.attn": schemes.COMFY_W4A8, "blocks.3.mlp": schemes.COMFY_W6A8,
+    "blocks.4.attn": schemes.COMFY_INT8, "blocks.4.mlp": schemes.NVFP4,
 }  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def of_denoiser(model: nn.Module, pipe: Any, whole: bool) -> Artifact:
     found.tensors["route/table"] = torch.tensor([[1, 1], [1, 0], [0, 1]], dtype=torch.bool)
     rows = model.time(torch.tensor(TIMES).view(-1, 1) / 1000).detach()
     found.tensors["temporal/time.0"] = rows.half()
-    facts = {"kind": "table", "outputs": [[8]], "single": True, "cosine_error": [0.0] * 3}
+    facts = {"kind": "table", "outputs": [[32]], "single": True, "cosine_error": [0.0] * 3}
     found.header |= {
         "preset": "quick", "schemes": {s.name: s.to_json() for s in plan.values()},
         "layers": {

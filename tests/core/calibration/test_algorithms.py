@@ -23,6 +23,7 @@ from tenuto.calibration.algorithms.adaround import AdaRound, Rounding
 from tenuto.calibration.algorithms.gptq import GPTQ, compensated, descended
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.calibration.bank import Bank, Rows
+from tenuto.calibration.columns import Even
 from tenuto.calibration.moments import inputs_seen, patches
 from tenuto.calibration.replay import inputs_of, outputs
 from tenuto.errors import Cancelled, SchemeError
@@ -320,14 +321,14 @@ def test_gptq_and_sweeps_lower_the_error_of_the_layer() -> None:
     """Each stage gives at most the error of the one before; in all much less than nearest."""
     x, weight, gram = moments(300, 40)
     size = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
-    grid = size, torch.full_like(size, -8), torch.full_like(size, 7)
+    grid = Even(size, torch.full_like(size, -8), torch.full_like(size, 7))
     inverse = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).float()
-    nearest = (weight / grid[0]).round().clamp(-8, 7)
-    found = [nearest, compensated(weight, inverse, *grid)]
+    nearest = (weight / size).round().clamp(-8, 7)
+    found = [nearest, compensated(weight, inverse, grid)]
     cross = (weight.double() @ gram).float()
     for _ in range(3):
-        found.append(descended(found[-1], gram.float(), cross, *grid))
-    errors = [float((x @ (c * grid[0] - weight).double().t()).square().sum()) for c in found]
+        found.append(descended(found[-1], gram.float(), cross, grid))
+    errors = [float((x @ (c * size - weight).double().t()).square().sum()) for c in found]
     assert all(b <= a * 1.0001 for a, b in pairwise(errors))
     assert errors[1] < errors[0] * 0.75
 
@@ -340,7 +341,7 @@ def test_a_sweep_ends_where_no_single_code_can_do_better() -> None:
     cross = (weight.double() @ gram).float()
     codes = (weight / scale).round().clamp(-4, 3)
     for _ in range(20):
-        codes = descended(codes, gram.float(), cross, scale, low, high)
+        codes = descended(codes, gram.float(), cross, Even(scale, low, high))
 
     def error(c: Tensor) -> Tensor:
         gap = (c * scale - weight).double()

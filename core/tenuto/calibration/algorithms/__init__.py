@@ -11,8 +11,9 @@ them from the target. `needs_inputs` says whether bank and target are used, and
 The file is all that there is to write: a class with a `name` can be chosen by it, everywhere. What
 else a class may say: `aliases`, further names; `parts`, of a pipeline that it is for (`PARTS`
 unless it says so); `smooth`, that it scales the columns of a weight, which the format then has to
-store; `together`, that it shares its work by `processes()` itself, where several processes do a job
-(else one of them does it); `at(effort)`, a class method, itself at an `Effort`.
+store; `even`, that it needs values of equal distances; `together`, that it shares its work by
+`processes()` itself, where several processes do a job (else one of them does it);
+`at(effort)`, a class method, itself at an `Effort`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import SchemeError
 from ...model import override_, tensors_in
 from ...numerics import Format, Grid, QTensor, Scheme
 from ..bank import Bank
@@ -35,6 +36,8 @@ class Rounding:
 
     def __init__(self, weight: Tensor, form: Format, start: Tensor | None = None) -> None:
         w = weight.detach().float()
+        if form.rotate:
+            raise SchemeError("A rotated weight is rounded to nearest or by GPTQ.")
         self.grid = Grid.of(w, form)
         columns = w.shape[1:].numel()
         self.size = self.grid.size(columns).view(w.shape)
@@ -78,6 +81,7 @@ class AdaRound:
     asymmetric: bool = True
 
     name: ClassVar[str] = "adaround"
+    even: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = ("denoiser",)
     needs_inputs = True
 

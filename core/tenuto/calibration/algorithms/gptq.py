@@ -9,6 +9,9 @@ B = y^T x^ (asymmetric calibration, Li et al. 2025, arXiv 2504.02692). And after
 is rounded again with all others fixed, a few times (cyclic descent, Behdin et al. 2023, arXiv
 2309.01885): this never raises the error
     |W^ x^ - y|^2 = tr(W^ A W^T) - 2 tr(W^ B^T) + const.
+
+A column is rounded to whatever values its format has there (`columns.py`). Where a format rotates
+the columns of a weight by H, so it does A and B: the inputs of the rotated weight are x H.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 
 from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme
-from ...runtime.kernels.column_rounding import compensate, descend
+from ...numerics.rotation import both, butterfly, rotated, size_for
 from ...sampling import processes
 from ..bank import Bank
+from ..columns import Columns, columns_of
 from ..moments import CHUNK, InputsSeen, patches, shared_inputs
 from . import Effort
 from .nearest import RoundToNearest, weight_of
@@ -144,21 +148,20 @@ class GPTQ:
     def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
         """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
         grid, groups = Grid.of(weight, form), len(gram)
-        columns = weight.shape[1:].numel()
-        parts = (grid.size(columns), *grid.limits(columns))
-        split = [t.unflatten(0, (groups, -1)) for t in parts]
+        columns, rows = weight.shape[1:].numel(), len(weight) // groups
+        size = size_for(columns) if form.rotate else 0
+        values = columns_of(grid, columns)
+        split = [values.rows(slice(at * rows, (at + 1) * rows)) for at in range(groups)]
         levels = [
-            self.rounded(w, a, b, *rows)
-            for w, a, b, *rows in zip(
-                _by_group(weight, groups).float(), gram, cross, *split, strict=True
+            self.rounded(butterfly(w, size), both(a, size), rotated(b, size), some)
+            for w, a, b, some in zip(
+                _by_group(weight, groups).float(), gram, cross, split, strict=True
             )
         ]
         return QTensor.of(torch.cat(levels).view(weight.shape), grid)
 
-    def rounded(
-        self, weight: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
-    ) -> Tensor:
-        """Levels (N, K) of a weight (N, K). gram: (K, K); the rest (N, K), see `Grid`."""
+    def rounded(self, weight: Tensor, gram: Tensor, cross: Tensor, grid: Columns) -> Tensor:
+        """Levels (N, K) of a weight (N, K). gram: (K, K); cross: (N, K)."""
         # a (K, K) in fp64 is the largest thing there is: few at once
         gram, cross = (t.to(torch.float64, copy=True) for t in (gram, cross))
         extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
@@ -173,10 +176,10 @@ class GPTQ:
         cross, factor = cross.float(), torch.cholesky_inverse(factor)
         inverse = torch.linalg.cholesky(factor, upper=True).float()
         del factor
-        grid = [t[:, order] for t in (size, low, high)]
-        levels = compensated(wanted, inverse, *grid)
+        grid = grid.at(order)
+        levels = compensated(wanted, inverse, grid)
         for _ in range(self.sweeps):
-            levels = descended(levels, gram, cross, *grid)
+            levels = descended(levels, gram, cross, grid)
         return levels[:, order.argsort()]
 
 
@@ -202,27 +205,23 @@ def _by_group(weight: Tensor, groups: int) -> Tensor:
     return weight.detach().flatten(1).unflatten(0, (groups, -1))
 
 
-def compensated(weight: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def compensated(weight: Tensor, inverse: Tensor, grid: Columns) -> Tensor:
     """Levels (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
     rest, levels = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], WIDTH):
         tile = slice(start, start + WIDTH)
-        grid = size[:, tile], low[:, tile], high[:, tile]
-        levels[:, tile], errors = compensate(rest[:, tile], inverse[tile, tile], *grid)
+        levels[:, tile], errors = grid.at(tile).compensate(rest[:, tile], inverse[tile, tile])
         rest[:, start + WIDTH :] -= errors @ inverse[tile, start + WIDTH :]
     return levels
 
 
-def descended(
-    levels: Tensor, gram: Tensor, cross: Tensor, size: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
+def descended(levels: Tensor, gram: Tensor, cross: Tensor, grid: Columns) -> Tensor:
     """Levels (N, K) after one sweep in which every column takes its best value."""
-    values = levels * size
+    values = grid.values(levels)
     slope = values @ gram - cross  # half the gradient
     for start in range(0, levels.shape[1], WIDTH):
         tile = slice(start, start + WIDTH)
-        grid = size[:, tile], low[:, tile], high[:, tile]
-        new = descend(slope[:, tile], gram[tile, tile], values[:, tile], *grid)
+        new = grid.at(tile).descend(slope[:, tile], gram[tile, tile], values[:, tile])
         slope += (new - values[:, tile]) @ gram[tile]
         values[:, tile] = new
-    return (values / size).round()
+    return grid.levels(values)

@@ -105,7 +105,7 @@ def check(
     scheme.
     """
     chosen, wanted, given = effort(preset), scheme_of(scheme), _given(model)
-    chosen.rounding(rounding)
+    chosen.rounding(rounding, wanted if isinstance(wanted, Scheme) else None)
     lifeless = given if isinstance(given, Skeleton) else None
     pipe = given if lifeless is None else lifeless.pipe
     try:

@@ -85,7 +85,9 @@ class Maintenance:
         rounding: Tiar,
     ) -> Maintenance:
         """Of the modules `names` those that hold a layer of `plan`; the model is still float."""
+        fixed = [layer for layer, scheme in plan.items() if scheme.of_files]  # they stay so
         wanted = [n for n in names if any(_inside(layer, n) for layer in plan)]
+        wanted = [n for n in wanted if not any(_inside(layer, n) for layer in fixed)]
         try:
             with frozen(model):
                 path = time_path(model, wanted, trajectory, device)

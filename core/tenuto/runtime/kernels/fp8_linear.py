@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,8 +139,8 @@ def _supports(case: Case) -> bool:
     return multiple and way_of(case.device) is not None
 
 
-_E4M3 = Formats("e4m3", (8,), False)
+_E4M3 = Formats("e4m3", bits=(8,), groups=False)
 KERNEL = Kernel(
-    "fp8_linear", "linear", _E4M3, Formats("e4m3", (8,), False, ("tensor", "token")), _supports,
+    "fp8_linear", "linear", _E4M3, replace(_E4M3, granularities=("tensor", "token")), _supports,
     _pack, _reference, _call, word="fp8", any_bias=True,
 )  # fmt: skip

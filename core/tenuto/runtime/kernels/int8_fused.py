@@ -79,6 +79,6 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_fused", "linear", Formats(), INT8_INPUTS, _supports, _pack, int8_linear.KERNEL.reference,
-    fused_linear, priority=1, any_bias=True,
+    "int8_fused", "linear", Formats(levels=True), INT8_INPUTS, _supports, _pack,
+    int8_linear.KERNEL.reference, fused_linear, priority=1, any_bias=True,
 )  # fmt: skip

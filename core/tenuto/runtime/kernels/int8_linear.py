@@ -165,5 +165,5 @@ def _supports(case: Case) -> bool:
 
 
 KERNEL = Kernel(
-    "int8_linear", "linear", Formats(), INT8_INPUTS, _supports, _pack, _reference, _call
+    "int8_linear", "linear", Formats(levels=True), INT8_INPUTS, _supports, _pack, _reference, _call
 )  # fmt: skip

@@ -39,11 +39,13 @@ class Packed(Protocol):
 class Formats:
     """The formats that a kernel takes: of one dtype and so many bits.
 
-    groups: whether the columns of a weight may have ranges in groups; an 8-bit code of its row
-    stands for each value then too. granularities: of activations.
+    levels: whether also those whose codes stand for 8-bit whole numbers, and these are what it
+    gets. groups: whether the columns of a weight may have ranges in groups; an 8-bit code of its
+    row stands for each value then too. granularities: of activations.
     """
 
     dtype: str = "int"
+    levels: bool = False
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     groups: bool = True
     granularities: tuple[str, ...] = ("channel", "tensor", "token")
@@ -52,7 +54,7 @@ class Formats:
         """Whether `form` is among them."""
         return (
             form is not None
-            and form.dtype == self.dtype
+            and (form.dtype == self.dtype or (self.levels and form.dtype == "int8_levels"))
             and form.bits in self.bits
             and form.granularity in self.granularities
             and (self.groups or not form.group)
