@@ -60,10 +60,10 @@ def write(plan: Plan, out: Path, settings: Settings, on_progress: Progress | Non
     if not chosen:
         raise TenutoError("No layer of this model would be quantized: nothing to export.")
     report = Report("comfy", [out], bf16_bytes(plan), dropped=plan.dropped)
-    for layer, name in chosen.items():
-        report.layers[layer] = LAYOUTS[name].format
-    report.host = "ComfyUI >= " + max((LAYOUTS[n].since for n in chosen.values()), key=_version)
-    job = _Job(plan, settings, report, {n: LAYOUTS[name] for n, name in chosen.items()})
+    for layer, layout in chosen.items():
+        report.layers[layer] = layout.format
+    report.host = "ComfyUI >= " + max((x.since for x in chosen.values()), key=_version)
+    job = _Job(plan, settings, report, chosen)
     specs = job.specs()
     check_room(out, specs)
     with whole_file(out) as part:
@@ -73,17 +73,19 @@ def write(plan: Plan, out: Path, settings: Settings, on_progress: Progress | Non
     return report
 
 
-def _chosen(plan: Plan, settings: Settings) -> Iterator[tuple[str, str]]:
+def _chosen(plan: Plan, settings: Settings) -> Iterator[tuple[str, Layout]]:
     """(layer, layout) of what is quantized; what is left out is said."""
     unknown, known = 0, set(plan.quantized())
     convs, outer = len(known - plan.linears), len((known & plan.linears) - plan.inner)
     for host in sorted(plan.inner):
         scheme = plan.scheme(host)
-        name = settings.scheme if scheme is None else layout_of(scheme) or settings.scheme
-        if name is None or not LAYOUTS[name].fits(plan.shape(f"{host}.weight")):
-            unknown += scheme is not None
+        if scheme is None and settings.scheme is None:
             continue
-        yield host, name
+        layout = LAYOUTS[settings.scheme or ""] if scheme is None else layout_of(scheme)
+        if layout.fits(plan.shape(f"{host}.weight")):
+            yield host, layout
+        else:
+            unknown += 1
     if convs:
         plan.dropped.append(
             f"{convs} convolutions are in 16 bits: hosts read quantized ones wrong."
@@ -95,7 +97,7 @@ def _chosen(plan: Plan, settings: Settings) -> Iterator[tuple[str, str]]:
         )
     if unknown:
         plan.dropped.append(
-            f"{unknown} layers are in 16 bits: no layout fits their shape or codes."
+            f"{unknown} layers are in 16 bits: the layout does not fit their shape."
         )
 
 
@@ -191,7 +193,7 @@ class _Job:
 
     def _compare(self, part: Path, layer: str, coded: Coded) -> None:
         with comfy_file(part) as file:
-            read = file.decode(self.name(layer))
+            read = file.decode(self.name(layer), tuple(coded.weight.shape))
         gap, size = (read - coded.weight).abs().max(), coded.weight.abs().max()
         if read.shape != coded.weight.shape or not float(gap) <= GAP * float(size):
             raise TenutoError(f"{layer} reads differently from what was written: no file is kept.")
@@ -201,21 +203,22 @@ def _notes(plan: Plan, report: Report, settings: Settings) -> None:
     """What a user should know of the file."""
     kinds = set(report.layers.values())
     schemes = [plan.scheme(host) for host in report.layers]
-    if INT8 in kinds and any(s is not None and s.stored for s in schemes):
+    ranged = any(s is not None and s.stored for s in schemes)
+    if kinds - {FP8} and ranged:
         report.dropped.append(
             "Ranges of inputs, one a step: this format has none, and the host finds a range a "
             "token itself."
         )
-    unscaled = plan.artifact is None or not any(s is not None and s.stored for s in schemes)
-    if FP8 in kinds and unscaled and not settings.inputs:
+    if FP8 in kinds and not ranged and not settings.inputs:
         report.notes.append(
             "The fp8 layers have no range of their inputs: the host multiplies in 16 bits, and "
             "only memory is saved. An artifact of fp8-static has them."
         )
-    if FP8 in kinds and plan.artifact is not None:
+    anew = sum(s is not None for s in schemes) - report.kept
+    if anew:
         report.notes.append(
-            "fp8 weights have one scale a layer here, and the artifact's one a row: these codes "
-            "were found anew."
+            f"The codes of {anew} layers do not exist there and were rounded anew, without "
+            "calibration: quantize with a scheme of the format, such as comfy-w4a8."
         )
     if kinds - {INT8, FP8}:
         report.notes.append(

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, SchemeError
+from ...numerics import native
 from ...text import printable
 
 MARK, HEADER = "comfy_quant", "_quantization_metadata"
@@ -42,8 +43,11 @@ class ComfyFile:
         self._check_header(self.file.metadata() or {})
         self._check_others()
 
-    def decode(self, layer: str) -> Tensor:
-        """The weight (N, K) of a layer in fp32, in the order of the host's own arithmetic."""
+    def decode(self, layer: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The weight (N, K) of a layer in fp32, in the order of the host's own arithmetic.
+
+        shape: the model's, where a file may have padded it.
+        """
         facts = self._facts(f"{layer}.{MARK}")
         reader = READERS.get(str(facts.get("format")))
         if reader is None:
@@ -51,7 +55,7 @@ class ComfyFile:
         weight = self._tensor(layer, "weight")
         if weight.ndim != 2:
             raise self._wrong(f"{layer} is a convolution, and hosts read those wrongly")
-        return reader(self, layer, facts, weight)
+        return reader(self, layer, facts, weight)[: None if shape is None else shape[0]]
 
     def _tensor(self, layer: str, end: str) -> Tensor:
         if f"{layer}.{end}" not in self.names:
@@ -144,7 +148,34 @@ def unrotated(file: ComfyFile, layer: str, value: Tensor, group: Any) -> Tensor:
     return (value.unflatten(1, (-1, group)) @ matrix).flatten(1)
 
 
+def _w4a8(file: ComfyFile, layer: str, facts: dict[str, Any], weight: Tensor) -> Tensor:
+    group, steps = facts.get("group_size", 16), file._tensor(layer, "weight_s_rel")
+    if not isinstance(group, int) or steps.ndim != 2:
+        raise file._wrong(f"{layer} has no groups")
+    columns = steps.shape[1] * group
+    if weight.shape[1] * 2 == columns and f"{layer}.weight_codebook" not in file.names:
+        raise file._wrong(f"{layer} has no weight_codebook, which hosts take for equal distances")
+    return _native(file, layer, facts, (len(weight), columns))
+
+
+def _nvfp4(file: ComfyFile, layer: str, facts: dict[str, Any], weight: Tensor) -> Tensor:
+    return _native(file, layer, facts, (len(weight), weight.shape[1] * 2))
+
+
+def _native(file: ComfyFile, layer: str, facts: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """What `numerics.native` finds in the tensors of one layer."""
+    start = f"{layer}."
+    ends = {n.removeprefix(start) for n in file.names if n.startswith(start)} - {MARK, "bias"}
+    tensors = {end: file.file.get_tensor(f"{start}{end}") for end in ends}
+    try:
+        return native.named(facts["format"]).decode(tensors, facts, shape)
+    except SchemeError as error:
+        raise file._wrong(f"{layer}: {str(error).rstrip('.')}") from error
+
+
 READERS: dict[str, Callable[[ComfyFile, str, dict[str, Any], Tensor], Tensor]] = {
     "int8_tensorwise": _int8,
     "float8_e4m3fn": _fp8,
+    "asym_w4a8_int8": _w4a8,
+    "nvfp4": _nvfp4,
 }

@@ -125,7 +125,7 @@ def test_fp8_with_the_range_of_its_inputs(
     wanted = artifact.tensors[f"ranges/{PARTS[0]}.scale"].max()
     assert torch.equal(tensors[f"{QKV}.input_scale"], wanted)
     assert report.kinds == {FP8: len(report.layers)} and report.host == "ComfyUI >= 0.3.68"
-    assert any("found anew" in note for note in report.notes)
+    assert any("rounded anew" in note for note in report.notes)
 
 
 def test_fp8_without_a_range_multiplies_in_16_bits(
