@@ -96,8 +96,7 @@ def _kinds(plan: Plan, settings: Settings) -> dict[str, Kind]:
         scheme = plan.scheme(layer)
         name = settings.scheme
         if scheme is not None:
-            low = scheme.weight.dtype == "int" and scheme.weight.bits <= 4
-            name = "q4_1" if low else "q8_0"
+            name = "q4_1" if scheme.weight.bits <= 4 else "q8_0"
         if name is not None and plan.shape(f"{layer}.weight")[1] % SIZE == 0:
             found[layer] = KINDS[name]
         else:

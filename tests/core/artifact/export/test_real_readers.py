@@ -113,6 +113,22 @@ def test_the_artifacts_codes_are_what_is_read(made: Any, name: str, tmp_path: Pa
     assert any("rounded anew" in note for note in report.notes) == (name == "NVFP4")
 
 
+@pytest.mark.parametrize("name", ["COMFY_W4A8", "NVFP4", "COMFY_INT8"])
+def test_other_numbers_in_other_files(made: Any, contents: Any, name: str, tmp_path: Path) -> None:
+    """In bf16 exactly, out of the rotated basis; in GGUF as near as its blocks are."""
+    artifact, model, layer = made(name), z_image(), "layers.0.attention.to_out.0"
+    facts = artifact.header["layers"][layer]
+    form = Scheme.from_json(artifact.header["schemes"][facts["scheme"]]).weight
+    section = artifact.section("weights")
+    wanted = QTensor.from_tensors(section, layer, facts["shape"], form).dequantize()
+    export(model, "float", tmp_path / "z.safetensors", artifact=artifact)
+    found = contents(tmp_path / "z.safetensors")[0][f"{layer}.weight"]
+    assert torch.equal(found, wanted.bfloat16())
+    report = export(model, "gguf", tmp_path / "z.gguf", artifact=artifact)
+    assert report.kinds == {"q8_0" if name == "COMFY_INT8" else "q4_1": len(report.layers)}
+    assert report.kept == 0 and report.error < 0.15
+
+
 def test_codes_that_do_not_exist_there_are_said(made: Any, tmp_path: Path) -> None:
     """Our own W4A8 has zero points: rounded anew, in the host's numbers."""
     report = export(z_image(), "comfy", tmp_path / "z.safetensors", artifact=made("W4A8"))
