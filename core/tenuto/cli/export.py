@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..artifact.export import Report, check_format
 from ..artifact.export import export as exported
+from ..artifact.export.report import COMPANION
 from ..artifact.summary import counted, mib
 from ..sampling.loading import check_model, load_denoisers
 from .checks import check_file, damage_told, load_artifact
@@ -15,7 +16,7 @@ from .console import Answer, Bars
 NEXT = {  # what to do with a file
     "comfy": "put {out} into ComfyUI's models/diffusion_models; Load Diffusion Model has it.",
     "gguf": "put {out} into ComfyUI's models/unet; the loader of ComfyUI-GGUF has it.",
-    "diffusers": "MODEL_CLASS.from_pretrained({out!r}, torch_dtype=torch.bfloat16) in Python.",
+    "diffusers": "from_pretrained({out!r}) of the model's class, with torchao installed.",
     "float": "load_state_dict of {out} in Python, or tenuto compare to see what the codes cost.",
 }
 
@@ -51,7 +52,7 @@ def export(
 
 def lines_of(report: Report) -> list[str]:
     """A report as people read it."""
-    out, *beside = report.files
+    out, beside = report.files[0], [f for f in report.files if f.name.endswith(COMPANION)]
     found = [f"{out}: {mib(report.after)}; in bf16 it would be {mib(report.before)}."]
     kinds = ", ".join(f"{counted(n, 'layer')} in {kind}" for kind, n in report.kinds.items())
     own = "with the artifact's own codes" if report.kept else "rounded to nearest"

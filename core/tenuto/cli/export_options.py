@@ -18,7 +18,7 @@ Out = Annotated[
     Path,
     Option(
         "--out", metavar="FILE", rich_help_panel=OUTPUT,
-        help="The file to write: .safetensors, .gguf, or a folder for diffusers.",
+        help="The file to write: .safetensors, .gguf, or a new folder for diffusers.",
     ),
 ]  # fmt: skip
 Scheme = Annotated[

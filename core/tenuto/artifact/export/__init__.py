@@ -42,7 +42,7 @@ def formats() -> dict[str, ModuleType]:
     return {name: module for name, module in found(__name__).items() if hasattr(module, "SCHEMES")}
 
 
-FORMATS = ("comfy", "float", "gguf")  # as `--to` names them; a test compares the files
+FORMATS = ("comfy", "diffusers", "float", "gguf")  # as `--to` names them: the files here
 
 
 def check_format(

@@ -251,3 +251,24 @@ def test_a_folder_that_is_wrong(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a file; a model is"):
         commands.export(str(shard), **given)
     assert not given["out"].parent.exists()
+
+
+def test_a_folder_for_diffusers(tiny: Any, rounded: Any, contents: Any, tmp_path: Path) -> None:
+    """Codes as they are, and what makes diffusers ask torchao for them; never over another one."""
+    model, artifact, out = tiny("pixart"), rounded("pixart"), tmp_path / "folder"
+    report = export(model, "diffusers", out, artifact=artifact)
+    tensors, metadata = contents(out / "diffusion_pytorch_model.safetensors")
+    layers = {n for n, f in artifact.header["layers"].items() if len(f["shape"]) == 2}
+    assert set(report.layers) == layers and report.kept == len(layers)
+    for name in layers:
+        known = artifact.section("weights")
+        assert torch.equal(tensors[f"{name}._weight_qdata"], known[f"{name}.qdata"])
+        assert torch.equal(tensors[f"{name}._weight_scale"][:, 0], known[f"{name}.scale"])
+        assert json.loads(metadata[f"{name}.weight"])["_type"] == "Int8Tensor"
+    config = json.loads((out / "config.json").read_text())
+    assert config["_class_name"] == type(model).__name__ and "_name_or_path" not in config
+    assert config["quantization_config"]["quant_method"] == "torchao"
+    assert any("convolutions are in 16 bits" in line for line in report.dropped)
+    with pytest.raises(TenutoError, match="is there already"):
+        export(model, "diffusers", out, artifact=artifact)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tenuto import quantize, record
-from tenuto.artifact.export import export
+from tenuto.artifact.export import export, read_companion
 from tenuto.artifact.export.comfy_reader import comfy_file
 from tenuto.artifact.export.gguf_blocks import KINDS
 from tenuto.calibration.algorithms.nearest import RoundToNearest
@@ -19,6 +20,7 @@ from tenuto.errors import ArtifactError
 from tenuto.model import host_map_of
 from tenuto.numerics import QTensor, Scheme, schemes
 from tenuto.numerics.scheme import Recipe, Rule
+from tenuto.sampling import OutputKernel
 from tests.core import tiny_pipelines
 
 NATIVE = {"COMFY_W4A8": "asym_w4a8_int8", "COMFY_W6A8": "asym_w4a8_int8", "COMFY_INT8":
@@ -129,6 +131,22 @@ def test_other_numbers_in_other_files(made: Any, contents: Any, name: str, tmp_p
     assert report.kept == 0 and report.error < 0.15
 
 
+def test_the_forecast_travels(made: Any, tmp_path: Path) -> None:
+    """The kernel of a pipeline's outputs, bit for bit, as an artifact of its own."""
+    times = tuple(float(t) for t in torch.linspace(1.0, 0.1, 10))
+    rest, draw = tuple(1 - t for t in times), torch.Generator().manual_seed(0)
+    root = torch.randn(10, 12, generator=draw, dtype=torch.float64)
+    artifact = copy.deepcopy(made("W8A8"))
+    artifact.add_forecast(OutputKernel(root @ root.T, times, rest, times, "flow"))
+    kernel = artifact.tensors["forecast/kernel"]
+    report = export(z_image(), "comfy", tmp_path / "z.safetensors", artifact=artifact)
+    facts, found = read_companion(report.files[1])
+    assert found is not None and torch.equal(found.tensors["forecast/kernel"], kernel)
+    assert found.tensors["forecast/kernel"].dtype is kernel.dtype
+    assert found.header["forecast"] == artifact.header["forecast"]
+    assert facts["host"] == report.host
+
+
 def test_codes_that_do_not_exist_there_are_said(made: Any, tmp_path: Path) -> None:
     """Our own W4A8 has zero points: rounded anew, in the host's numbers."""
     report = export(z_image(), "comfy", tmp_path / "z.safetensors", artifact=made("W4A8"))
@@ -168,3 +186,28 @@ def test_gguf_reads_what_was_meant(scheme: str, tmp_path: Path) -> None:
         theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         data = torch.from_numpy(tensor.data.copy()).view(-1, kind.bytes)
         assert torch.equal(unpacked(data, kind).view(theirs.shape), theirs)
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("W8A8", True), ("W8A16", False)])
+def test_diffusers_loads_the_folder_with_our_codes(
+    made: Any, name: str, dynamic: bool, tmp_path: Path
+) -> None:
+    """By torchao: each code and scale is the artifact's, all else the model's in bf16."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    import diffusers
+
+    artifact, model, out = made(name), z_image(), tmp_path / "z"
+    report = export(model, "diffusers", out, artifact=artifact)
+    assert report.kept == len(report.layers) > 8
+    kind = diffusers.ZImageTransformer2DModel
+    found = kind.from_pretrained(out, torch_dtype=torch.bfloat16)
+    section, own = artifact.section("weights"), model.state_dict()
+    for key, tensor in found.state_dict().items():
+        layer = key.removesuffix(".weight")
+        if layer in report.layers and layer != key:
+            assert type(tensor).__name__ == "Int8Tensor"
+            assert torch.equal(tensor.qdata, section[f"{layer}.qdata"])
+            assert torch.equal(tensor.scale[:, 0], section[f"{layer}.scale"])
+            assert (tensor.act_quant_kwargs is not None) == dynamic
+        else:
+            assert torch.equal(tensor, own[key].bfloat16()), key
