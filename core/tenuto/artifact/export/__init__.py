@@ -56,7 +56,8 @@ def check_format(
     if scheme is not None and scheme not in form.SCHEMES:
         choice = f"choose one of {', '.join(form.SCHEMES)}" if form.SCHEMES else "it takes none"
         raise TenutoError(f"The format {to} has no scheme {scheme!r}: {choice}.")
-    if Path(out).suffix.lower() != form.SUFFIX:
+    end, files = Path(out).suffix.lower(), {other.SUFFIX for other in known.values()} - {""}
+    if end != form.SUFFIX if form.SUFFIX else end in files:
         said = f"a file that ends in {form.SUFFIX}" if form.SUFFIX else "a folder"
         raise TenutoError(f"The format {to} is {said}, and {Path(out).name} is none.")
     if prefix and not (getattr(form, "PREFIXED", False) and PREFIX.fullmatch(prefix)):

@@ -144,6 +144,7 @@ def test_the_wrong_artifact_is_refused(tiny: Any, rounded: Any, tmp_path: Path) 
         ({"to": "comfy"}, "Say what to write"),
         ({"to": "float"}, "nothing to fold"),
         ({"to": "gguf", "scheme": "q8_0"}, "ends in .gguf"),
+        ({"to": "diffusers", "scheme": "w8a8"}, "is a folder, and x.safetensors is none"),
         ({"to": "comfy", "scheme": "w8a8", "part": "transformer_2"}, "no denoiser 'transformer_2'"),
     ],
 )
