@@ -1,6 +1,7 @@
 """Tenuto: diffusion models made faster and smaller, with an image one cannot tell apart."""
 
 from .artifact import Artifact
+from .artifact.export import export
 from .caching import CacheSchedule
 from .calibration import Check, check, quantize, quantize_encoder, train_router
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "demo",
     "describe",
+    "export",
     "prompts",
     "quantize",
     "quantize_encoder",

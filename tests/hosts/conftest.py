@@ -280,18 +280,45 @@ def in_ldm(original: Callable[[str], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
+def comfy_model(family: str, layers: dict[str, Any] | None = None) -> Any:
+    """ComfyUI's model without weights. layers: what a file's header says of quantized ones."""
+    from comfy import supported_models
+
+    name, facts = COMFY[family]
+    config = getattr(supported_models, name)(dict(facts))
+    config.set_inference_dtype(torch.float32, torch.float32 if layers else None)
+    if layers:
+        config.layer_quant_config = layers
+    return config.get_model({}, "")
+
+
+@pytest.fixture(scope="session")
+def from_file() -> Callable[..., Any]:
+    """from_file(family, path): ComfyUI's model with the weights of a file, as it loads them.
+
+    As its loader does once it has seen which model a file is of; that takes sizes of real ones.
+    """
+
+    def build(family: str, path: Path) -> Any:
+        from comfy import model_detection, utils
+
+        tensors, metadata = utils.load_torch_file(str(path), return_metadata=True)
+        layers = model_detection.detect_layer_quantization(metadata)
+        model = comfy_model(family, layers)
+        model.load_model_weights(tensors, "")
+        return model.eval()
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def in_comfy(original: Callable[[str], nn.Module]) -> Callable[[str], Any]:
     """in_comfy(family): a MODEL of ComfyUI (a ModelPatcher) round the same weights."""
 
     def build(family: str) -> Any:
-        from comfy import supported_models
         from comfy.model_patcher import ModelPatcher
 
-        name, facts = COMFY[family]
-        config = getattr(supported_models, name)(dict(facts))
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "")
+        model = comfy_model(family)
         take_over_(model.diffusion_model, original(family))
         model.diffusion_model.requires_grad_(False)
         cpu = torch.device("cpu")

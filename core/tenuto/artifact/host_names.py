@@ -41,7 +41,7 @@ def localized(
     artifact.check(view)
     full = expanded(artifact, view)
     check_sizes(full, view, model)
-    return full if keys is None else _in_host(full, keys)
+    return full if keys is None else in_host(full, keys)
 
 
 def canonicalized(artifact: Artifact, model: Any) -> Artifact:
@@ -59,7 +59,8 @@ def canonicalized(artifact: Artifact, model: Any) -> Artifact:
     return _Split(artifact, keys, view, header).artifact()
 
 
-def _in_host(artifact: Artifact, keys: KeyMap) -> Artifact:
+def in_host(artifact: Artifact, keys: KeyMap) -> Artifact:
+    """`artifact`, whose codes are in full, under the names that `keys` has for a host."""
     header, tensors = dict(artifact.header), {}
     for key, value in artifact.tensors.items():
         if not key.startswith(("weights/", "ranges/", "temporal/")):

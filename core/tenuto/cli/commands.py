@@ -39,6 +39,7 @@ from .checks import (
     load_artifact,
 )
 from .console import Answer, Bars
+from .export import export
 from .inspect import inspect
 from .session import (
     attached_to,
@@ -50,7 +51,9 @@ from .session import (
     written,
 )
 
-__all__ = ["app", "check", "compare", "demo", "generate", "inspect", "quantize", "train_router"]
+__all__ = [
+    "app", "check", "compare", "demo", "export", "generate", "inspect", "quantize", "train_router",
+]  # fmt: skip
 
 ENCODERS = "encoders"  # the folder of the text encoders inside the work folder
 

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from ..measure import FIRST_SEED
 from ..resources import __version__
 from . import call_options as c
+from . import export_options as e
 from . import forecast_options as f
 from . import memory_options as m
 from . import options as o
@@ -205,6 +206,24 @@ def compare(
 ) -> int:
     """Measure what an artifact costs and what it gains."""
     return run("compare", locals())
+
+
+@program.command(
+    epilog="example: tenuto export demo:transformer --artifact a.safetensors --to comfy "
+    "--out b.safetensors"
+)
+def export(
+    model: o.Model,
+    to: e.To,
+    out: e.Out,
+    artifact: o.WithArtifact = None,
+    scheme: e.Scheme = None,
+    prefix: e.Prefix = "",
+    part: e.Part = "",
+    as_json: o.Json = False,
+) -> int:
+    """Write a model as a file that ComfyUI, GGUF loaders or diffusers read by themselves."""
+    return run("export", locals())
 
 
 @program.command(cls=Loose, epilog="example: tenuto inspect demo.safetensors --plot")

@@ -3,9 +3,9 @@
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers, own_kinds
 from .elsewhere import Weights
-from .families import describe, hosts_of, key_map_of
+from .families import describe, host_map_of, hosts_of, key_map_of, same_names
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
-from .key_map import KeyMap, swapped
+from .key_map import KeyMap, Place, swapped
 from .operations import multiply_adds
 from .own_family import Describe, describing, own_family
 from .parts import (
@@ -33,6 +33,7 @@ __all__ = [
     "KeyMap",
     "Leave",
     "Override",
+    "Place",
     "Replacement",
     "Rows",
     "Signature",
@@ -52,6 +53,7 @@ __all__ = [
     "encoders_of",
     "frozen",
     "holder_of",
+    "host_map_of",
     "hosts_of",
     "is_listed",
     "key_map_of",
@@ -70,6 +72,7 @@ __all__ = [
     "patches_on",
     "private_copy",
     "refuse_cache",
+    "same_names",
     "swapped",
     "tensors_in",
     "times_of",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .stand_in import StandIn
 
 Target = str | tuple[tuple[str, int], ...]
 
@@ -132,10 +133,14 @@ def keymap(
 
     A target that is a tuple of (canonical, rows) is fused. swapped: the host's prefixes with
     swapped halves. ignored: parameters without a counterpart. rising: as in `KeyMap`. ModelError
-    where one is left over.
+    where one is left over. Of a `StandIn`, the places of what it stands for.
     """
     places: dict[str, Place] = {}
     swapped, ignored = set(swapped), tuple(ignored)
+    if isinstance(denoiser, StandIn) and denoiser.own is not None:
+        places = _sought(denoiser.own, prefixes, swapped)
+        kept = {n: h for n, h in modules.items() if all(_holds(places, host) for host in h)}
+        return KeyMap(model_class, places, kept, rising)
     for name, parameter in denoiser.named_parameters():
         if name.startswith(ignored):
             continue
@@ -156,10 +161,42 @@ def keymap(
     return KeyMap(model_class, places, kept, rising)
 
 
-def _longest(name: str, prefixes: Mapping[str, Target]) -> str | None:
+def _longest(name: str, prefixes: Mapping[str, Any]) -> str | None:
     """The longest of `prefixes` that is `name` or one of the modules that hold it."""
     while name not in prefixes:
         name, dot, _ = name.rpartition(".")
         if not dot:
             return None
     return name
+
+
+def _sought(own: nn.Module, prefixes: Mapping[str, Target], swapped: set[str]) -> dict[str, Place]:
+    """The place of each parameter of a diffusers model, and of what else its files have.
+
+    Of several names that a host may have, the first. ModelError where a parameter has none.
+    """
+    targets: dict[str, tuple[str, int, int]] = {}  # canonical -> host, first row, rows
+    for host, target in prefixes.items():
+        start = 0
+        for canonical, rows in ((target, 0),) if isinstance(target, str) else target:
+            targets.setdefault(canonical, (host, start, rows))
+            start += rows
+    places: dict[str, Place] = {}
+    known = dict(own.named_parameters())
+    for name, tensor in own.state_dict().items():
+        prefix = _longest(name, targets)
+        size = len(tensor) if tensor.ndim else 1
+        if prefix is None and name not in known:
+            continue  # a buffer that a host makes itself
+        if prefix is None or targets[prefix][2] not in (0, size):
+            raise ModelError(
+                f"{type(own).__name__} has {name}, which hosts have no place for that Tenuto knows."
+            )
+        host, start, _ = targets[prefix]
+        rest = name[len(prefix) :]
+        places[name] = Place(host + rest, (start, start + size), host in swapped)
+    return places
+
+
+def _holds(places: Mapping[str, Place], host: str) -> bool:
+    return any(place.name.startswith(f"{host}.") for place in places.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .stand_in import size_of
+
 QKV = ("to_q", "to_k", "to_v")
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 DOUBLE = {
@@ -65,3 +67,19 @@ def streams(module: Any) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
         rows, width = block.linear1.out_features, block.linear2.out_features
         prefixes |= single_block(host, name, width, rows)
     return prefixes, modules
+
+
+def stream_layers(own: Any) -> dict[str, tuple[int, int]]:
+    """The linears that `streams` asks a host about, as those of a diffusers model make them."""
+    found: dict[str, tuple[int, int]] = {}
+    for i in range(len(own.transformer_blocks)):
+        found[f"double_blocks.{i}.img_attn.proj"] = size_of(
+            own, f"transformer_blocks.{i}.attn.to_out.0"
+        )
+    for i in range(len(getattr(own, "single_transformer_blocks", ()))):
+        name, host = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        width = size_of(own, f"{name}.attn.to_q")[1]
+        rows = 3 * width + size_of(own, f"{name}.proj_mlp")[0]
+        found[f"{host}.linear1"] = rows, width
+        found[f"{host}.linear2"] = size_of(own, f"{name}.proj_out")
+    return found

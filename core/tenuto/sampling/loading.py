@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ..errors import ModelError, TenutoError
@@ -161,6 +162,33 @@ def load(
         if low_memory or _is_too_large(folder, dtype):
             return _read(folder, device, dtype, local, encoders=encoders)
     return _read(path if local else model, device, dtype, local)
+
+
+def load_denoisers(model: str) -> Any:
+    """The denoisers of a pipeline alone, in fp32, as attributes; their weights stay on disk.
+
+    A weight is read when `model.Weights` is asked for it. ModelError as of `load`, and where the
+    folder holds an already quantized denoiser.
+    """
+    import torch
+
+    check_model(model)
+    path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
+    folder = path if path.is_dir() else _downloaded(model)
+    with _one_sentence(folder, local=True), quiet_loading():
+        from .low_memory import parts_of, parts_on_disk
+
+        for name in parts_of(folder):
+            config = folder / name / "config.json"
+            if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+                raise ModelError(
+                    f"{folder / name} is already quantized: export the model that it was made of."
+                )
+        import_parts(folder)
+        found = parts_on_disk(folder, torch.device("cpu"), torch.float32, encoders=False)
+    if not found:
+        raise ModelError(f"{model} has no denoiser in safetensors files.")
+    return SimpleNamespace(**found)
 
 
 def on_disk(pipe: Any) -> bool:

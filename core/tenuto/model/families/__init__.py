@@ -2,7 +2,8 @@
 
 A family file has `CLASSES` (class names, never classes: nothing is imported) and
 `describe(module) -> Backbone`. One that hosts have under other names has `HOSTS` (class names) and
-`key_map(module) -> KeyMap` too, or None where a class of that name is another family's.
+`key_map(module) -> KeyMap` too, or None where a class of that name is another family's; with
+`stand_in(module) -> StandIn` a diffusers model's files can be written under the hosts' names.
 `generic.py` serves what no family covers. Another distribution adds a family as an entry point of
 the group "tenuto.families" that names such a module. The most derived class that a family names
 decides; of one class, the family here goes first. What a user says of one module (`describing`)
@@ -24,7 +25,7 @@ from torch import nn
 from ...errors import ModelError
 from ...resources import found
 from ..backbone import Backbone, Branch, Subset
-from ..key_map import KeyMap
+from ..key_map import KeyMap, Place
 from ..own_family import own_family
 from ..signature import STEP_NAMES
 
@@ -78,6 +79,29 @@ def hosts_of(module: nn.Module) -> tuple[str, ...]:
     if type(module).__name__ in getattr(family, "SAME_IN_HOSTS", ()):
         return (type(module).__name__,)
     return tuple(getattr(family, "HOSTS", ()))
+
+
+def host_map_of(module: nn.Module) -> KeyMap:
+    """Where each parameter of a diffusers model is in the files of hosts.
+
+    ModelError where no host is known that reads such a model, or not under which names.
+    """
+    kind, family = type(module).__name__, next(_covering(module, "CLASSES"), None)
+    if kind in getattr(family, "SAME_IN_HOSTS", ()):
+        return same_names(module)
+    if family is None or not hasattr(family, "stand_in") or own_family(module) is not None:
+        raise ModelError(f"Tenuto does not know under which names hosts have a {kind}.")
+    found = family.key_map(family.stand_in(module))
+    if found is None:
+        raise ModelError(f"This {kind} is in no host that Tenuto knows.")
+    return found
+
+
+def same_names(module: nn.Module) -> KeyMap:
+    """The key map that changes nothing."""
+    sizes = {n: len(t) if t.ndim else 1 for n, t in module.state_dict().items()}
+    places = {name: Place(name, (0, size)) for name, size in sizes.items()}
+    return KeyMap(type(module).__name__, places, {n: (n,) for n, _ in module.named_modules() if n})
 
 
 def describe(module: nn.Module) -> Backbone:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..backbone import Backbone, members, sharing, whole
 from ..key_map import KeyMap, keymap
-from ..streams import ENDS, streams
+from ..stand_in import StandIn, standing
+from ..streams import ENDS, stream_layers, streams
 
 CLASSES = ("ChromaTransformer2DModel",)
 HOSTS = ("Chroma",)
@@ -48,3 +49,10 @@ def key_map(module: Any) -> KeyMap:
         prefixes |= {f"{inner}.out_layer": f"{inner}.linear_2"}
         prefixes |= {f"{TIME}.norms.{i}.{end}": f"{TIME}.norms.{i}.weight" for end in ENDS}
     return keymap(module, "ChromaTransformer2DModel", OUTER | prefixes, modules)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `Chroma` of the same blocks."""
+    count = len(module.get_submodule(f"{TIME}.layers"))
+    holders = [f"{TIME}.layers.{i}" for i in range(count)]
+    return standing(module, stream_layers(module), holders)

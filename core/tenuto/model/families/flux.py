@@ -6,7 +6,8 @@ from typing import Any
 
 from ..backbone import Backbone, members, sharing, whole
 from ..key_map import KeyMap, keymap
-from ..streams import streams
+from ..stand_in import StandIn, standing
+from ..streams import stream_layers, streams
 
 CLASSES = ("FluxTransformer2DModel",)
 HOSTS = ("Flux", "IntegratedFluxTransformer2DModel")
@@ -57,3 +58,8 @@ def key_map(module: Any) -> KeyMap | None:
     modules[TIME] = ("time_in",)
     swapped = ("final_layer.adaLN_modulation.1",)
     return keymap(module, "FluxTransformer2DModel", OUTER | prefixes, modules, swapped)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `Flux` of the same blocks."""
+    return standing(module, stream_layers(module))

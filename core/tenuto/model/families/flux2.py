@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, sharing, whole
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, size_of, standing
 from ..streams import SINGLE_NORMS, double_block, norms
 
 CLASSES = ("Flux2Transformer2DModel",)
@@ -74,3 +75,17 @@ def key_map(module: Any) -> KeyMap | None:
         prefixes |= norms(host, name, SINGLE_NORMS)
     swapped = ("final_layer.adaLN_modulation.1",)
     return keymap(module, "Flux2Transformer2DModel", prefixes, modules, swapped)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `Flux` with shared modulations, of the same blocks."""
+    layers = {
+        f"double_blocks.{i}.img_attn.proj": size_of(module, f"{name}.attn.to_out.0")
+        for i, name in enumerate(members(module, "transformer_blocks"))
+    }
+    if has(module, f"{EMBED}.guidance_embedder"):
+        name = f"{EMBED}.guidance_embedder.linear_1"
+        layers["guidance_in.in_layer"] = size_of(module, name)
+    singles = range(len(module.single_transformer_blocks))
+    holders = [*MODULATIONS, "double_blocks", *(f"single_blocks.{i}" for i in singles)]
+    return standing(module, layers, holders)

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, present, sharing, whole
 from ..key_map import KeyMap
-from .hunyuan_video import mapped
+from .hunyuan_video import mapped, stand_in
 
+__all__ = ["CLASSES", "HOSTS", "describe", "key_map", "stand_in"]
 CLASSES = ("HunyuanImageTransformer2DModel",)
 HOSTS = ("HunyuanVideo",)
 SHARED = (

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, present, sharing, whole
 from ..key_map import KeyMap, keymap
-from ..streams import QKV, streams
+from ..stand_in import StandIn, size_of, standing
+from ..streams import QKV, stream_layers, streams
 
 CLASSES = (
     "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
@@ -24,6 +25,10 @@ REFINER = (
     "txt_in.individual_token_refiner.blocks",
     "context_embedder.token_refiner.refiner_blocks",
 )
+BESIDE = {
+    "vector_in": "text_embedder", "guidance_in": "guidance_embedder",
+    "time_r_in": "timestep_embedder_r",
+}  # fmt: skip
 TEXT = "context_embedder.time_text_embed"
 OUTER = {
     "img_in": "x_embedder", "txt_in.input_embedder": "context_embedder.proj_in",
@@ -106,3 +111,16 @@ def mapped(module: Any, embed: str, kind: str) -> KeyMap:
         prefixes[f"{host}.self_attn.qkv"] = qkv
     swapped = ("final_layer.adaLN_modulation.1",)
     return keymap(module, kind, OUTER | prefixes, modules, swapped)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `HunyuanVideo` of the same blocks, of whichever version: as HunyuanImage has it too."""
+    layers, holders = stream_layers(module), ["single_blocks"]
+    for i, name in enumerate(members(module, REFINER[1])):
+        layers[f"{REFINER[0]}.{i}.self_attn.proj"] = size_of(module, f"{name}.attn.to_out.0")
+    for host, end in BESIDE.items():
+        if any(has(module, f"{embed}.{end}") for embed in (MIXED, PURE, "time_guidance_embed")):
+            holders.append(f"{host}.in_layer")
+    if getattr(module, "cond_type_embed", None) is not None:
+        holders.append("cond_type_embedding")
+    return standing(module, layers, holders)

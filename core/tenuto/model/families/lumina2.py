@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, parts, present, sharing
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, size_of, standing
 
 CLASSES = ("Lumina2Transformer2DModel",)
 HOSTS = ("NextDiT",)
@@ -71,3 +72,14 @@ def key_map(module: Any) -> KeyMap | None:
         modules[f"{block}.feed_forward"] = (f"{block}.feed_forward",)
     kind, unused = "Lumina2Transformer2DModel", ("norm_final",)
     return keymap(module, kind, prefixes, modules, ignored=unused, rising=True)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `NextDiT` of the same blocks."""
+    layers = {}
+    for block in members(module, *LISTS):
+        sizes = [size_of(module, f"{block}.attn.{name}") for name in ("to_q", "to_k", "to_v")]
+        layers[f"{block}.attention.qkv"] = sum(rows for rows, _ in sizes), sizes[0][1]
+        if has(module, f"{block}.norm1.linear"):
+            layers[f"{block}.adaLN_modulation.1"] = size_of(module, f"{block}.norm1.linear")
+    return standing(module, layers)

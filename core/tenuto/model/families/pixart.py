@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, size_of, standing
 
 CLASSES = ("PixArtTransformer2DModel",)
 HOSTS = ("PixArtMS", "PixArt")
@@ -71,3 +72,10 @@ def key_map(module: Any) -> KeyMap:
         modules |= {f"{block}.{own}": (f"{host}.{theirs}",) for theirs, own in PARTS.items()}
     kind, unused = "PixArtTransformer2DModel", ("y_embedder.y_embedding",)
     return keymap(module, kind, prefixes, modules, ignored=unused)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `PixArtMS` of the same blocks."""
+    blocks = range(len(module.transformer_blocks))
+    width = size_of(module, "transformer_blocks.0.attn1.to_q")[1]
+    return standing(module, holders=[f"blocks.{i}" for i in blocks], hidden_size=width)

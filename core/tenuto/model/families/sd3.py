@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, members, sharing, whole
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, size_of, standing
 
 CLASSES = ("SD3Transformer2DModel",)
 HOSTS = ("MMDiT",)
@@ -18,6 +19,7 @@ SHARED = (
 )
 OUTER = {
     "context_embedder": "context_embedder", "x_embedder.proj": "pos_embed.proj",
+    "pos_embed": "pos_embed.pos_embed",
     "t_embedder.mlp.0": f"{TIME}.linear_1", "t_embedder.mlp.2": f"{TIME}.linear_2",
     "y_embedder.mlp.0": f"{TEXT}.linear_1", "y_embedder.mlp.2": f"{TEXT}.linear_2",
     "final_layer.adaLN_modulation.1": "norm_out.linear", "final_layer.linear": "proj_out",
@@ -78,3 +80,14 @@ def key_map(module: Any) -> KeyMap | None:
         if block.context_block.pre_only:
             swapped.append(f"{host}.context_block.adaLN_modulation.1")
     return keymap(module, "SD3Transformer2DModel", prefixes, modules, swapped)
+
+
+def stand_in(module: Any) -> StandIn:
+    """An `MMDiT` of the same blocks."""
+    width = size_of(module, "transformer_blocks.0.attn.to_q")[1]
+    blocks = range(len(module.transformer_blocks))
+    layers = {f"joint_blocks.{i}.x_block.attn.qkv": (3 * width, width) for i in blocks}
+    found: Any = standing(module, layers, [f"joint_blocks.{i}.context_block" for i in blocks])
+    for own, block in zip(module.transformer_blocks, found.joint_blocks, strict=True):
+        vars(block.context_block)["pre_only"] = own.context_pre_only
+    return found

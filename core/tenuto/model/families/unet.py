@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backbone import Backbone, Branch, Subset
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, standing
 
 CLASSES = ("UNet2DConditionModel",)
 HOSTS = ("UNetModel", "IntegratedUNet2DConditionModel")  # the second is Forge's
@@ -138,3 +139,45 @@ def _parts(host: str, block: Any, level: str, place: int) -> Iterator[tuple[str,
 
 def _is_upsampler(layer: Any) -> bool:
     return hasattr(layer, "conv") and not hasattr(layer, "in_layers")
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `UNetModel` of the same layers, counted through as there."""
+    holders, count = ["input_blocks.0.0"], 0
+    for block in module.down_blocks:
+        for place in range(len(block.resnets)):
+            count += 1
+            holders += _level(f"input_blocks.{count}", block, place)
+        if getattr(block, "downsamplers", None):
+            count += 1
+            holders.append(f"input_blocks.{count}.0.op")
+    middle = module.mid_block
+    order = [(0, middle.resnets[0])]
+    pairs = zip(getattr(middle, "attentions", ()), middle.resnets[1:], strict=False)
+    order += list(enumerate((layer for pair in pairs for layer in pair), 1))
+    for number, layer in order:
+        holders += _layer(f"middle_block.{number}", layer)
+    count = 0
+    for block in module.up_blocks:
+        for place in range(len(block.resnets)):
+            found = _level(f"output_blocks.{count}", block, place)
+            last = place == len(block.resnets) - 1
+            if last and getattr(block, "upsamplers", None):
+                number = 1 + bool(getattr(block, "attentions", None))
+                found = [*found, f"output_blocks.{count}.{number}.conv"]
+            holders, count = holders + found, count + 1
+    return standing(module, holders=holders)
+
+
+def _level(host: str, block: Any, place: int) -> list[str]:
+    """The holders of one residual block, and of the transformer after it."""
+    found = _layer(f"{host}.0", block.resnets[place])
+    attentions = getattr(block, "attentions", None)
+    return found + (_layer(f"{host}.1", attentions[place]) if attentions else [])
+
+
+def _layer(host: str, layer: Any) -> list[str]:
+    if hasattr(layer, "conv1"):
+        return [f"{host}.in_layers"]
+    inner = (name for name, _ in layer.named_modules() if name.startswith(INNER))
+    return [host, *(f"{host}.{name}" for name in inner)]

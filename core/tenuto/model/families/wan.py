@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, parts, sharing
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, standing
 
 CLASSES = (
     "WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel",
@@ -80,3 +81,8 @@ def key_map(module: Any) -> KeyMap | None:
         prefixes |= {f"{block}.{theirs}": f"{block}.{own}" for theirs, own in INNER.items()}
     kind = "WanVACETransformer3DModel" if has(module, LISTS[0]) else "WanTransformer3DModel"
     return keymap(module, kind, prefixes, modules)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `WanModel` of the same blocks."""
+    return standing(module, holders=members(module, *LISTS))

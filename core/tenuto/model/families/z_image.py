@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backbone import Backbone, has, members, parts, present, sharing
 from ..key_map import KeyMap, keymap
+from ..stand_in import StandIn, size_of, standing
 
 CLASSES = ("ZImageTransformer2DModel",)
 HOSTS = ("NextDiT",)
@@ -72,3 +73,14 @@ def key_map(module: Any) -> KeyMap | None:
             modules[name] = (name,)
     kind, unused = "ZImageTransformer2DModel", ("norm_final",)
     return keymap(module, kind, prefixes, modules, ignored=unused, rising=True)
+
+
+def stand_in(module: Any) -> StandIn:
+    """A `NextDiT` of the same blocks, for its one size of patches."""
+    layers = {}
+    for block in members(module, *LISTS):
+        width = size_of(module, f"{block}.attention.to_q")[1]
+        layers[f"{block}.attention.qkv"] = 3 * width, width
+    layers[MODULATION] = size_of(module, MODULATION)
+    size = next(name for name, _ in _final(module)).partition("-")[0]
+    return standing(module, layers, patch_size=int(size))

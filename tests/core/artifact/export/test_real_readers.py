@@ -1,0 +1,213 @@
+"""Whole files, read by the code of those who will read them: comfy-kitchen, gguf."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenuto import quantize, record
+from tenuto.artifact.export import export, read_companion
+from tenuto.artifact.export.comfy_reader import comfy_file
+from tenuto.artifact.export.gguf_blocks import KINDS
+from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.errors import ArtifactError
+from tenuto.model import host_map_of
+from tenuto.numerics import QTensor, Scheme, schemes
+from tenuto.numerics.scheme import Recipe, Rule
+from tenuto.sampling import OutputKernel
+from tests.core import tiny_pipelines
+
+NATIVE = {"COMFY_W4A8": "asym_w4a8_int8", "COMFY_W6A8": "asym_w4a8_int8", "COMFY_INT8":
+          "int8_tensorwise", "NVFP4": "nvfp4", "W8A8": "int8_tensorwise"}  # fmt: skip
+
+
+def z_image() -> nn.Module:
+    """Of a width that 64 divides, and with it all layouts but for a few layers."""
+    return tiny_pipelines.z_image().transformer
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    """made(scheme): an artifact of a tiny Z-Image whose layers are all rounded to nearest."""
+    pipe = tiny_pipelines.z_image()
+    pipe.set_progress_bar_config(disable=True)
+    seen = record(pipe, prompts=["a cat"], steps=2, guidance=1.0, batch=1, runs=1,
+                  call={"height": 32, "width": 32})  # fmt: skip
+    known: dict[str, Any] = {}
+
+    def build(name: str) -> Any:
+        if name not in known:
+            fit = ("*.attention.*", "*.feed_forward.w1", "*.feed_forward.w3")
+            rules = [Rule(p, getattr(schemes, name), RoundToNearest()) for p in fit]
+            known[name] = quantize(pipe, Recipe(tuple(rules)), seen)
+        return known[name]
+
+    return build
+
+
+def by_kitchen(file: Any, layer: str, facts: dict[str, Any]) -> Tensor:
+    """The weight of a layer in fp32, by the eager code of comfy-kitchen."""
+    eager = "comfy_kitchen.backends.eager"
+    quantization = importlib.import_module(f"{eager}.quantization")
+    tensor = file.file.get_tensor
+    weight, kind = tensor(f"{layer}.weight"), facts["format"]
+    if kind == "asym_w4a8_int8":
+        own = importlib.import_module(f"{eager}.w4a8_int8")
+        book = f"{layer}.weight_codebook"
+        return own.dequantize_w4a8_int8_weight(
+            weight, tensor(f"{layer}.weight_s_rel"), tensor(f"{layer}.weight_s_channel"),
+            tensor(book) if book in file.names else None, None, facts["group_size"],
+            facts["convrot_groupsize"], torch.float32,
+        )  # fmt: skip
+    scale = tensor(f"{layer}.weight_scale")
+    if kind == "nvfp4":
+        second = tensor(f"{layer}.weight_scale_2")
+        return quantization.dequantize_nvfp4(weight, second, scale, torch.float32)
+    if kind == "float8_e4m3fn":
+        return quantization.dequantize_per_tensor_fp8(weight, scale, torch.float32)
+    if facts.get("convrot"):
+        size = facts["convrot_groupsize"]
+        return quantization.dequantize_int8_convrot_weight(weight, scale, size)
+    return quantization.dequantize_int8_simple(weight, scale)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "comfy-int8", "comfy-w6a8", "comfy-w4a8",
+                                    "nvfp4"])  # fmt: skip
+def test_comfy_kitchen_reads_what_our_reader_reads(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
+    out = tmp_path / "z.safetensors"
+    report = export(z_image(), "comfy", out, scheme=scheme)
+    with comfy_file(out) as file:
+        file.check()
+        assert set(file.layers) == set(report.layers) and len(report.layers) > 12
+        for layer, facts in file.layers.items():
+            own = file.decode(layer)
+            assert torch.equal(by_kitchen(file, layer, facts)[: len(own)], own), layer
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_artifacts_codes_are_what_is_read(made: Any, name: str, tmp_path: Path) -> None:
+    """Fused by the host or not: bit for bit, but for nvfp4's one scale, which is said."""
+    artifact, model, out = made(name), z_image(), tmp_path / "z.safetensors"
+    report = export(model, "comfy", out, artifact=artifact)
+    keys, known = host_map_of(model), artifact.header["layers"]
+    with comfy_file(out) as file:
+        for layer, facts in file.layers.items():
+            parts, dense = keys.layers()[layer], []
+            for part in parts:
+                form = Scheme.from_json(artifact.header["schemes"][known[part]["scheme"]]).weight
+                section, shape = artifact.section("weights"), known[part]["shape"]
+                dense.append(QTensor.from_tensors(section, part, shape, form).dequantize())
+            wanted, found = torch.cat(dense), file.decode(layer)
+            assert facts["format"] == NATIVE[name]
+            if name == "NVFP4" and len(parts) > 1:
+                assert 0 < (found[: len(wanted)] - wanted).norm() < 0.2 * wanted.norm()
+            else:
+                assert torch.equal(found[: len(wanted)], wanted), layer
+    fused = sum(len(keys.layers()[layer]) > 1 for layer in report.layers)
+    assert fused and report.kept == len(report.layers) - (fused if name == "NVFP4" else 0)
+    assert any("rounded anew" in note for note in report.notes) == (name == "NVFP4")
+
+
+@pytest.mark.parametrize("name", ["COMFY_W4A8", "NVFP4", "COMFY_INT8"])
+def test_other_numbers_in_other_files(made: Any, contents: Any, name: str, tmp_path: Path) -> None:
+    """In bf16 exactly, out of the rotated basis; in GGUF as near as its blocks are."""
+    artifact, model, layer = made(name), z_image(), "layers.0.attention.to_out.0"
+    facts = artifact.header["layers"][layer]
+    form = Scheme.from_json(artifact.header["schemes"][facts["scheme"]]).weight
+    section = artifact.section("weights")
+    wanted = QTensor.from_tensors(section, layer, facts["shape"], form).dequantize()
+    export(model, "float", tmp_path / "z.safetensors", artifact=artifact)
+    found = contents(tmp_path / "z.safetensors")[0][f"{layer}.weight"]
+    assert torch.equal(found, wanted.bfloat16())
+    report = export(model, "gguf", tmp_path / "z.gguf", artifact=artifact)
+    assert report.kinds == {"q8_0" if name == "COMFY_INT8" else "q4_1": len(report.layers)}
+    assert report.kept == 0 and report.error < 0.15
+
+
+def test_the_forecast_travels(made: Any, tmp_path: Path) -> None:
+    """The kernel of a pipeline's outputs, bit for bit, as an artifact of its own."""
+    times = tuple(float(t) for t in torch.linspace(1.0, 0.1, 10))
+    rest, draw = tuple(1 - t for t in times), torch.Generator().manual_seed(0)
+    root = torch.randn(10, 12, generator=draw, dtype=torch.float64)
+    artifact = copy.deepcopy(made("W8A8"))
+    artifact.add_forecast(OutputKernel(root @ root.T, times, rest, times, "flow"))
+    kernel = artifact.tensors["forecast/kernel"]
+    report = export(z_image(), "comfy", tmp_path / "z.safetensors", artifact=artifact)
+    facts, found = read_companion(report.files[1])
+    assert found is not None and torch.equal(found.tensors["forecast/kernel"], kernel)
+    assert found.tensors["forecast/kernel"].dtype is kernel.dtype
+    assert found.header["forecast"] == artifact.header["forecast"]
+    assert facts["host"] == report.host
+
+
+def test_codes_that_do_not_exist_there_are_said(made: Any, tmp_path: Path) -> None:
+    """Our own W4A8 has zero points: rounded anew, in the host's numbers."""
+    report = export(z_image(), "comfy", tmp_path / "z.safetensors", artifact=made("W4A8"))
+    assert report.kept == 0 and set(report.layers.values()) == {"asym_w4a8_int8"}
+    assert any("quantize with a scheme of the format" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("end", "complaint"),
+    [("weight_codebook", "no weight_codebook"), ("weight_s_rel", "no weight_s_rel"),
+     ("weight_s_channel", "lacks its weight_s_channel")],
+)  # fmt: skip
+def test_a_layer_of_four_bits_without_a_part(
+    damaged: Any, tmp_path: Path, end: str, complaint: str
+) -> None:
+    out = tmp_path / "z.safetensors"
+    report = export(z_image(), "comfy", out, scheme="comfy-w4a8")
+    layer = next(iter(report.layers))
+    path = damaged(out, lambda tensors, _: tensors.pop(f"{layer}.{end}"))
+    with comfy_file(path) as file, pytest.raises(ArtifactError, match=complaint):
+        file.decode(layer)
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_gguf_reads_what_was_meant(scheme: str, tmp_path: Path) -> None:
+    """Types, shapes and every weight, 0.0 of difference from our reader; the header too."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    from tenuto.artifact.export.gguf_blocks import unpacked
+
+    out = tmp_path / "z.gguf"
+    report = export(z_image(), "gguf", out, scheme=scheme)
+    reader, kind = gguf.GGUFReader(out), KINDS[scheme]
+    assert reader.get_field("general.architecture").contents() == "lumina2"
+    quantized = [tensor for tensor in reader.tensors if int(tensor.tensor_type) == kind.number]
+    assert {tensor.name for tensor in quantized} == {f"{n}.weight" for n in report.layers}
+    for tensor in quantized:
+        theirs = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        data = torch.from_numpy(tensor.data.copy()).view(-1, kind.bytes)
+        assert torch.equal(unpacked(data, kind).view(theirs.shape), theirs)
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("W8A8", True), ("W8A16", False)])
+def test_diffusers_loads_the_folder_with_our_codes(
+    made: Any, name: str, dynamic: bool, tmp_path: Path
+) -> None:
+    """By torchao: each code and scale is the artifact's, all else the model's in bf16."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    import diffusers
+
+    artifact, model, out = made(name), z_image(), tmp_path / "z"
+    report = export(model, "diffusers", out, artifact=artifact)
+    assert report.kept == len(report.layers) > 8
+    kind = diffusers.ZImageTransformer2DModel
+    found = kind.from_pretrained(out, torch_dtype=torch.bfloat16)
+    section, own = artifact.section("weights"), model.state_dict()
+    for key, tensor in found.state_dict().items():
+        layer = key.removesuffix(".weight")
+        if layer in report.layers and layer != key:
+            assert type(tensor).__name__ == "Int8Tensor"
+            assert torch.equal(tensor.qdata, section[f"{layer}.qdata"])
+            assert torch.equal(tensor.scale[:, 0], section[f"{layer}.scale"])
+            assert (tensor.act_quant_kwargs is not None) == dynamic
+        else:
+            assert torch.equal(tensor, own[key].bfloat16()), key
