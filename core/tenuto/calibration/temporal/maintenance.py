@@ -2,14 +2,15 @@
 
 none: like every other layer, by the recipe. tiar: TIAR and FSC of TFMQ-DM (arXiv 2311.16503), all
 of them as one block, before any other, against their outputs at every calibrated step; and one
-activation range a step. table: the values themselves, fp16, and no module at all. auto: for every
-module the one of tiar and table with the smaller mean error (1 - cosine, over the steps).
+activation range a step. table: the values themselves, fp16, and no module at all. auto: a table;
+where one is further off than `ENOUGH`, the one of tiar and table with the smaller mean error
+(1 - cosine, over the steps). Reconstruction takes hours where a model's modulations are large.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from .time_path import TimePath, time_path
 log = logging.getLogger("tenuto")
 
 CHOICES = ("none", "tiar", "table", "auto")
+ENOUGH = 1e-6  # 1 - cosine: a tenth of what a reconstruction reaches; fp16 has some 1e-8
 UNIT = "temporal"  # what the unit of work is called, and what the artifact's section is
 
 
@@ -107,14 +109,17 @@ class Maintenance:
         weights: dict[str, QTensor] = {}
         ranges: dict[str, tuple[Tensor, Tensor]] = {}
         tried: dict[str, dict[str, Tensor]] = {}
-        if self.choice in ("tiar", "auto"):
-            weights = self._reconstructed(seed, note)
-            forms = {n: per_step(self.schemes[n]).activation for n in weights}
-            ranges = self.path.ranges(weights, {n: form for n, form in forms.items() if form})
-            tried["tiar"] = self._errors(weights, ranges, {})
+        wanted = set(self.path.names)
         if self.choice in ("table", "auto"):
             tried["table"] = self._errors({}, {}, tables)
-        kinds = {n: _better({k: e[n] for k, e in tried.items()}) for n in self.path.names}
+            wanted = {n for n in wanted if self.choice == "auto" and _far(tried["table"][n])}
+        if wanted:
+            weights = self._reconstructed(wanted, seed, note)
+            forms = {n: per_step(self.schemes[n]).activation for n in weights}
+            ranges = self.path.ranges(weights, {n: form for n, form in forms.items() if form})
+            errors = self._errors(weights, ranges, {})
+            tried["tiar"] = {n: e for n, e in errors.items() if n in wanted}
+        kinds = {n: _better({k: e[n] for k, e in tried.items() if n in e}) for n in self.path.names}
         tables = {n: rows for n, rows in tables.items() if kinds[n] == "table"}
         weights = {n: q for n, q in weights.items() if kinds[self.path.owner(n)] == "tiar"}
         ranges = {n: pair for n, pair in ranges.items() if n in weights}
@@ -156,14 +161,18 @@ class Maintenance:
                 facts["outputs"] = [list(t.shape[1:]) for t in self.path.features[name]]
             modules[name] = facts
         rounding = {"name": "Tiar", **asdict(self.rounding)}
-        learnt = {"rounding": rounding} if self.choice in ("tiar", "auto") else {}
+        made = any(key.startswith("tried/tiar/") for key in kept)
+        learnt = {"rounding": rounding} if made else {}
         return {"choice": self.choice, "modules": modules} | learnt
 
-    def _reconstructed(self, seed: int, note: Progress) -> dict[str, QTensor]:
-        """TIAR of every layer below 8 bits; 8-bit weights round to nearest, as everywhere."""
+    def _reconstructed(
+        self, wanted: Collection[str], seed: int, note: Progress
+    ) -> dict[str, QTensor]:
+        """TIAR of the modules `wanted`, of their layers below 8 bits; others round to nearest."""
         path, bank, target = self.path, self.path.bank, self.path.target()
         found: dict[str, QTensor] = {}
-        local = {path.local(n): (n, s) for n, s in self.schemes.items()}
+        some = {n: s for n, s in self.schemes.items() if path.owner(n) in wanted}
+        local = {path.local(n): (n, s) for n, s in some.items()}
         wide = {k: s for k, (_, s) in local.items() if s.weight.bits >= 8}
         narrow = {k: s for k, (_, s) in local.items() if s.weight.bits < 8}
         if wide:
@@ -191,6 +200,11 @@ def _half(values: Tensor) -> Tensor:
     """fp16, or the values as they are where that has no room for them."""
     half = values.to(torch.float16)
     return half if bool(half.isfinite().all()) else values
+
+
+def _far(error: Tensor) -> bool:
+    """Whether a table is so far off that it is worth while to reconstruct its module too."""
+    return not float(error.max()) <= ENOUGH
 
 
 def _better(errors: Mapping[str, Tensor]) -> str:
