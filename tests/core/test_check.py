@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import tenuto as tn
 from tenuto.calibration.check import estimates
 from tenuto.calibration.check.layers import weighted
+from tenuto.calibration.check.problems import of_machine
 from tenuto.errors import SchemeError, TenutoError
 from tenuto.model import Backbone, Branch, denoiser_of, watched
 from tenuto.sampling import skeleton
@@ -312,7 +313,12 @@ def test_memory_that_is_not_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(estimates, "free_memory", lambda device: 1000)
     found = tn.check(Home())
     (sentence,) = found.warnings("quantize")
-    assert "GiB are free" in sentence and not found.stopping()
+    assert "MiB are free" in sentence and not found.stopping()
+    assert found.memory["by block"] >= found.memory["needed"], "no less: it is not named"
+    assert "--low-memory" not in sentence
+    least = found.memory | {"needed": 9 * 2**30, "by block": 4 * 2**30, "free": 2**30}
+    (large,) = of_machine(least)
+    assert "(block by block, --low-memory, 4.0 GiB), and 1.0 GiB are free." in large.sentence
 
 
 def test_free_memory_is_within_a_containers_limit(

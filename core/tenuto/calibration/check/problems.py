@@ -25,7 +25,7 @@ from ...model import (
 from ...model.parts import uncompiled
 from ...model.signature import STEP_NAMES
 from ...runtime import check_free
-from .report import COMPARE, ENCODERS, QUANTIZE, ROUTER, USES, Problem, percent
+from .report import COMPARE, ENCODERS, QUANTIZE, ROUTER, USES, Problem, gib, percent
 
 LEAST = 0.05  # of the weights that must lie in branches for a cache schedule to gain anything
 MOST = 0.5  # of the weights that are quantized below which it is worth a word
@@ -111,11 +111,12 @@ def of_steps(steps: int) -> Iterator[Problem]:
 
 def of_machine(memory: Mapping[str, Any]) -> Iterator[Problem]:
     """Where the memory that is free is less than what quantizing takes."""
-    free, needed = memory["free"], memory["needed"]
+    free, needed, least = memory["free"], memory["needed"], memory.get("by block", 0)
     if free is not None and needed > free:
+        less = f" (block by block, --low-memory, {gib(least)})" if 0 < least < needed else ""
         yield Problem(
-            f"Quantizing takes about {needed / 2**30:.1f} GiB of memory on {memory['on']}, and "
-            f"{free / 2**30:.1f} GiB are free.",
+            f"Quantizing takes about {gib(needed)} of memory on {memory['on']}{less}, and "
+            f"{gib(free)} are free.",
             concerns=(QUANTIZE,),
         )
 
