@@ -21,7 +21,7 @@ from ..numerics.rotation import rotated
 from ..sampling import Clock
 from . import execution
 from .execution import DENSE, Chooser
-from .kernels import Case, Kernel, candidates, packed_bf16, quantize_input
+from .kernels import Case, Kernel, candidates, input_memo, packed_bf16, quantize_input
 from .kernels.quantize_input import compiling
 
 
@@ -40,7 +40,7 @@ class QLayer(Replacement):
         clock: Clock,
         ranges: tuple[Tensor, Tensor] | None = None,
         simulate: bool = False,
-        memo: quantize_input.Memo | None = None,
+        memo: input_memo.Memo | None = None,
         wanted: str = "int8",
         chooser: Chooser | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class QLayer(Replacement):
         self.input_zero: Tensor | None
         weight = layer.weight
         self.scheme, self.clock, self.simulate = scheme, clock, simulate
-        self.memo = memo or quantize_input.Memo()
+        self.memo = memo or input_memo.Memo()
         self.wanted, self.chooser = wanted, chooser or execution.process
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
         self.latest: tuple[Kernel | None, ...] = ()  # the last one: what compiled code goes by

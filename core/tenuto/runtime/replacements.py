@@ -33,7 +33,7 @@ from ..numerics import QTensor, Scheme
 from ..sampling import Clock, OutputKernel
 from ..text import printable
 from .execution import Chooser, check_execution
-from .kernels.quantize_input import Memo
+from .kernels.input_memo import Memo
 from .layers import QConv2d, QLayer, QLinear
 from .recipe import default_recipe, quantizable
 from .temporal_table import TemporalTable

@@ -18,7 +18,7 @@ from tenuto.runtime import compiler
 from tenuto.runtime.compiler import backend
 from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.runtime.fused_rows import fuse
-from tenuto.runtime.kernels import quantize_after, quantize_input
+from tenuto.runtime.kernels import input_memo, quantize_after, quantize_input
 from tenuto.runtime.kernels.quantize_after import ACTS, reference_acted, reference_normed
 from tests.core import tiny_pipelines as tiny
 from tests.core.runtime.test_triton_kernels import (
@@ -307,7 +307,7 @@ def test_layers_of_a_cpu_stay_plain_operations() -> None:
     block = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
 
     def call(x: Tensor) -> Tensor:
-        return quantize_input.Memo().per_row(block(x), (-1,), "int", True)[1]
+        return input_memo.Memo().per_row(block(x), (-1,), "int", True)[1]
 
     assert compiled(call, X)[0] == []
     assert quantize_after.ACTS.keys() == {"none", "silu", "gelu", "gelu tanh"}

@@ -18,6 +18,7 @@ from tenuto.runtime.kernels import (
     Case,
     Kernel,
     epilogue,
+    input_memo,
     int8_conv2d,
     int8_cpu,
     int8_linear,
@@ -402,7 +403,7 @@ def test_a_range_found_on_the_fly(dims: tuple[int, ...], dtype: torch.dtype) -> 
 
 def test_an_input_is_quantized_once_while_it_stays_the_same() -> None:
     """Query, key and value share one; a write, another object, another kind of range do not."""
-    memo, x = quantize_input.Memo(), torch.randn(2, 3, 4, 8)
+    memo, x = input_memo.Memo(), torch.randn(2, 3, 4, 8)
     codes, scale = memo.per_row(x)
     assert memo.per_row(x)[0] is codes
     assert memo.per_row(x.clone())[0] is not codes

@@ -25,7 +25,7 @@ from tenuto.numerics import QTensor, native
 from tenuto.numerics.rotation import rotated
 from tenuto.numerics.scheme import Format, Recipe, Rule, Scheme, schemes
 from tenuto.runtime import default_recipe
-from tenuto.runtime.kernels.quantize_input import Memo
+from tenuto.runtime.kernels.input_memo import Memo
 from tenuto.runtime.layers import QLinear
 from tenuto.sampling.clock import Clock
 
