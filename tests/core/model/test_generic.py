@@ -242,6 +242,12 @@ def test_an_autoencoder_is_refused() -> None:
         describe(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
 
 
+def test_what_is_no_denoiser_is_said_where_something_is_attached() -> None:
+    """Not that Tenuto lacks a list of it."""
+    with pytest.raises(ModelError, match="Linear is no denoiser that Tenuto knows.*Give the denoi"):
+        attach(nn.Linear(4, 4), "w8a8")
+
+
 @pytest.mark.parametrize("kind", [Standardised, Inside])
 def test_a_layer_with_a_forward_of_its_own_stays_in_float(kind: type[nn.Conv2d]) -> None:
     """What it computes is not known: replaced by a plain product, it would be another model."""

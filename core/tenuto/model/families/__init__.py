@@ -119,7 +119,10 @@ def describe(module: nn.Module) -> Backbone:
         raise ModelError(f"{type(module).__name__} is an autoencoder, where a denoiser is meant.")
     backbone = found(__name__)["generic"].describe(module)
     if not backbone.blocks:
-        raise ModelError(f"{type(module).__name__} has no list of blocks that Tenuto knows.")
+        raise ModelError(
+            f"{type(module).__name__} is no denoiser that Tenuto knows: it has no list of blocks. "
+            "Give the denoiser or its pipeline, or say with `describe=` what the model is made of."
+        )
     return backbone
 
 
