@@ -133,6 +133,13 @@ def _fused(
         ]
         if len(kept) == len(parts):
             tensors[f"weights/{host}.{end}"] = torch.cat(kept)
+    columns = [known.get(f"weights/{part}.channel") for part in parts]
+    if columns[0] is not None:
+        if not all(t is not None and torch.equal(t, columns[0]) for t in columns):
+            raise ArtifactError(
+                f"This host has {host} in one, and the scales per column of its parts differ."
+            )
+        tensors[f"weights/{host}.channel"] = columns[0]
     for end in PER_LAYER:
         found = [known.get(f"ranges/{part}.{end}") for part in parts]
         if found[0] is None:
@@ -212,6 +219,9 @@ class _Split:
             whole = self.made.tensors.get(f"ranges/{host}.{end}")
             if whole is not None:
                 self.tensors[f"ranges/{part}.{end}"] = whole
+        columns = self.made.tensors.get(f"weights/{host}.channel")
+        if columns is not None:
+            self.tensors[f"weights/{part}.channel"] = columns
         return facts | {"shape": [place.rows[1] - place.rows[0], *facts["shape"][1:]]}
 
     def _temporal(self) -> None:

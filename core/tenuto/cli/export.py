@@ -9,6 +9,7 @@ from ..artifact.export import Report, check_format
 from ..artifact.export import export as exported
 from ..artifact.export.report import COMPANION
 from ..artifact.summary import counted, mib
+from ..errors import TenutoError
 from ..sampling.loading import check_model, load_denoisers
 from .checks import check_file, damage_told, load_artifact
 from .console import Answer, Bars
@@ -38,6 +39,7 @@ def export(
     form = check_format(to, out, scheme, prefix)
     if form.SUFFIX:
         check_file(out)
+    _check_kept(out, Path(model), artifact)
     known = None if artifact is None else load_artifact(artifact)
     pipe = load_denoisers(model)
     with damage_told(artifact):
@@ -48,6 +50,15 @@ def export(
     bars.close()
     where = NEXT[to].format(out=shlex.quote(str(out)))
     return Answer("\n".join(lines_of(report)), report.to_json(), next=where)
+
+
+def _check_kept(out: Path, model: Path, artifact: Path | None) -> None:
+    """TenutoError where `out` would replace what is read."""
+    place = out.resolve()
+    if artifact is not None and place == artifact.resolve():
+        raise TenutoError(f"{out} is the artifact itself: name another file.")
+    if place == model.resolve() or (place.exists() and model.resolve() in place.parents):
+        raise TenutoError(f"{out} is a file of the model itself: name another one.")
 
 
 def lines_of(report: Report) -> list[str]:

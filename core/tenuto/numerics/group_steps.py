@@ -13,7 +13,7 @@ from torch import Tensor
 from . import float8
 
 TRIED = (0, 1, -1, -2, -3, -4)  # factors that a search tries, as places from the one that covers
-PIECE = 2**20  # weights at a time
+PIECE = 2**17  # weights at a time: what a cache holds
 
 
 def found(rows: Tensor, form: Any, kind: Any) -> tuple[Tensor, Tensor]:

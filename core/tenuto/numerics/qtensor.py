@@ -178,11 +178,10 @@ def _of_levels(levels: Tensor, grid: Grid, channel: Tensor | None) -> QTensor:
     """
     form, shape, kind = grid.form, tuple(levels.shape), LEVELS[grid.form.dtype]
     assert grid.step is not None
-    rows = levels.flatten(1)
-    steps = spread(grid.step, form.group, rows.shape[1])
+    groups = levels.flatten(1).unflatten(1, (-1, form.group))
     rows = torch.cat([
-        kind.nearest(kind.number(level, step, form.bits), step, form.bits)
-        for level, step in zip(rows.split(ROWS), steps.split(ROWS), strict=True)
+        kind.nearest(kind.number(level, step, form.bits), step, form.bits).flatten(1)
+        for level, step in zip(groups.split(ROWS), grid.step[..., None].split(ROWS), strict=True)
     ])  # fmt: skip
     bits = float8.bytes_of(float8.levels(grid.step))
     facts = bits, form.group, channel, form.dtype, rotation_of(shape, form)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tenuto.errors import SchemeError
-from tenuto.numerics import Format, QTensor, float8, int8_levels, native, schemes
+from tenuto.numerics import Format, Grid, QTensor, float8, int8_levels, native, schemes
 from tenuto.numerics.native.nvfp4 import straight, swizzled
 from tenuto.numerics.rotation import both, butterfly, matrix, rotated, size_for
+from tenuto.numerics.scheme import LEVELS
 
 W4, W6 = schemes.COMFY_W4A8.weight, schemes.COMFY_W6A8.weight
 INT8, NVFP4 = schemes.COMFY_INT8.weight, schemes.NVFP4.weight
@@ -284,3 +285,16 @@ def from_kitchen(tensors: dict[str, Tensor], facts: dict[str, Any], shape: Any) 
         tensors["weight"], tensors["weight_scale_2"], tensors["weight_scale"], torch.float32
     )
     return whole[: shape[0], : shape[1]]
+
+
+@pytest.mark.parametrize("name", ["COMFY_W4A8", "COMFY_W6A8", "NVFP4"])
+def test_of_equal_numbers_the_same_codes_in_groups_as_by_columns(name: str) -> None:
+    form = getattr(schemes, name).weight
+    weight = torch.randn(20, 320, generator=torch.Generator().manual_seed(1))
+    grid = Grid.of(weight, form)
+    found, kind = QTensor.nearest(weight, form), LEVELS[form.dtype]
+    assert grid.step is not None
+    step = grid.step.repeat_interleave(form.group, 1)
+    level = grid.nearest(weight)
+    wanted = kind.nearest(kind.number(level, step, form.bits), step, form.bits)
+    assert torch.equal(found.qdata, kind.stored(wanted, form.bits))

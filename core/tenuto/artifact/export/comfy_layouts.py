@@ -60,7 +60,7 @@ def _int8_specs(shape: tuple[int, ...]) -> dict[str, Spec]:
 def _int8(weight: Tensor, codes: QTensor | None) -> Coded:
     """q * s, a scale a row: an artifact's symmetric codes of 5 to 8 bits are such ones."""
     kept = codes is not None and codes.zero_point is None and codes.dtype == "int"
-    kept = kept and codes is not None and not codes.rotation
+    kept = kept and codes is not None and not codes.rotation and codes.channel is None
     found = codes if kept and codes is not None else QTensor.nearest(weight, Format(8))
     tensors = {"weight": found.qdata, "weight_scale": found.scale[:, None]}
     return Coded(tensors, found.dequantize(), kept)
@@ -124,6 +124,7 @@ def _native_coded(weight: Tensor, codes: QTensor | None, form: Format) -> Coded:
     """
     facts = (form.dtype, form.bits, form.group)
     own = codes is not None and (codes.dtype, codes.bits, codes.group) == facts
+    own = own and codes is not None and (codes.channel is not None) == form.smooth
     own = own and codes is not None and codes.rotation == size_for(weight.shape[1]) * form.rotate
     apart = own and codes is not None and form.dtype == "e2m1" and len(codes.scale.unique()) > 1
     if own and apart and codes is not None:

@@ -103,7 +103,8 @@ def _dynamic(plan: Plan, settings: Settings) -> bool:
 def _codes(plan: Plan, layer: str, value: Tensor) -> tuple[QTensor, bool]:
     """8-bit codes of a layer, and whether they are the artifact's; else of what its codes mean."""
     own = plan.codes(layer)
-    if own is not None and own.dtype == "int" and own.zero_point is None and not own.rotation:
+    plain = own is not None and own.zero_point is None and own.channel is None
+    if own is not None and plain and own.dtype == "int" and not own.rotation:
         return own, True
     return QTensor.nearest(value if own is None else own.dequantize(), Format(8)), False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tenuto.artifact.export import FORMATS, export, formats
 from tenuto.artifact.export.tensors_file import TensorsFile
 from tenuto.cli import commands
 from tenuto.errors import ArtifactError, ModelError, TenutoError
-from tenuto.numerics import QTensor, Scheme
+from tenuto.numerics import QTensor, Scheme, schemes
 from tenuto.sampling.loading import load_denoisers
 from tests.core import tiny_pipelines
 
@@ -273,3 +274,40 @@ def test_a_folder_for_diffusers(tiny: Any, rounded: Any, contents: Any, tmp_path
     with pytest.raises(TenutoError, match="is there already"):
         export(model, "diffusers", out, artifact=artifact)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# --- scales per column, and files that must stay --------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["comfy", "gguf", "diffusers", "float"])
+def test_scales_per_column_are_not_lost(tiny: Any, rounded: Any, tmp_path: Path, to: str) -> None:
+    """Where a host fuses layers too: without them every weight is far off."""
+    model, artifact = tiny("flux"), rounded("flux", "W8A16")
+    form = replace(schemes.W8A16.weight, smooth=True)
+    artifact.header["schemes"] = dict.fromkeys(
+        artifact.header["schemes"], Scheme("smooth", form).to_json()
+    )
+    artifact.tensors = {k: v for k, v in artifact.tensors.items() if "weights/" not in k}
+    for name, facts in artifact.header["layers"].items():
+        weight = model.get_parameter(f"{name}.weight").detach().float()
+        columns = torch.linspace(0.25, 4, weight.shape[1])
+        codes = replace(QTensor.nearest(weight * columns, form), channel=columns)
+        artifact.tensors |= {f"weights/{k}": v for k, v in codes.tensors(name).items()}
+        assert list(weight.shape) == facts["shape"]
+    report = export(model, to, tmp_path / ENDS[to], artifact=artifact)
+    assert report.layers and report.error < 0.04
+
+
+def test_what_is_read_is_not_replaced(folder: Path, rounded: Any, tmp_path: Path) -> None:
+    """Neither the artifact nor a file of the model, by a link to it either."""
+    path, link = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    path.write_bytes(b"an artifact")
+    link.symlink_to(path)
+    for out in (path, link):
+        with pytest.raises(TenutoError, match="is the artifact itself"):
+            commands.export(str(folder), to="comfy", out=out, artifact=path)
+    shard = min((folder / "transformer").glob("*.safetensors"))
+    before = shard.read_bytes()
+    with pytest.raises(TenutoError, match="is a file of the model itself"):
+        commands.export(str(folder), to="comfy", out=shard, scheme="w8a8")
+    assert path.read_bytes() == b"an artifact" and shard.read_bytes() == before
