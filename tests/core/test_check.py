@@ -316,7 +316,7 @@ def test_memory_that_is_not_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert "MiB are free" in sentence and not found.stopping()
     assert found.memory["by block"] >= found.memory["needed"], "no less: it is not named"
     assert "--low-memory" not in sentence
-    least = found.memory | {"needed": 9 * 2**30, "by block": 4 * 2**30, "free": 2**30}
+    least = dict(found.memory) | {"needed": 9 * 2**30, "by block": 4 * 2**30, "free": 2**30}
     (large,) = of_machine(least)
     assert "(block by block, --low-memory, 4.0 GiB), and 1.0 GiB are free." in large.sentence
 
