@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def started(tab: Any, name: str) -> None:
     page.click("#calibrate-model input")
     page.get_by_role("option", name="demo:unet").click()
     page.click("#calibrate-scheme input")
-    page.get_by_role("option", name="W4A8: ").click()
+    page.get_by_role("option", name=re.compile("^W4A8: ")).click()
     page.fill("#calibrate-reuse input[type=number]", "45")
     page.fill("#calibrate-name textarea, #calibrate-name input", name)
     page.get_by_text("The pipeline's own settings").locator("visible=true").click()
