@@ -192,7 +192,7 @@ def _whole_rows(columns: int) -> tuple[Tiles, ...]:
 
 
 def _options(tiles: Tiles, dtype: str) -> dict[str, Any]:
-    """What both kernels are told."""
+    """The launch options that both kernels have."""
     return {
         "ROWS": tiles.m, "WIDE": tiles.n, "TOP": TOP[dtype], "TINY": integer_codes.TINY,
         "WHOLE": dtype == "int", "num_warps": tiles.warps,

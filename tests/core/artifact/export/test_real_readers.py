@@ -80,7 +80,9 @@ def by_kitchen(file: Any, layer: str, facts: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8", "comfy-int8", "comfy-w6a8", "comfy-w4a8",
                                     "nvfp4"])  # fmt: skip
 def test_comfy_kitchen_reads_what_our_reader_reads(scheme: str, tmp_path: Path) -> None:
-    pytest.importorskip("comfy_kitchen", reason="comfy-kitchen is not installed")
+    pytest.importorskip(
+        "comfy_kitchen", reason="needs comfy-kitchen, 190 MB: pip install comfy-kitchen==0.2.40"
+    )
     out = tmp_path / "z.safetensors"
     report = export(z_image(), "comfy", out, scheme=scheme)
     with comfy_file(out) as file:
@@ -173,7 +175,8 @@ def test_a_layer_of_four_bits_without_a_part(
 @pytest.mark.parametrize("scheme", KINDS)
 def test_gguf_reads_what_was_meant(scheme: str, tmp_path: Path) -> None:
     """Types, shapes and every weight, 0.0 of difference from our reader; the header too."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    import gguf
+
     from tenuto.artifact.export.gguf_blocks import unpacked
 
     out = tmp_path / "z.gguf"
@@ -193,7 +196,7 @@ def test_diffusers_loads_the_folder_with_our_codes(
     made: Any, name: str, dynamic: bool, tmp_path: Path
 ) -> None:
     """By torchao: each code and scale is the artifact's, all else the model's in bf16."""
-    pytest.importorskip("torchao", reason="torchao is not installed")
+    pytest.importorskip("torchao", reason="needs torchao: pip install torchao==0.18.0")
     import diffusers
 
     artifact, model, out = made(name), z_image(), tmp_path / "z"
