@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import tenuto as tn
 from tenuto.caching import (
@@ -44,6 +46,8 @@ NAMES = (
     *SOLVERS,
 )  # fmt: skip
 
+TRAINED = ("learning-to-cache", "router")  # "search" is of the router's training, too
+
 Way = Callable[[], AbstractContextManager[Any]]
 
 
@@ -67,6 +71,7 @@ class Policies:
     def __init__(self, pipe: Any, trajectory: Any, preset: str, work: Any = None) -> None:
         self.pipe, self.trajectory, self.preset, self.work = pipe, trajectory, preset, work
         self.steps = len(trajectory.timesteps)
+        self.trained: dict[str, dict[str, Tensor]] = {}
         self.artifact = tn.Artifact.new(pipe, trajectory.schedule())
         self.artifact.add_forecast(trajectory.kernel)
         self.bare = tn.Artifact({k: v for k, v in self.artifact.header.items() if k != "forecast"})
@@ -121,38 +126,54 @@ class Policies:
         if name == "deepcache":
             return DeepCache.for_share(share, facts) if self.unet else []
         if name == "learning-to-cache":
-            most = self.steps // 2 / self.steps
-            return [LearningToCache(self.gates(share), reuse=share)] if share <= most else []
+            trains = self.trains(name, share)
+            return [LearningToCache(self.gates(share), reuse=share)] if trains else []
         if name == "l2p":
             kernel = self.trajectory.kernel
             return [p for ridge in RIDGES for p in L2P.at_share(share, facts, kernel, ridge)]
         return self.searched(name, share)
 
-    def gates(self, share: float) -> Any:
+    def trains(self, name: str, share: float) -> bool:
+        """Whether a trained policy can have this share."""
+        return name != "learning-to-cache" or share <= self.steps // 2 / self.steps
+
+    def gates(self, share: float) -> Tensor:
         """Of Learning-to-Cache, trained for that share."""
-        return train_gates(self.denoiser, self.trajectory, self.facts.branches, share, self.preset)
+
+        def made() -> dict[str, Tensor]:
+            branches = self.facts.branches
+            gates = train_gates(self.denoiser, self.trajectory, branches, share, self.preset)
+            return {"gates": gates}
+
+        return self.kept(f"gates-{share:g}", made)["gates"]
 
     def searched(self, name: str, share: float) -> list[Any]:
         """Of a search by `train_router`: the router's own table, or the best of all it measured."""
-        route = self.route(share)
-        key = "route/router" if name == "router" else "route/table"
-        table = CacheSchedule(route.tensors[key].bool(), self.facts.timesteps, self.facts.branches)
+
+        def made() -> dict[str, Tensor]:
+            route = train_router(self.pipe, self.trajectory, reuse=share, preset=self.preset)
+            return {n: route.tensors[f"route/{n}"].bool() for n in ("router", "table")}
+
+        found = self.kept(f"route-{share:g}", made)["router" if name == "router" else "table"]
+        table = CacheSchedule(found.bool(), self.facts.timesteps, self.facts.branches)
         order = 1 if name.endswith("in branches") else 0
         return [replace(table, order=order)]
 
-    def route(self, share: float) -> tn.Artifact:
-        """What `train_router` makes at a share; kept."""
-        if share not in self.routes:
-            work = self.work / f"{share:g}" if self.work else None
-            self.routes[share] = train_router(
-                self.pipe, self.trajectory, reuse=share, preset=self.preset, work=work
-            )
-        return self.routes[share]
-
-    @cached_property
-    def routes(self) -> dict[float, tn.Artifact]:
-        """Made so far."""
-        return {}
+    def kept(self, name: str, made: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What was trained: made once, and read from the work folder afterwards."""
+        file = self.work and self.work / f"{name}.safetensors"
+        if name not in self.trained:
+            if file and file.exists():
+                self.trained[name] = load_file(file)
+            else:
+                found = {n: t.detach().cpu().contiguous() for n, t in made().items()}
+                self.trained[name] = found
+                if file:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    part = file.with_suffix(".part")
+                    save_file(found, part)
+                    part.replace(file)
+        return self.trained[name]
 
     def first_block(self) -> list[FirstBlock]:
         """Thresholds, and how many first steps compute."""
