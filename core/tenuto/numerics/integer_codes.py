@@ -75,6 +75,20 @@ def mse(
     neighbours of the best one of each row.
     """
     rows = w.flatten(1)
+    few = max(1, AT_ONCE["cpu" if rows.device.type == "cpu" else "other"] // max(1, rows.shape[1]))
+    found = [_mse(part, bits, symmetric, candidates, power) for part in rows.split(few)]
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scale, zero
+
+
+AT_ONCE = {"cpu": 2**18, "other": 2**26}  # values that are searched together, in a CPU's cache
+COARSE = 4  # per cent between the first candidates of `mse`
+
+
+def _mse(
+    rows: Tensor, bits: int, symmetric: bool, candidates: int, power: float
+) -> tuple[Tensor, Tensor]:
+    """`mse` of rows (R, K)."""
     low, high = row_range(rows)
     best = torch.zeros_like(low)  # shrinkage in per cent, a row
     least = torch.full_like(low, torch.inf)
@@ -86,9 +100,6 @@ def mse(
         shrink = (centre + step).clamp(0, candidates - 1)
         least, best = _better(rows, low, high, shrink, bits, symmetric, power, least, best)
     return affine(low * (1 - best / 100), high * (1 - best / 100), bits, symmetric)
-
-
-COARSE = 4  # per cent between the first candidates of `mse`
 
 
 def _better(

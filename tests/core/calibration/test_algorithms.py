@@ -20,7 +20,7 @@ from tenuto import describe
 from tenuto.calibration import algorithms
 from tenuto.calibration.algorithms import algorithm
 from tenuto.calibration.algorithms.adaround import AdaRound, Rounding
-from tenuto.calibration.algorithms.gptq import GPTQ, compensated, descended
+from tenuto.calibration.algorithms.gptq import GPTQ, Factor, compensated, descended
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.calibration.bank import Bank, Rows
 from tenuto.calibration.columns import Even
@@ -325,9 +325,9 @@ def test_gptq_and_sweeps_lower_the_error_of_the_layer() -> None:
     inverse = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).float()
     nearest = (weight / size).round().clamp(-8, 7)
     found = [nearest, compensated(weight, inverse, grid)]
-    cross = (weight.double() @ gram).float()
     for _ in range(3):
-        found.append(descended(found[-1], gram.float(), cross, grid))
+        found.append(descended(found[-1], weight, gram.float(), None, grid))
+    assert torch.equal(descended(found[1], weight, gram.float(), None, grid, 3), found[-1])
     errors = [float((x @ (c * size - weight).double().t()).square().sum()) for c in found]
     assert all(b <= a * 1.0001 for a, b in pairwise(errors))
     assert errors[1] < errors[0] * 0.75
@@ -338,10 +338,9 @@ def test_a_sweep_ends_where_no_single_code_can_do_better() -> None:
     _, weight, gram = moments(50, 3)
     scale = (weight.abs().amax(1, keepdim=True) / 3).expand_as(weight)
     low, high = torch.full_like(scale, -4), torch.full_like(scale, 3)
-    cross = (weight.double() @ gram).float()
     codes = (weight / scale).round().clamp(-4, 3)
     for _ in range(20):
-        codes = descended(codes, gram.float(), cross, Even(scale, low, high))
+        codes = descended(codes, weight, gram.float(), None, Even(scale, low, high))
 
     def error(c: Tensor) -> Tensor:
         gap = (c * scale - weight).double()
@@ -363,13 +362,28 @@ def test_asymmetric_calibration_aims_at_what_the_layer_gave_before() -> None:
     wanted = was @ layer.weight.detach().t()
     form = schemes.W4A8.weight
     gram = (now.t() @ now)[None]
-    fitted = GPTQ(damping=1e-4).weight(layer.weight, form, gram, (wanted.t() @ now)[None])
-    plain = GPTQ(damping=1e-4).weight(layer.weight, form, gram, layer.weight.detach()[None] @ gram)
+    lost = wanted - now @ layer.weight.detach().t()
+    fitted = GPTQ(damping=1e-4).weight(layer.weight, form, gram, (lost.t() @ now)[None])
+    plain = GPTQ(damping=1e-4).weight(layer.weight, form, gram)
 
     def error(q: QTensor) -> float:
         return float((now @ q.dequantize().t() - wanted).square().mean())
 
     assert error(fitted) < error(plain)
+
+
+def test_what_gptq_makes_of_second_moments() -> None:
+    """Its factor, by halves and in part fp32, is A^-1's; D A^-1 is the solution of X A = D."""
+    _, _, gram = moments(1500, 1300)
+    made, damped = Factor.of(gram.float(), 0.01), gram.clone()
+    damped.diagonal().add_(0.01 * gram.diagonal().mean())
+    damped = damped[made.order][:, made.order]
+    assert torch.equal(made.inverse, made.inverse.triu())
+    one = made.inverse.double() @ damped @ made.inverse.double().mT
+    assert torch.allclose(one, torch.eye(1300).double(), atol=1e-3)
+    gap = torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
+    again = made.solved(gap).double() @ damped
+    assert (again - gap).norm() < 1e-3 * gap.norm()
 
 
 def test_gptq_of_grouped_convolutions(tiny: Any, recorded: Any) -> None:

@@ -161,7 +161,7 @@ def test_gptq_on_the_levels_of_a_format_beats_nearest(form: Format) -> None:
     draw = torch.Generator().manual_seed(4)
     weight = torch.randn(32, 64, generator=draw)
     gram = (seen.T @ seen)[None]
-    found = GPTQ(damping=0.01).weight(weight, form, gram, weight[None] @ gram)
+    found = GPTQ(damping=0.01).weight(weight, form, gram)
     nearest = QTensor.nearest(weight, form)
     assert torch.equal(found.scale, nearest.scale)
     errors = [float((other @ (q.dequantize() - weight).T).square().sum()) for q in (found, nearest)]
@@ -177,7 +177,7 @@ def test_a_sweep_ends_where_no_other_code_of_a_weight_is_better() -> None:
     x = correlated(200, 16)
     gram = (x.T @ x)[None]
     method = GPTQ(damping=1e-6, sweeps=30)
-    q = method.weight(weight, form, gram, weight[None] @ gram)
+    q = method.weight(weight, form, gram)
     turned, v = rotated(x, 16).double(), rotated(weight, 16).double()
 
     def error(w: Tensor) -> Tensor:

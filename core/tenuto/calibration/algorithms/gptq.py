@@ -4,11 +4,11 @@ Frantar et al. 2022 (arXiv 2210.17323): for the inputs x (R, K) of a layer and A
 upper Cholesky factor of A^-1, column j is rounded and its error e_j = (w_j - q_j) / U_jj goes on as
     w_k -= e_j U_jk   for k > j.
 Two additions. The layer is to give what it gave in full precision, y = W x, on the inputs that it
-gets now, x^: the weight to be rounded is then the least-squares one, B A^-1 with A = x^^T x^ and
-B = y^T x^ (asymmetric calibration, Li et al. 2025, arXiv 2504.02692). And afterwards every column
-is rounded again with all others fixed, a few times (cyclic descent, Behdin et al. 2023, arXiv
-2309.01885): this never raises the error
-    |W^ x^ - y|^2 = tr(W^ A W^T) - 2 tr(W^ B^T) + const.
+gets now, x^: the weight to be rounded is then the least-squares one, W + D A^-1 with A = x^^T x^
+and D = (y - W x^)^T x^ (asymmetric calibration, Li et al. 2025, arXiv 2504.02692). And afterwards
+every column is rounded again with all others fixed, a few times (cyclic descent, Behdin et al.
+2023, arXiv 2309.01885): this never raises the error of V x^ to y,
+    tr((V - W) A (V - W)^T) - 2 tr((V - W) D^T) + const.
 
 A column is rounded to whatever values its format has there (`columns.py`). Where a format rotates
 the columns of a weight by H, so it does A and B: the inputs of the rotated weight are x H.
@@ -34,6 +34,7 @@ from . import Effort
 from .nearest import RoundToNearest, weight_of
 
 WIDTH = 128  # columns whose errors are handed on in one product
+PART = 1024  # columns of a triangular product that are made at a time
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class GPTQ:
             done += len(group)
             if moments is None:
                 continue  # none of these rows came to it
-            gram, cross = moments
+            gram, gaps = moments
+            known: dict[tuple[int, int], Factor] = {}
 
             def rounded(name: str) -> dict[str, Tensor]:
                 weight, form = weight_of(whole, name), layers[name].weight
-                return self.weight(weight, form, gram, cross[name]).tensors(name)  # noqa: B023
+                gap = gaps.get(name)  # noqa: B023
+                return self.weight(weight, form, gram, gap, known).tensors(name)  # noqa: B023
 
             for name, made in zip(group, processes().each(group, rounded), strict=True):
                 layer: Any = block.get_submodule(name)
@@ -107,20 +110,20 @@ class GPTQ:
         rows: Tensor,
         device: Any,
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """A (G, K, K) of the inputs that the layers share, and B (G, N / G, K) of each.
+        """A (G, K, K) of the inputs that the layers share, and D (G, N / G, K) of each.
 
-        None where no input came. What tokens an expert gets, the quantized gate decides: where the
+        None where no input came; no D where it is 0. What tokens an expert gets, the quantized gate decides: where the
         two blocks' inputs are not the same tokens, it aims at its own outputs on its own inputs.
         """
         first, name = whole.get_submodule(group[0]), group[0]
         gram: Any = None
-        cross: dict[str, Any] = dict.fromkeys(group, 0.0)
+        gaps: dict[str, Any] = dict.fromkeys(group, 0.0)
         now = InputsSeen(block, [name], bank, rows, device)
         was = InputsSeen(whole, [name], bank, rows, device) if self.asymmetric else None
         paired = Paired() if self.asymmetric else None
 
         def products(index: Tensor) -> tuple[list[int], Tensor | None, dict[str, Tensor]]:
-            """Of a chunk of rows: tokens in both blocks, and its shares of A and B."""
+            """Of a chunk of rows: tokens in both blocks, and its shares of A and D."""
             new, old = now(index).get(name), None if was is None else was(index).get(name)
             tokens = [0 if x is None else x.shape[:-1].numel() for x in (new, old)]
             if new is None:
@@ -128,9 +131,9 @@ class GPTQ:
             x = patches(first, new)  # (G, R, K)
             if old is None or not paired or tokens[0] != tokens[1]:
                 return tokens, x.mT @ x, {}
-            y = patches(first, old)
+            lost = patches(first, old) - x
             weights = {n: _by_group(weight_of(whole, n), len(x)) for n in group}
-            return tokens, x.mT @ x, {n: (y @ w.mT).mT @ x for n, w in weights.items()}
+            return tokens, x.mT @ x, {n: (lost @ w.mT).mT @ x for n, w in weights.items()}
 
         shares = processes().each(bank.parts(rows, CHUNK), products)
         for index, (tokens, part, parts) in zip(bank.parts(rows, CHUNK), shares, strict=True):
@@ -140,47 +143,92 @@ class GPTQ:
                 continue
             gram = part if gram is None else gram + part
             if paired:
-                cross |= {n: cross[n] + t for n, t in parts.items()}
-        if gram is not None and not paired:
-            cross = {n: _by_group(weight_of(whole, n), len(gram)) @ gram for n in group}
-        return None if gram is None else (gram, cross)
+                gaps |= {n: gaps[n] + t for n, t in parts.items()}
+        return None if gram is None else (gram, gaps if paired else {})
 
-    def weight(self, weight: Tensor, form: Format, gram: Tensor, cross: Tensor) -> QTensor:
-        """One weight (N, ...) given A (G, K, K) and B (G, N / G, K)."""
+    def weight(
+        self,
+        weight: Tensor,
+        form: Format,
+        gram: Tensor,
+        gap: Tensor | None = None,
+        known: dict[tuple[int, int], Factor] | None = None,
+    ) -> QTensor:
+        """One weight (N, ...) given A (G, K, K) and D (G, N / G, K); no D: 0.
+
+        known: what other layers with the same A have made of it; it is added to.
+        """
         grid, groups = Grid.of(weight, form), len(gram)
         columns, rows = weight.shape[1:].numel(), len(weight) // groups
         size = size_for(columns) if form.rotate else 0
         values = columns_of(grid, columns)
-        split = [values.rows(slice(at * rows, (at + 1) * rows)) for at in range(groups)]
-        levels = [
-            self.rounded(butterfly(w, size), both(a, size), rotated(b, size), some)
-            for w, a, b, some in zip(
-                _by_group(weight, groups).float(), gram, cross, split, strict=True
-            )
-        ]
+        known = {} if known is None else known
+        levels = []
+        for at, w in enumerate(_by_group(weight, groups).float()):
+            if (at, size) not in known:
+                known[at, size] = Factor.of(both(gram[at], size), self.damping)
+            d = None if gap is None else rotated(gap[at], size)
+            some = values.rows(slice(at * rows, (at + 1) * rows))
+            levels.append(self.rounded(butterfly(w, size), d, known[at, size], some))
         return QTensor.of(torch.cat(levels).view(weight.shape), grid)
 
-    def rounded(self, weight: Tensor, gram: Tensor, cross: Tensor, grid: Columns) -> Tensor:
-        """Levels (N, K) of a weight (N, K). gram: (K, K); cross: (N, K)."""
-        # a (K, K) in fp64 is the largest thing there is: few at once
-        gram, cross = (t.to(torch.float64, copy=True) for t in (gram, cross))
-        extra = self.damping * gram.diagonal().mean().clamp_min(1e-12)
-        gram.diagonal().add_(extra)
-        cross += extra * weight
-        order = gram.diagonal().argsort(descending=True)
+    def rounded(self, weight: Tensor, gap: Tensor | None, of: Factor, grid: Columns) -> Tensor:
+        """Levels (N, K) of a weight (N, K). gap: D (N, K)."""
+        weight, grid = weight[:, of.order], grid.at(of.order)
+        gap = None if gap is None or not gap.any() else gap[:, of.order].float()
+        wanted = weight if gap is None else weight + of.solved(gap)
+        levels = compensated(wanted, of.inverse, grid)
+        levels = descended(levels, weight, of.gram, gap, grid, self.sweeps)
+        return levels[:, of.order.argsort()]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What all weights of one input share.
+
+    order: of the columns, the most used one first. gram: A in that order, damped, and `inverse`,
+    the U with A^-1 = U^T U, (K, K) fp32.
+    """
+
+    order: Tensor
+    gram: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, damping: float) -> Factor:
+        """Of A (K, K). A may have a condition of 1e6: its factor is made in fp64, one at a time."""
+        gram = gram.to(torch.float64, copy=True)
+        diagonal = gram.diagonal()
+        diagonal.add_(damping * diagonal.mean().clamp_min(1e-12))
+        order = diagonal.argsort(descending=True)
         gram = gram[order]
-        gram, cross = gram[:, order], cross[:, order]
-        factor = torch.linalg.cholesky(gram)
-        gram = gram.float()
-        wanted = torch.cholesky_solve(cross.mT, factor).mT.float().contiguous()
-        cross, factor = cross.float(), torch.cholesky_inverse(factor)
-        inverse = torch.linalg.cholesky(factor, upper=True).float()
-        del factor
-        grid = grid.at(order)
-        levels = compensated(wanted, inverse, grid)
-        for _ in range(self.sweeps):
-            levels = descended(levels, gram, cross, grid)
-        return levels[:, order.argsort()]
+        gram = gram[:, order]
+        # A = R R^T with R upper, the factor of the reverse; then U is R^-1
+        lower = torch.linalg.cholesky(gram.flip(0, 1)).float()
+        return cls(order, gram.float(), inverted(lower).flip(0, 1))
+
+    def solved(self, gap: Tensor) -> Tensor:
+        """D A^-1 (N, K), by the half of `inverse` that is not 0."""
+        u, found = self.inverse, torch.empty_like(gap)
+        tiles = [slice(at, at + PART) for at in range(0, len(u), PART)]
+        for tile in tiles:
+            found[:, tile] = gap[:, tile.start :] @ u[tile, tile.start :].mT
+        for tile in reversed(tiles):
+            found[:, tile] = found[:, : tile.stop] @ u[: tile.stop, tile]
+        return found
+
+
+def inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: nearly all of it is products."""
+    if len(lower) <= 256:
+        one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, one, upper=False)
+    half = len(lower) // 2
+    found = torch.zeros_like(lower)
+    found[:half, :half] = inverted(lower[:half, :half])
+    found[half:, half:] = inverted(lower[half:, half:])
+    found[half:, :half] = -(found[half:, half:] @ (lower[half:, :half] @ found[:half, :half]))
+    return found
 
 
 class Paired:
@@ -215,13 +263,26 @@ def compensated(weight: Tensor, inverse: Tensor, grid: Columns) -> Tensor:
     return levels
 
 
-def descended(levels: Tensor, gram: Tensor, cross: Tensor, grid: Columns) -> Tensor:
-    """Levels (N, K) after one sweep in which every column takes its best value."""
+def descended(
+    levels: Tensor,
+    weight: Tensor,
+    gram: Tensor,
+    gap: Tensor | None,
+    grid: Columns,
+    sweeps: int = 1,
+) -> Tensor:
+    """Levels (N, K) after sweeps in which every column takes its best value. gap: D, or 0."""
+    if not sweeps:
+        return levels
     values = grid.values(levels)
-    slope = values @ gram - cross  # half the gradient
-    for start in range(0, levels.shape[1], WIDTH):
-        tile = slice(start, start + WIDTH)
-        new = grid.at(tile).descend(slope[:, tile], gram[tile, tile], values[:, tile])
-        slope += (new - values[:, tile]) @ gram[tile]
-        values[:, tile] = new
+    slope = (values - weight) @ gram  # half the gradient
+    if gap is not None:
+        slope -= gap
+    for sweep in range(sweeps):
+        for start in range(0, levels.shape[1], WIDTH):
+            tile = slice(start, start + WIDTH)
+            new = grid.at(tile).descend(slope[:, tile], gram[tile, tile], values[:, tile])
+            rest = slice(start + WIDTH if sweep == sweeps - 1 else 0, None)  # what is read again
+            slope[:, rest] += (new - values[:, tile]) @ gram[tile, rest]
+            values[:, tile] = new
     return grid.levels(values)

@@ -63,26 +63,26 @@ def columns_are_right(device: torch.device) -> bool:
 def compensate_reference(
     rest: Tensor, inverse: Tensor, size: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`compensate` in eager operations."""
-    rest, levels, errors = rest.clone(), torch.empty_like(rest), torch.empty_like(rest)
-    for j in range(rest.shape[1]):
-        one = slice(j, j + 1)
-        level = (rest[:, one] / size[:, one]).round().clamp(low[:, one], high[:, one])
-        error = (rest[:, one] - level * size[:, one]) / inverse[j, j]
-        levels[:, one], errors[:, one] = level, error
-        rest[:, j:] -= error * inverse[one, j:]
-    return levels, errors
+    """`compensate` in eager operations; a column of a tile lies in one piece here."""
+    rest, size, low, high = (x.mT.contiguous() for x in (rest, size, low, high))
+    levels, errors = torch.empty_like(rest), torch.empty_like(rest)
+    for j in range(len(rest)):
+        level = (rest[j] / size[j]).round_().clamp_(low[j], high[j])
+        error = (rest[j] - level * size[j]) / inverse[j, j]
+        levels[j], errors[j] = level, error
+        rest[j + 1 :] -= inverse[j, j + 1 :, None] * error
+    return levels.mT, errors.mT
 
 
 def descend_reference(
     slope: Tensor, gram: Tensor, values: Tensor, size: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
-    """`descend` in eager operations."""
-    slope, values = slope.clone(), values.clone()
-    for j in range(slope.shape[1]):
-        one = slice(j, j + 1)
-        best = (values[:, one] - slope[:, one] / gram[j, j]) / size[:, one]
-        new = best.round().clamp(low[:, one], high[:, one]) * size[:, one]
-        slope += (new - values[:, one]) * gram[one]
-        values[:, one] = new
-    return values
+    """`descend` in eager operations; a column of a tile lies in one piece here."""
+    slope, size, low, high = (x.mT.contiguous() for x in (slope, size, low, high))
+    found = values.mT.contiguous()
+    for j in range(len(found)):
+        best = (found[j] - slope[j] / gram[j, j]) / size[j]
+        new = best.round_().clamp_(low[j], high[j]) * size[j]
+        slope[j + 1 :] += gram[j, j + 1 :, None] * (new - found[j])
+        found[j] = new
+    return found.mT
