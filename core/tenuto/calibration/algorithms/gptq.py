@@ -112,8 +112,9 @@ class GPTQ:
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """A (G, K, K) of the inputs that the layers share, and D (G, N / G, K) of each.
 
-        None where no input came; no D where it is 0. What tokens an expert gets, the quantized gate decides: where the
-        two blocks' inputs are not the same tokens, it aims at its own outputs on its own inputs.
+        None where no input came; no D where it is 0. What tokens an expert gets, the quantized gate
+        decides: where the two blocks' inputs are not the same tokens, it aims at its own outputs on
+        its own inputs.
         """
         first, name = whole.get_submodule(group[0]), group[0]
         gram: Any = None
