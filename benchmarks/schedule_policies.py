@@ -46,6 +46,7 @@ NAMES = (
     *SOLVERS,
 )  # fmt: skip
 
+LONG = 80  # letters of a setting
 TRAINED = ("learning-to-cache", "router")  # "search" is of the router's training, too
 
 Way = Callable[[], AbstractContextManager[Any]]
@@ -86,14 +87,15 @@ class Policies:
 
     def put(self, policy: Any) -> Way:
         """The model under a policy."""
-        return lambda: tn.attach(self.pipe, self.bare, policy=policy)
+        return lambda: tn.attach(self.pipe, self.bare, policy=policy, graphs=False)
 
     def settings(self, name: str, share: float) -> Iterator[Setting]:
         """Those of the policy `name` for a share of the steps; of run-time policies: all."""
         calls = self.steps - round(share * self.steps)
         if name == "forecast":
             speedup = self.steps / calls
-            way = lambda: tn.attach(self.pipe, self.artifact, speedup=speedup)  # noqa: E731
+            how = {"speedup": speedup, "graphs": False}
+            way = lambda: tn.attach(self.pipe, self.artifact, **how)  # noqa: E731
             yield Setting(f"{calls} calls", way, self.steps, share)
         elif name == "fewer steps":
             yield Setting(f"{calls} steps", self.put(None), calls, share)
@@ -105,7 +107,9 @@ class Policies:
                 yield Setting(label, self.put(policy), self.steps, None)
         else:
             for policy in self.tables(name, share):
-                label = getattr(policy, "label", str(policy)[:80])
+                label = getattr(policy, "label", str(policy))
+                if len(label) > LONG:  # of a table itself, which is the one of its share
+                    label = f"for {share:.0%}"
                 ridge = f", ridge {policy.ridge:g}" if name == "l2p" else ""
                 yield Setting(label + ridge, self.put(policy), self.steps, share)
 
@@ -200,7 +204,7 @@ class Policies:
         """Of magnitudes, in one recording."""
         if residual not in self._ratios:
             meter = Magnitudes({}, residual)
-            with tn.attach(self.pipe, self.bare, policy=meter):
+            with self.put(meter)():
                 self.trajectory.rollout()(self.denoiser, self.trajectory.seed, 8)
             self._ratios[residual] = meter.ratios()
         return self._ratios[residual]
