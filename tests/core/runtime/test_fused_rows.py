@@ -81,7 +81,8 @@ def check_acted() -> None:
     from tenuto.runtime.kernels import quantize_after_triton as fused
     from tenuto.runtime.kernels.tiles_triton import Tiles
 
-    ways = list(itertools.product((True, False), (True, False), (None, Tiles(1, 16, 0, 4))))
+    some = (None, Tiles(1, 16, 0, 4), Tiles(2, 128, 128, 4))  # whole, in many parts, in two
+    ways = list(itertools.product((True, False), (True, False), some))
     for number, (x, gate, before) in enumerate(gpu_inputs()):
         for shift, (act, dtype) in enumerate(itertools.product(ACTS, quantize_input.TYPES)):
             gated, joined, tiles = ways[(number + shift) % len(ways)]  # all come, of each of these
@@ -93,8 +94,10 @@ def check_acted() -> None:
 def check_normed() -> None:
     """Layer norms and root mean squares; factors of the model, and of an image or of all."""
     from tenuto.runtime.kernels import quantize_after_triton as fused
+    from tenuto.runtime.kernels.tiles_triton import Tiles
 
     types = itertools.cycle(quantize_input.TYPES)
+    tiles = itertools.cycle((None, Tiles(2, 128, 16, 4), Tiles(1, 4, 4, 4)))
     for (x, *_), centered in itertools.product(gpu_inputs(), (True, False)):
         width = x.shape[-1]
         weight, bias = torch.randn(2, width, device=HERE).to(x.dtype)
@@ -104,7 +107,8 @@ def check_normed() -> None:
             (weight, None, rows[0, :1], weight), (None, None, rows[2], None),
         ):  # fmt: skip
             dtype = next(types)
-            found = fused.normed(x, *given, 1e-3, centered, dtype)
+            some = next(t for t in tiles if t is None or t.n + t.k >= width)
+            found = fused.normed(x, *given, 1e-3, centered, dtype, some)
             right(found, reference_normed(x, *given, 1e-3, centered), dtype)
 
 
@@ -299,7 +303,8 @@ def test_the_blocks_of_real_models(kind: str, scheme: str) -> None:
     taken = sum(name != PLAIN for name in seen)
     assert (taken, len(seen) - taken) == FUSED[kind]
     assert len(describe(denoiser).blocks) >= 2
-    assert float((found - wanted).norm()) <= 0.01 * float(wanted.norm())
+    near = 0.03 if scheme == "fp8" else 0.01  # a tie that falls the other way moves a code by 6 %
+    assert float((found - wanted).norm()) <= near * float(wanted.norm())
 
 
 def test_layers_of_a_cpu_stay_plain_operations() -> None:
@@ -320,15 +325,17 @@ POINTERS = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "scales_ptr": "*fp32", "ze
             "index_ptr": "*i64", "zero_ptr": "*i32"}  # fmt: skip
 INT = {"TOP": 127.0, "TINY": 1e-8, "WHOLE": True}
 BUILDS: list[tuple[str, str, dict[str, Any]]] = [
-    ("quantize_input_triton", "_rows", INT | {"ROWS": 2, "WIDE": 1024}),
+    ("quantize_input_triton", "_rows", INT | {"ROWS": 2, "WIDE": 1024, "REST": 0}),
+    ("quantize_input_triton", "_rows", INT | {"ROWS": 1, "WIDE": 1024, "REST": 128}),
     ("quantize_input_triton", "_images", {"BLOCK": 1024}),
     ("quantize_input_triton", "_stored", {"BLOCK": 1024, "MOST": 448.0, "WHOLE": True}),
-    ("quantize_after_triton", "_normed",
-     INT | dict.fromkeys(("CENTERED", "WEIGHT", "BIAS", "TIMES", "PLUS"), True)
-     | {"ROWS": 2, "WIDE": 1024}),
+    *(("quantize_after_triton", "_normed",
+       INT | dict.fromkeys(("CENTERED", "WEIGHT", "BIAS", "TIMES", "PLUS"), True)
+       | {"ROWS": 2, "WIDE": 1024, "REST": rest}) for rest in (0, 128)),
     *(("quantize_after_triton", "_acted",
-       INT | {"ROWS": 1, "WIDE": 1024, "PARTS": parts, "ACT": act, "GATED": True, "BEFORE": True})
-      for parts, act in ((True, "silu"), (False, "gelu"), (False, "gelu tanh"))),
+       INT | {"ROWS": 1, "WIDE": 1024, "REST": rest, "PARTS": parts, "ACT": act}
+       | {"GATED": True, "BEFORE": True})
+      for parts, rest, act in ((True, 0, "silu"), (False, 0, "gelu"), (False, 512, "gelu tanh"))),
 ]  # fmt: skip
 
 

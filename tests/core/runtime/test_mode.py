@@ -161,7 +161,10 @@ def test_attach_asks_for_the_mode_that_it_makes(tiny: Any, monkeypatch: Any) -> 
         ({"compile": True, "chooser": own}, own),
     ):
         asked.clear()
-        with torch.no_grad(), tn.attach(model, tn.schemes.W8A8, **options) as attached:
+        with (
+            torch.no_grad(),
+            tn.attach(model, tn.schemes.W8A8, graphs=False, **options) as attached,
+        ):
             for patch in attached.patches:
                 if isinstance(patch, CompiledBlocks):
                     patch.options = {"backend": "eager"}

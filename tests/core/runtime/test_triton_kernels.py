@@ -88,12 +88,17 @@ def check_rows() -> None:
 
     for shape, dtype in itertools.product(ROWS, DTYPES):
         x = (torch.randn(shape, device=HERE) * 3).to(dtype)
+        some = fused.whole_rows(shape[-1])
+        assert any(t.k for t in some) == (shape[-1] > 127), "of other widths two parts are no gain"
         codes, scale = fused.per_row(x)
+        if some[-1].k:  # in two parts
+            parts = fused.per_row(x, "int", some[-1])
+            assert torch.equal(codes, parts[0]) and torch.equal(scale, parts[1])
         wanted, their = quantize_input.reference_per_row(x)
         assert codes.dtype is torch.int8 and scale.shape == their.shape
         assert torch.allclose(scale, their, rtol=1e-6)
         codes_match(codes, wanted)
-        values, scale = fused.per_row(x, "e4m3")
+        values, scale = fused.per_row(x, "e4m3", some[-1])
         near, their = float8.per_row(x)
         assert values.dtype is torch.float8_e4m3fn and torch.allclose(scale, their, rtol=1e-6)
         floats_match(values, near, x.double() / their)

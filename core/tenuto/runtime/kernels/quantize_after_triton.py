@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...numerics import integer_codes
 from .quantize_input import TYPES
-from .quantize_input_triton import TILE, TOP, coded, larger, lines, ranged, scale_of, warps
+from .quantize_input_triton import (
+    larger,
+    line,
+    lines,
+    options,
+    put,
+    put_rows,
+    scale_of,
+    whole_rows,
+)
 from .tiles_triton import Tiles, bucket, chosen, start
 
 PARTS = (  # of a row, for long ones: n columns at a time
@@ -55,9 +61,9 @@ def _made(
 def _acted(
     before_ptr, x_ptr, gate_ptr, codes_ptr, scale_ptr, rows, first, columns,
     before_stride, x_stride, gate_stride,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr,
-    TINY: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
-    BEFORE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, PARTS: tl.constexpr,
+    TOP: tl.constexpr, TINY: tl.constexpr, WHOLE: tl.constexpr, ACT: tl.constexpr,
+    GATED: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDE)
@@ -79,54 +85,87 @@ def _acted(
                 before_ptr, x_ptr, gate_ptr, far, there, at, first, columns,
                 before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
             )  # fmt: skip
-            value = coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE)
             inside = there & (at < columns)[None, :]
-            tl.store(codes + at[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
+            put(x, scale, inverse, codes, codes_ptr, at, inside, ROWS, WIDE, TOP, WHOLE)
+        tl.store(scale_ptr + row, scale, mask=row < rows)
     else:
         x = _made(
             before_ptr, x_ptr, gate_ptr, far, there, column, first, columns,
             before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
         )  # fmt: skip
-        value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
-        inside = there & (column < columns)[None, :]
-        tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+        more = x
+        if REST:
+            more = _made(
+                before_ptr, x_ptr, gate_ptr, far, there, WIDE + tl.arange(0, REST), first, columns,
+                before_stride, x_stride, gate_stride, ACT, GATED, BEFORE,
+            )  # fmt: skip
+        put_rows(
+            x, more, codes, codes_ptr, scale_ptr, row, rows, columns,
+            ROWS, WIDE, REST, TOP, TINY, WHOLE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _line(ptr, far, column, inside):
-    return tl.load(ptr + far + column[None, :], mask=inside, other=0.0).to(tl.float32)
+def _scaled(
+    x, inverse, weight_ptr, bias_ptr, times_ptr, plus_ptr, column, inside, zero, times, plus,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, TIMES: tl.constexpr, PLUS: tl.constexpr,
+):  # fmt: skip
+    """What a norm and its modulation make of centered rows. times, plus: where an image's begin."""
+    x *= inverse
+    if WEIGHT:
+        x *= line(weight_ptr, zero, column, inside)
+    if BIAS:
+        x += line(bias_ptr, zero, column, inside)
+    if TIMES:
+        x *= line(times_ptr, times, column, inside)
+    if PLUS:
+        x += line(plus_ptr, plus, column, inside)
+    return x
 
 
 @triton.jit
 def _normed(
     x_ptr, weight_ptr, bias_ptr, times_ptr, plus_ptr, codes_ptr, scale_ptr, rows, columns, each,
     x_stride, times_stride, plus_stride, eps,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-    WHOLE: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    TIMES: tl.constexpr, PLUS: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, TOP: tl.constexpr,
+    TINY: tl.constexpr, WHOLE: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, TIMES: tl.constexpr, PLUS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDE)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    far = row.to(tl.int64)[:, None]
-    x = _line(x_ptr, far * x_stride, column, inside)
+    column, rest = tl.arange(0, WIDE), WIDE + tl.arange(0, REST if REST else 1)
+    there, far = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    inside, beside = there & (column < columns)[None, :], there & (rest < columns)[None, :]
+    x = line(x_ptr, far * x_stride, column, inside)
+    more = x
+    if REST:
+        more = line(x_ptr, far * x_stride, rest, beside)
     if CENTERED:
-        x = tl.where(inside, x - (tl.sum(x, 1) / columns)[:, None], 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / columns + eps)[:, None]
-    if WEIGHT:
-        x *= _line(weight_ptr, tl.zeros_like(far), column, inside)
-    if BIAS:
-        x += _line(bias_ptr, tl.zeros_like(far), column, inside)
-    image = far // each
-    if TIMES:
-        x *= _line(times_ptr, image * times_stride, column, inside)
-    if PLUS:
-        x += _line(plus_ptr, image * plus_stride, column, inside)
-    value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
-    place = codes_ptr + far * columns + column[None, :]
-    tl.store(place, value.to(codes_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+        total = tl.sum(x, 1)
+        if REST:
+            total += tl.sum(more, 1)
+        mean = (total / columns)[:, None]
+        x = tl.where(inside, x - mean, 0.0)
+        if REST:
+            more = tl.where(beside, more - mean, 0.0)
+    squares = tl.sum(x * x, 1)
+    if REST:
+        squares += tl.sum(more * more, 1)
+    inverse = tl.rsqrt(squares / columns + eps)[:, None]
+    image, zero = far // each, tl.zeros_like(far)
+    times, plus = image * times_stride, image * plus_stride
+    x = _scaled(
+        x, inverse, weight_ptr, bias_ptr, times_ptr, plus_ptr, column, inside, zero, times, plus,
+        WEIGHT, BIAS, TIMES, PLUS,
+    )  # fmt: skip
+    if REST:
+        more = _scaled(
+            more, inverse, weight_ptr, bias_ptr, times_ptr, plus_ptr, rest, beside, zero, times,
+            plus, WEIGHT, BIAS, TIMES, PLUS,
+        )  # fmt: skip
+    put_rows(
+        x, more, codes_ptr + far * columns, codes_ptr, scale_ptr, row, rows, columns,
+        ROWS, WIDE, REST, TOP, TINY, WHOLE,
+    )  # fmt: skip
 
 
 def acted(
@@ -145,12 +184,12 @@ def acted(
             _acted, (triton.cdiv(len(flat), t.m),), x,
             others[0], flat, others[1], codes, scale, len(flat), first, columns,
             others[0].stride(0), flat.stride(0), others[1].stride(0), ACT=act,
-            GATED=gate is not None, BEFORE=before is not None, PARTS=t.n < columns,
-            **_options(t, dtype),
+            GATED=gate is not None, BEFORE=before is not None, PARTS=t.n + t.k < columns,
+            **options(t, dtype),
         )  # fmt: skip
 
     if tiles is None:
-        some = (*_whole_rows(columns), *(t for t in PARTS if t.n < columns))
+        some = (*whole_rows(columns), *(t for t in PARTS if t.n < columns))
         kind = (bucket(len(flat)), first, columns, act, gate is None, str(x.dtype), dtype)
         tiles = chosen(_acted, kind, some, x.device, run)
     run(tiles)
@@ -159,9 +198,9 @@ def acted(
 
 def normed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, times: Tensor | None,
-    plus: Tensor | None, eps: float, centered: bool, dtype: str,
+    plus: Tensor | None, eps: float, centered: bool, dtype: str, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`quantize_after.quantize_normed`; x: fp16, bf16 or fp32."""
+    """`quantize_after.quantize_normed`; x: fp16, bf16 or fp32. tiles: these, and none are tried."""
     flat, columns = lines(x), x.shape[-1]
     codes, scale = _answer(x, columns, dtype)
     factors = [flat if t is None else t.contiguous() for t in (weight, bias)]
@@ -174,29 +213,12 @@ def normed(
             _normed, (triton.cdiv(len(flat), t.m),), x,
             flat, *factors, *moved, codes, scale, len(flat), columns, len(flat) // len(x),
             flat.stride(0), *strides, eps, CENTERED=centered, WEIGHT=given[0], BIAS=given[1],
-            TIMES=given[2], PLUS=given[3], **_options(t, dtype),
+            TIMES=given[2], PLUS=given[3], **options(t, dtype),
         )  # fmt: skip
 
     kind = (bucket(len(flat)), columns, centered, *given, str(x.dtype), dtype)
-    run(chosen(_normed, kind, _whole_rows(columns), x.device, run))
+    run(tiles or chosen(_normed, kind, whole_rows(columns), x.device, run))
     return codes, scale
-
-
-def _whole_rows(columns: int) -> tuple[Tiles, ...]:
-    """Programs that keep rows in registers, the safe one first. n: the columns of a program."""
-    wide = triton.next_power_of_2(columns)
-    high, usual = max(1, TILE // wide), warps(wide)
-    more = (max(1, usual // 2), 2 * usual) if wide <= 4096 else (2 * usual, 4 * usual)
-    found = [Tiles(high, wide, 0, usual), *(Tiles(high, wide, 0, w) for w in more)]
-    return tuple(found + ([Tiles(2 * high, wide, 0, usual)] if wide <= 2048 else []))
-
-
-def _options(tiles: Tiles, dtype: str) -> dict[str, Any]:
-    """The launch options that both kernels have."""
-    return {
-        "ROWS": tiles.m, "WIDE": tiles.n, "TOP": TOP[dtype], "TINY": integer_codes.TINY,
-        "WHOLE": dtype == "int", "num_warps": tiles.warps,
-    }  # fmt: skip
 
 
 def _answer(x: Tensor, columns: int, dtype: str) -> tuple[Tensor, Tensor]:

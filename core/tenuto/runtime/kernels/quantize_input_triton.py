@@ -5,6 +5,8 @@ Codes of whole numbers come out as int8, less 128: what the products of a GPU ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ...numerics import float8, integer_codes
 from .quantize_input import TYPES
-from .tiles_triton import start
+from .tiles_triton import Tiles, bucket, chosen, start
 
 TILE, BLOCK = 2048, 4096  # elements of a program: of short rows, of a stored range
 TOP = {"int": 127.0, "e4m3": float8.MOST}
@@ -65,31 +67,66 @@ def coded(
 
 
 @triton.jit
-def ranged(
-    x: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-    WHOLE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Codes, in fp32, and scales (ROWS,) of rows x (ROWS, WIDE), which are 0 beyond their end."""
+def put(
+    x, scale, inverse, codes, codes_ptr, column, inside,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of x (ROWS, WIDE), at `codes` of its rows and `column`."""
+    value = coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE)
+    tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def put_rows(
+    x, more, codes, codes_ptr, scale_ptr, row, rows, columns,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, TOP: tl.constexpr,
+    TINY: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Write codes and scales of rows whose first WIDE values are x, and the next REST `more`.
+
+    Both are 0 beyond the end of a row. codes: where its codes begin, (ROWS, 1).
+    """
+    there, column = (row < rows)[:, None], tl.arange(0, WIDE)
     size = tl.reduce(tl.abs(x), 1, larger)
+    if REST:
+        size = larger(size, tl.reduce(tl.abs(more), 1, larger))  # pyright: ignore
     scale, inverse = scale_of(size, ROWS, TOP, TINY)  # pyright: ignore[reportArgumentType]
-    return coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE), scale
+    put(
+        x, scale, inverse, codes, codes_ptr, column, there & (column < columns)[None, :],
+        ROWS, WIDE, TOP, WHOLE,
+    )  # fmt: skip
+    if REST:
+        rest = WIDE + tl.arange(0, REST)
+        put(
+            more, scale, inverse, codes, codes_ptr, rest, there & (rest < columns)[None, :],
+            ROWS, REST, TOP, WHOLE,
+        )  # fmt: skip
+    tl.store(scale_ptr + row, scale, mask=row < rows)
+
+
+@triton.jit
+def line(ptr, far, column, inside):
+    """Values in fp32, 0 where nothing is inside."""
+    return tl.load(ptr + far + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _rows(
     x_ptr, codes_ptr, scale_ptr, rows, columns, stride,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, TOP: tl.constexpr,
+    TINY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDE)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    far = row.to(tl.int64)[:, None]
-    x = tl.load(x_ptr + far * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    value, scale = ranged(x, ROWS, WIDE, TOP, TINY, WHOLE)
-    codes = value.to(codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr + far * columns + column[None, :], codes, mask=inside)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+    there, far, column = (row < rows)[:, None], row.to(tl.int64)[:, None], tl.arange(0, WIDE)
+    x = line(x_ptr, far * stride, column, there & (column < columns)[None, :])
+    more = x
+    if REST:
+        rest = WIDE + tl.arange(0, REST)
+        more = line(x_ptr, far * stride, rest, there & (rest < columns)[None, :])
+    put_rows(
+        x, more, codes_ptr + far * columns, codes_ptr, scale_ptr, row, rows, columns,
+        ROWS, WIDE, REST, TOP, TINY, WHOLE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -126,23 +163,49 @@ def _stored(
         tl.store(scale_ptr, scale)
 
 
-def per_row(x: Tensor, dtype: str = "int") -> tuple[Tensor, Tensor]:
+def per_row(x: Tensor, dtype: str = "int", tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Codes (..., K) and fp32 scales (..., 1) of a range a row; x: fp16, bf16 or fp32.
 
     dtype: "int" gives int8 codes, "e4m3" torch's 8-bit floats. K at most `quantize_input.WIDEST`.
+    tiles: these, and none are tried.
     """
     flat = lines(x)
     rows, columns = flat.shape
     codes = torch.empty(x.shape, dtype=TYPES[dtype], device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    wide = triton.next_power_of_2(columns)
-    high = max(1, TILE // wide)
-    start(
-        _rows, (triton.cdiv(rows, high),), x,
-        flat, codes, scale, rows, columns, flat.stride(0), ROWS=high, WIDE=wide, TOP=TOP[dtype],
-        TINY=integer_codes.TINY, WHOLE=dtype == "int", num_warps=warps(high * wide),
-    )  # fmt: skip
+
+    def run(t: Tiles) -> None:
+        start(
+            _rows, (triton.cdiv(rows, t.m),), x,
+            flat, codes, scale, rows, columns, flat.stride(0), **options(t, dtype),
+        )  # fmt: skip
+
+    kind = (bucket(rows), columns, str(x.dtype), dtype)
+    run(tiles or chosen(_rows, kind, whole_rows(columns)[::3], x.device, run))
     return codes, scale
+
+
+def whole_rows(columns: int) -> list[Tiles]:
+    """Programs that keep rows in registers, the safe ones first: m of them, n + k columns wide.
+
+    A tile's sides are powers of two: of 1152 columns 2048 are made in one, 1024 + 128 in two.
+    """
+    found, wide = [], triton.next_power_of_2(columns)
+    half = wide // 2
+    rest = triton.next_power_of_2(columns - half) if 1 < columns < wide else half
+    for n, k in ((wide, 0), (half, max(16, rest)))[: 1 + (max(16, rest) < half)]:
+        high, usual = max(1, TILE // triton.next_power_of_2(n + k)), warps(n + k)
+        more = (max(1, usual // 2), 2 * usual) if n + k <= 4096 else (2 * usual, 4 * usual)
+        found += [Tiles(high, n, k, w) for w in (usual, *more)]
+    return found
+
+
+def options(tiles: Tiles, dtype: str) -> dict[str, Any]:
+    """The launch options of kernels that write rows."""
+    return {
+        "ROWS": tiles.m, "WIDE": tiles.n, "REST": tiles.k, "TOP": TOP[dtype],
+        "TINY": integer_codes.TINY, "WHOLE": dtype == "int", "num_warps": tiles.warps,
+    }  # fmt: skip
 
 
 def per_image(x: Tensor) -> tuple[Tensor, Tensor]:
