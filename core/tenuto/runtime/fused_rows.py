@@ -7,27 +7,34 @@ several layers share are quantized once.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional as F
 
 from .kernels.quantize_after import quantize_acted, quantize_normed
+from .nodes import (
+    ADDS,
+    JOINS,
+    MULTIPLIES,
+    Match,
+    argument,
+    called,
+    pairs,
+    put,
+    same,
+    shape_of,
+    written,
+)
 
 CASTS = ("to", "float", "half", "bfloat16", "type_as", "contiguous")
-MULTIPLIES, ADDS = (operator.mul, torch.mul), (operator.add, torch.add)
-JOINS = (torch.cat, torch.concat)
 NORMS: dict[Any, tuple[str, ...]] = {  # names of what comes after the input
     F.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
     torch.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
     getattr(torch, "rms_norm", None): ("normalized_shape", "weight", "eps"),
     getattr(F, "rms_norm", None): ("normalized_shape", "weight", "eps"),
 }
-SPECIAL = {"__setitem__", *(f"__{name}__" for name in dir(operator) if name.startswith("i"))}
 
 
 def fuse(module: fx.GraphModule) -> int:
@@ -38,22 +45,13 @@ def fuse(module: fx.GraphModule) -> int:
     _merge(graph)
     for node in [n for n in graph.nodes if _is_quantization(n)]:
         match = _normed(node) or _acted(node)
-        if match is not None and not _written(node, match.chain):
-            _put(graph, node, match)
+        if match is not None and not written(node, match.chain):
+            put(graph, node, match)
             found += 1
     if found:
         graph.lint()
         module.recompile()
     return found
-
-
-@dataclass
-class _Match:
-    """An operation with its arguments, in place of `chain` and of the quantization after it."""
-
-    target: Any
-    args: tuple[Any, ...]
-    chain: list[fx.Node] = field(default_factory=list)
 
 
 def _is_quantization(node: fx.Node) -> bool:
@@ -72,63 +70,14 @@ def _merge(graph: fx.Graph) -> None:
     first: dict[Any, fx.Node] = {}
     for node in [n for n in graph.nodes if _is_quantization(n)]:
         earlier = first.get(node.args)
-        if earlier is None or _written(node, [earlier]):
+        if earlier is None or written(node, [earlier]):
             first[node.args] = node
         else:
             node.replace_all_uses_with(earlier)
             graph.erase_node(node)
 
 
-def _written(node: fx.Node, chain: Sequence[fx.Node]) -> bool:
-    """Whether something is written in place between the first of `chain` and `node`."""
-    wanted = set(chain)
-    at: Any = node.prev
-    while wanted and at.op != "root":
-        wanted.discard(at)
-        if _writes(at):
-            return True
-        at = at.prev
-    return False
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operation may write to what it is given."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-        return True
-    name = str(getattr(node.target, "__name__", node.target))
-    special = name in SPECIAL or f"__{name}__" in SPECIAL
-    plain = name.endswith("_") and not name.endswith("__")
-    return special or plain or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-
-
-def _put(graph: fx.Graph, node: fx.Node, match: _Match) -> None:
-    with graph.inserting_before(node):
-        new = graph.call_function(match.target, match.args)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    for gone in match.chain:  # from the last to the first
-        if not gone.users:
-            graph.erase_node(gone)
-
-
 # --- patterns -------------------------------------------------------------------------------------
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def _shape(node: Any) -> tuple[Any, ...]:
-    value = _value(node)
-    floats = isinstance(value, Tensor) and value.dtype.is_floating_point
-    return tuple(value.shape) if floats else ()
-
-
-def _called(node: Any, targets: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def _before(node: Any, chain: list[fx.Node]) -> Any:
@@ -139,81 +88,61 @@ def _before(node: Any, chain: list[fx.Node]) -> Any:
     while isinstance(node, fx.Node):
         if len(node.users) != 1:
             return None
-        cast = node.op == "call_method" and node.target in CASTS and bool(_shape(node))
-        idle = _called(node, (F.dropout,)) and not argument(node, 2, "training", True)
+        cast = node.op == "call_method" and node.target in CASTS and bool(shape_of(node))
+        idle = called(node, (F.dropout,)) and not argument(node, 2, "training", True)
         if not (cast or idle):
             return node
         chain.append(node)
         node = node.args[0]
-        if not _shape(node):
+        if not shape_of(node):
             return None
     return None
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    """An argument of a call, by place or name."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _pairs(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """The two arguments of a sum or a product, in both orders."""
-    if len(node.args) == 2 and not node.kwargs:
-        yield node.args[0], node.args[1]
-        yield node.args[1], node.args[0]
-
-
 def _one_row(node: Any, shape: tuple[Any, ...]) -> bool:
     """Whether a tensor is one row for all of an image: (K,), or (B or 1, 1, ..., K)."""
-    found = _shape(node)
+    found = shape_of(node)
     if len(found) == 1:
-        return _same(found[0], shape[-1])
-    if len(found) != len(shape) or len(shape) < 3 or not _same(found[-1], shape[-1]):
+        return same(found[0], shape[-1])
+    if len(found) != len(shape) or len(shape) < 3 or not same(found[-1], shape[-1]):
         return False
-    images = _same(found[0], 1) or _same(found[0], shape[0])
-    return images and all(_same(n, 1) for n in found[1:-1])
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(a == b)
+    images = same(found[0], 1) or same(found[0], shape[0])
+    return images and all(same(n, 1) for n in found[1:-1])
 
 
 def _with(
     node: fx.Node | None, kinds: Any, shape: tuple[Any, ...], chain: list[fx.Node]
 ) -> tuple[fx.Node | None, Any]:
     """Of a sum or a product: what is on its way from a norm, and the row for all of an image."""
-    if not _called(node, kinds):
+    if not called(node, kinds):
         return node, None
     assert node is not None
-    for one, other in _pairs(node):
-        if _shape(one) == shape and _one_row(other, shape):
+    for one, other in pairs(node):
+        if shape_of(one) == shape and _one_row(other, shape):
             chain.append(node)
             return _before(one, chain), other
     return None, None
 
 
-def _normed(node: fx.Node) -> _Match | None:
+def _normed(node: fx.Node) -> Match | None:
     """norm(x) * times + plus, each of the two or neither."""
     chain: list[fx.Node] = []
-    shape, norm = _shape(node.args[0]), _before(node.args[0], chain)
+    shape, norm = shape_of(node.args[0]), _before(node.args[0], chain)
     norm, plus = _with(norm, ADDS, shape, chain)
     norm, times = _with(norm, MULTIPLIES, shape, chain)
-    if norm is None or not _called(norm, NORMS) or not shape:
+    if norm is None or not called(norm, NORMS) or not shape:
         return None
     names = NORMS[norm.target]
     x, *given = norm.args
     facts = dict(zip(names, given, strict=False)) | norm.kwargs
     size, eps = facts.get("normalized_shape"), facts.get("eps", 1e-5 if "bias" in names else None)
     weight, bias = facts.get("weight"), facts.get("bias")
-    whole = isinstance(size, (tuple, list)) and len(size) == 1 and _same(size[0], shape[-1])
-    factors = all(t is None or len(_shape(t)) == 1 for t in (weight, bias))
-    if not (whole and factors and isinstance(eps, float) and _shape(x) == shape):
+    whole = isinstance(size, (tuple, list)) and len(size) == 1 and same(size[0], shape[-1])
+    factors = all(t is None or len(shape_of(t)) == 1 for t in (weight, bias))
+    if not (whole and factors and isinstance(eps, float) and shape_of(x) == shape):
         return None
     args = (x, weight, bias, times, plus, eps, "bias" in names, node.args[1])
-    return _Match(quantize_normed.default, args, [*chain, norm])
+    return Match(quantize_normed.default, args, [*chain, norm])
 
 
 def _act(node: Any) -> str | None:
@@ -228,31 +157,33 @@ def _act(node: Any) -> str | None:
     return None
 
 
-def _acted(node: fx.Node) -> _Match | None:
+def _acted(node: fx.Node) -> Match | None:
     """[before, act(x) * gate] side by side, the first and the last of them or neither."""
     chain: list[fx.Node] = []
     before, last = None, _before(node.args[0], chain)
-    if _called(last, JOINS):
+    if called(last, JOINS):
         assert last is not None
         parts, dim = last.args[0], argument(last, 1, "dim", 0)
         if not isinstance(parts, (tuple, list)) or len(parts) != 2:
             return None
-        if dim not in (-1, len(_shape(last)) - 1):
+        if dim not in (-1, len(shape_of(last)) - 1):
             return None
         chain.append(last)
         before, last = parts[0], _before(parts[1], chain)
     gate = None
-    if _called(last, MULTIPLIES):
+    if called(last, MULTIPLIES):
         assert last is not None
         chain.append(last)
-        made = ((_before(one, trial := []), other, trial) for one, other in _pairs(last))
-        found = next(((n, g, c) for n, g, c in made if _act(n) and _shape(n) == _shape(g)), None)
+        made = ((_before(one, trial := []), other, trial) for one, other in pairs(last))
+        found = next(
+            ((n, g, c) for n, g, c in made if _act(n) and shape_of(n) == shape_of(g)), None
+        )
         if found is None:
             return None
         last, gate = found[0], found[1]
         chain += found[2]
     act = _act(last)
-    if act is None or last is None or not _shape(last):
+    if act is None or last is None or not shape_of(last):
         return None
     args = (before, last.args[0], gate, act, node.args[1])
-    return _Match(quantize_acted.default, args, [*chain, last])
+    return Match(quantize_acted.default, args, [*chain, last])

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .fused_rows import argument, quantizes
+from .fused_rows import quantizes
 from .kernels.joint_linear import beside, joint_fp8, joint_int8
+from .nodes import argument
 
 SHAPES = ("reshape", "view", "expand", "contiguous")
 
