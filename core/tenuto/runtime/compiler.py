@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..text import first_line
+from .fused_rotary import turn
 from .fused_rows import fuse
 from .joint_products import join
 
@@ -31,9 +32,12 @@ def backend(
     def compiled(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         try:
             fuse(module)
+            turn(module)
             join(module, inputs)
         except Exception as error:  # of any kind: another torch may write its graphs otherwise
-            log.warning("Blocks are compiled without fused quantization: %s.", first_line(error))
+            log.warning(
+                "Blocks are compiled without kernels that fuse operations: %s.", first_line(error)
+            )
         rest: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         given: Any = list(inputs)
         return rest(module, given, config_patches=patches) if patches else rest(module, given)

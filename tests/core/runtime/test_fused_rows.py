@@ -327,6 +327,8 @@ INT = {"TOP": 127.0, "TINY": 1e-8, "WHOLE": True}
 BUILDS: list[tuple[str, str, dict[str, Any]]] = [
     ("quantize_input_triton", "_rows", INT | {"ROWS": 2, "WIDE": 1024, "REST": 0}),
     ("quantize_input_triton", "_rows", INT | {"ROWS": 1, "WIDE": 1024, "REST": 128}),
+    ("quantize_input_triton", "_rows",  # a size of 1 is a constant to the compiler
+     INT | {"ROWS": 2, "WIDE": 1, "REST": 0, "columns": 1, "rows": 1}),
     ("quantize_input_triton", "_images", {"BLOCK": 1024}),
     ("quantize_input_triton", "_stored", {"BLOCK": 1024, "MOST": 448.0, "WHOLE": True}),
     *(("quantize_after_triton", "_normed",

@@ -68,20 +68,22 @@ def coded(
 
 @triton.jit
 def put(
-    x, scale, inverse, codes, codes_ptr, column, inside,
+    x: tl.tensor, scale: tl.tensor, inverse: tl.tensor, codes: tl.tensor, codes_ptr: tl.tensor,
+    column: tl.tensor, inside: tl.tensor,
     ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Write the codes of x (ROWS, WIDE), at `codes` of its rows and `column`."""
     value = coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE)
-    tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)
+    tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
 def put_rows(
-    x, more, codes, codes_ptr, scale_ptr, row, rows, columns,
+    x: tl.tensor, more: tl.tensor, codes: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
+    row: tl.tensor, rows: tl.tensor, columns: tl.tensor,
     ROWS: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, TOP: tl.constexpr,
     TINY: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Write codes and scales of rows whose first WIDE values are x, and the next REST `more`.
 
     Both are 0 beyond the end of a row. codes: where its codes begin, (ROWS, 1).
@@ -105,7 +107,7 @@ def put_rows(
 
 
 @triton.jit
-def line(ptr, far, column, inside):
+def line(ptr: tl.tensor, far: tl.tensor, column: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """Values in fp32, 0 where nothing is inside."""
     return tl.load(ptr + far + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
