@@ -2,11 +2,13 @@
 
 A skipped call is forecast from the last computed ones,
 
-    output_t = sum_i w[t, i] * output_(tap i),    at most three taps, the newest first.
+    output_t = sum_i w[t, i] * output_(tap i),    at most `TAPS` taps, the newest first.
 
 The exact dynamic programme over computed steps finds the table; its cost is the squared error of
 the final sample / alpha, errors of one stretch of skipped calls added up as vectors: they point the
-same way. The weights then make up for the drift that earlier forecasts left.
+same way. It counts on three taps, of which there are few enough combinations, so that the error
+that it predicts is rather too large. The weights of all taps then make up for the drift that
+earlier forecasts left.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from .forecast_budget import AT_ONE, Speedup, about_db, calls_for, check_speedup
 from .schedule import SHORTEST
 from .stretch_costs import stretch_costs
 
-TAPS = 3
-RIDGE = 1e-6  # of the mean of the kernel's diagonal, toward linear extrapolation
+TAPS = 5  # computed outputs that a forecast combines: from three on 3 to 7 dB, beyond five nothing
+RIDGE = 1e-6  # of the mean of the kernel's diagonal, toward linear extrapolation: of three taps
+RIDGE_OF_ALL = 1e-5  # and of all
 FADING = 0.85  # of the drift over a computed step, in a run of 20
 LONGEST = 12  # calls skipped in a row, at most, in runs of more than 24 steps
 EXACT = 24
@@ -278,6 +281,7 @@ class Programme:
         slope = float(
             (self.times[step] - self.times[taps[0]]) / (self.times[taps[0]] - self.times[taps[1]])
         )
-        start = torch.tensor([1 + slope, -slope, 0.0][: len(taps)], dtype=torch.float64)
-        square = rows @ rows.T + self.ridge * torch.eye(len(taps), dtype=torch.float64)
+        start = torch.tensor([1 + slope, -slope, *[0.0] * (len(taps) - 2)], dtype=torch.float64)
+        ridge = self.ridge * RIDGE_OF_ALL / RIDGE
+        square = rows @ rows.T + ridge * torch.eye(len(taps), dtype=torch.float64)
         return start + torch.linalg.solve(square, rows @ (aim - start @ rows))
