@@ -292,6 +292,7 @@ def from_kitchen(tensors: dict[str, Tensor], facts: dict[str, Any], shape: Any) 
 
 @pytest.mark.parametrize("name", ["COMFY_W4A8", "COMFY_W6A8", "NVFP4"])
 def test_of_equal_numbers_the_same_codes_in_groups_as_by_columns(name: str) -> None:
+    """One product, quotient or comparison after another: IEEE 754 rounds each alike everywhere."""
     form = getattr(schemes, name).weight
     weight = torch.randn(20, 320, generator=torch.Generator().manual_seed(1))
     grid = Grid.of(weight, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,11 +26,7 @@ OPS = torch.ops.tenuto
 COLUMNS, SIZES = 32, (16, 48, 16)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def of_floats(seed: int = 0) -> list[Float8Linear]:

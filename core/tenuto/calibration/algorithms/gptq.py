@@ -223,7 +223,7 @@ def inverted(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, by halves: nearly all of it is products."""
     if len(lower) <= 256:
         one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one, upper=False)
+        return torch.linalg.solve_triangular(lower, one, upper=False).tril()
     half = len(lower) // 2
     found = torch.zeros_like(lower)
     found[:half, :half] = inverted(lower[:half, :half])
