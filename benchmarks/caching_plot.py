@@ -78,7 +78,7 @@ def strip(axes: Any, plan: ForecastPlan) -> None:
     axes.set_xticks([0, STEPS - 1], ["noise", "image"])
     axes.set_yticks([])
     said = f"{STEPS - plan.calls} of {STEPS} calls skipped: blue is computed, grey is forecast"
-    axes.set_title(f"{said} from the last three blue ones", loc="left", size=10, color=INK)
+    axes.set_title(f"{said} from the last five blue ones", loc="left", size=10, color=INK)
 
 
 def main() -> None:
