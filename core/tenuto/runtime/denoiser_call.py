@@ -22,7 +22,7 @@ from .graphs import Graphs
 from .kernels.quantize_input import compiling
 from .mode import Mode
 from .quantized_layer import QLayer
-from .side_by_side import lay_side_by_side
+from .side_by_side import lay_side_by_side, make_siblings
 
 LIMIT = 64  # versions of a block's code: one for each pattern of its branches, dtype and size
 
@@ -172,6 +172,7 @@ class CompiledBlocks:
         self._limit: tuple[str, int] | None = None
         for layer in self._quantized():
             layer.whole = True
+        make_siblings(denoiser, self.backbone)
 
     def compile(self) -> None:
         """From the next call on; what the user compiled is left out until `remove`."""
@@ -232,5 +233,6 @@ class CompiledBlocks:
             setattr(config, *self._limit)
         for layer in self._quantized():
             layer.whole = False
+        make_siblings(self.denoiser, self.backbone, False)
         self._before, self._limit, self._layers, self._packings = [], None, [], 0
         self.on = True  # a call that comes later compiles nothing

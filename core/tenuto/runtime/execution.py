@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from ..errors import TenutoError
 from .kept_choices import KeptChoices
 from .kernels import Kernel
+from .kernels.fp8_linear import Float8Linear
+from .kernels.int8_linear import IntLinear
+from .kernels.joint_linear import lay
 from .kernels.quantize_input import compiling
 from .mode import EAGER, Mode
 from .timing import latency
@@ -66,6 +70,38 @@ def card_of(kind: Hashable) -> torch.device | None:
     parts = kind if isinstance(kind, tuple) else ()
     places = (part for part in parts if isinstance(part, torch.device))
     return next((place for place in places if place.type == "cuda"), None)
+
+
+def decide(layer: Any, able: tuple[Kernel, ...], key: tuple[Any, ...], x: Tensor) -> None:
+    """Let a layer, and those that share its input, take what is fastest for them together.
+
+    able: the kernels that take the layer. key: what `QLayer.choices` knows such inputs by.
+    """
+    found = [one for one in layer.siblings if one._candidates(x.dtype) == able]
+    group = found if len(found) > 1 else [layer]
+    together = tuple(one.shape for one in group)
+
+    def run(kernel: Kernel | None, x: Tensor) -> Any:
+        x = x.detach()  # a tensor that no memo knows
+        made = [one.by(kernel, x) for one in group]
+        if kernel is not None and len(group) > 1 and x.is_cuda and not compiling():
+            lay_together([one._packed[kernel.name] for one in group], group)
+        return made if len(group) > 1 else made[0]
+
+    runs = {kernel: functools.partial(run, kernel) for kernel in (*able, None)}
+    kind = (*layer.kind(), *((together,) if len(group) > 1 else ()), *key)
+    kernel = decided(layer.chooser, kind, runs, x)
+    for one in group:
+        one.take(key, kernel)
+
+
+def lay_together(packed: Sequence[Any], layers: Iterable[Any]) -> None:
+    """Packed weights of layers side by side in memory, if they are of a kind that can lie so."""
+    for kind in (Float8Linear, IntLinear):
+        same = all(isinstance(p, kind) for p in packed)
+        if same and len({p.weight.shape[0] for p in packed}) == 1 and lay(packed):
+            for layer in layers:
+                layer.packings += 1
 
 
 def decided(

@@ -25,6 +25,7 @@ from .nodes import (
     put,
     same,
     shape_of,
+    value,
     written,
 )
 
@@ -125,13 +126,14 @@ def _with(
 
 
 def _normed(node: fx.Node) -> Match | None:
-    """norm(x) * times + plus, each of the two or neither."""
+    """norm(x) * times + plus, each of the two or neither; 1 + times in place of times, too."""
     chain: list[fx.Node] = []
     shape, norm = shape_of(node.args[0]), _before(node.args[0], chain)
     norm, plus = _with(norm, ADDS, shape, chain)
     norm, times = _with(norm, MULTIPLIES, shape, chain)
     if norm is None or not called(norm, NORMS) or not shape:
         return None
+    times, one = _more_than_one(times, chain)
     names = NORMS[norm.target]
     x, *given = norm.args
     facts = dict(zip(names, given, strict=False)) | norm.kwargs
@@ -141,8 +143,23 @@ def _normed(node: fx.Node) -> Match | None:
     factors = all(t is None or len(shape_of(t)) == 1 for t in (weight, bias))
     if not (whole and factors and isinstance(eps, float) and shape_of(x) == shape):
         return None
-    args = (x, weight, bias, times, plus, eps, "bias" in names, node.args[1])
+    args = (x, weight, bias, times, plus, eps, "bias" in names, node.args[1], one)
     return Match(quantize_normed.default, args, [*chain, norm])
+
+
+def _more_than_one(times: Any, chain: list[fx.Node]) -> tuple[Any, bool]:
+    """What is added to 1, and True, if nobody else reads the sum: that joins the chain."""
+    if called(times, ADDS) and len(times.users) == 1:
+        for number, other in pairs(times):
+            plain = isinstance(number, (int, float)) and number == 1
+            if (
+                plain
+                and shape_of(other) == shape_of(times)
+                and value(other).dtype == value(times).dtype
+            ):
+                chain.append(times)
+                return other, True
+    return times, False
 
 
 def _act(node: Any) -> str | None:

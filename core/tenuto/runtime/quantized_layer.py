@@ -7,7 +7,6 @@ codes, in float. "auto" and "float" may use the dequantized weight; weight-only 
 from __future__ import annotations
 
 import copy
-import functools
 from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
@@ -59,6 +58,7 @@ class QLayer(Replacement):
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
         self.latest: tuple[Kernel | None, ...] = ()  # the last one: what compiled code goes by
         self.packings = 0  # how often the memory of the weight changed
+        self.siblings: tuple[QLayer, ...] = ()  # with it: what is chosen together
         self.whole = False  # whether compiled code keeps the quantization of rows as one operation
         self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
         self.rotation = qweight.rotation
@@ -170,9 +170,9 @@ class QLayer(Replacement):
         if self.simulate:
             return self._simulated(input)
         kernel = self._kernel(input)
-        if kernel is not None:
-            return self._executed(kernel, input)
-        return self._simulated(input) if self.wanted == "int8" else self._dequantized(input)
+        if kernel is None and self.wanted == "int8":
+            return self._simulated(input)
+        return self.by(kernel, input)
 
     def _candidates(self, dtype: torch.dtype) -> tuple[Kernel, ...]:
         """The kernels that take this layer where it is, the one to be preferred first."""
@@ -195,23 +195,24 @@ class QLayer(Replacement):
             return self.latest[0] if self.latest else able[0]
         key = (x.numel() // self.shape[1]).bit_length(), x.dtype
         if key not in self.choices and execution.may_measure(x):
-            runs = {k: functools.partial(self._anew, k) for k in (*able, None)}
-            self.choices[key] = execution.decided(self.chooser, (*self._kind(), *key), runs, x)
-            self.latest = (self.choices[key],)
-            self._forget()
+            execution.decide(self, able, key, x)
         return self.choices.get(key, able[0])
 
-    def _anew(self, kernel: Kernel | None, x: Tensor) -> Tensor:
-        """`x` as a tensor that the memo does not know, by a kernel or in float."""
-        x = x.detach()
+    def by(self, kernel: Kernel | None, x: Tensor) -> Tensor:
+        """The layer on `x` by a kernel, or in float."""
         return self._dequantized(x) if kernel is None else self._executed(kernel, x)
+
+    def take(self, key: tuple[int, torch.dtype], kernel: Kernel | None) -> None:
+        """Compute so from now on for about so many rows of this dtype."""
+        self.choices[key], self.latest = kernel, (kernel,)
+        self._forget()
 
     def choose_by(self, chooser: Any) -> None:
         """Decide anew, at the next calls, by another chooser."""
         self.chooser, self.choices, self.latest = chooser, {}, ()
         self.packings += 1
 
-    def _kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
         grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors
         facts = self.shape, self.bits, grouped, self.input_scale is None

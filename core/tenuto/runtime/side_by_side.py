@@ -1,4 +1,4 @@
-"""Packed weights of layers that share an input, side by side in memory, for one product of all."""
+"""Layers that share an input: they choose together, and one product can serve all of them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ from typing import Any
 from torch import nn
 
 from ..model import Backbone
-from .kernels.fp8_linear import Float8Linear
-from .kernels.int8_linear import IntLinear
-from .kernels.joint_linear import lay
+from .execution import lay_together
 from .quantized_layer import QLayer
 
 
+def make_siblings(denoiser: nn.Module, backbone: Backbone, on: bool = True) -> None:
+    """Let layers that share an input and are alike know of each other; on: False forgets it."""
+    for group in _sharing(denoiser, backbone):
+        alike = {(type(one), one.scheme, one.wanted, one.shape[1], one.rotation) for one in group}
+        for one in group:
+            one.siblings = tuple(group) if on and len(alike) == 1 and len(group) > 1 else ()
+
+
 def lay_side_by_side(denoiser: nn.Module, backbone: Backbone) -> None:
-    """Of the layers that share an input, those that compute alike, on a GPU."""
+    """The packed weights of layers that share an input and compute alike, on a GPU, in memory."""
+    for group in _sharing(denoiser, backbone):
+        packed = [_packed(one) for one in group]
+        if len(group) > 1 and all(packed):
+            lay_together(packed, group)
+
+
+def _sharing(denoiser: nn.Module, backbone: Backbone) -> list[list[QLayer]]:
+    """The quantized layers that share an input, where all of them are."""
     modules = dict(denoiser.named_modules())
-    for subset in backbone.subsets:
-        found = [modules.get(name) for name in subset.linears]
-        layers = [module for module in found if isinstance(module, QLayer)]
-        for kind in (Float8Linear, IntLinear):
-            packed = [p for p in map(_packed, layers) if isinstance(p, kind)]
-            alike = len({p.weight.shape[0] for p in packed}) == 1
-            if alike and len(packed) == len(found) > 1 and lay(packed):
-                for layer in layers:
-                    layer.packings += 1
+    groups = [[modules.get(name) for name in subset.linears] for subset in backbone.subsets]
+    return [
+        [one for one in group if isinstance(one, QLayer)]
+        for group in groups
+        if all(isinstance(one, QLayer) for one in group)
+    ]
 
 
 def _packed(layer: QLayer) -> Any:

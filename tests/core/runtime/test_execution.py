@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tenuto import TenutoError, attach, schemes
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.measure.memory import resident_weight_bytes
+from tenuto.model import describe
 from tenuto.model.backbone import layers
 from tenuto.numerics.scheme import Scheme
 from tenuto.runtime.attachment import quantized as quantized_copy
+from tenuto.runtime.denoiser_call import CompiledBlocks
 from tenuto.runtime.execution import DENSE, INT8, Chooser
 from tenuto.runtime.layers import QConv2d, QLayer, QLinear
 from tenuto.sampling.clock import Clock
@@ -291,6 +293,54 @@ def test_the_report_says_who_chose_what(tiny: Any, rounded: Any, loop: Any) -> N
         assert 0 < attached.int8_weight_share() < 1
     kinds = len(set(asked.asked))
     assert kinds < len(shapes), "layers that are alike share a choice"
+
+
+def test_layers_of_one_input_choose_together(tiny: Any, rounded: Any, loop: Any) -> None:
+    """In compiled blocks, where one quantization and one product serve all of them."""
+    model = tiny("dit")
+    subsets = [s.linears for s in describe(model).subsets if len(s.linears) > 1]
+    shapes = {tuple(model.get_submodule(name).weight.shape for name in names) for names in subsets}
+    asked = Says(lambda kind: DENSE if shapes & set(kind) else INT8)
+    with torch.no_grad(), attach(model, rounded("dit"), chooser=asked, compile=True) as attached:
+        (blocks,) = (p for p in attached.patches if isinstance(p, CompiledBlocks))
+        blocks.options = {"backend": "eager"}
+        modules: Any = dict(model.named_modules())
+        groups = [[modules[name] for name in names] for names in subsets]
+        assert groups and all(one.siblings == tuple(group) for group in groups for one in group)
+        loop("dit")(model, 0, 1)
+        assert all(set(one.choices.values()) == {None} for group in groups for one in group)
+        others = [m for m in model.modules() if isinstance(m, QLayer) and not m.siblings]
+        assert others and all(None not in m.choices.values() for m in others)
+        one = groups[0][0]
+        assert sum(bool(shapes & set(kind)) for kind in asked.asked) == len(groups)
+    assert not one.siblings
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_what_is_timed_is_all_of_them(kernel: bool) -> None:
+    """Each of the layers runs, by the kernel or in float, on one tensor that no memo knows."""
+    seen: list[tuple[Any, Any, Tensor]] = []
+    made_of = [made(wanted="auto", chooser=Says(lambda kind: INT8)) for _ in range(3)]
+    for one in made_of:
+        one.siblings = tuple(made_of)
+        by = one.by
+        one.by = lambda k, x, one=one, by=by: seen.append((one, k, x)) or by(k, x)
+
+    def chooser(kind: Any, runs: Any) -> str:
+        name = next(n for n in runs if (n == DENSE) != kernel)
+        seen.clear()
+        runs[name]()
+        return name
+
+    made_of[0].chooser = chooser
+    x = data("linear")
+    with torch.no_grad():
+        made_of[0](x)
+    tried, (_, taken, _) = seen[:3], seen[-1]
+    assert [one for one, _, _ in tried] == made_of
+    assert len({id(x) for _, _, x in tried}) == 1 and tried[0][2] is not x
+    assert {k for _, k, _ in tried} == {taken} and (taken is not None) == kernel
+    assert all(list(one.choices.values()) == [taken] for one in made_of)
 
 
 def test_an_unknown_execution_is_refused(tiny: Any, rounded: Any, bits: Any) -> None:

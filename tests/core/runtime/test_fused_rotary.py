@@ -53,8 +53,8 @@ def check_turn() -> None:
     from tenuto.runtime.kernels import rotary_triton as fused
 
     flags = itertools.product((True, False), (True, False), (True, False))
-    shapes = itertools.cycle([(2, 5, 3, 16), (1, 7, 2, 6), (3, 2, 1, 2)])
-    likes = itertools.cycle([(1,), (0, 2), (), (2,)])
+    shapes = itertools.cycle([(2, 5, 3, 16), (1, 7, 2, 6), (3, 2, 1, 2), (1, 2, 18, 130)])
+    likes = itertools.cycle([(1,), (0, 2), (), (2,), (1, 2)])
     for (norm, halves, shared), dtype in itertools.product(flags, DTYPES):
         x, weight, cos, sin = inputs(next(shapes), dtype, shared, next(likes))
         given = x, weight if norm else None, 1e-3, cos, sin, halves
@@ -77,8 +77,9 @@ def test_the_kernel_is_right() -> None:
 @pytest.mark.filterwarnings("ignore:.*Triton 3")  # of what its next versions do
 def test_the_kernel_compiles_for_a_card(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for norm, halves, shared in itertools.product((True, False), repeat=3):
+    for norm, halves, shared, alike in itertools.product((True, False), repeat=4):
         flags = {"ROWS": 8, "HALF": 64, "NORM": norm, "HALVES": halves, "SHARED": shared}
+        flags |= {"ALIKE": alike}
         assert ".entry _turned" in build("rotary_triton", "_turned", flags)
 
 

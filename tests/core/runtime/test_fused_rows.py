@@ -94,6 +94,7 @@ def check_normed() -> None:
 
     types = itertools.cycle(quantize_input.TYPES)
     tiles = itertools.cycle((None, Tiles(2, 128, 16, 4), Tiles(1, 4, 4, 4)))
+    ones = itertools.cycle((True, False, False))
     for (x, *_), centered in itertools.product(gpu_inputs(), (True, False)):
         width = x.shape[-1]
         weight, bias = torch.randn(2, width, device=HERE).to(x.dtype)
@@ -104,8 +105,9 @@ def check_normed() -> None:
         ):  # fmt: skip
             dtype = next(types)
             some = next(t for t in tiles if t is None or t.n + t.k >= width)
-            found = fused.normed(x, *given, 1e-3, centered, dtype, some)
-            right(found, reference_normed(x, *given, 1e-3, centered), dtype)
+            one = next(ones)
+            found = fused.normed(x, *given, 1e-3, centered, dtype, one, some)
+            right(found, reference_normed(x, *given, 1e-3, centered, one), dtype)
 
 
 CHECKS = check_acted, check_normed
@@ -138,12 +140,13 @@ def test_the_operations_are_what_torch_computes() -> None:
 
 
 def names(module: fx.GraphModule) -> list[str]:
-    """Our operations in a graph, in order, with the activation of those that have one."""
+    """Our operations in a graph, in order, with the activation or the 1 of those that have one."""
     found = []
     for node in module.graph.nodes:
         name = str(node.target)
         if node.op == "call_function" and name.startswith("tenuto.quantize"):
             act = f" {node.args[3]}" if "acted" in name else ""
+            act += " 1 +" if "normed" in name and node.args[8] else ""
             found.append(name.split(".")[1] + act)
     return found
 
@@ -172,8 +175,12 @@ PLAIN = "quantize_rows"
 CASES: dict[str, tuple[Call, list[str]]] = {
     "modulated": (
         lambda: rows(F.layer_norm(X, (8,), None, None, 1e-6) * (1 + T) + P),
-        ["quantize_normed"],
+        ["quantize_normed 1 +"],
     ),
+    "a factor that is read twice": (
+        lambda: (rows(F.layer_norm(X, (8,)) * (times := T + 1)), times), ["quantize_normed"],
+    ),
+    "twice the factor": (lambda: rows(F.layer_norm(X, (8,)) * (2 + T)), ["quantize_normed"]),
     "shift first": (lambda: rows(P + T * F.layer_norm(X, (8,))), ["quantize_normed"]),
     "affine": (lambda: rows(F.layer_norm(X, (8,), W, W)), ["quantize_normed"]),
     "root mean square": (lambda: rows(torch.rms_norm(X, (8,), W, 1e-6) * T), ["quantize_normed"]),
@@ -328,11 +335,11 @@ BUILDS: list[tuple[str, str, dict[str, Any]]] = [
     ("quantize_input_triton", "_images", {"BLOCK": 1024}),
     ("quantize_input_triton", "_stored", {"BLOCK": 1024, "MOST": 448.0, "WHOLE": True}),
     *(("quantize_after_triton", "_normed",
-       INT | dict.fromkeys(("CENTERED", "WEIGHT", "BIAS", "TIMES", "PLUS"), True)
+       INT | dict.fromkeys(("CENTERED", "WEIGHT", "BIAS", "TIMES", "PLUS", "ONE"), True)
        | {"ROWS": 2, "WIDE": 1024, "REST": rest}) for rest in (0, 128)),
     *(("quantize_after_triton", "_acted",
        INT | {"ROWS": 1, "WIDE": 1024, "REST": rest, "PARTS": parts, "ACT": act}
-       | {"GATED": True, "BEFORE": True})
+       | {"GATED": True, "BEFORE": True, "QUICK": act != "silu"})
       for parts, rest, act in ((True, 0, "silu"), (False, 0, "gelu"), (False, 512, "gelu tanh"))),
 ]  # fmt: skip
 
@@ -346,6 +353,7 @@ def build(file: str, name: str, constants: dict[str, Any]) -> str:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"tenuto.runtime.kernels.{file}"), name)
+    assert all(p.name in constants for p in kernel.params if p.is_constexpr)
     types = {
         argument: "constexpr" if argument in constants
         else POINTERS.get(argument, "*bf16" if argument.endswith("_ptr") else

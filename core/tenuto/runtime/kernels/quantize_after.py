@@ -3,7 +3,8 @@
 Compilers compute what is before a row's range twice, or write it to memory in between, since the
 range is of the whole row. Two operations of compiled graphs, see `fused_rows.py`, do it at once:
     quantize_acted   codes of [before, act(x) * gate], side by side
-    quantize_normed  codes of norm(x) * weight + bias, and of that * times + plus
+    quantize_normed  codes of norm(x) * weight + bias, and of that * times + plus; with `one`, of
+                     that * (1 + times) + plus
 Both give what `quantize_input.per_row` gives of the same: codes, whole ones as int8 less 128, and
 fp32 scales (..., 1). Sums and products are fp32 and not rounded in between, as compilers make them.
 On CUDA a kernel of Triton does it, elsewhere plain operations.
@@ -37,13 +38,14 @@ def reference_acted(before: Tensor | None, x: Tensor, gate: Tensor | None, act: 
 
 def reference_normed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, times: Tensor | None,
-    plus: Tensor | None, eps: float, centered: bool,
+    plus: Tensor | None, eps: float, centered: bool, one: bool = False,
 ) -> Tensor:  # fmt: skip
     """What `quantize_normed` quantizes, fp32: x (B, ..., K); weight, bias (K,).
 
     times, plus: (K,), or (B or 1, 1, ..., K), one row for all of an image. centered: a layer norm;
-    else the root of the mean square is divided by.
+    else the root of the mean square is divided by. one: `times` is what 1 lacks.
     """
+    times = times.float() + 1 if one and times is not None else times
     y = x.float()
     y = y - y.mean(-1, keepdim=True) if centered else y
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
@@ -65,13 +67,13 @@ def _acted(
 
 def _normed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, times: Tensor | None,
-    plus: Tensor | None, eps: float, centered: bool, dtype: str,
+    plus: Tensor | None, eps: float, centered: bool, dtype: str, one: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if _by_triton(x, dtype, x.shape[-1]):
         from .quantize_after_triton import normed
 
-        return normed(x, weight, bias, times, plus, eps, centered, dtype)
-    return _rows(reference_normed(x, weight, bias, times, plus, eps, centered), dtype)
+        return normed(x, weight, bias, times, plus, eps, centered, dtype, one)
+    return _rows(reference_normed(x, weight, bias, times, plus, eps, centered, one), dtype)
 
 
 def _by_triton(x: Tensor, dtype: str, columns: int) -> bool:
@@ -93,7 +95,7 @@ def _fake_acted(
 
 
 def _fake_normed(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _like(x, x.shape[-1], str(rest[-1]))
+    return _like(x, x.shape[-1], next(word for word in rest if isinstance(word, str)))
 
 
 def _like(x: Tensor, columns: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ quantize_acted = graph_operation(
 )
 quantize_normed = graph_operation(
     "quantize_normed(Tensor x, Tensor? weight, Tensor? bias, Tensor? times, Tensor? plus,"
-    " float eps, bool centered, str dtype) -> (Tensor, Tensor)",
+    " float eps, bool centered, str dtype, bool one=False) -> (Tensor, Tensor)",
     _normed,
     _fake_normed,
 )

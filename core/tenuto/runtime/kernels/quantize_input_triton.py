@@ -18,12 +18,13 @@ from .tiles_triton import Tiles, bucket, chosen, start
 
 TILE, BLOCK = 2048, 4096  # elements of a program: of short rows, of a stored range
 TOP = {"int": 127.0, "e4m3": float8.MOST}
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added, it leaves whole numbers in the lowest bits
 
 
 @triton.jit
 def _rounded(x):
     """To nearest, ties to even; |x| below 2^22."""
-    return (x + 12582912.0) - 12582912.0
+    return (x + MAGIC) - MAGIC
 
 
 @triton.jit
@@ -36,44 +37,67 @@ def larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 def _quotient(x, scale, inverse):
     """x / scale, rounded to nearest, by 1 / scale: a third of the time of a division.
 
-    The remainder of a first quotient corrects it (Markstein, IBM J. Res. Dev. 34(1), 1990).
+    The remainder of a first quotient corrects it (Markstein, IBM J. Res. Dev. 34(1), 1990). Where
+    1 / scale is 0 a scale of 0 takes the correction out: see `_corrected`.
     """
     first = x * inverse
-    return tl.where(inverse == 0, first, tl.fma(tl.fma(-first, scale, x), inverse, first))
+    return tl.fma(tl.fma(-first, scale, x), inverse, first)
+
+
+@triton.jit
+def _corrected(scale, inverse):
+    """Scales for `_quotient`."""
+    return tl.where(inverse == 0, 0.0, scale)
+
+
+@triton.jit
+def _added(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    return a + b
+
+
+@triton.jit
+def total(x: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """Sums of the rows, (ROWS, 1). Of one row a number: it fits any layout of what it meets.
+
+    A tensor of one row would have a layout, and what gave it be computed anew in another.
+    """
+    return tl.reduce(x, None, _added) if ROWS == 1 else tl.reduce(x, 1, _added)[:, None]  # pyright: ignore
+
+
+@triton.jit
+def largest(x: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """The largest absolute values of the rows, as `total`."""
+    size = tl.abs(x)
+    return tl.reduce(size, None, larger) if ROWS == 1 else tl.reduce(size, 1, larger)[:, None]  # pyright: ignore
 
 
 @triton.jit
 def scale_of(
     size: tl.tensor, ROWS: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Scales (ROWS,) of rows by their largest values, and 1 / scale."""
-    low = tl.full((ROWS,), TINY, tl.float32)
-    scale = larger(tl.div_rn(size, tl.full((ROWS,), TOP, tl.float32)), low)
-    return scale, tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
-
-
-@triton.jit
-def coded(
-    x: tl.tensor, scale: tl.tensor, inverse: tl.tensor, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    TOP: tl.constexpr, WHOLE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Codes, in fp32, of x (ROWS, WIDE); scale and 1 / scale (ROWS,)."""
-    wide = tl.broadcast_to(scale[:, None], (ROWS, WIDE))
-    value = _quotient(x, wide, tl.broadcast_to(inverse[:, None], (ROWS, WIDE)))
-    value = tl.minimum(tl.maximum(value, -TOP), TOP)
-    if WHOLE:
-        value = _rounded(value)
-    return value
+    """Scales of rows by their largest values, and 1 / scale; all are as `largest` gives them."""
+    if ROWS == 1:
+        scale = larger(tl.div_rn(size, TOP), TINY)  # pyright: ignore[reportArgumentType]
+        inverse = tl.div_rn(1.0, scale)
+    else:
+        low = tl.full((ROWS, 1), TINY, tl.float32)
+        scale = larger(tl.div_rn(size, tl.full((ROWS, 1), TOP, tl.float32)), low)
+        inverse = tl.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), scale)
+    return scale, inverse
 
 
 @triton.jit
 def put(
     x: tl.tensor, scale: tl.tensor, inverse: tl.tensor, codes: tl.tensor, codes_ptr: tl.tensor,
-    column: tl.tensor, inside: tl.tensor,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, TOP: tl.constexpr, WHOLE: tl.constexpr,
+    column: tl.tensor, inside: tl.tensor, WHOLE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write the codes of x (ROWS, WIDE), at `codes` of its rows and `column`."""
-    value = coded(x, scale, inverse, ROWS, WIDE, TOP, WHOLE)
+    """Write the codes of x (ROWS, WIDE), at `codes` of its rows and `column`.
+
+    scale, 1 / scale by the largest value of a row: no quotient is beyond the last code.
+    """
+    value = _quotient(x, _corrected(scale, inverse), inverse)
+    if WHOLE:  # a conversion to whole numbers takes several times as long as an addition
+        value = (value + MAGIC).to(tl.int32, bitcast=True)  # pyright: ignore
     tl.store(codes + column[None, :], value.to(codes_ptr.dtype.element_ty), mask=inside)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -89,21 +113,17 @@ def put_rows(
     Both are 0 beyond the end of a row. codes: where its codes begin, (ROWS, 1).
     """
     there, column = (row < rows)[:, None], tl.arange(0, WIDE)
-    size = tl.reduce(tl.abs(x), 1, larger)
+    size = largest(x, ROWS)
     if REST:
-        size = larger(size, tl.reduce(tl.abs(more), 1, larger))  # pyright: ignore
+        size = larger(size, largest(more, ROWS))
     scale, inverse = scale_of(size, ROWS, TOP, TINY)  # pyright: ignore[reportArgumentType]
-    put(
-        x, scale, inverse, codes, codes_ptr, column, there & (column < columns)[None, :],
-        ROWS, WIDE, TOP, WHOLE,
-    )  # fmt: skip
+    inside = there & (column < columns)[None, :]
+    put(x, scale, inverse, codes, codes_ptr, column, inside, WHOLE)
     if REST:
         rest = WIDE + tl.arange(0, REST)
-        put(
-            more, scale, inverse, codes, codes_ptr, rest, there & (rest < columns)[None, :],
-            ROWS, REST, TOP, WHOLE,
-        )  # fmt: skip
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+        beside = there & (rest < columns)[None, :]
+        put(more, scale, inverse, codes, codes_ptr, rest, beside, WHOLE)
+    tl.store(scale_ptr + row[:, None], scale, mask=there)
 
 
 @triton.jit
@@ -138,7 +158,8 @@ def _images(x_ptr, codes_ptr, scale_ptr, size, BLOCK: tl.constexpr):
     scale = tl.load(scale_ptr + image)
     inverse = tl.div_rn(1.0, scale)
     x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    value = _rounded(tl.minimum(tl.maximum(_quotient(x, scale, inverse), -127.0), 127.0))
+    quotient = _quotient(x, _corrected(scale, inverse), inverse)
+    value = _rounded(tl.minimum(tl.maximum(quotient, -127.0), 127.0))
     tl.store(codes_ptr + where, value.to(tl.int8), mask=inside)
 
 
@@ -151,7 +172,8 @@ def _stored(
     scale = tl.load(scales_ptr + index)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-    value = _quotient(x, scale, tl.div_rn(1.0, scale))
+    inverse = tl.div_rn(1.0, scale)
+    value = _quotient(x, _corrected(scale, inverse), inverse)
     if WHOLE:
         zero = tl.load(zeros_ptr + index)
         value = _rounded(tl.minimum(tl.maximum(value, -512.0), 512.0)) + zero
@@ -183,7 +205,8 @@ def per_row(x: Tensor, dtype: str = "int", tiles: Tiles | None = None) -> tuple[
         )  # fmt: skip
 
     kind = (bucket(rows), columns, str(x.dtype), dtype)
-    run(tiles or chosen(_rows, kind, whole_rows(columns)[::3], x.device, run))
+    some = [t for n, t in enumerate(whole_rows(columns)) if n % 3 < 2]
+    run(tiles or chosen(_rows, kind, some, x.device, run))
     return codes, scale
 
 
@@ -197,8 +220,9 @@ def whole_rows(columns: int) -> list[Tiles]:
     rest = triton.next_power_of_2(columns - half) if 1 < columns < wide else half
     for n, k in ((wide, 0), (half, max(16, rest)))[: 1 + (max(16, rest) < half)]:
         high, usual = max(1, TILE // triton.next_power_of_2(n + k)), warps(n + k)
-        more = (max(1, usual // 2), 2 * usual) if n + k <= 4096 else (2 * usual, 4 * usual)
-        found += [Tiles(high, n, k, w) for w in (usual, *more)]
+        alone = TILE // 4 < n + k <= TILE  # a warp with a row of its own waits for no other
+        few = Tiles(1, n, k, 1) if alone else Tiles(high, n, k, usual // 2)
+        found += [Tiles(high, n, k, usual), few, Tiles(high, n, k, 2 * usual)]
     return found
 
 
