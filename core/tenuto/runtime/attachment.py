@@ -19,10 +19,12 @@ from ..caching import AUTO, DEFAULT_FORECAST, ForecastCalls, Speedup, apply_poli
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Describe,
+    Parked,
     Replacement,
     Swap,
     adapted,
     check_fused,
+    check_originals,
     check_weights,
     denoiser_of,
     describing,
@@ -61,6 +63,7 @@ def attach(
     chooser: Chooser | None = None,
     compile: bool = False,
     graphs: bool | str = "auto",
+    originals: str = "keep",
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
@@ -88,19 +91,24 @@ def attach(
     graphs, one for every pattern of a step; "auto": on CUDA, where a graph is faster than the call
     and the card has the memory, and no call takes long anyway. Weights may be moved, changed and
     replaced all the while: `Graphs`.
+    originals: where the float weights are that nothing computes with while they are replaced:
+    "keep": where they were; "cpu": in main memory; "disk": in a file of the temporary folder
+    (`TMPDIR`). `detach` brings them back, bit for bit. A table that meets a timestep that was not
+    calibrated has its module's weights brought in once, and keeps the answer.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of,
     as for `quantize`; once is enough.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
+    check_originals(originals)
     how = Calls.asked(compile, graphs)
     if artifact is None or artifact == DEFAULT_FORECAST:
         if artifact is None and speedup is None:
             raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
         speedup = AUTO if speedup is None else speedup
         patches = Patches(speedup=speedup, kernel=default_kernel_of(model))
-        return install(model, patches, chooser, how)
+        return install(model, patches, chooser, how, originals)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -108,11 +116,15 @@ def attach(
     else:
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
-    return install(model, patches, chooser, how)
+    return install(model, patches, chooser, how, originals)
 
 
 def install(
-    model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
+    model: Any,
+    patches: Patches,
+    chooser: Chooser | None = None,
+    how: Calls | None = None,
+    originals: str = "keep",
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
     patches, how = with_default(model, patches), how or Calls()
@@ -141,6 +153,10 @@ def install(
             attached.patches.append(patch)
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
+        if originals != "keep":
+            models = [part.denoiser for part in found.values()]
+            models += [encoder for encoder, _ in encoders.values()]
+            attached.patches.append(Parked(attached.swaps(), models, originals))
         for part in found.values():
             call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around
