@@ -76,28 +76,21 @@ def attach(
     kernels support and simulates the rest: the artifact's own arithmetic. "float" computes with the
     dequantized weights in the model's dtype, inputs as they are. "auto" times both when a layer is
     first called for about so many rows, once for layers that are alike in the whole process, as
-    they will run (eager, compiled, captured; what it finds of a GPU is kept on disk), and leaves
-    low precision only where it is slower, on a CPU clearly slower; calls of very different sizes
-    may then differ by an input's rounding. simulate: compute
+    they will run, and leaves low precision only where it is slower, on a CPU clearly slower; calls
+    of very different sizes may then differ by an input's rounding. simulate: compute
     quantized layers in float, with the same codes. route: apply the cache schedule too. policy: of
     `tenuto.caching`, in place of the artifact's schedule. speedup:
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. "auto" skips as many as are predicted to do no harm that one sees,
-    1 none; None: as the artifact says, which has a default if it was made with one. Where no
-    artifact has a forecast of the model, the shipped one serves, with a warning. chooser: what
-    decides under "auto" in place of the process's own.
+    1 none; None: as the artifact says. Where no artifact has a forecast of the model, the shipped
+    one serves, with a warning. chooser: what decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
-    graphs, one for every pattern of a step; "auto": on CUDA, where a graph is faster than the call
-    and the card has the memory, and no call takes long anyway. Weights may be moved, changed and
-    replaced all the while: `Graphs`.
-    originals: where the float weights are that nothing computes with while they are replaced:
-    "keep": where they were; "cpu": in main memory; "disk": in a file of the temporary folder
-    (`TMPDIR`). `detach` brings them back, bit for bit. A table that meets a timestep that was not
-    calibrated has its module's weights brought in once, and keeps the answer.
+    graphs, one for every pattern of a step; "auto": where that is faster and there is the memory.
+    originals: where float weights are while they are replaced: "keep": where they were; "cpu": in
+    main memory; "disk": in a file of the temporary folder (`TMPDIR`). `detach` brings them back.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
-    denoiser gets what is of its weights. describe: what a model without a family file is made of,
-    as for `quantize`; once is enough.
+    denoiser gets what is of its weights. describe: what a model without a family file is made of.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)

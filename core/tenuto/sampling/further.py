@@ -47,7 +47,7 @@ class Further:
         self.row.fill_(self.place)
 
     def mix(self, exact: bool) -> None:
-        """The rows of the batch are at different timesteps, if not of different calibrated steps."""
+        """The rows of the batch are at different timesteps; exact: all at a calibrated step."""
         self.place, self.missing = None, bool(self.tables) and not exact
 
     def fill(self, place: int) -> None:

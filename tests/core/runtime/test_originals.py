@@ -97,7 +97,9 @@ def test_uncalibrated_steps_are_exact(ready: Any) -> None:
     image(made, 3)
     hook.remove()
     times = artifact.header["schedule"]["timesteps"]
-    far = [(k, out) for k, out in seen if min(abs(float(k["timestep"][0]) - t) for t in times) > 0.01]
+    far = [
+        (k, out) for k, out in seen if min(abs(float(k["timestep"][0]) - t) for t in times) > 0.01
+    ]
     assert len(far) == 4, "two of three steps, with and without the prompt"
     with attach(model, artifact, originals="disk"), torch.no_grad():
         first = [model(**kwargs)[0] for kwargs, _ in far]
@@ -200,10 +202,9 @@ def test_rows_are_forgotten_when_there_are_too_many() -> None:
 def test_an_interrupted_step_is_filled_later() -> None:
     """A table that was not called at a timestep has no row there, whatever the others have."""
     clock, module = Clock((999.0,)), nn.Linear(4, 6)
-    one, other = (
-        TemporalTable(module, [torch.randn(1, 6).half()], True, clock) for _ in range(2)
-    )
-    one.park(True), other.park(True)
+    one, other = (TemporalTable(module, [torch.randn(1, 6).half()], True, clock) for _ in range(2))
+    for table in (one, other):
+        table.park(True)
     x = torch.randn(1, 4)
     with torch.no_grad():
         clock.tick(700.0, (0,))
@@ -278,3 +279,43 @@ def test_wrong_places_are_refused(ready: Any, monkeypatch: Any) -> None:
             attach(model, artifact, originals="disk")
         assert all(p.data_ptr() == place for p, place in before)
         assert not any(isinstance(m, TemporalTable) for m in model.modules())
+
+
+# --- how large the file is ------------------------------------------------------------------------
+
+
+def test_the_size_is_that_of_the_file(ready: Any) -> None:
+    """Byte for byte, of a tiny model; the very count that the benchmark has of the released one."""
+    from tenuto import schemes
+    from tenuto.calibration.check.file_size import file_size
+
+    made, _ = ready
+    trajectory = record(made.model, made.prompts, guidance=made.guidance, call=made.call,
+                        steps=5, batch=1)  # fmt: skip
+    artifact = quantize(made.model, "w4a8", trajectory, rounding="nearest", temporal="table")
+    model = denoiser_of(made.model)
+    found = file_size(model, schemes.W4A8, 5, trajectory.calls[0].inputs)
+    sizes: Counter[str] = Counter()
+    for key, tensor in artifact.tensors.items():
+        sizes[key.split("/")[0]] += tensor.nbytes
+    spared = artifact.header.get("kept_in_float", {})
+    assert not spared, "all layers that the recipe names have codes"
+    assert sizes["temporal"] == found.tables
+    assert sizes["weights"] == sum(found.codes.values())
+    assert sum(found.weights.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_file_of_qwen_image_is_a_fifth_of_the_model() -> None:
+    """At its released size, without memory: 67 % of the weights in 4 bits, the rest in tables."""
+    from benchmarks.temporal_tables import size
+
+    found = size()
+    assert found["model"] > 40e9
+    assert found["share"] <= 0.2
+    weights = found["weights"]
+    assert sum(weights.values()) * 2 == found["model"]
+    assert 0.66 < weights["4"] / sum(weights.values()) < 0.67
+    assert 0.33 < weights["tables"] / sum(weights.values()) < 0.34
+    assert found["shares"]["tables"] < 0.006
+    bits = 8 * found["bytes"]["codes of 4 bits"] / weights["4"]
+    assert 4.25 <= bits <= 4.55
