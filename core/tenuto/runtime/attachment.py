@@ -46,6 +46,7 @@ from .denoiser_call import Calls
 from .execution import Chooser, chooser_for
 from .layers import QLayer
 from .mode import Mode
+from .prompt_modules import once_
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
 log = logging.getLogger("tenuto")
@@ -64,14 +65,14 @@ def attach(
     compile: bool = False,
     graphs: bool | str = "auto",
     originals: str = "keep",
+    once: bool = False,
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
     artifact: what calibration made, or the file of it. A scheme instead, or its name, rounds every
-    layer to nearest where it is, without calibration. A denoiser of another code (ldm, ComfyUI)
-    gets it too, by the key map of its family. None or "forecast-default" changes no layer: calls
-    are skipped by a kernel that ships, which knows nothing of the model.
+    layer to nearest where it is. A denoiser of another code (ldm, ComfyUI) gets it too. None or
+    "forecast-default" changes no layer: calls are skipped by a kernel that ships.
     execution: "int8" executes in low precision (int8, or fp8 where a scheme says it) what the
     kernels support and simulates the rest: the artifact's own arithmetic. "float" computes with the
     dequantized weights in the model's dtype, inputs as they are. "auto" times both when a layer is
@@ -89,6 +90,7 @@ def attach(
     graphs, one for every pattern of a step; "auto": where that is faster and there is the memory.
     originals: where float weights are while they are replaced: "keep": where they were; "cpu": in
     main memory; "disk": in a file of the temporary folder (`TMPDIR`). `detach` brings them back.
+    once: what is of the prompt alone, as keys and values of cross-attention, is computed once.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
     denoiser gets what is of its weights. describe: what a model without a family file is made of.
     Raises ArtifactError before anything is changed if the artifact is for another model.
@@ -101,7 +103,7 @@ def attach(
             raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
         speedup = AUTO if speedup is None else speedup
         patches = Patches(speedup=speedup, kernel=default_kernel_of(model))
-        return install(model, patches, chooser, how, originals)
+        return install(model, patches, chooser, how, originals, once)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -109,7 +111,7 @@ def attach(
     else:
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
-    return install(model, patches, chooser, how, originals)
+    return install(model, patches, chooser, how, originals, once)
 
 
 def install(
@@ -118,6 +120,7 @@ def install(
     chooser: Chooser | None = None,
     how: Calls | None = None,
     originals: str = "keep",
+    once: bool = False,
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
     patches, how = with_default(model, patches), how or Calls()
@@ -150,6 +153,8 @@ def install(
             models = [part.denoiser for part in found.values()]
             models += [encoder for encoder, _ in encoders.values()]
             attached.patches.append(Parked(attached.swaps(), models, originals))
+        for part in found.values() if once else ():
+            attached.patches += once_(part.denoiser, whole=part.plan.policy is None)
         for part in found.values():
             call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around
