@@ -27,6 +27,7 @@ from ..model import (
     check_originals,
     check_weights,
     denoiser_of,
+    describe,
     describing,
     encoders_of,
     key_map_of,
@@ -143,6 +144,7 @@ def install(
         for name, encoder in encoders_of(model).items()
         if made is not None
     }
+    backbones = {name: describe(part.denoiser) for name, part in found.items() if once}
     attached = Tenuto(model, made, found)
     try:
         for patch in (p for name, part in found.items() for p in _put_in(model, name, part)):
@@ -153,8 +155,9 @@ def install(
             models = [part.denoiser for part in found.values()]
             models += [encoder for encoder, _ in encoders.values()]
             attached.patches.append(Parked(attached.swaps(), models, originals))
-        for part in found.values() if once else ():
-            attached.patches += once_(part.denoiser, whole=part.plan.policy is None)
+        for name, backbone in backbones.items():
+            plan = found[name].plan
+            attached.patches += once_(found[name].denoiser, backbone, plan.policy is None)
         for part in found.values():
             call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around

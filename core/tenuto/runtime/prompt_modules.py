@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..model import adapted, describe, tensors_in
+from ..model import Backbone, adapted, tensors_in
 from .computed_once import Answer, Cell, Once, by_step, candidates
 from .kernels.quantize_input import compiling
 from .same_memory import place_of, plain, state_of, unusual, versions
@@ -62,15 +62,16 @@ class Whole(Cell):
         return out
 
 
-def once_(denoiser: nn.Module, whole: bool = True) -> list[Once]:
+def once_(denoiser: nn.Module, backbone: Backbone, whole: bool = True) -> list[Once]:
     """Put `Once` into a denoiser; [] where nothing in it could answer so.
 
-    whole: modules that the family names too; not where something inside reuses outputs of its own.
+    backbone: described before anything was put in. whole: modules that the family names too; not
+    where something inside reuses outputs of its own.
     """
-    names = [name for name in describe(denoiser).prompt if whole and _steady(denoiser, name)]
+    names = [name for name in backbone.prompt if whole and _steady(denoiser, name)]
     inside = tuple(f"{name}." for name in names)
     cells: dict[str, type[Cell]] = {
-        name: Cell for name in candidates(denoiser) if not f"{name}.".startswith(inside)
+        name: Cell for name in candidates(denoiser, backbone) if not f"{name}.".startswith(inside)
     }
     cells |= dict.fromkeys(names, Whole)
     return [Once(denoiser, cells)] if cells else []

@@ -34,9 +34,13 @@ def unusual(x: Tensor) -> bool:
 
 
 def key_of(x: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors of the same memory, not written to in between, read alike."""
+    """Equal for two tensors of the same memory, not written to in between, read alike.
+
+    On CUDA by one stream: another would have to wait for what is made of it.
+    """
     form = x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
-    return *form, x._version, autocast(x.device.type)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return *form, x._version, stream, autocast(x.device.type)
 
 
 def state_of(module: nn.Module) -> tuple[Any, ...]:
