@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tenuto as tn
-from tenuto.model import denoiser_of, describe, tensors_in, watched
+from tenuto.model import denoiser_of, describe, override_, tensors_in, watched
 from tenuto.runtime import QLinear
 from tenuto.runtime.computed_once import MOST, Once
 from tenuto.runtime.prompt_modules import once_
@@ -478,3 +478,25 @@ def test_ranges_by_step_are_computed_at_each() -> None:
         plain = image(ready)
     with tn.attach(ready.model, made, execution="int8", once=True):
         assert torch.equal(image(ready), plain)
+
+
+def test_a_graph_computes_and_calls_around_it_answer(toy: Any) -> None:
+    """What is captured holds no answer: a replay reads the prompt that it is given."""
+    from tenuto.runtime.denoiser_call import DenoiserCall
+    from tenuto.runtime.graphs import Graphs
+    from tests.core.runtime.recorded import Recorded, alike
+
+    model, once, _ = toy
+    plain = copy.deepcopy(model)
+    again = Recorded()
+    patch = override_(model, DenoiserCall(Graphs(model, capture=lambda _: again, device="cpu")))
+    prompts = [torch.randn(2, 3, 6) for _ in range(2)]
+    for number in range(8):
+        x, step = torch.randn(2, 8), torch.rand(1)
+        prompt = prompts[number // 2 % 2]
+        assert alike(model(x, step, prompt), plain(x, step, prompt))
+    assert again.captured == 1 and again.replayed >= 6
+    more = torch.randn(2, 7, 6)  # of another shape: not captured yet
+    assert alike(model(x, step, more), plain(x, step, more))
+    assert once.counts()[0] > 0
+    patch.remove()

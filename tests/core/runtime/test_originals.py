@@ -248,6 +248,40 @@ def test_compiled_and_captured_calls_wait_until_rows_are_there() -> None:
     reset()
 
 
+@torch.no_grad()
+def test_a_graph_reads_the_rows_of_its_step() -> None:
+    """Steps are filled as they are, then captured once and replayed for every timestep."""
+    from tenuto.model import override_
+    from tenuto.runtime.denoiser_call import DenoiserCall
+    from tenuto.runtime.graphs import Graphs
+    from tests.core.runtime.recorded import Recorded, alike
+
+    class Timed(nn.Module):
+        def __init__(self, time: nn.Module) -> None:
+            super().__init__()
+            self.time, self.out = time, nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.out(x * self.time(t[:, None]))
+
+    clock, module = Clock((999.0, 500.0)), nn.Linear(1, 6)
+    rows = [module(torch.tensor([[t]]))[0] for t in clock.timesteps]
+    table = TemporalTable(module, [torch.stack(rows)], True, clock)
+    model, plain = Timed(table), Timed(module)
+    plain.out = model.out
+    table.park(True)
+    again = Recorded()
+    override_(model, DenoiserCall(Graphs(model, capture=lambda _: again, device="cpu")))
+    times = (999.0, 700.0, 500.0, 300.0, 100.0)
+    for run in range(4):
+        for t in times:
+            clock.tick(t, (0,))
+            x, step = torch.randn(2, 6), torch.full((2,), t)
+            assert alike(model(x, step), plain(x, step)), (run, t)
+    assert again.captured == 2, "steps that were calibrated, and the others"
+    assert again.replayed > 8
+
+
 def test_released_while_parked(ready: Any) -> None:
     made, artifact = ready
     model = copy.deepcopy(denoiser_of(made.model))
