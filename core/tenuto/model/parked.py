@@ -55,9 +55,12 @@ class Parked:
     def _put(self, place: str) -> None:
         tensors = [tensor for _, tensor in self.moved]
         if place == "disk":
-            for tensor, twin in zip(tensors, _in_file(tensors), strict=True):
+            mapped, twins = _in_file(tensors)
+            for tensor, twin in zip(tensors, twins, strict=True):
                 twin.copy_(tensor.detach())
                 tensor.data = twin
+                if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                    mapped.madvise(mmap.MADV_DONTNEED)  # it is in the file, and read when looked at
         else:
             for tensor in tensors:
                 tensor.data = tensor.data.to("cpu")
@@ -90,16 +93,16 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _in_file(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A tensor like each of `tensors`, on the CPU, whose memory is one file."""
+def _in_file(tensors: Sequence[Tensor]) -> tuple[mmap.mmap | None, list[Tensor]]:
+    """One file, and a tensor like each of `tensors`, on the CPU, whose memory it is."""
     starts, size = [], 0
     for tensor in tensors:
         starts.append(size)
         size += -(-tensor.nbytes // ALIGNED) * ALIGNED
     if not size:
-        return []
+        return None, []
     mapped = _mapped(size)
-    return [
+    return mapped, [
         _like(t, torch.frombuffer(mapped, dtype=t.dtype, count=t.numel(), offset=start))
         for t, start in zip(tensors, starts, strict=True)
     ]

@@ -464,6 +464,23 @@ def test_attached_with_codes(bits: Any) -> None:
     assert not any("forward" in vars(m) for m in denoiser.modules())
 
 
+def test_with_weights_out_of_the_way_and_a_cache_schedule(bits: Any) -> None:
+    """All of them together: the image of the codes and the schedule alone."""
+    from tenuto.caching import Interval
+
+    ready = MODELS["PixArt"]()
+    before = bits(denoiser_of(ready.model))
+    trajectory = tn.record(ready.model, ready.prompts, steps=STEPS, batch=2, call=ready.call)
+    made = tn.quantize(ready.model, "w8a8", trajectory, temporal="table")
+    options: dict[str, Any] = {"policy": Interval(2), "execution": "int8"}
+    with tn.attach(ready.model, made, **options) as attached:
+        plain, reused = image(ready), attached.counts()
+    with tn.attach(ready.model, made, once=True, originals="disk", **options) as attached:
+        assert torch.equal(image(ready), plain) and attached.counts() == reused
+        assert the_only(attached).counts()[1] > 0
+    assert bits(denoiser_of(ready.model)) == before
+
+
 def test_ranges_by_step_are_computed_at_each() -> None:
     """The answer to one input is another one at every step: such a layer is left alone."""
     ready = MODELS["PixArt"]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from tenuto import attach, quantize, record
 from tenuto.errors import ModelError, TenutoError
-from tenuto.model import Parked, Swap, denoiser_of, layers
+from tenuto.model import Parked, Swap, denoiser_of, describe, layers
 from tenuto.numerics.scheme import Recipe, Rule
 from tenuto.runtime import TemporalTable
 from tenuto.sampling import Clock
 from tests.core.family_pipelines import qwen_image
+from tests.core.model.conftest import FAMILIES, built
 
 STEPS = (4, 8, 20, 50)
 
@@ -128,6 +130,25 @@ def test_weights_leave_memory(ready: Any) -> None:
     assert not parked.moved
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says what is resident")
+def test_resident_memory_falls() -> None:
+    """By the weights that are on disk, which the process has in memory again after detaching."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    model = nn.Sequential(nn.Linear(4096, 4096), nn.Linear(4096, 4096))  # 128 MiB
+    values = [p[:2].clone() for p in model.parameters()]
+    before = resident()
+    swaps = [Swap(model, name, nn.Identity()) for name in ("0", "1")]
+    parked = Parked(swaps, [model], "disk")
+    assert before - resident() > 100 * 2**20
+    parked.remove()
+    for swap in reversed(swaps):
+        swap.remove()
+    assert all(torch.equal(p[:2], v) for p, v in zip(model.parameters(), values, strict=True))
+
+
 def test_strides_and_what_is_shared_stay() -> None:
     """Channels last comes back so; a weight that the model still has elsewhere is not moved."""
 
@@ -152,6 +173,22 @@ def test_strides_and_what_is_shared_stay() -> None:
         swap.remove()
     assert model.conv.weight.stride() == strides and torch.equal(model.conv.weight, values)
     assert model.one.weight is model.other.weight
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_knows_its_model_with_tables_in_it(name: str) -> None:
+    """Compiling and cache policies describe a model that has its tables by then."""
+    model = built(FAMILIES[name])
+    before = describe(model)
+    swaps = [
+        Swap(
+            model, n, TemporalTable(model.get_submodule(n), [torch.zeros(1, 1)], True, Clock((1,)))
+        )
+        for n in before.temporal
+    ]
+    assert describe(model) == before
+    for swap in reversed(swaps):
+        swap.remove()
 
 
 def test_a_model_that_is_cast_meanwhile_comes_back_cast(ready: Any) -> None:
