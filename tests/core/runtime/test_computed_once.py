@@ -508,6 +508,7 @@ def test_a_graph_computes_and_calls_around_it_answer(toy: Any) -> None:
     again = Recorded()
     patch = override_(model, DenoiserCall(Graphs(model, capture=lambda _: again, device="cpu")))
     prompts = [torch.randn(2, 3, 6) for _ in range(2)]
+    x, step = torch.randn(2, 8), torch.ones(1)
     for number in range(8):
         x, step = torch.randn(2, 8), torch.rand(1)
         prompt = prompts[number // 2 % 2]
