@@ -8,6 +8,7 @@ from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_ca
 from .key_map import KeyMap, Place, swapped
 from .operations import multiply_adds
 from .own_family import Describe, describing, own_family
+from .parked import Parked, check_originals
 from .parts import (
     all_frozen,
     denoiser_of,
@@ -33,6 +34,7 @@ __all__ = [
     "KeyMap",
     "Leave",
     "Override",
+    "Parked",
     "Place",
     "Replacement",
     "Rows",
@@ -43,6 +45,7 @@ __all__ = [
     "all_frozen",
     "cache_on",
     "check_fused",
+    "check_originals",
     "check_weights",
     "computes_as_torch",
     "denoiser_of",

@@ -50,6 +50,8 @@ class Backbone:
     blocks: in execution order, the units of reconstruction. branches: the units of caching, in
     execution order. temporal: modules that depend on the timestep alone. ends: first and last
     layers, which need more bits than the rest. keep: patterns that stay in full precision.
+    prompt: modules that see nothing of the sample and the timestep, called in the same order at
+    every step.
     """
 
     family: str
@@ -59,6 +61,7 @@ class Backbone:
     temporal: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     keep: tuple[str, ...] = field(default=())
+    prompt: tuple[str, ...] = ()
 
     def block_of(self, name: str) -> str | None:
         """The block that holds the module called `name`."""

@@ -97,7 +97,10 @@ class Swap:
     """A module replaced where it is; the old one follows a move or a cast meanwhile.
 
     Beneath adapters: one that is put round the new module, or taken off it, changes nothing.
+    parked: whether the weights of the old module are out of the way for now, see `Parked`.
     """
+
+    parked = False
 
     def __init__(self, root: nn.Module, name: str, new: nn.Module) -> None:
         self.root, self.name = root, name
@@ -120,6 +123,9 @@ class Swap:
         if self.old is None:
             raise ModelError("The originals were released: load the model again.")
         device, dtype = _place_of(self.new)
+        if self.parked:  # its values will do; they are moved when they come back
+            same = dtype is None or dtype.itemsize < 2 or dtype is self.place[1]
+            return self.old if same else self.old.to(dtype)
         cast = dtype is not None and dtype.itemsize < 2  # layerwise, of the new and of what it
         if cast:  # shares with the old
             dtype = self.place[1]
@@ -127,6 +133,10 @@ class Swap:
             self.old.to(device, dtype)
             self.place = device, dtype
         return self.old
+
+    def device(self) -> torch.device | None:
+        """Where the new module is by now."""
+        return _place_of(self.new)[0]
 
     def release(self) -> None:
         """Forget the old module, and whatever the new one keeps of it."""
@@ -181,11 +191,14 @@ class Attached:
             self.patches[-1].remove()
             self.patches.pop()
 
+    def swaps(self) -> list[Swap]:
+        """What is replaced."""
+        return [patch for patch in self.patches if isinstance(patch, Swap)]
+
     def release(self) -> None:
         """Forget the replaced modules: their memory is free, and there is no way back."""
-        for patch in self.patches:
-            if isinstance(patch, Swap):
-                patch.release()
+        for swap in self.swaps():
+            swap.release()
 
     def __enter__(self: Self) -> Self:
         return self

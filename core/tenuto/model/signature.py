@@ -73,6 +73,11 @@ class Signature:
         """Whether a call fills a cache of the model's own, which the calls after it read."""
         return inputs.get("kv_cache_mode") == "extract"
 
+    def moves(self, name: str) -> bool:
+        """Whether an argument is the sample, the timestep or something else that a step changes."""
+        times = [n for n in STEP_NAMES if n in self.names] or self.names[1:2]
+        return name in (*self.names[:1], *times) or STEPWISE.search(name) is not None
+
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.
 

@@ -19,12 +19,15 @@ from ..caching import AUTO, DEFAULT_FORECAST, ForecastCalls, Speedup, apply_poli
 from ..errors import ArtifactError, ModelError
 from ..model import (
     Describe,
+    Parked,
     Replacement,
     Swap,
     adapted,
     check_fused,
+    check_originals,
     check_weights,
     denoiser_of,
+    describe,
     describing,
     encoders_of,
     key_map_of,
@@ -44,6 +47,7 @@ from .denoiser_call import Calls
 from .execution import Chooser, chooser_for
 from .layers import QLayer
 from .mode import Mode
+from .prompt_modules import once_
 from .replacements import Patches, Policy, Replacements, replacements_for, schemes_in
 
 log = logging.getLogger("tenuto")
@@ -61,46 +65,46 @@ def attach(
     chooser: Chooser | None = None,
     compile: bool = False,
     graphs: bool | str = "auto",
+    originals: str = "keep",
+    once: bool = False,
     describe: Describe | None = None,
 ) -> Tenuto:
     """Put `artifact` into a diffusers pipeline or a denoiser; use it in a `with`, or `detach()`.
 
     artifact: what calibration made, or the file of it. A scheme instead, or its name, rounds every
-    layer to nearest where it is, without calibration. A denoiser of another code (ldm, ComfyUI)
-    gets it too, by the key map of its family. None or "forecast-default" changes no layer: calls
-    are skipped by a kernel that ships, which knows nothing of the model.
+    layer to nearest where it is. A denoiser of another code (ldm, ComfyUI) gets it too. None or
+    "forecast-default" changes no layer: calls are skipped by a kernel that ships.
     execution: "int8" executes in low precision (int8, or fp8 where a scheme says it) what the
     kernels support and simulates the rest: the artifact's own arithmetic. "float" computes with the
     dequantized weights in the model's dtype, inputs as they are. "auto" times both when a layer is
     first called for about so many rows, once for layers that are alike in the whole process, as
-    they will run (eager, compiled, captured; what it finds of a GPU is kept on disk), and leaves
-    low precision only where it is slower, on a CPU clearly slower; calls of very different sizes
-    may then differ by an input's rounding. simulate: compute
+    they will run, and leaves low precision only where it is slower, on a CPU clearly slower; calls
+    of very different sizes may then differ by an input's rounding. simulate: compute
     quantized layers in float, with the same codes. route: apply the cache schedule too. policy: of
     `tenuto.caching`, in place of the artifact's schedule. speedup:
     in place of the schedule, skip whole denoiser calls, so that a run has so many times fewer, and
     forecast their outputs: 2.0 skips half; in runs of fewer than nine steps, or where the sampler
     adds noise of its own, none. "auto" skips as many as are predicted to do no harm that one sees,
-    1 none; None: as the artifact says, which has a default if it was made with one. Where no
-    artifact has a forecast of the model, the shipped one serves, with a warning. chooser: what
-    decides under "auto" in place of the process's own.
+    1 none; None: as the artifact says. Where no artifact has a forecast of the model, the shipped
+    one serves, with a warning. chooser: what decides under "auto" in place of the process's own.
     compile: the denoiser's blocks by torch.compile, after its first call. graphs: its calls as CUDA
-    graphs, one for every pattern of a step; "auto": on CUDA, where a graph is faster than the call
-    and the card has the memory, and no call takes long anyway. Weights may be moved, changed and
-    replaced all the while: `Graphs`.
+    graphs, one for every pattern of a step; "auto": where that is faster and there is the memory.
+    originals: where float weights are while they are replaced: "keep": where they were; "cpu": in
+    main memory; "disk": in a file of the temporary folder (`TMPDIR`). `detach` brings them back.
+    once: what is of the prompt alone, as keys and values of cross-attention, is computed once.
     The text encoders and further denoisers of a pipeline get what the artifact has of them; a bare
-    denoiser gets what is of its weights. describe: what a model without a family file is made of,
-    as for `quantize`; once is enough.
+    denoiser gets what is of its weights. describe: what a model without a family file is made of.
     Raises ArtifactError before anything is changed if the artifact is for another model.
     """
     describing(model, describe)
+    check_originals(originals)
     how = Calls.asked(compile, graphs)
     if artifact is None or artifact == DEFAULT_FORECAST:
         if artifact is None and speedup is None:
             raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
         speedup = AUTO if speedup is None else speedup
         patches = Patches(speedup=speedup, kernel=default_kernel_of(model))
-        return install(model, patches, chooser, how)
+        return install(model, patches, chooser, how, originals, once)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
     if isinstance(artifact, Scheme):
@@ -108,11 +112,16 @@ def attach(
     else:
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
-    return install(model, patches, chooser, how)
+    return install(model, patches, chooser, how, originals, once)
 
 
 def install(
-    model: Any, patches: Patches, chooser: Chooser | None = None, how: Calls | None = None
+    model: Any,
+    patches: Patches,
+    chooser: Chooser | None = None,
+    how: Calls | None = None,
+    originals: str = "keep",
+    once: bool = False,
 ) -> Tenuto:
     """`attach`, by what is to be put in."""
     patches, how = with_default(model, patches), how or Calls()
@@ -135,12 +144,20 @@ def install(
         for name, encoder in encoders_of(model).items()
         if made is not None
     }
+    backbones = {name: describe(part.denoiser) for name, part in found.items() if once}
     attached = Tenuto(model, made, found)
     try:
         for patch in (p for name, part in found.items() for p in _put_in(model, name, part)):
             attached.patches.append(patch)
         for encoder, replaced in encoders.values():
             attached.patches += [Swap(encoder, *pair) for pair in replaced.items()]
+        if originals != "keep":
+            models = [part.denoiser for part in found.values()]
+            models += [encoder for encoder, _ in encoders.values()]
+            attached.patches.append(Parked(attached.swaps(), models, originals))
+        for name, backbone in backbones.items():
+            plan = found[name].plan
+            attached.patches += once_(found[name].denoiser, backbone, plan.policy is None)
         for part in found.values():
             call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around

@@ -136,6 +136,8 @@ class Graphs:
                 self.known.move_to_end(key)
                 return self._answer(found)
         key = case, reused, self.weights.state()
+        if self.weights.filling:
+            return call(*args, **kwargs)
         if self._refused() or not (key in self.known or self._take(key, call, args, kwargs)):
             if self.reason is not None or self._gains_nothing(key[0]):
                 return call(*args, **kwargs)

@@ -92,6 +92,11 @@ class InPlaceWeights:
         return self._mark, *(clock.exact for clock in clocks)
 
     @property
+    def filling(self) -> bool:
+        """Whether tables compute at this step what they keep, or what they have no row for."""
+        return self._seen is not None and any(c.further.missing for c in self._seen.clocks)
+
+    @property
     def restless(self) -> bool:
         """Whether something in the model changed before each of the last calls."""
         return self._streak > RESTLESS
@@ -197,6 +202,7 @@ class _Walk:
             self.clocks.append(clock)
         if not self._again(clock):
             self._watch(vars(clock), "index")
+            self._watch(vars(clock.further), "row")
 
     def _again(self, value: Any) -> bool:
         """Whether it was seen before in this walk; that it was is noted."""

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..model import Rows, times_of
+from .further import Further
 from .grid import grid_from
-from .samples import Samples, Seen, same_step, some_values, values_of
+from .samples import Samples, Seen, numbered, same_step, some_values, values_of
 
 
 class Clock:
@@ -34,7 +35,8 @@ class Clock:
     grid: the timesteps of the run from its first one on, () where the host does not say them;
     place: the nearest of them; per_step: how many of them a step of the scheduler has. whole: how
     many the run has, where other denoisers have the rest. reads: who else computes on the device
-    what is read of a call, reads(function, arguments): as a CUDA graph.
+    what is read of a call, reads(function, arguments): as a CUDA graph. further: the rows that
+    tables have beyond those of the calibrated steps.
 
     A run begins where the host says so (`begin`, `starts`), where the noise level rises, and where
     a sample arrives that cannot be of the run in progress (see `Samples`). Of a scheduler of
@@ -53,6 +55,7 @@ class Clock:
         self.place = self.whole = 0
         self.per_step = 1.0
         self.reads: Callable[..., Tensor] | None = None
+        self.further = Further()
         self._offered: Any = None
         self._grid = torch.tensor(self.timesteps, dtype=torch.float64)
         self._slack = max((abs(t) for t in self.timesteps), default=0.0) / 2000
@@ -125,6 +128,7 @@ class Clock:
             abs(self.timesteps[step] - timestep) <= self._slack
         )
         self._move(step, device)
+        self.further.move(None if self.exact else timestep, device)
         place = self._place(timestep)
         self.place = place if self.grid else 0
 
@@ -185,7 +189,7 @@ class Clock:
         rest = packed[2:]
         streams: Sequence[Hashable] = range(batch)
         if marks:
-            streams, rest = _numbered(rest[:batch]), rest[batch:]
+            streams, rest = numbered(rest[:batch]), rest[batch:]
         if which:
             streams = [(stream, which) for stream in streams]
         if self._rises(first):
@@ -194,6 +198,8 @@ class Clock:
             self._compare(first, streams, rest[:batch], rest[batch:])
         self.tick(first, streams, device)
         self.exact = self.exact and spread <= self._slack
+        if spread > 0:
+            self.further.mix(self.exact)
 
     def _compare(
         self, step: float, streams: Sequence[Hashable], marks: list[int], values: list[int]
@@ -287,13 +293,3 @@ def _row_hash(x: Rows) -> Tensor:
     mixed = (rows.to(torch.int64) ^ places).mul_(0x2545F4914F6CDD1D)
     mixed.bitwise_xor_(mixed >> 29).mul_(0x369DEA0F31A53F85)
     return mixed.bitwise_xor_(mixed >> 32).sum(1)
-
-
-def _numbered(marks: Sequence[int]) -> list[tuple[int, int]]:
-    """(mark, how many equal ones came before) for each mark."""
-    seen: dict[int, int] = {}
-    streams: list[tuple[int, int]] = []
-    for mark in marks:
-        seen[mark] = seen.get(mark, -1) + 1
-        streams.append((mark, seen[mark]))
-    return streams

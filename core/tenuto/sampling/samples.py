@@ -125,3 +125,13 @@ def some_values(sample: Rows) -> Tensor:
 def values_of(bits: Sequence[int]) -> Tensor:
     """The values of one row, from what `some_values` says of it: fp32 (n,)."""
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def numbered(marks: Sequence[int]) -> list[tuple[int, int]]:
+    """(mark, how many equal ones came before) for each mark."""
+    seen: dict[int, int] = {}
+    streams: list[tuple[int, int]] = []
+    for mark in marks:
+        seen[mark] = seen.get(mark, -1) + 1
+        streams.append((mark, seen[mark]))
+    return streams

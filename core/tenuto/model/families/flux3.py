@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbone import Backbone, members, parts, sharing
+from ..backbone import Backbone, members, parts, present, sharing
 
 CLASSES = ("Flux3Transformer2DModel",)
 KINDS = {"attn": "attention", "ff": "feed-forward"}
@@ -15,8 +15,12 @@ def describe(module: Any) -> Backbone:
     """Blocks of the text, of the image, then joint ones; attention and feed-forward are parallel.
 
     The blocks of a condition image run only where there is one: they are no blocks here, and get 8
-    bits. Modulations have a row a token and a text at t = 0: nothing is time-only.
+    bits. Modulations have a row a token and a text at t = 0: nothing is time-only, and the text's
+    blocks see the prompt alone, unless each step's target enters them too (`flow_map`).
     """
+    early = ("early_stream_modulations.txt", "single_stream_modulations.txt")
+    text = (*present(module, early), *members(module, "txt_mode_blocks"))
+    jumps = getattr(getattr(module, "config", None), "flow_map", False)
     blocks = members(module, "txt_mode_blocks", "mode_blocks.image", "single_transformer_blocks")
     return Backbone(
         family="flux3",
@@ -27,4 +31,5 @@ def describe(module: Any) -> Backbone:
             "x_embedders.*", "context_embedder", "*timestep_embedder.*", "*_stream_modulations.*",
             "norm_out.*", "proj_out", "*.image_cond", "*.image_cond.*",
         ),
+        prompt=() if jumps else text,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backbone import Backbone, members, parts, sharing
+from ..backbone import Backbone, members, parts, present, sharing
 
 CLASSES = ("Krea2Transformer2DModel",)
 KINDS = {"attn": "attention", "ff": "feed-forward"}
@@ -36,4 +36,5 @@ def describe(module: Any) -> Backbone:
             "final_layer.*",
         ),
         keep=("text_fusion.projector",),
+        prompt=present(module, ("text_fusion", "txt_in")),
     )

@@ -45,6 +45,7 @@ def describe(module: Any) -> Backbone:
         subsets=sharing(module, blocks, *SHARED),
         temporal=(f"{EMBED}.timestep_embedder", *norms, "norm_out.linear_1"),
         ends=("x_embedder", f"{EMBED}.*", "*.norm1.linear", "norm_out.*"),
+        prompt=(f"{EMBED}.caption_embedder", *members(module, "context_refiner")),
     )
 
 

@@ -42,7 +42,7 @@ def describe(module: Any) -> Backbone:
         for b in blocks
         for attn, parts in (("attn1", ("to_q", "to_k", "to_v")), ("attn2", ("to_k", "to_v")))
     ]
-    emb = module.adaln_single.emb
+    emb = getattr(module.adaln_single, "emb", None)  # a table in its place has none
     sized = hasattr(emb, "resolution_embedder") or getattr(emb, "use_additional_conditions", False)
     return Backbone(
         family="pixart",

@@ -30,7 +30,7 @@ def describe(module: Any) -> Backbone:
 
     Omni embeds two timesteps in one call, so that nothing there depends on one alone.
     """
-    blocks = members(module, *LISTS)
+    blocks, refined = members(module, *LISTS), members(module, "context_refiner")
     last = (f"all_final_layer.{size}" for size, _ in _final(module))
     modulated = present(module, (f"{name}.adaLN_modulation" for name in (*blocks, *last)))
     return Backbone(
@@ -43,6 +43,7 @@ def describe(module: Any) -> Backbone:
             "all_x_embedder.*", "cap_embedder.*", "siglip_embedder.*", "t_embedder.*",
             "*.adaLN_modulation.*", "all_final_layer.*",
         ),
+        prompt=() if has(module, "siglip_embedder") else ("cap_embedder", *refined),
     )  # fmt: skip
 
 
