@@ -32,11 +32,14 @@ class PromptFile:
 
     path: of the file, which need not be there yet; None: in memory alone. TenutoError where it is
     another file or damaged: its header is checked at once, no tensor is read before it is wanted.
+    fresh: what is in the file is not looked at, and replaced.
     """
 
-    def __init__(self, path: str | Path | None = None, most: int = MOST) -> None:
+    def __init__(
+        self, path: str | Path | None = None, most: int = MOST, fresh: bool = False
+    ) -> None:
         self.path = None if path is None else Path(path)
-        self.most = most
+        self.most, self.fresh = most, fresh
         if self.path is not None and self.path.suffix != ".safetensors":
             raise TenutoError(f"States of prompts are in a .safetensors file, not in {self.path}.")
         self._entries, self._new = self._read(), dict[str, dict[str, Any]]()
@@ -87,7 +90,7 @@ class PromptFile:
         """Write what is new, with what others have written meanwhile; whole or not at all."""
         if self.path is None or not self._new:
             return
-        known = self._read() if self.path.exists() else {}
+        known = self._read()
         self._entries = {k: known[k] for k in known if k not in self._new}
         self._bound()
         wanted = {n for entry in self._entries.values() for n in _tensors_of(entry["value"])}
@@ -112,7 +115,7 @@ class PromptFile:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """The checked entries of the file's header; none where there is no file."""
-        if self.path is None or not self.path.exists():
+        if self.fresh or self.path is None or not self.path.exists():
             return {}
         try:
             with self.path.open("rb"), safe_open(str(self.path), "pt") as file:
