@@ -7,14 +7,14 @@ from pathlib import Path
 import folder_paths
 
 from .api import ComfyExtension, io
+from .artifacts import FOLDER
 from .calibration import Calibrate
+from .export import Export
 from .nodes import ApplyCache, LoadArtifact, QuantizeModel
 from .prompts import FOLDER as PROMPTS
 from .prompts import LoadPrompt, SavePrompt
 from .report import Report
 from .speed import SpeedUp
-
-FOLDER = "tenuto"  # below models/
 
 
 class Extension(ComfyExtension):
@@ -24,7 +24,7 @@ class Extension(ComfyExtension):
         """Every node."""
         return [
             LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate, SavePrompt,
-            LoadPrompt,
+            LoadPrompt, Export,
         ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[3]
 IDS = (
     "LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate", "SavePrompt",
-    "LoadPrompt",
+    "LoadPrompt", "Export",
 )  # fmt: skip
 
 
