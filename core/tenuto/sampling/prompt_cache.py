@@ -77,7 +77,8 @@ class PromptCache:
         names, kind = Names(type(pipe)), type(pipe)
         one = {k: v for k, v in call.items() if not COPIES.fullmatch(k)}
         with self._in_place(pipe, None, names):
-            first = dry_run(pipe, one | {"prompt": prompt})
+            texts = prompt if isinstance(prompt, str) else list(prompt)  # Z-Image writes to it
+            first = dry_run(pipe, one | {"prompt": texts})
         self.file.save()
         states = named(kind, names.given)
         rest = {k: v for k, v in one.items() if k not in states and "prompt" not in k}
@@ -200,7 +201,8 @@ class _Call:
 
     def _only(self, text: str) -> str | None:
         """The key of a text by whichever encoder; TenutoError where there are several."""
-        found = {k: f["encoder"] for k, f in self.cache.file.facts().items() if f["text"] == text}
+        known = self.cache.file.facts().items()
+        found = {k: f.get("encoder") for k, f in known if f.get("text") == text}
         if len(set(found.values())) > 1:
             raise TenutoError(
                 f"{self.cache.file.path} has states of this prompt by several text encoders, and "

@@ -126,6 +126,9 @@ def test_what_a_pipeline_writes_to_is_a_copy() -> None:
         for tensor in tensors_in(ready.model.encode_prompt(["a dog"], "cpu", True)):
             tensor.zero_()
         assert all(x.abs().sum() for x in tensors_in(cache.file.get(key)))
+        prompts = ["a dog"]
+        cache.encode(ready.model, prompts, **ready.call)
+        assert prompts == ["a dog"]
         runs.append(made(ready.model, ready))
     assert all(same(run, runs[0]) for run in runs)
 
