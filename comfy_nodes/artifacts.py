@@ -18,28 +18,30 @@ from tenuto.artifact.export import COMPANION, applicable, exported_facts, read_e
 from tenuto.errors import TenutoError
 from tenuto.text import printable
 
-FOLDER, MODELS = "tenuto", "diffusion_models"  # below models/; the latter in output/ too
+FOLDER, WRITTEN = "tenuto", "diffusion_models"  # below models/; the latter in output/ too
+MODELS = (WRITTEN, "checkpoints")  # where exported models are looked for
 KIND = f"models/{FOLDER}"
 SAID = " [exported: "  # what follows the name of an exported model in the list
 
 
 def names() -> list[str]:
-    """The files of models/tenuto, and exported models of diffusion_models with what they bring."""
+    """The files of models/tenuto, and exported models of others with what they bring."""
     ours = folder_paths.get_filename_list(FOLDER)
     return [*(_labelled(FOLDER, name, name) for name in ours), *_exported()]
 
 
 def _exported() -> Iterator[str]:
-    known = folder_paths.get_filename_list(MODELS)
-    beside = (  # GGUF files have no header of ours, and are not in the host's own list
-        path.relative_to(folder).as_posix().removesuffix(COMPANION)
-        for folder in map(Path, folder_paths.get_folder_paths(MODELS))
-        for path in sorted(folder.rglob(f"*.gguf{COMPANION}"))
-    )
-    for name in dict.fromkeys((*known, *beside)):
-        found = _labelled(MODELS, name, f"{MODELS}/{name}")
-        if SAID in found:
-            yield found
+    for models in MODELS:
+        known = folder_paths.get_filename_list(models)
+        beside = (  # GGUF files have no header of ours, and are not in the host's own list
+            path.relative_to(folder).as_posix().removesuffix(COMPANION)
+            for folder in map(Path, folder_paths.get_folder_paths(models))
+            for path in sorted(folder.rglob(f"*.gguf{COMPANION}"))
+        )
+        for name in dict.fromkeys((*known, *beside)):
+            found = _labelled(models, name, f"{models}/{name}")
+            if SAID in found:
+                yield found
 
 
 def _labelled(folder: str, name: str, shown: str) -> str:
@@ -66,8 +68,9 @@ def path_of(name: str) -> str | None:
     """The file that the list calls `name`; None where there is none, or a name leads out."""
     plain = name.partition(SAID)[0]
     ours = folder_paths.get_full_path(FOLDER, plain)
-    if ours is None and plain.startswith(f"{MODELS}/"):
-        ours = folder_paths.get_full_path(MODELS, plain.removeprefix(f"{MODELS}/"))
+    models, _, inner = plain.partition("/")
+    if ours is None and models in MODELS:
+        ours = folder_paths.get_full_path(models, inner)
     return ours if ours is not None and Path(ours).is_file() else None
 
 

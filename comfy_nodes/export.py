@@ -15,7 +15,7 @@ from tenuto.errors import TenutoError
 from tenuto.model import key_map_of
 
 from .api import ArtifactType, io, ui
-from .artifacts import MODELS
+from .artifacts import WRITTEN
 from .calibration import NAME
 from .weights import Weights, patched
 
@@ -102,7 +102,7 @@ def check(model: Any) -> None:
 
 def place_of(name: str, suffix: str) -> Path:
     """The file in output/diffusion_models; TenutoError where another one is there already."""
-    out = Path(folder_paths.get_output_directory()) / MODELS / f"{name}{suffix}"
+    out = Path(folder_paths.get_output_directory()) / WRITTEN / f"{name}{suffix}"
     if out.exists() and exported_facts(out) is None:
         raise TenutoError(f"There is a {out.name} already that Tenuto did not export: rename it.")
     return out

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenuto import Artifact, describe, schemes
-from tenuto.artifact.export import exported_facts, read_exported
+from tenuto.artifact.export import export, exported_facts, read_exported
 from tenuto.errors import TenutoError
 from tenuto.runtime import Patches
 from tenuto.sampling import OutputKernel
@@ -24,7 +24,8 @@ def folders(tmp_path: Path) -> Iterator[Path]:
     """ComfyUI's folders, all of them below one: models/tenuto, models and output."""
     import folder_paths
 
-    known, before = ("tenuto", "diffusion_models"), dict(folder_paths.folder_names_and_paths)
+    before = dict(folder_paths.folder_names_and_paths)
+    known = ("tenuto", "diffusion_models", "checkpoints")
     output, models = folder_paths.get_output_directory(), tmp_path / "models"
     folder_paths.set_output_directory(str(tmp_path / "output"))
     for name in known:
@@ -86,8 +87,6 @@ def test_what_is_exported_here_is_as_from_diffusers(
 ) -> None:
     """The same tensors, bit for bit, and the schedule under canonical names."""
     from safetensors.torch import load_file
-
-    from tenuto.artifact.export import export
 
     made = artifact_of(original(family), family)
     text = exported(in_comfy(family), artifact=made)
@@ -163,10 +162,14 @@ def test_a_file_in_either_folder_and_its_name(folders: Path, original: Any, in_c
     (folders / "models" / "diffusion_models" / "junk.safetensors").write_bytes(b"junk")
     place = folders / "output" / "diffusion_models"
     (place / "one.safetensors").rename(folders / "models" / "tenuto" / "e.safetensors")
+    prefix, whole = "model.diffusion_model.", folders / "models" / "checkpoints" / "c.safetensors"
+    export(original("sd3"), "comfy", whole, artifact=made, prefix=prefix)
     found = names()
     assert found == [
         "a.safetensors", f"e.safetensors{SAID}", f"diffusion_models/two.gguf{SAID}",
+        f"checkpoints/c.safetensors{SAID}",
     ]  # fmt: skip
+    assert loaded(found[3])[0].header == loaded(found[1])[0].header
     assert not loaded("a.safetensors")[1] and loaded(found[1])[1] and loaded(found[2])[1]
     assert path_of("e.safetensors [exported: something else]") == path_of("e.safetensors")
     assert path_of("diffusion_models/../tenuto/../../x") is None
