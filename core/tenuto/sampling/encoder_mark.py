@@ -62,9 +62,12 @@ def _joined(marks: dict[str, str]) -> str:
 
 
 def _of_module(encoder: nn.Module) -> str:
-    """Of a loaded encoder, with whatever is in it now; what is offloaded is read."""
-    read, known = Weights(encoder), list(encoder.parameters())
-    found = {probe(read(p)) for p in known if p.is_floating_point() and p.numel()}
+    """Of a loaded encoder, with whatever is in it now; what is offloaded is read.
+
+    A class may keep some weights in fp32: they count in the type of the others, as of the files.
+    """
+    read, known, dtype = Weights(encoder), list(encoder.parameters()), device_and_dtype(encoder)[1]
+    found = {probe(read(p), dtype) for p in known if p.is_floating_point() and p.numel()}
     for module in encoder.modules():
         if isinstance(module, Replacement):
             scheme = str(getattr(module, "scheme", type(module).__name__))
@@ -103,13 +106,13 @@ def _file_probes(folder: Path, dtype: torch.dtype) -> Iterator[bytes]:
             yield _mark(shape, torch.cat(rows).to(dtype))
 
 
-def probe(x: Tensor) -> bytes:
-    """A few values of a tensor in three of its rows."""
+def probe(x: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """A few values of a tensor in three of its rows, in `dtype` or its own."""
     flat = x.detach()
-    if not flat.ndim:
-        return _mark([], flat.reshape(1))
-    rows = [flat[i].reshape(-1)[:COLUMNS] for i in _places(len(flat))]
-    return _mark(list(x.shape), torch.cat(rows))
+    rows = (
+        [flat[i].reshape(-1)[:COLUMNS] for i in _places(len(flat))] if flat.ndim else [flat[None]]
+    )
+    return _mark(list(x.shape), torch.cat(rows).to(dtype or x.dtype))
 
 
 def _places(count: int) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ import tenuto as tn
 from tenuto.model import encoders_of, tensors_in
 from tenuto.sampling import PipelineCall, PromptFile
 from tenuto.sampling.encoder_mark import encoder_mark, folder_mark
+from tenuto.sampling.loading import load
 from tenuto.sampling.prompt_cache import Unknown
 from tenuto.sampling.prompt_file import KEY
 from tests.core import family_pipelines as families
@@ -23,6 +24,7 @@ FAMILIES = (
     "stable_diffusion", "sdxl", "sd35", "flux", "flux2", "qwen_image", "z_image", "wan", "krea2",
     "ltx2", "chroma", "hunyuan_video15", "lumina2", "sana", "hidream", "pixart", "kandinsky3",
 )  # fmt: skip
+OTHERS = (torch.float32, torch.bfloat16)
 TWICE = ("qwen_image", "krea2", "hunyuan_video15")  # both halves of guidance by a call of its own
 
 
@@ -188,6 +190,17 @@ def test_states_of_another_encoder_are_not_taken(diffusion: Any, file: Path) -> 
     assert encoder_mark(diffusion) not in {f["encoder"] for f in cache.file.facts().values()}
     with pytest.raises(tn.TenutoError, match="by several text encoders"):
         states(without_encoders(diffusion), tn.PromptCache(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mark_of_files_is_that_of_the_encoder(dtype: torch.dtype) -> None:
+    """In fp16 transformers keeps some weights of T5 in fp32."""
+    pipe = load("demo:transformer", dtype=dtype)
+    kinds = {p.dtype for p in pipe.text_encoder.parameters()}
+    assert kinds == ({dtype, torch.float32} if dtype is torch.float16 else {dtype})
+    assert encoder_mark(pipe) == folder_mark(pipe)
+    others = {encoder_mark(load("demo:transformer", dtype=d)) for d in OTHERS if d is not dtype}
+    assert encoder_mark(pipe) not in others
 
 
 def test_another_folder_is_another_encoder(tmp_path: Path, file: Path) -> None:
