@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import TenutoError
 from ..model import Leave, denoisers_of, encoders_of, map_tensors, watched
+from ..model.parts import ENCODER
 from .described import MARK, described
 from .encoder_mark import encoder_mark
 from .prompt_call import CACHED, Names, dry_run, equal, named, quiet
@@ -192,6 +193,8 @@ class _Call:
                 flat |= flat.pop(name)
         if any(isinstance(v, Tensor) or _tensors(v) for k, v in flat.items() if "prompt" in k):
             return None  # states are given already
+        if not any(map(ENCODER.fullmatch, vars(self.pipe))):
+            return None  # of encoders by other names nothing is known
         wanted = {k: str(v) if k == "dtype" else v for k, v in flat.items() if k != "device"}
         lone = {k: [v] for k, v in wanted.items() if "prompt" in k and isinstance(v, str)}
         call = described(wanted | lone)  # one text is a list of one

@@ -274,6 +274,23 @@ def test_states_that_are_given_are_left_alone(diffusion: Any) -> None:
     assert (cache.made, cache.found, len(cache.file)) == (0, 0, 0)
 
 
+def test_encoders_by_other_names_are_left_alone() -> None:
+    """Nothing can say whose states they are: they are computed each time."""
+
+    class Other:
+        def __init__(self) -> None:
+            self.llm, self.ran = torch.nn.Linear(2, 2), 0
+
+        def encode_prompt(self, prompt: str, device: Any = None) -> torch.Tensor:
+            self.ran += 1
+            return torch.ones(1)
+
+    pipe, cache = Other(), tn.PromptCache()
+    with cache.used_by(pipe):
+        assert all(pipe.encode_prompt("a dog").item() == 1 for _ in range(2))
+    assert pipe.ran == 2 and not len(cache.file)
+
+
 def test_what_encodes_no_prompts_is_refused() -> None:
     pipe = families.dit().model
     with (
