@@ -71,6 +71,9 @@ def test_a_file_says_what_it_is(form: str, tiny: Any, made: Any, tmp_path: Path)
         assert torch.equal(found.tensors[key], made.tensors[key])
     assert found.header["route"] == made.header["route"]
     assert not found.header.get("layers") and found.header[MARKS]
+    if form != "gguf":
+        with pytest.raises(ArtifactError, match="is a model that Tenuto exported"):
+            tn.Artifact.load(out)
 
 
 def test_the_marks_are_of_what_is_in_float(tiny: Any, made: Any, tmp_path: Path) -> None:
