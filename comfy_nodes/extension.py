@@ -1,4 +1,4 @@
-"""The list of nodes, and the folder that artifacts are in. Node ids are permanent."""
+"""The list of nodes, and the folders of artifacts and prompts. Node ids are permanent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 import folder_paths
 
 from .api import ComfyExtension, io
+from .artifacts import FOLDER
 from .calibration import Calibrate
+from .export import Export
 from .nodes import ApplyCache, LoadArtifact, QuantizeModel
+from .prompts import FOLDER as PROMPTS
+from .prompts import LoadPrompt, SavePrompt
 from .report import Report
 from .speed import SpeedUp
-
-FOLDER = "tenuto"  # below models/
 
 
 class Extension(ComfyExtension):
@@ -20,12 +22,16 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""
-        return [LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate]
+        return [
+            LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate, SavePrompt,
+            LoadPrompt, Export,
+        ]  # fmt: skip
 
 
 def extension() -> Extension:
-    """Makes the folder known; files with a name of any other kind are not shown."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+    """Makes the folders known; files with a name of any other kind are not shown."""
+    for name in (FOLDER, PROMPTS):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        paths, _ = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (paths, {".safetensors"})
     return Extension()

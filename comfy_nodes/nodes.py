@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folder_paths
-
 from tenuto.artifact import Artifact, kernel_of, schedule_of, tabled
 from tenuto.caching import CacheSchedule, LateInterval, made, rules
 from tenuto.errors import TenutoError
@@ -20,6 +18,7 @@ from tenuto.text import printable
 
 from .adapter import ComfyUI
 from .api import ArtifactType, io
+from .artifacts import loaded, missing, names, path_of
 from .speed import cached, faster, speedup_input
 
 
@@ -35,13 +34,6 @@ def title(scheme: Scheme) -> str:
 SCHEMES = {title(s): name for name, s in known().items() if not s.stored}  # without an artifact
 FROM_ARTIFACT = "from artifact"
 ROUTE, SETTINGS = "route of the artifact", ("first", "period")  # of a policy: what the node asks
-KIND = "models/tenuto"
-
-
-def path_of(name: str) -> str | None:
-    """The file of an artifact in the folder; None where there is none, or a name leads out."""
-    found = folder_paths.get_full_path("tenuto", name)
-    return found if found is not None and Path(found).is_file() else None
 
 
 class LoadArtifact(io.ComfyNode):
@@ -58,9 +50,10 @@ class LoadArtifact(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folder_paths.get_filename_list("tenuto"),
+                    options=names(),
                     tooltip="A .safetensors file of models/tenuto, made by `tenuto quantize`, by "
-                    "`tenuto train-router` or by the node Tenuto Calibrate.",
+                    "`tenuto train-router` or by the node Tenuto Calibrate; or an exported model, "
+                    "for the cache schedule and the forecast that it brings.",
                 )
             ],
             outputs=[
@@ -74,9 +67,7 @@ class LoadArtifact(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
         """A sentence where the file is not there."""
-        if path_of(name) is None:
-            return f"There is no artifact called {name} in {KIND}."
-        return True
+        return True if path_of(name) is not None else missing(name)
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> Any:
@@ -90,12 +81,8 @@ class LoadArtifact(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         """Raises TenutoError in one sentence if it is no artifact."""
-        path = path_of(name)
-        if path is None:
-            raise TenutoError(f"There is no artifact called {name} in {KIND}.")
-        found = Artifact.load(path)
-        found.validate(name)
-        return io.NodeOutput(found, info(found, name))
+        found, lines = loaded(name)
+        return io.NodeOutput(found, "\n".join([info(found, name), *lines]))
 
 
 def info(artifact: Artifact, name: str) -> str:

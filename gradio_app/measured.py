@@ -39,6 +39,8 @@ def generated(numbers: Numbers, seconds: float, steps: int, device: str) -> str:
     if numbers["execution"]["layers"]:
         rows.append(("layers", _layers(numbers)))
         rows.append((_left_out(numbers), _share(numbers["reuse_ratio"])))
+    if numbers.get("prompt_reused"):
+        rows.append(("prompt", "encoded before: the text encoder did not run"))
     forecast = numbers.get("forecast")
     if forecast and forecast["skipped"]:
         said = predicted(forecast["predicted_db"], bool(forecast["kernel"]))

@@ -6,13 +6,14 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tenuto.caching import Speedup
 from tenuto.errors import Cancelled
+from tenuto.sampling import PromptCache
 from tenuto.sampling.loading import Defaults, defaults
 
 from .infotext import as_number, written
@@ -20,6 +21,7 @@ from .settings import Settings
 
 OnCall = Callable[[int, int], None]  # denoiser calls made, and about how many there will be
 CHANGED = "artifact"  # which of the images has what is put into the model
+STATES = 256 * 2**20  # bytes of prompts' states that are kept
 WARM = 2  # calls that `compare_all` makes for each way without counting them, at most
 
 
@@ -95,6 +97,7 @@ class Studio:
         self._loading = threading.Lock()
         self._model, self._pipe = "", None
         self._stop = threading.Event()
+        self.prompts = PromptCache(most=STATES)
 
     def stop(self) -> None:
         """Stop the image that is being generated, at its next denoiser call."""
@@ -132,7 +135,10 @@ class Studio:
         beside = wanted.beside and wanted.changes
         calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
         with self._watched(pipe, calls, on_call):
-            found = _beside(pipe, artifact, wanted) if beside else _alone(pipe, artifact, wanted)
+            if beside:  # it measures whole calls: the text encoder runs in each
+                found = _beside(pipe, artifact, wanted)
+            else:
+                found = _alone(pipe, artifact, wanted, self.prompts)
         speedup = as_number(wanted.speedup, found.numbers["reuse_ratio"])
         found.used = replace(found.used, speedup=speedup)
         found.sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
@@ -158,11 +164,13 @@ class Studio:
             yield
 
 
-def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
+def _alone(pipe: Any, artifact: Any, wanted: Wanted, prompts: PromptCache) -> Generated:
     from tenuto.cli.session import attached_to
     from tenuto.sampling.images import generate_images
 
-    with attached_to(pipe, artifact, "auto", wanted.speedup) as attached:
+    before, encodes = (prompts.found, prompts.made), hasattr(pipe, "encode_prompt")
+    known = prompts.used_by(pipe) if encodes else nullcontext()
+    with attached_to(pipe, artifact, "auto", wanted.speedup) as attached, known:
         start = time.perf_counter()
         images = generate_images(
             pipe, wanted.prompt, negative=None, steps=wanted.steps, guidance=wanted.guidance,
@@ -177,6 +185,7 @@ def _alone(pipe: Any, artifact: Any, wanted: Wanted) -> Generated:
         "execution": execution, "reuse_ratio": reused / (reused + made) if reused else 0.0,
         "asked_speedup": wanted.speedup, "forecast": forecast,
         "calls": [made, reused] if wanted.speedup else None,
+        "prompt_reused": prompts.found > before[0] and prompts.made == before[1],
     }  # fmt: skip
     which = CHANGED if wanted.changes else "full"
     return Generated({which: images}, seconds, wanted, numbers)

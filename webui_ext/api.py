@@ -23,6 +23,7 @@ def on_app_started(demo: Any, app: Any) -> None:
             {
                 "name": f.name, "precision": f.scheme, "hash": artifacts.mark(f),
                 "family": f.header["family"], "route": "route" in f.header,
+                "exported": bool(f.brings),
             }
             for f in artifacts.files(accordion.loaded())
         ]  # fmt: skip

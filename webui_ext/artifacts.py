@@ -1,8 +1,12 @@
-"""Artifacts that a user can choose: built-in ones, and the files of one folder."""
+"""Artifacts that a user can choose: built-in ones, the files of one folder, exported models.
+
+An exported model (`tenuto export`) brings a cache schedule and a forecast, which are applied to it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from tenuto.artifact import Artifact, read_header
+from tenuto.artifact.export import applicable, exported_facts, read_exported
 from tenuto.errors import ArtifactError, TenutoError
 from tenuto.model import families
 
@@ -21,15 +26,18 @@ BUILT_INS = {  # what "From artifact" stands for in each; their route is a rule
     f"{BUILT_IN}Quality": OFF, f"{BUILT_IN}Balanced": "W8A8", f"{BUILT_IN}Fast": "W8A8",
 }  # fmt: skip
 Stamp = tuple[str, int, int]  # path, size, time of a file
+MODELS = ("Stable-diffusion", "diffusion_models")  # below models/, where exported ones lie too
+SAID = " [exported: "  # what follows the name of an exported model in the list
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file of the folder: its name there, and what its header says."""
+    """A file: its name in the list, and what its header says. brings: of an exported model."""
 
     name: str
     path: Path
     header: dict[str, Any]
+    brings: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -50,16 +58,39 @@ def folder() -> Path:
 
 
 def files(denoiser: nn.Module | None = None) -> list[Found]:
-    """The artifacts in the folder, in order; those for the architecture of `denoiser` alone."""
+    """The artifacts in the folder, in order, then exported models with something to apply.
+
+    Those for the architecture of `denoiser` alone.
+    """
     found = []
-    for path in sorted(folder().rglob("*.safetensors")) if folder().is_dir() else ():
-        try:
-            header = _header(_stamp(path))
-        except (TenutoError, OSError):
-            continue  # some other safetensors file
-        if denoiser is None or _fits(header, denoiser):
-            found.append(Found(path.relative_to(folder()).as_posix(), path, header))
+    for place, prefix in places():
+        for path in sorted(place.rglob("*.safetensors")) if place.is_dir() else ():
+            name = prefix + path.relative_to(place).as_posix()
+            one = _found(path, name, exported=bool(prefix))
+            if one is not None and (denoiser is None or _fits(one.header, denoiser)):
+                found.append(one)
     return found
+
+
+def places() -> list[tuple[Path, str]]:
+    """(folder, what names begin with): that of artifacts first, then those of models."""
+    from modules import paths
+
+    below = Path(paths.models_path)
+    return [(folder(), ""), *((below / name, f"{name}/") for name in MODELS)]
+
+
+def _found(path: Path, name: str, exported: bool) -> Found | None:
+    """The artifact in a file, or the exported model; None where it is some other file."""
+    try:
+        stamp = _stamp(path)
+        brings = _brings(stamp)
+        if brings:
+            said = f"{name}{SAID}{' + '.join(brings)}]"
+            return Found(said, path, _loaded_exported(stamp).header, brings)
+        return None if exported else Found(name, path, _header(stamp))
+    except (TenutoError, OSError):
+        return None
 
 
 def names(denoiser: nn.Module | None = None) -> list[str]:
@@ -71,7 +102,8 @@ def find(name: str) -> Found | None:
     """The file called `name`; None for a built-in one. ArtifactError where there is none."""
     if name in BUILT_INS:
         return None
-    found = next((f for f in files() if f.name == name), None)
+    plain = name.partition(SAID)[0]
+    found = next((f for f in files() if f.name.partition(SAID)[0] == plain), None)
     if found is None:
         raise ArtifactError(f"There is no artifact called {name!r} in the folder of artifacts.")
     return found
@@ -84,8 +116,13 @@ def scheme_of(name: str) -> str:
 
 
 def mark(found: Found | None) -> str | None:
-    """8 hex digits of the file's SHA-256."""
-    return None if found is None else _digest(_stamp(found.path))[:8]
+    """8 hex digits of the file's SHA-256; of an exported model, that of what it says of itself."""
+    if found is None:
+        return None
+    if found.brings:  # a whole model takes long to read
+        text = json.dumps(found.header, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return _digest(_stamp(found.path))[:8]
 
 
 def load(found: Found) -> Artifact:
@@ -117,9 +154,19 @@ def _header(stamp: Stamp) -> dict[str, Any]:
     return read_header(stamp[0])
 
 
+@lru_cache(maxsize=1024)
+def _brings(stamp: Stamp) -> tuple[str, ...]:
+    return tuple(applicable(exported_facts(stamp[0]) or {}))
+
+
+@lru_cache(maxsize=64)
+def _loaded_exported(stamp: Stamp) -> Artifact:
+    return read_exported(stamp[0])[1]
+
+
 @lru_cache(maxsize=1)
 def _loaded(stamp: Stamp) -> Artifact:
-    return Artifact.load(stamp[0])
+    return _loaded_exported(stamp) if _brings(stamp) else Artifact.load(stamp[0])
 
 
 @lru_cache(maxsize=64)

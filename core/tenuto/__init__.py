@@ -10,7 +10,7 @@ from .model import describe
 from .numerics import Format, Recipe, Rule, Scheme, schemes
 from .resources import __version__
 from .runtime import attach
-from .sampling import Trajectory, record
+from .sampling import PromptCache, Trajectory, record
 from .sampling.loading import demo, prompts
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Check",
     "Format",
     "ModelError",
+    "PromptCache",
     "Recipe",
     "Rule",
     "Scheme",

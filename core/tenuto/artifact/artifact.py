@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, SchemeError
 from ..files import write_tensors
-from ..model import check_weights, describe, parts_of
+from ..model import check_weights, describe, key_map_of, parts_of
 from ..numerics import Format, Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
@@ -26,6 +26,7 @@ from .float_codes import PARTS, in_file, in_memory
 from .forecast import joined_forecast, kernel_of
 from .forms import check_forms, wanted
 from .header import ALONE, KEY, WRONG, check_fingerprint, opened
+from .in_float import MARKS, check_marks
 from .parts import apart, joined
 from .values import WORDS, check_floats, check_values
 
@@ -101,6 +102,7 @@ class Artifact:
         facts, kernel = joined_forecast(self, other)
         header |= facts
         header["made"] = self.header["made"] | other.header["made"]
+        header.pop(MARKS, None)
         for key in OF_WEIGHTS:
             if whole and key not in other.header:
                 header.pop(key, None)
@@ -256,6 +258,8 @@ class Artifact:
 
     def _check(self, denoiser: nn.Module, part: str) -> None:
         check_weights(denoiser, hooked=True)
+        if MARKS in self.header:
+            return check_marks(self.header, denoiser, key_map_of(denoiser))
         kind = self.header["model_class"]
         if type(denoiser).__name__ != kind and describe(denoiser).family != self.header["family"]:
             raise ArtifactError(

@@ -37,6 +37,10 @@ def check_forms(header: Mapping[str, Any]) -> None:
         whole(count)
     for share in mapping(header.get("kept_in_float", {})).values():
         wanted(int | float, share)
+    for values in mapping(header.get("in_float", {})).values():
+        check_numbers(wanted(list, values))
+    if "in_float" in header and not header["in_float"]:
+        raise ValueError("marks of nothing fit any model")
     if header.get("route") is not None:
         _check_route(mapping(header["route"]))
     for facts in named(header.get("compact", {})):

@@ -58,6 +58,10 @@ def _parse(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not an artifact: its header is too long.")
     try:
         header = json.loads(text, parse_int=_whole)
+        if "format" in header and "format_version" not in header:
+            wrong = (
+                f"{path} is a model that Tenuto exported: give the artifact that it was made of."
+            )
         version = str(header["format_version"])
     except WRONG as error:
         raise ArtifactError(wrong) from error

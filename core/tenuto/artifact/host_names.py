@@ -19,6 +19,7 @@ from ..model import KeyMap, denoiser_of, describe, key_map_of, swapped
 from .artifact import Artifact, tabled
 from .compact import expanded
 from .fingerprint import fingerprint
+from .in_float import MARKS, check_marks
 from .sizes import check_sizes
 
 PER_LAYER = ("scale", "zero_point")  # of activations
@@ -36,6 +37,9 @@ def localized(
     artifact.validate()
     denoiser = denoiser_of(model)
     keys = key_map_of(denoiser)
+    if MARKS in artifact.header:
+        check_marks(artifact.header, denoiser, keys, tensor)
+        return artifact if keys is None else in_host(artifact, keys)
     view = denoiser if keys is None else keys.view(denoiser, tensor)
     artifact = artifact.by_denoiser(view)[""]
     artifact.check(view)

@@ -51,3 +51,11 @@ Graphs = Annotated[
         help="Run the denoiser's calls as CUDA graphs where they are faster (on CUDA, they do).",
     ),
 ]
+Prompts = Annotated[
+    Path | None,
+    Option(
+        "--prompt-cache", metavar="FILE",
+        help="Keep what the text encoder makes of the prompt in this .safetensors file; where it "
+        "is known, no text encoder is loaded.",
+    ),
+]  # fmt: skip

@@ -41,6 +41,7 @@ from .checks import (
 from .console import Answer, Bars
 from .export import export
 from .inspect import inspect
+from .prompt_states import Asked, PromptStates
 from .session import (
     attached_to,
     low_encoders,
@@ -188,32 +189,31 @@ def generate(
     execution: str = "auto",
     compile: bool = False,
     graphs: bool | None = None,
+    prompt_cache: Path | None = None,
     batch: int = 1,
     out: Path | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Generate `batch` images of one prompt, with an artifact or without, as one PNG."""
     from ..measure.sheet import grid
-    from ..sampling.images import generate_images, image_name, save_png
+    from ..sampling.images import image_name, save_png
 
     bars = bars or Bars()
     check_model(model)
     how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
     check_file(out)
-    found = load_artifact(artifact) if artifact else None
+    found, states = load_artifact(artifact) if artifact else None, PromptStates(prompt_cache)
     sampling = sampling_of(
         model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, found, artifact)
+    asked = Asked(prompt, negative, seed, batch, sampling)
+    pipe = states.pipeline(model, asked, bars, found, artifact)
     pipe.set_progress_bar_config(**bars.settings("Generating"))
     start = time.perf_counter()
-    with attached_to(pipe, found, execution, speedup, **how) as attached:
-        images = generate_images(
-            pipe, prompt, negative=negative, steps=sampling.steps, guidance=sampling.guidance,
-            seed=seed, count=batch, call=sampling.called(pipe),
-        )  # fmt: skip
+    with states.used_by(pipe), attached_to(pipe, found, execution, speedup, **how) as attached:
+        images = asked.images(pipe)
         seconds, skipped = time.perf_counter() - start, skipped_line(attached)
     settings = {
         "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
@@ -224,7 +224,7 @@ def generate(
     what = f"tenuto quantize {shlex.quote(model)} --scheme w8a8 --out quantized.safetensors"
     size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
     return Answer(
-        "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped]),
+        "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped, *states.lines()]),
         next=what if artifact is None else compare_line(model, artifact),
     )
 

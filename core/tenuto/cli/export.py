@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..artifact.export import Report, check_format
+from ..artifact.export import check_format, lines_of
 from ..artifact.export import export as exported
-from ..artifact.export.report import COMPANION
-from ..artifact.summary import counted, mib
 from ..errors import TenutoError
 from ..sampling.loading import check_model, load_denoisers
 from .checks import check_file, damage_told, load_artifact
@@ -59,20 +57,3 @@ def _check_kept(out: Path, model: Path, artifact: Path | None) -> None:
         raise TenutoError(f"{out} is the artifact itself: name another file.")
     if place == model.resolve() or (place.exists() and model.resolve() in place.parents):
         raise TenutoError(f"{out} is a file of the model itself: name another one.")
-
-
-def lines_of(report: Report) -> list[str]:
-    """A report as people read it."""
-    out, beside = report.files[0], [f for f in report.files if f.name.endswith(COMPANION)]
-    found = [f"{out}: {mib(report.after)}; in bf16 it would be {mib(report.before)}."]
-    kinds = ", ".join(f"{counted(n, 'layer')} in {kind}" for kind, n in report.kinds.items())
-    own = "with the artifact's own codes" if report.kept else "rounded to nearest"
-    partly = f"{report.kept} of them " if 0 < report.kept < len(report.layers) else ""
-    found.append(f"{kinds}, {partly}{own}; all else in 16 bits or more.")
-    if report.worst:
-        found.append(f"Farthest from the model's weights: {report.worst}, {report.error:.2%}.")
-    found.append(f"Each layer was read back. Read by: {report.host}.")
-    found += [f"Left out: {line}" for line in report.dropped]
-    found += [f"Note: {line}" for line in report.notes]
-    found += [f"Beside it: {path}, with what Tenuto knows of it." for path in beside]
-    return found

@@ -172,6 +172,7 @@ def generate(
     execution: o.Execution = "auto",
     compile: c.Compile = False,
     graphs: c.Graphs = None,
+    prompt_cache: c.Prompts = None,
     batch: o.Batch = 1,
     out: o.Image = None,
 ) -> int:

@@ -22,6 +22,8 @@ from .pipeline_call import (
     wanted_prompts,
 )
 from .processes import launched, launched_size, processes, started_alone
+from .prompt_cache import PromptCache
+from .prompt_file import PromptFile
 from .reads import cosines, state_count, states_read
 from .record import record, sampler, to_device
 from .shared_work import work_in
@@ -43,6 +45,8 @@ __all__ = [
     "OutputKernel",
     "PipelineCall",
     "PipelineNoise",
+    "PromptCache",
+    "PromptFile",
     "Sample",
     "Skeleton",
     "Trajectory",

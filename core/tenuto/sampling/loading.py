@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +139,16 @@ def class_of(model: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
+def encoder_names(model: str) -> tuple[str, ...]:
+    """The text encoders of a model by what its pipeline calls them; a hub id is downloaded."""
+    folder = folder_of(model) or _downloaded(model)
+    try:
+        facts = json.loads((folder / "model_index.json").read_text("utf-8"))
+        return tuple(n for n, row in facts.items() if n.startswith("text_encoder") and any(row))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ()
+
+
 def load(
     model: str,
     device: Any = None,
@@ -146,17 +156,21 @@ def load(
     *,
     low_memory: bool | None = False,
     encoders: bool = True,
+    parts: Mapping[str, Any] | None = None,
 ) -> Any:
     """A diffusers pipeline: `demo:NAME`, a diffusers folder or a hub id.
 
     dtype: fp32 unless it is given. low_memory: the denoiser stays on disk, and a block is read when
     it is called, which `record` and `quantize` can do with; None: where the model is large for the
-    memory that is free. encoders: large text encoders too then. Safetensors alone are read, and
-    only a hub id may use the network. Raises ModelError.
+    memory that is free. encoders: large text encoders too then. parts: loaded already, by name, or
+    None for what is left out. Safetensors alone are read, and only a hub id may use the network.
+    Raises ModelError.
     """
     check_model(model)
     path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
     local = path.is_dir()
+    if parts is not None:
+        return _read(path if local else _downloaded(model), device, dtype, True, given=parts)
     if low_memory is not False:
         folder = path if local else _downloaded(model)
         if low_memory or _is_too_large(folder, dtype):
@@ -217,7 +231,12 @@ def _downloaded(model: str) -> Path:
 
 
 def _read(
-    source: str | Path, device: Any, dtype: Any, local: bool, encoders: bool | None = None
+    source: str | Path,
+    device: Any,
+    dtype: Any,
+    local: bool,
+    encoders: bool | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
     import torch
@@ -236,8 +255,8 @@ def _read(
             from .low_memory import parts_on_disk
 
             apart = parts_on_disk(Path(source), place, dtype, encoders)
-        given = _shared(source, kind) | apart
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **given, **kind)
+        known = _shared(source, kind) | apart | dict(given or {})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **known, **kind)
     if not apart:
         return pipe if device is None else pipe.to(device)
     for name, part in pipe.components.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import TenutoError
 from ..model import denoisers_of, map_tensors, parts_of, uncompiled, watched
 from .described import described, is_plain
+from .prompt_call import encodes
 
 OURS = {
     "prompt": "`prompts`", "num_inference_steps": "`steps=`", "generator": "`seed=`",
@@ -188,9 +189,8 @@ class PipelineCall:
             raise TenutoError(f"{self.title} takes no guidance: leave it out.")
         found: dict[str, Any] = {name: guidance}
         negative = any(key.startswith("negative_prompt") for key in self.given)
-        encoder = getattr(self.pipe, "text_encoder", None) is not None
         wanted = name == TRUE_CFG and guidance > 1 and "negative_prompt" in self.parameters
-        if wanted and encoder and not negative:
+        if wanted and encodes(self.pipe) and not negative:
             found["negative_prompt"] = " "  # without one it would not guide
         return found
 

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[3]
-IDS = ("LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate")
+IDS = (
+    "LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate", "SavePrompt",
+    "LoadPrompt", "Export",
+)  # fmt: skip
 
 
 def text_of(history: dict[str, Any]) -> str:

@@ -17,20 +17,25 @@ from ...errors import TenutoError
 from ...progress import Progress
 from ...resources import found
 from ..artifact import Artifact
-from .beside import companion, read_companion
+from .beside import applicable, companion, exported_facts, read_companion, read_exported
 from .plan import Plan, Settings, planned
-from .report import Report
+from .report import COMPANION, Report, lines_of
 
 __all__ = [
+    "COMPANION",
     "FORMATS",
     "Plan",
     "Report",
     "Settings",
+    "applicable",
     "check_format",
     "companion",
     "export",
+    "exported_facts",
     "formats",
+    "lines_of",
     "read_companion",
+    "read_exported",
 ]
 
 

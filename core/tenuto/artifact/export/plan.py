@@ -7,7 +7,7 @@ has a float weight, and codes where an artifact quantizes it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from ...model import (
     adapted,
     check_weights,
     describe,
+    key_map_of,
     layers,
     parts_of,
     swapped,
@@ -31,6 +32,7 @@ from ...model import (
 from ...numerics import QTensor, Scheme, ends
 from ..artifact import Artifact, tabled
 from ..host_names import in_host, localized
+from ..in_float import marks_of, reader
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Settings:
 class Plan:
     """One denoiser, under the names of `keys`.
 
-    artifact: what is known of it, in these names, or None. original: the same as it was given.
+    artifact: what is known of it, in these names, or None. original: the same as it was given, in
+    canonical names.
     dropped: one sentence on each thing that the format cannot hold.
     """
 
@@ -162,6 +165,23 @@ class Plan:
         low, high = ends(scheme.activation)
         return torch.maximum((low - zero).abs(), (high - zero).abs()) * scale
 
+    def in_float(self, layers: Container[str]) -> dict[str, list[float]]:
+        """Marks of what is in float where `layers` of the host are not."""
+        inside = key_map_of(self.denoiser)  # of a host's own model
+        places = (inside or self.keys).places
+        read, own = reader(self.denoiser, inside), self._own
+        return marks_of(
+            (
+                name
+                for name, place in places.items()
+                if (x := own[place.name if inside else name]).is_floating_point()
+                and x.numel()
+                and place.name.removesuffix(".weight") not in layers
+                and isinstance(x, nn.Parameter)
+            ),
+            read,
+        )
+
     def quantized(self) -> Iterator[str]:
         """The host's layers that the artifact quantizes."""
         if self.artifact is not None:
@@ -191,8 +211,9 @@ def planned(model: Any, keys_of: Any, artifact: Artifact | None = None, part: st
             raise TenutoError(f"The artifact has nothing of {part}.")
         if not own.header.get("layers"):
             raise TenutoError("The artifact quantizes no layer of the denoiser: nothing to export.")
-        plan.original = localized(own, denoiser)
-        plan.artifact = in_host(_exported(plan.original, plan.dropped), keys)
+        plan.original = own
+        local = localized(own, denoiser)
+        plan.artifact = in_host(_exported(local, plan.dropped), keys)
     _ = plan.parts
     return plan
 
@@ -207,11 +228,8 @@ def _check(denoiser: nn.Module) -> None:
         )
     config = getattr(denoiser, "config", None)
     marked = getattr(config, "quantization_config", None) is not None
-    narrow = next(
-        (n for n, p in denoiser.named_parameters() if p.dtype.itemsize < 2 or not _is_float(p)),
-        None,
-    )
-    if marked or narrow is not None:
+    coded = any(map(_is_coded, denoiser.parameters()))
+    if marked or coded:
         raise ModelError(
             f"{kind} is already quantized: export the model of 16 or 32 bits that it was made of."
         )
@@ -223,8 +241,10 @@ def _check(denoiser: nn.Module) -> None:
     check_weights(denoiser, hooked=True)
 
 
-def _is_float(parameter: Tensor) -> bool:
-    return parameter.is_floating_point()
+def _is_coded(parameter: Tensor) -> bool:
+    """Whether a parameter is quantized: in few bits, or of a class of its own (torchao, hosts)."""
+    plain = type(parameter.data) in (Tensor, nn.Parameter)
+    return not plain or parameter.dtype.itemsize < 2 or not parameter.is_floating_point()
 
 
 def _exported(artifact: Artifact, dropped: list[str]) -> Artifact:

@@ -17,6 +17,8 @@ from ...progress import Progress
 from ...resources import __version__
 from ..artifact import Artifact
 from ..header import KEY
+from ..in_float import MARKS
+from ..summary import counted, mib
 from .plan import Plan
 
 FORM = 1  # of what is written beside the weights
@@ -75,6 +77,23 @@ class Report:
         }  # fmt: skip
 
 
+def lines_of(report: Report) -> list[str]:
+    """A report as people read it."""
+    out, beside = report.files[0], [f for f in report.files if f.name.endswith(COMPANION)]
+    found = [f"{out}: {mib(report.after)}; in bf16 it would be {mib(report.before)}."]
+    kinds = ", ".join(f"{counted(n, 'layer')} in {kind}" for kind, n in report.kinds.items())
+    own = "with the artifact's own codes" if report.kept else "rounded to nearest"
+    partly = f"{report.kept} of them " if 0 < report.kept < len(report.layers) else ""
+    found.append(f"{kinds}, {partly}{own}; all else in 16 bits or more.")
+    if report.worst:
+        found.append(f"Farthest from the model's weights: {report.worst}, {report.error:.2%}.")
+    found.append(f"Each layer was read back. Read by: {report.host}.")
+    found += [f"Left out: {line}" for line in report.dropped]
+    found += [f"Note: {line}" for line in report.notes]
+    found += [f"Beside it: {path}, with what Tenuto knows of it." for path in beside]
+    return found
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     """The relative error of `found`; not a number where one of them has no finite size."""
     size = float(wanted.norm())
@@ -103,6 +122,8 @@ def travelling(plan: Plan, report: Report) -> dict[str, Any]:
     made["schedule"] = known.header["schedule"]
     made["fingerprint"] = known.header["fingerprint"]
     made["made"] = known.header["made"]
+    made |= {key: known.header[key] for key in ("family", "model_class")}
+    made[MARKS] = plan.in_float(report.layers)
     for section in ("route", "forecast"):
         if known.header.get(section):
             tensors = {name: value.tolist() for name, value in known.section(section).items()}
@@ -120,7 +141,7 @@ def travelled(facts: Mapping[str, Any]) -> Artifact:
     header = {
         "format_version": "1.2", "family": facts["family"], "model_class": facts["model_class"],
         "prediction_type": None, "fingerprint": facts["fingerprint"],
-        "schedule": facts["schedule"], "made": facts["made"],
+        "schedule": facts["schedule"], "made": facts["made"], MARKS: facts[MARKS],
     }  # fmt: skip
     types = {"route/table": torch.bool, "forecast/kernel": torch.float64}
     tensors = {}

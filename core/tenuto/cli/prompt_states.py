@@ -1,0 +1,103 @@
+"""What `tenuto generate --prompt-cache FILE` does: no text encoder where the states are known."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Artifact
+from ..sampling import PromptCache
+from ..sampling.encoder_mark import codes_mark, folder_mark
+from ..sampling.images import TOGETHER, generate_images
+from ..sampling.loading import encoder_names
+from .console import Bars
+from .session import Sampling, loaded, pipeline
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The images that are generated: `count` of one prompt, the first with the noise of `seed`."""
+
+    prompt: str
+    negative: str | None
+    seed: int
+    count: int
+    sampling: Sampling
+
+    def images(self, pipe: Any) -> list[Any]:
+        """They, by a pipeline."""
+        how = self.sampling
+        return generate_images(
+            pipe, self.prompt, negative=self.negative, steps=how.steps, guidance=how.guidance,
+            seed=self.seed, count=self.count, call=how.called(pipe),
+        )  # fmt: skip
+
+
+class PromptStates:
+    """A file with states of prompts, if one was asked for, and what it was good for in a run.
+
+    The states of an artifact's quantized encoders are others than those of the model's own.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.mark = file, ""
+        self.cache = None if file is None else PromptCache(file)
+        self.spared = False
+
+    def pipeline(
+        self, model: str, asked: Asked, bars: Bars, artifact: Artifact | None, file: Path | None
+    ) -> Any:
+        """As `session.pipeline`; without text encoders where all states are known."""
+        given = model, asked.sampling, bars, artifact, file
+        names = () if self.cache is None else encoder_names(model)
+        if self.cache is None or not names:
+            return pipeline(*given)
+        if not len(self.cache.file):
+            pipe = pipeline(*given, parts={})
+            self.mark = _mark(pipe, artifact)
+            return pipe
+        pipe = pipeline(*given, parts=dict.fromkeys(names))
+        self.mark = _mark(pipe, artifact)
+        calls = {min(asked.count, TOGETHER), asked.count % TOGETHER} - {0}
+        some = [replace(asked, count=count) for count in calls]
+        self.spared = all(
+            self.cache.knows(pipe, lambda a=a: a.images(pipe), self.mark) for a in some
+        )
+        if self.spared:
+            return pipe
+        there = {name: part for name, part in pipe.components.items() if part is not None}
+        return loaded(model, asked.sampling.device, bars, parts=there)
+
+    def used_by(self, pipe: Any) -> AbstractContextManager[Any]:
+        """A context in which `pipe` takes states out of the file and puts new ones into it."""
+        if self.cache is None:
+            return nullcontext()
+        return self.cache.used_by(pipe, self.mark or None)
+
+    def lines(self) -> list[str]:
+        """What came of it, in one line."""
+        if self.cache is None:
+            return []
+        if self.spared:
+            return [
+                f"The states of the prompt are those in {self.file}: no text encoder was loaded."
+            ]
+        if self.cache.made:
+            return [
+                f"The states of the prompt are now in {self.file}: the next run of it loads no "
+                "text encoder."
+            ]
+        return ["The states of this call cannot be kept: they depend on more than the prompt."]
+
+
+def _mark(pipe: Any, artifact: Artifact | None) -> str:
+    """Of the encoders in the model's folder, with what the artifact puts into them."""
+    mark = folder_mark(pipe) or ""
+    codes = {} if artifact is None else artifact.section("encoder")
+    if artifact is None or not codes:
+        return mark
+    facts = json.dumps(artifact.header.get("encoders"), sort_keys=True)
+    return f"{mark} {codes_mark(codes)} {facts}"
