@@ -46,13 +46,13 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- kernels and operations -----------------------------------------------------------------------
 
 
-def right(found: tuple[Tensor, Tensor], exact: Tensor, dtype: str) -> None:
-    """Codes and scales of `exact`, up to rounding."""
+def right(found: tuple[Tensor, Tensor], exact: Tensor, dtype: str, case: Any = None) -> None:
+    """Codes and scales of `exact`, up to rounding. case: is told where they are not."""
     codes, scale = found
     assert codes.dtype is quantize_input.TYPES[dtype] and codes.shape == exact.shape
     if dtype == "int":
         wanted, their = quantize_input.reference_per_row(exact)
-        codes_match(codes, wanted)
+        codes_match(codes, wanted, case)
     else:
         near, their = float8.per_row(exact)
         if HERE == "cpu":
@@ -107,7 +107,8 @@ def check_normed() -> None:
             some = next(t for t in tiles if t is None or t.n + t.k >= width)
             one = next(ones)
             found = fused.normed(x, *given, 1e-3, centered, dtype, one, some)
-            right(found, reference_normed(x, *given, 1e-3, centered, one), dtype)
+            case = some, one, centered, x.dtype, [t is not None for t in given]
+            right(found, reference_normed(x, *given, 1e-3, centered, one), dtype, case)
 
 
 CHECKS = check_acted, check_normed

@@ -60,10 +60,12 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def codes_match(found: Tensor, wanted: Tensor) -> None:
-    """Equal, up to rounding where a quotient lies on an edge."""
+def codes_match(found: Tensor, wanted: Tensor, case: Any = None) -> None:
+    """Equal, up to rounding where a quotient lies on an edge. case: is told where they are not."""
     gap = (quantize_input.counted(found) - wanted.float()).abs()
-    assert found.shape == wanted.shape and float(gap.max()) <= 1
+    most, where = float(gap.max()), int(gap.argmax())
+    seen = found.flatten()[where], wanted.flatten()[where]
+    assert found.shape == wanted.shape and most <= 1, (case, most, where, *seen)
     assert float(gap.sum()) <= 1 + 2e-3 * gap.numel()
 
 
