@@ -39,7 +39,7 @@ from ..sampling import (
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
-from .by_block import by_block
+from .by_block import Values, by_block
 from .codes import Codes
 from .held_out import apart, better, calibration_prompts, captions, with_weights
 from .job import Job
@@ -57,8 +57,10 @@ def encoder_scheme(width: str, method: str) -> Scheme:
     return _chosen(width, method)[0]
 
 
-def _chosen(width: str, method: str) -> tuple[Scheme, Any]:
+def _chosen(width: str | Scheme, method: str) -> tuple[Scheme, Any]:
     """The scheme, and the algorithm that rounds to it."""
+    if isinstance(width, Scheme):
+        return width, by_name(method, "encoder")
     try:
         scheme, algorithm = WIDTHS[width], by_name(method, "encoder")
     except (KeyError, SchemeError):
@@ -123,7 +125,7 @@ def quantize_encoder(
 def encoder_job(
     encoder: nn.Module,
     calls: Sequence[Call],
-    width: str,
+    width: str | Scheme,
     method: str,
     *,
     seed: int = 0,
@@ -131,11 +133,14 @@ def encoder_job(
     max_memory: int | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
-) -> Job:
-    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
+) -> EncoderJob:
+    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer.
+
+    width: as in `quantize_encoder`, or a scheme, whose weights alone count.
+    """
     scheme, algorithm = _chosen(width, method)
     backbone = describe(encoder)
-    unread = _unread(encoder, backbone, calls)
+    unread = unread_blocks(encoder, backbone, calls)
     rules = [
         replace(rule, algorithm=rule.scheme and algorithm)
         for rule in recipe_for(scheme, backbone, algorithm).rules
@@ -154,9 +159,13 @@ def encoder_job(
 
 
 class EncoderJob(Job):
-    """The quantization of a text encoder: what it has not seen has a say, and is measured."""
+    """The quantization of a text encoder: what it has not seen has a say, and is measured.
+
+    plain: every layer rounded to nearest, where something was held out.
+    """
 
     facts: dict[str, Any]
+    plain: dict[str, QTensor]
     aims = True  # what is held out is judged by them
 
     def plain_copy(self, codes: Codes | None = None) -> nn.Module:
@@ -179,7 +188,8 @@ class EncoderJob(Job):
         def states() -> list[list[Tensor]]:
             return [row for call in calls for row in states_read(self.model, call)]
 
-        full, plain = states(), self._plain()
+        self.plain = rounded_to_nearest(self, self.values)
+        full, plain = states(), self.plain
         rounded = cosines(full, with_weights(self.model, plain, source, states))
         self.run(work, notes["blocks"])
         notes["after"](0, 1, "held-out captions")
@@ -194,11 +204,6 @@ class EncoderJob(Job):
             "captions": len(full), "cosine": found, "nearest": least, "layers_nearest": same,
         }  # fmt: skip
         notes["after"](1, 1, "held-out captions")
-
-    def _plain(self) -> dict[str, QTensor]:
-        """Every layer rounded to nearest."""
-        layers = {name: rule.scheme for name, rule in self.plan.items() if rule.scheme is not None}
-        return RoundToNearest()(self.model, layers)
 
     def _rounded(
         self,
@@ -220,7 +225,14 @@ class EncoderJob(Job):
         return super().described() | self.facts
 
 
-def _unread(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
+def rounded_to_nearest(job: Job, values: Values) -> dict[str, QTensor]:
+    """Every layer that a job quantizes at the nearest codes of its weight in `values`."""
+    plain = RoundToNearest()
+    schemes = {name: rule.scheme for name, rule in job.plan.items() if rule.scheme is not None}
+    return {n: plain.weight(values.of(f"{n}.weight"), s.weight) for n, s in schemes.items()}
+
+
+def unread_blocks(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
     """Blocks after the last hidden state that the pipeline reads."""
     read = calls[0].read
     places = [place for place in read if isinstance(place, int)]
