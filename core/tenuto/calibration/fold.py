@@ -63,9 +63,7 @@ def folded(
 class _Block:
     """One block: what is folded in it, one subset after the other."""
 
-    def __init__(
-        self, model: nn.Module, name: str, bank: Bank, form: Format, device: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, name: str, bank: Bank, form: Format, device: Any) -> None:
         self.name, self.bank, self.device = name, bank, device
         self.form = replace(form, ranges="minmax")  # the search of ranges takes its time
         self.root = model.get_submodule(name)

@@ -105,8 +105,9 @@ def quantize_text_encoder(
         "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
         "method": method, "prompts": len(lines) + 1, "seed": seed,
         "states": made.measured(calls_for(*given, unseen, read_alone=True), device),
-        "layers_nearest": made.layers_nearest,
     }  # fmt: skip
+    if method.endswith("gptq"):
+        facts["layers_nearest"] = made.layers_nearest
     plan = encoder_plan(made.encoder, source.names, made.codes, made.scheme, tokens, facts)
     plan.dropped += source.unused()
     report = processes().once(lambda: write_encoder(plan, Path(out), notes["write"]))

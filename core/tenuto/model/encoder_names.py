@@ -97,7 +97,9 @@ def known_to_hosts(rows: Mapping[str, int]) -> str | None:
     if "model.visual.deepstack_merger_list.0.norm.weight" in rows:
         return "Qwen3-VL"
     if f"{llama}post_feedforward_layernorm.weight" in rows:
-        return "Gemma 3" if f"{llama}self_attn.q_norm.weight" in rows else "Gemma 2"
+        third = f"{llama}self_attn.q_norm.weight" in rows
+        sizes = {2560: "Gemma 3 4B", 3840: "Gemma 3 12B"} if third else {2304: "Gemma 2 2B"}
+        return sizes.get(norm or 0)
     if f"{llama}self_attn.k_proj.bias" in rows:
         sizes = {256: "Qwen2.5-VL-3B", 512: "Qwen2.5-VL-7B"}
         return sizes.get(rows[f"{llama}self_attn.k_proj.bias"])

@@ -97,9 +97,7 @@ CONSUMERS: dict[str, Consumer] = {  # by what `--for` calls them
     "flux2-klein": Consumer(
         QWEN3, "Flux2KleinPipeline", (9, 18, 27), _USER + _ANSWER + "<think>\n\n</think>\n\n"
     ),
-    "krea2": Consumer(
-        ("qwen3_vl",), "Krea2Pipeline", _KREA, _DETAILS + _USER + _ANSWER, drop=True
-    ),
+    "krea2": Consumer(("qwen3_vl",), "Krea2Pipeline", _KREA, _DETAILS + _USER + _ANSWER, drop=True),
     "lumina2": Consumer(GEMMA2, "Lumina2Pipeline", (-2,), _SUPERIOR),
     "sana": Consumer(GEMMA2, "SanaPipeline, without its instruction"),
     "ltx2": Consumer(GEMMA3, "LTX2Pipeline", ALL),

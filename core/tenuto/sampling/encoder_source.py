@@ -200,10 +200,9 @@ def _check_files(source: EncoderSource) -> None:
 def _check_float(path: Path) -> None:
     """ModelError where a file is damaged or has codes."""
     with _opened(path) as file:
-        marked = "_quantization_metadata" in (file.metadata() or {})
         for name in file.keys():  # noqa: SIM118
             codes = file.get_slice(name).get_dtype() in CODES and name.endswith("weight")
-            if marked or codes or name.endswith(MARKS):
+            if codes or name.endswith(MARKS):
                 raise ModelError(
                     f"{path.name} is already quantized ({printable(name)}): give the model of 16 "
                     "or 32 bits that it was made of."
