@@ -6,8 +6,7 @@ shipped list "general" is always calibrated on, and another part of it decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +92,3 @@ def better(
         else:
             put({name: best[name]})
     return best
-
-
-def with_weights(
-    model: nn.Module, weights: Mapping[str, QTensor], source: nn.Module, measured: Callable[[], Any]
-) -> Any:
-    """What `measured` gives while `model` has such `weights`; then it has those of `source`."""
-    for name, q in weights.items():
-        weight_of(model, name).data.copy_(q.dequantize())
-    try:
-        return measured()
-    finally:
-        for name in weights:
-            weight_of(model, name).data.copy_(weight_of(source, name).data)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
@@ -36,12 +36,13 @@ from ..sampling import (
     unprompted,
     work_in,
 )
+from ..sampling.reads import States
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .by_block import Values, by_block
 from .codes import Codes
-from .held_out import apart, better, calibration_prompts, captions, with_weights
+from .held_out import apart, better, calibration_prompts, captions
 from .job import Job
 from .presets import recipe_for
 from .result_check import checked_encoder
@@ -154,7 +155,7 @@ def encoder_job(
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
-    job.run_measured(work_in(work, inputs), encoder, processes().told(on_progress))
+    job.run_measured(work_in(work, inputs), processes().told(on_progress))
     return job
 
 
@@ -169,11 +170,17 @@ class EncoderJob(Job):
     aims = True  # what is held out is judged by them
 
     def plain_copy(self, codes: Codes | None = None) -> nn.Module:
-        """In memory as a whole: it is run again and again."""
-        return by_block(self.denoiser, (), self.device, codes)
+        """In memory as a whole, for it is run again and again, unless it is on disk itself."""
+        return by_block(self.denoiser, self._apart, self.device, codes)
 
-    def run_measured(self, work: Work, source: nn.Module, on_progress: Progress | None) -> None:
-        """`run`, and how far the states that are read are from those of `source`, before and after.
+    @property
+    def _apart(self) -> tuple[str, ...]:
+        """The blocks that have their weights only when they are called."""
+        whole = not any(p.is_meta for p in self.denoiser.parameters())
+        return () if whole else self.backbone.blocks
+
+    def run_measured(self, work: Work, on_progress: Progress | None) -> None:
+        """`run`, and how far the states that are read are from full precision, before and after.
 
         Where calibrated weights are no better than nearest ones on what was held out, those stay.
         """
@@ -185,15 +192,16 @@ class EncoderJob(Job):
         notes = parts(on_progress, {"before": PART, "blocks": WHOLE, "after": PART})
         notes["before"](0, 1, "held-out captions")
 
-        def states() -> list[list[Tensor]]:
-            return [row for call in calls for row in states_read(self.model, call)]
+        def states(model: nn.Module) -> States:
+            return [row for call in calls for row in states_read(model, call)]
 
-        self.plain = rounded_to_nearest(self, self.values)
-        full, plain = states(), self.plain
-        rounded = cosines(full, with_weights(self.model, plain, source, states))
+        self.plain = plain = rounded_to_nearest(self, self.values)
+        full, twin = states(self.model), with_codes(self.denoiser, self.device, plain)
+        rounded = cosines(full, states(twin))
+        del twin
         self.run(work, notes["blocks"])
         notes["after"](0, 1, "held-out captions")
-        found, least = _mean(cosines(full, states())), _mean(rounded)
+        found, least = _mean(cosines(full, states(self.model))), _mean(rounded)
         if found < least:
             kept = {k: t for n, q in plain.items() for k, t in q.tensors(n).items()}
             work.save(NEAREST, kept)
@@ -223,6 +231,17 @@ class EncoderJob(Job):
     def described(self) -> dict[str, Any]:
         """What a header says: the layers, what the pipeline reads, what was measured there."""
         return super().described() | self.facts
+
+
+@torch.no_grad()
+def with_codes(encoder: nn.Module, device: Any, codes: Mapping[str, QTensor]) -> nn.Module:
+    """A copy in fp32 with the weights that `codes` stand for, a block at a time in memory."""
+    twin = by_block(encoder, describe(encoder).blocks, device, codes)
+    for name, q in codes.items():
+        layer: Any = twin.get_submodule(name)
+        if not layer.weight.is_meta:  # outside of the blocks
+            layer.weight.copy_(q.dequantize())
+    return twin
 
 
 def rounded_to_nearest(job: Job, values: Values) -> dict[str, QTensor]:

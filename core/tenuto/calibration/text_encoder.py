@@ -26,10 +26,10 @@ from ..sampling import HELD_OUT, Call, cosines, processes, states_read
 from ..sampling.consumers import Consumer, calls_for, consumer_of
 from ..sampling.encoder_source import encoder_source
 from ..sampling.reads import States, states_apart
-from .by_block import Values, by_block
+from .by_block import Values
 from .fold import folded
 from .held_out import calibration_prompts, captions
-from .quantize_encoder import encoder_job, rounded_to_nearest, unread_blocks
+from .quantize_encoder import encoder_job, rounded_to_nearest, unread_blocks, with_codes
 
 FP8 = Scheme("fp8-layer", Format(dtype="e4m3", granularity="tensor"))
 ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--scheme` calls them
@@ -91,7 +91,7 @@ def quantize_text_encoder(
     row = check_text_encoder(scheme, method, consumer)
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
     tokens, tokenizer = source.tokenizer_tensors(), source.tokenizer()
-    encoder = source.load(device)
+    encoder = source.load(device, max_memory)
     blocks = len(describe(encoder).blocks)
     unseen = ["", *shipped("general")[UNSEEN]]
     lines = [p for p in calibration_prompts(prompts) if p not in unseen]
@@ -173,7 +173,7 @@ class _Made:
         """By row and state, with the weights that `codes` stand for."""
         source = self.original if encoder is None else encoder
         device = device_and_dtype(source)[0] if device is None else torch.device(device)
-        model = by_block(source, describe(source).blocks, device, codes)
+        model = with_codes(source, device, codes)
         return [row for call in calls for row in states_read(model, call)]
 
     def measured(self, calls: Sequence[Call], device: Any) -> list[dict[str, Any]]:

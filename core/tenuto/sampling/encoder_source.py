@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model.encoder_names import TOKENS, EncoderNames, check_read, names_of
 from ..text import first_line, printable
+from .encoder_on_disk import is_too_large, on_disk
 from .libraries import imported, quiet_loading
 
 CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "I32")
@@ -81,16 +82,22 @@ class EncoderSource:
             found.append("The decoder: denoisers read the encoder.")
         return found
 
-    def load(self, device: Any = None) -> nn.Module:
-        """The encoder without a head, in the type of its files; ModelError if a part is missing."""
+    def load(self, device: Any = None, max_memory: int | None = None) -> nn.Module:
+        """The encoder without a head, in the type of its files; ModelError if a part is missing.
+
+        One that is large for the memory, or for `max_memory` bytes, stays on disk but for what is
+        outside its blocks.
+        """
         library = imported("AutoConfig", "transformers")
         with _one_sentence(self.folder), quiet_loading():
             config = library.from_pretrained(str(self.folder), local_files_only=True)
-            kind = imported(KINDS.get(self.kind, "AutoModel"), "transformers")
+            auto = imported(KINDS.get(self.kind, "AutoModel"), "transformers")
+            kind = _class_of(auto, config)
             how = {"output_loading_info": True, "dtype": "auto", "use_safetensors": True}
+            if is_too_large(self.files, max_memory):
+                return on_disk(kind, config, self.files, device)
             if self.single:
                 state = {self.names.in_model(k): v for k, v in self._tensors()}
-                kind = _class_of(kind, config)
                 model, info = kind.from_pretrained(None, config=config, state_dict=state, **how)
             else:
                 model, info = kind.from_pretrained(

@@ -276,3 +276,28 @@ def test_8_bit_floats_with_one_scale() -> None:
     assert Scheme.from_json(FP8.to_json()) == FP8
     with pytest.raises(tenuto.SchemeError, match="per output channel"):
         Scheme("x", tenuto.Format(8, granularity="tensor"))
+
+
+# --- larger than memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consumer", ["flux", "qwen-image"])
+def test_an_encoder_on_disk_becomes_the_same_file(
+    consumer: str, made: Made, tmp_path: Path
+) -> None:
+    """Read block by block, of a folder and of a single file: the same bytes but for the report."""
+    out, report, folder = made(consumer)
+    other = tmp_path / "other.safetensors"
+    single = single_file(folder, tmp_path / "single.safetensors")
+    for model, config in ((folder, None), (single, folder)):
+        found = tenuto.quantize_text_encoder(
+            model, other, scheme="w4a8", consumer=consumer, config=config, max_memory=2**20,
+            prompts=["a red fox", "two chairs"],
+        )  # fmt: skip
+        for one, two in zip(found.facts["states"], report.facts["states"], strict=True):
+            assert one["quantized"] == pytest.approx(two["quantized"], rel=1e-3)
+        with safe_open(str(out), "pt") as a, safe_open(str(other), "pt") as b:
+            assert set(a.keys()) == set(b.keys())
+            same = [torch.equal(a.get_tensor(n).view(torch.uint8),
+                                b.get_tensor(n).view(torch.uint8)) for n in a.keys()]  # fmt: skip  # noqa: SIM118
+        assert sum(same) >= 0.98 * len(same)
