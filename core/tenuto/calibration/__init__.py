@@ -10,6 +10,7 @@ from .replay import outputs
 from .text_encoder import (
     ENCODER_METHODS,
     ENCODER_SCHEMES,
+    EncoderCodes,
     check_text_encoder,
     quantize_text_encoder,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "USES",
     "WIDTHS",
     "Check",
+    "EncoderCodes",
     "Preset",
     "algorithms",
     "check",

@@ -29,7 +29,7 @@ from ..sampling.reads import States, states_apart
 from .by_block import Values
 from .fold import folded
 from .held_out import calibration_prompts, captions
-from .quantize_encoder import encoder_job, rounded_to_nearest, unread_blocks, with_codes
+from .quantize_encoder import EncoderJob, encoder_job, rounded_to_nearest, unread_blocks, with_codes
 
 FP8 = Scheme("fp8-layer", Format(dtype="e4m3", granularity="tensor"))
 ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--scheme` calls them
@@ -82,11 +82,11 @@ def quantize_text_encoder(
     `config`, the folder of its config.json and tokenizer. scheme: one of `ENCODER_SCHEMES`; w4a8
     and w4a16 are the same file. consumer: a row of `sampling.consumers.CONSUMERS`, such as
     "qwen-image": whose template, padding and hidden states count. method: one of
-    `ENCODER_METHODS`. prompts: calibrated on beside the shipped list "general", a part of which is
-    held out. The report's `facts`, which the file's header has too, tell how far the states are
-    that the denoiser reads, on prompts that nothing was calibrated on. max_memory, `work`,
-    resuming and Cancelled: as in `quantize`. TenutoError says what cannot be, before anything is
-    written.
+    `ENCODER_METHODS`. prompts: calibrated on (none: the shipped list "captions") beside the list
+    "general", a part of which is held out. The report's `facts`, which the file's header has too,
+    tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
+    max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
+    before anything is written.
     """
     row = check_text_encoder(scheme, method, consumer)
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
@@ -94,12 +94,12 @@ def quantize_text_encoder(
     encoder = source.load(device, max_memory)
     blocks = len(describe(encoder).blocks)
     unseen = ["", *shipped("general")[UNSEEN]]
-    lines = [p for p in calibration_prompts(prompts) if p not in unseen]
+    lines = [p for p in calibration_prompts(prompts or shipped("captions")) if p not in unseen]
     given = row, encoder, tokenizer, blocks
     calls = calls_for(*given, ["", *lines], captions()[1])
     notes = parts(on_progress, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
     how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
-    made = _Made.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
+    made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
     notes["measure"](0, 1, "measuring")
     facts = {
         "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
@@ -117,10 +117,10 @@ def quantize_text_encoder(
 
 
 @dataclass
-class _Made:
-    """What was chosen. encoder: whose float weights the codes stand for. original: as it was given.
-
-    nearest: the codes of `original` rounded to nearest.
+class EncoderCodes:
+    """The codes of an encoder's layers. original: as it was given. encoder: the same with folded
+    scales, whose weights `codes` stand for. nearest: those of `original` rounded to nearest.
+    layers_nearest: how many layers have these. notes: sentences for a user. job: what made them.
     """
 
     original: nn.Module
@@ -129,6 +129,7 @@ class _Made:
     codes: Mapping[str, QTensor]
     nearest: Mapping[str, QTensor]
     layers_nearest: int
+    job: EncoderJob
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -138,18 +139,22 @@ class _Made:
         calls: Sequence[Call],
         scheme: Scheme,
         method: str,
-        notes: Mapping[str, Progress],
-        how: dict[str, Any],
-    ) -> _Made:
-        """Fold, round, and keep what is no worse than to nearest on what was held out."""
-        source, device = encoder, how["device"]
+        notes: Mapping[str, Progress] | None = None,
+        how: Mapping[str, Any] | None = None,
+    ) -> EncoderCodes:
+        """Fold, round, and keep what is no worse than to nearest on what was held out.
+
+        notes: of the parts "fold" and "blocks". how: further arguments of `encoder_job`.
+        """
+        notes, how = notes or parts(None, SIZES), how or {}
+        source, device = encoder, how.get("device")
         if method.startswith("awq"):
             unread = unread_blocks(encoder, describe(encoder), calls)
             source = folded(encoder, calls, scheme.weight, device, unread, notes["fold"])
         rounding = "gptq" if method.endswith("gptq") else "nearest"
         job = encoder_job(source, calls, scheme, rounding, on_progress=notes["blocks"], **how)
         held = job.facts["held_out"]
-        made = cls(encoder, source, scheme, job.weights, job.plain, held["layers_nearest"])
+        made = cls(encoder, source, scheme, job.weights, job.plain, held["layers_nearest"], job)
         if source is encoder:
             return made
         made.nearest = rounded_to_nearest(job, Values(encoder, job.device, {}))
