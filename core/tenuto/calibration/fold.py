@@ -22,13 +22,13 @@ from ..model.backbone import Subset
 from ..numerics import Format, QTensor, fits
 from ..progress import Progress
 from ..sampling import HELD_OUT, Call
-from .algorithms.awq import AWQ
 from .bank import Bank
 from .chain import Chain
 from .moments import inputs_seen, patches
 from .replay import outputs, token_error
 
 RATIOS = 10  # how many r: 0, 0.1, ...
+ROWS = 32  # of a block's recorded inputs, on which each r is tried
 EXACT = 1e-3  # of a block's outputs: from there on a fold has changed what the block computes
 
 
@@ -64,11 +64,13 @@ class _Block:
     """One block: what is folded in it, one subset after the other."""
 
     def __init__(self, model: nn.Module, name: str, bank: Bank, form: Format, device: Any) -> None:
-        self.name, self.bank, self.device = name, bank, device
+        count = min(len(bank), bank.enough(ROWS))
+        some = torch.arange(count) * len(bank) // count
+        self.name, self.bank, self.device = name, bank.part(some), device
         self.form = replace(form, ranges="minmax")  # the search of ranges takes its time
         self.root = model.get_submodule(name)
-        self.target = outputs(self.root, bank, device)
-        self.rows = torch.arange(len(bank))[: bank.enough(AWQ().rows)]
+        self.target = outputs(self.root, self.bank, device)
+        self.rows = torch.arange(count)
         self.tried = private_copy(self.root)  # with rounded weights
         self.able = {n for n, layer in layers(self.root) if fits(layer.weight.shape, form)}
         for layer in self.able:

@@ -57,15 +57,19 @@ def apart(bank: Bank, target: Tensor) -> tuple[Data, Data | None]:
 
 @torch.no_grad()
 def better(
-    block: nn.Module, found: Mapping[str, QTensor], layers: Mapping[str, Scheme], held: Data
+    block: nn.Module,
+    found: Mapping[str, QTensor],
+    layers: Mapping[str, Scheme],
+    held: Data,
+    plain: Mapping[str, QTensor] | None = None,
 ) -> dict[str, QTensor]:
     """`found`, with layers rounded to nearest that bring the block nearer to its target so.
 
     One layer after another, in the order of `found`, each with what was decided before it. held:
-    inputs and outputs of the block that calibration has not seen.
+    inputs and outputs of the block that calibration has not seen. plain: the layers to nearest.
     """
     device = next(block.parameters()).device
-    plain = RoundToNearest()(block, dict(layers))
+    plain = RoundToNearest()(block, dict(layers)) if plain is None else plain
     block, (bank, target) = private_copy(block), held
     rows = torch.arange(len(bank))
 
@@ -77,7 +81,7 @@ def better(
         return token_error(block, bank, rows, target, device)
 
     put(plain)
-    least, best = error(), plain
+    least, best = error(), dict(plain)
     put(found)
     calibrated = error()
     if calibrated <= least:

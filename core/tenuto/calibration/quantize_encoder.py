@@ -226,7 +226,11 @@ class EncoderJob(Job):
             return super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        return found if held is None else better(root, found, group, held)
+        if held is None:
+            return found
+        unit = next(name for name, module in self.model.named_modules() if module is root)
+        start = f"{unit}." if unit else ""
+        return better(root, found, group, held, {n: self.plain[f"{start}{n}"] for n in group})
 
     def described(self) -> dict[str, Any]:
         """What a header says: the layers, what the pipeline reads, what was measured there."""
