@@ -74,7 +74,7 @@ def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
         )
 
 
-def of_folder(folder: Path, files: bool = False) -> Iterator[dict[str, Any]]:
+def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a trained encoder without a denoiser: states alone."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
@@ -96,7 +96,7 @@ def of_folder(folder: Path, files: bool = False) -> Iterator[dict[str, Any]]:
     calibration = calls_of(rows([*more, *lines[::2]]), held_out=held)
     unseen = calls_of(rows(lines[3::4]))
     if files:
-        yield from of_files(folder.name, encoder, calibration, unseen)
+        yield from of_files(folder.name, encoder, calibration, unseen, files)
         return
     for width in WIDTHS:
         for method in algorithms.names("encoder"):
@@ -111,25 +111,25 @@ def of_folder(folder: Path, files: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def of_files(
-    name: str, encoder: Any, calibration: list[Call], unseen: list[Call]
+    name: str, encoder: Any, calibration: list[Call], unseen: list[Call], rows: list[str]
 ) -> Iterator[dict[str, Any]]:
     """The rows of the numbers of files."""
-    for scheme in ("w4a8", "nvfp4", "fp8", "w8a8"):
-        for method in ENCODER_METHODS:
-            start = time.perf_counter()
-            made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES[scheme], method)
-            seconds = time.perf_counter() - start
-            (found,) = made.measured(unseen, None)
-            one, other = found["quantized"], found["nearest"]
-            row = {"model": name, "row": f"{scheme} {method}", "seconds": seconds} | one
-            row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
-            if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
-                artifact = Artifact({"encoders": {}})
-                fill(artifact, "text_encoder", encoder, made.job)
-                layers = encoder_layers(encoder, artifact, "text_encoder")
-                row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
-                row["layers"] = len(layers)
-            yield row
+    for scheme, method in (row.split() for row in rows):
+        start = time.perf_counter()
+        made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES[scheme], method)
+        seconds = time.perf_counter() - start
+        (found,) = made.measured(unseen, None)
+        one, other = found["quantized"], found["nearest"]
+        row = {"model": name, "row": f"{scheme} {method}", "seconds": seconds} | one
+        row["nearest"] = other["relative_l2"]
+        row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
+        if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
+            artifact = Artifact({"encoders": {}})
+            fill(artifact, "text_encoder", encoder, made.job)
+            layers = encoder_layers(encoder, artifact, "text_encoder")
+            row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
+            row["layers"] = len(layers)
+        yield row
 
 
 def markdown_of_files(rows: list[dict[str, Any]]) -> str:
@@ -138,15 +138,15 @@ def markdown_of_files(rows: list[dict[str, Any]]) -> str:
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today()}",
         "",
-        "| model | file | cosine, mean (least) | relative L2 | dB nearer than rounded to nearest "
-        "| relative L2, inputs in int8 | s |",
-        "| --- " * 7 + "|",
+        "| model | file | cosine, mean (least) | relative L2 | rounded to nearest | dB nearer "
+        "| inputs in int8 | s |",
+        "| --- " * 8 + "|",
     ]
     for row in rows:
         inputs = f"{row['int8']:.4f}" if "int8" in row else ""
         text.append(
             f"| {row['model']} | {row['row']} | {row['cosine']:.5f} ({row['least']:.4f}) "
-            f"| {row['relative_l2']:.4f} | {row['db']:.1f} | {inputs} | {row['seconds']:.0f} |"
+            f"| {row['relative_l2']:.4f} | {row['nearest']:.4f} | {row['db']:.1f} | {inputs} | {row['seconds']:.0f} |"
         )
     return "\n".join(text)
 
@@ -190,17 +190,20 @@ def main() -> None:
     )
     parser.add_argument("--model", default="all", choices=("all", *MODELS))
     parser.add_argument("--encoder", type=Path, help="a folder with an encoder: that alone")
-    parser.add_argument("--files", action="store_true", help="the numbers of ComfyUI's files")
+    parser.add_argument(
+        "--files", nargs="*", metavar="ROW", help='ComfyUI\'s files: "w4a8 gptq" ..., or all'
+    )
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
     of_models = [of_pipeline(name, args.count) for name in names]
-    sources = [of_folder(args.encoder, args.files)] if args.encoder else of_models
+    every = [f"{s} {m}" for s in ("w4a8", "nvfp4", "fp8", "w8a8") for m in ENCODER_METHODS]
+    files = None if args.encoder is None or args.files is None else args.files or every
+    sources = [of_folder(args.encoder, files)] if args.encoder else of_models
     rows = []
     for row in (row for source in sources for row in source):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    files = args.encoder is not None and args.files
     print("\n" + (markdown_of_files(rows) if files else markdown(rows)))
 
 

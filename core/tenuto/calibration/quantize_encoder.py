@@ -185,7 +185,7 @@ class EncoderJob(Job):
         Where calibrated weights are no better than nearest ones on what was held out, those stay.
         """
         calls = [call for call in self.trajectory.calls if call.row == HELD_OUT]
-        self.facts = {"read": list(self.trajectory.calls[0].read)}
+        self.facts, self.plain = {"read": list(self.trajectory.calls[0].read)}, {}
         if not calls:
             self.run(work, on_progress)
             return
@@ -223,14 +223,19 @@ class EncoderJob(Job):
         note: Progress,
     ) -> dict[str, QTensor]:
         if data[0] is None:
-            return super()._rounded(algorithm, root, group, data, seed, note)
+            known = self._nearest(root, group) if isinstance(algorithm, RoundToNearest) else {}
+            return known or super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        if held is None:
-            return found
+        return (
+            found if held is None else better(root, found, group, held, self._nearest(root, group))
+        )
+
+    def _nearest(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """Those of `plain` for layers inside of `root`, by their names there."""
         unit = next(name for name, module in self.model.named_modules() if module is root)
         start = f"{unit}." if unit else ""
-        return better(root, found, group, held, {n: self.plain[f"{start}{n}"] for n in group})
+        return {n: self.plain[f"{start}{n}"] for n in group} if self.plain else {}
 
     def described(self) -> dict[str, Any]:
         """What a header says: the layers, what the pipeline reads, what was measured there."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..artifact.export.encoder import encoder_plan, write_encoder
 from ..artifact.export.report import Report
-from ..errors import SchemeError
+from ..errors import SchemeError, TenutoError
 from ..model import describe, device_and_dtype
 from ..numerics import Format, QTensor, Scheme, schemes
 from ..progress import Progress, parts
@@ -92,6 +92,10 @@ def quantize_text_encoder(
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
     tokens, tokenizer = source.tokenizer_tensors(), source.tokenizer()
     encoder = source.load(device, max_memory)
+    if method.startswith("awq") and any(p.is_meta for p in encoder.parameters()):
+        raise TenutoError(
+            f"{method} folds scales in memory, and this encoder is too large for that: take gptq."
+        )
     blocks = len(describe(encoder).blocks)
     unseen = ["", *shipped("general")[UNSEEN]]
     lines = [p for p in calibration_prompts(prompts or shipped("captions")) if p not in unseen]

@@ -301,3 +301,12 @@ def test_an_encoder_on_disk_becomes_the_same_file(
             same = [torch.equal(a.get_tensor(n).view(torch.uint8),
                                 b.get_tensor(n).view(torch.uint8)) for n in a.keys()]  # fmt: skip  # noqa: SIM118
         assert sum(same) >= 0.98 * len(same)
+
+
+def test_scales_are_not_folded_on_disk(tmp_path: Path) -> None:
+    folder = encoder_folder(tmp_path / "e", "z-image", torch.bfloat16)
+    with pytest.raises(tenuto.TenutoError, match="this encoder is too large for that: take gptq"):
+        tenuto.quantize_text_encoder(
+            folder, tmp_path / "a.safetensors", scheme="w4a8", consumer="z-image", method="awq",
+            max_memory=2**20,
+        )  # fmt: skip
