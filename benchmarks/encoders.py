@@ -146,7 +146,8 @@ def markdown_of_files(rows: list[dict[str, Any]]) -> str:
         inputs = f"{row['int8']:.4f}" if "int8" in row else ""
         text.append(
             f"| {row['model']} | {row['row']} | {row['cosine']:.5f} ({row['least']:.4f}) "
-            f"| {row['relative_l2']:.4f} | {row['nearest']:.4f} | {row['db']:.1f} | {inputs} | {row['seconds']:.0f} |"
+            f"| {row['relative_l2']:.4f} | {row['nearest']:.4f} | {row['db']:.1f} "
+            f"| {inputs} | {row['seconds']:.0f} |"
         )
     return "\n".join(text)
 
