@@ -50,7 +50,7 @@ from .result_check import checked_encoder
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
 NEAREST = "nearest"  # the unit of all layers rounded to nearest
 WHOLE = 100_000  # what one encoder is worth in the progress
-PART = WHOLE // 20  # what measuring it is worth, before and after
+PART = WHOLE // 20  # what measuring it is worth, before (with rounding to nearest) and after
 
 
 def encoder_scheme(width: str, method: str) -> Scheme:
@@ -190,12 +190,11 @@ class EncoderJob(Job):
             self.run(work, on_progress)
             return
         notes = parts(on_progress, {"before": PART, "blocks": WHOLE, "after": PART})
-        notes["before"](0, 1, "held-out captions")
 
         def states(model: nn.Module) -> States:
             return [row for call in calls for row in states_read(model, call)]
 
-        self.plain = plain = rounded_to_nearest(self, self.values)
+        self.plain = plain = rounded_to_nearest(self, self.values, notes["before"])
         full, twin = states(self.model), with_codes(self.denoiser, self.device, plain)
         rounded = cosines(full, states(twin))
         del twin
@@ -253,11 +252,17 @@ def with_codes(encoder: nn.Module, device: Any, codes: Mapping[str, QTensor]) ->
     return twin
 
 
-def rounded_to_nearest(job: Job, values: Values) -> dict[str, QTensor]:
+def rounded_to_nearest(
+    job: Job, values: Values, note: Progress | None = None
+) -> dict[str, QTensor]:
     """Every layer that a job quantizes at the nearest codes of its weight in `values`."""
-    plain = RoundToNearest()
-    schemes = {name: rule.scheme for name, rule in job.plan.items() if rule.scheme is not None}
-    return {n: plain.weight(values.of(f"{n}.weight"), s.weight) for n, s in schemes.items()}
+    plain, found = RoundToNearest(), dict[str, QTensor]()
+    plan = {name: rule.scheme for name, rule in job.plan.items() if rule.scheme is not None}
+    for name, scheme in plan.items():
+        if note is not None:
+            note(len(found), len(plan), name)
+        found[name] = plain.weight(values.of(f"{name}.weight"), scheme.weight)
+    return found
 
 
 def unread_blocks(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
