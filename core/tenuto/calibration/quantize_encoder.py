@@ -245,10 +245,13 @@ class EncoderJob(Job):
 def with_codes(encoder: nn.Module, device: Any, codes: Mapping[str, QTensor]) -> nn.Module:
     """A copy in fp32 with the weights that `codes` stand for, a block at a time in memory."""
     twin = by_block(encoder, describe(encoder).blocks, device, codes)
+    places = dict(encoder.named_parameters(remove_duplicate=False))
     for name, q in codes.items():
-        layer: Any = twin.get_submodule(name)
-        if not layer.weight.is_meta:  # outside of the blocks
-            layer.weight.copy_(q.dequantize())
+        weight = places[f"{name}.weight"]
+        for place in (n for n, p in places.items() if p is weight):  # a table has several
+            own = twin.get_parameter(place)
+            if not own.is_meta:  # outside of the blocks
+                own.copy_(q.dequantize())
     return twin
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifact.export.encoder import encoder_plan, write_encoder
+from ..artifact.export.encoder import TABLE, encoder_plan, write_encoder
 from ..artifact.export.report import Report
 from ..errors import SchemeError, TenutoError
 from ..model import describe, device_and_dtype
@@ -39,6 +39,7 @@ ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--sc
     "fp8": FP8,
     "nvfp4": schemes.NVFP4,
 }
+EMBEDDINGS = ("bf16", "int8")
 ENCODER_METHODS = ("rtn", "awq", "gptq", "awq-gptq")
 UNSEEN = slice(3, None, 4)  # of the list "general": what nothing is calibrated on or decided by
 SAME = (
@@ -48,7 +49,9 @@ SAME = (
 SIZES = {"fold": 400, "blocks": 1000, "measure": 100, "write": 200}  # what each part is worth
 
 
-def check_text_encoder(scheme: str, method: str, consumer: str) -> Consumer:
+def check_text_encoder(
+    scheme: str, method: str, consumer: str, embeddings: str = "bf16"
+) -> Consumer:
     """The consumer's row; SchemeError or TenutoError names the choices."""
     if scheme not in ENCODER_SCHEMES:
         raise SchemeError(
@@ -58,6 +61,8 @@ def check_text_encoder(scheme: str, method: str, consumer: str) -> Consumer:
         raise SchemeError(
             f"A text encoder is rounded by {', '.join(ENCODER_METHODS)}, not by {method!r}."
         )
+    if embeddings not in EMBEDDINGS:
+        raise SchemeError(f"Embeddings are in {' or '.join(EMBEDDINGS)}, not in {embeddings!r}.")
     return consumer_of(consumer)
 
 
@@ -68,6 +73,7 @@ def quantize_text_encoder(
     scheme: str,
     consumer: str,
     method: str = "gptq",
+    embeddings: str = "bf16",
     prompts: Sequence[str] = (),
     config: str | Path | None = None,
     seed: int = 0,
@@ -82,13 +88,13 @@ def quantize_text_encoder(
     `config`, the folder of its config.json and tokenizer. scheme: one of `ENCODER_SCHEMES`; w4a8
     and w4a16 are the same file. consumer: a row of `sampling.consumers.CONSUMERS`, such as
     "qwen-image": whose template, padding and hidden states count. method: one of
-    `ENCODER_METHODS`. prompts: calibrated on (none: the shipped list "captions") beside the list
-    "general", a part of which is held out. The report's `facts`, which the file's header has too,
-    tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
-    max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
-    before anything is written.
+    `ENCODER_METHODS`. embeddings: "bf16", or "int8" with a scale a row. prompts: calibrated on
+    (none: the shipped list "captions") beside the list "general", a part of which is held out. The
+    report's `facts`, which the file's header has too, tell how far the states are that the denoiser
+    reads, on prompts that nothing was calibrated on. max_memory, `work`, resuming and Cancelled: as
+    in `quantize`. TenutoError says what cannot be, before anything is written.
     """
-    row = check_text_encoder(scheme, method, consumer)
+    row = check_text_encoder(scheme, method, consumer, embeddings)
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
     tokens, tokenizer = source.tokenizer_tensors(), source.tokenizer()
     encoder = source.load(device, max_memory)
@@ -104,15 +110,17 @@ def quantize_text_encoder(
     notes = parts(on_progress, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
     how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
     made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
+    made.tables = embedding_codes(encoder) if embeddings == "int8" else {}
     notes["measure"](0, 1, "measuring")
     facts = {
         "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
-        "method": method, "prompts": len(lines) + 1, "seed": seed,
+        "method": method, "embeddings": embeddings, "prompts": len(lines) + 1, "seed": seed,
         "states": made.measured(calls_for(*given, unseen, read_alone=True), device),
     }  # fmt: skip
     if method.endswith("gptq"):
         facts["layers_nearest"] = made.layers_nearest
-    plan = encoder_plan(made.encoder, source.names, made.codes, made.scheme, tokens, facts)
+    plan = encoder_plan(made.encoder, source.names, made.codes, made.scheme, tokens, facts,
+                        made.tables)  # fmt: skip
     plan.dropped += source.unused()
     report = processes().once(lambda: write_encoder(plan, Path(out), notes["write"]))
     report.facts = facts
@@ -125,6 +133,7 @@ class EncoderCodes:
     """The codes of an encoder's layers. original: as it was given. encoder: the same with folded
     scales, whose weights `codes` stand for. nearest: those of `original` rounded to nearest.
     layers_nearest: how many layers have these. notes: sentences for a user. job: what made them.
+    tables: codes of embeddings.
     """
 
     original: nn.Module
@@ -135,6 +144,7 @@ class EncoderCodes:
     layers_nearest: int
     job: EncoderJob
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, QTensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -188,10 +198,19 @@ class EncoderCodes:
     def measured(self, calls: Sequence[Call], device: Any) -> list[dict[str, Any]]:
         """Of each state that is read: its distance from full precision, beside to nearest."""
         full = self.states(calls, {}, device)
-        found = states_apart(full, self.states(calls, self.codes, device, self.encoder))
-        plain = states_apart(full, self.states(calls, self.nearest, device))
+        found = states_apart(
+            full, self.states(calls, {**self.codes, **self.tables}, device, self.encoder)
+        )
+        plain = states_apart(full, self.states(calls, {**self.nearest, **self.tables}, device))
         read = calls[0].read or ("last",)
         return [
             {"state": name, "quantized": one, "nearest": other}
             for name, one, other in zip(read, found, plain, strict=True)
         ]
+
+
+def embedding_codes(encoder: nn.Module) -> dict[str, QTensor]:
+    """The table of an encoder's words in 8 bits, a scale a row."""
+    values: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+    name = next(n for n, module in encoder.named_modules() if module is values)
+    return {name: QTensor.nearest(values.weight, TABLE.weight)}

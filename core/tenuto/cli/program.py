@@ -237,6 +237,7 @@ def text_encoder(
     scheme: x.Scheme,
     out: x.Out,
     method: x.Method = "gptq",
+    embeddings: x.Embeddings = "bf16",
     prompts: o.Prompts = None,
     config: x.Config = None,
     seed: o.Seed = 0,

@@ -23,6 +23,7 @@ def text_encoder(
     scheme: str,
     out: Path,
     method: str = "gptq",
+    embeddings: str = "bf16",
     prompts: Path | None = None,
     config: Path | None = None,
     seed: int = 0,
@@ -35,7 +36,7 @@ def text_encoder(
     from .session import work_kept_until_done
 
     bars = bars or Bars()
-    check_text_encoder(scheme, method, consumer)
+    check_text_encoder(scheme, method, consumer, embeddings)
     if out.suffix.lower() != ".safetensors":
         raise TenutoError(f"The file is one that ends in .safetensors, and {out.name} is none.")
     work, lines = check_out(out), [] if prompts is None else read_prompts(prompts)
@@ -43,9 +44,9 @@ def text_encoder(
     silence(bars.watched)
     with work_kept_until_done(work, out):
         report = quantize_text_encoder(
-            model, out, scheme=scheme, consumer=consumer, method=method, prompts=lines,
-            config=config, seed=seed, device=device_of(device), max_memory=max_memory, work=work,
-            on_progress=bars("Quantizing"),
+            model, out, scheme=scheme, consumer=consumer, method=method, embeddings=embeddings,
+            prompts=lines, config=config, seed=seed, device=device_of(device),
+            max_memory=max_memory, work=work, on_progress=bars("Quantizing"),
         )  # fmt: skip
     bars.close()
     where = f"put {shlex.quote(str(out))} into ComfyUI's models/text_encoders; Load CLIP has it."

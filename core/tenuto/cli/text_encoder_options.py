@@ -45,6 +45,14 @@ Method = Annotated[
         METHODS, "M",
     ),
 ]  # fmt: skip
+Embeddings = Annotated[
+    str,
+    _choice(
+        "--embeddings", QUANTIZATION,
+        "Of the words: bf16, or int8 with a scale a row, which halves them (a GB of UMT5).",
+        ("bf16", "int8"), "E",
+    ),
+]  # fmt: skip
 Config = Annotated[
     Path | None,
     Option(

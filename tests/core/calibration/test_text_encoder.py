@@ -74,6 +74,8 @@ def as_transformers(path: Path, source: EncoderSource) -> nn.Module:
             coded = end == "weight" and layer in file.layers
             value = file.decode(layer, shape) if coded else file.file.get_tensor(name)
             state[names.in_model(name)] = value.float()
+    if "shared.weight" in state:  # the same table
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
     encoder.load_state_dict(state)
     return encoder
 
@@ -152,6 +154,28 @@ def test_the_tokenizer_is_copied_byte_for_byte(made: Made, tmp_path: Path) -> No
     single = single_file(folder, tmp_path / "umt5.safetensors", spiece_model=b"another one")
     source = encoder_source(str(single), ("umt5",), folder)
     assert bytes(source.tokenizer_tensors()["spiece_model"].tolist()) == b"another one"
+
+
+@pytest.mark.parametrize(
+    ("consumer", "table"), [("wan", "shared"), ("lumina2", "model.embed_tokens")]
+)
+def test_embeddings_in_8_bits(consumer: str, table: str, made: Made, tmp_path: Path) -> None:
+    """They are measured with the rest, and the file has what was measured."""
+    _, _, folder = made(consumer)
+    source, out = source_of(folder, consumer), tmp_path / "a.safetensors"
+    report = tenuto.quantize_text_encoder(
+        folder, out, scheme="w8a8", consumer=consumer, method="rtn", embeddings="int8"
+    )
+    full = unseen_states(source.load().float(), source, consumer)
+    low = unseen_states(as_transformers(out, source), source, consumer)
+    said = report.facts["states"][-1]["quantized"]
+    assert states_apart(full, low)[-1]["relative_l2"] == pytest.approx(
+        said["relative_l2"], rel=2e-3
+    )
+    with comfy_file(out) as file:
+        assert file.layers[table] == {"format": "int8_tensorwise"} and table in report.layers
+        assert file.file.get_tensor(f"{table}.weight").dtype is torch.int8
+    assert report.kept == len(report.layers) and not any("convol" in d for d in report.dropped)
 
 
 def single_file(folder: Path, path: Path, **tokens: bytes) -> Path:

@@ -103,6 +103,7 @@ def test_what_cannot_be_gets_one_sentence_and_no_file(what: str, tmp_path: Path)
         ({"method": "magic"}, "rtn, awq, gptq, awq-gptq, not by 'magic'"),
         ({"consumer": "sdxl"}, "Unknown consumer 'sdxl'"),
         ({"config": "."}, "--config is for a single file"),
+        ({"embeddings": "int4"}, "Embeddings are in bf16 or int8, not in 'int4'"),
     ],
 )
 def test_what_is_asked_for_must_be_there(given: Any, said: str, tmp_path: Path) -> None:

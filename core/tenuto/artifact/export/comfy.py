@@ -76,9 +76,9 @@ def write(plan: Plan, out: Path, settings: Settings, on_progress: Progress | Non
 
 def _chosen(plan: Plan, settings: Settings) -> Iterator[tuple[str, Layout]]:
     """(layer, layout) of what is quantized; what is left out is said."""
-    unknown, known = 0, set(plan.quantized())
+    unknown, known = 0, set(plan.quantized()) - plan.tables
     convs, outer = len(known - plan.linears), len((known & plan.linears) - plan.inner)
-    for host in sorted(plan.inner):
+    for host in sorted(plan.inner | plan.tables):
         scheme = plan.scheme(host)
         if scheme is None and settings.scheme is None:
             continue

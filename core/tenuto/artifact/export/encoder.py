@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ...model import KeyMap, Place, describe
 from ...model.encoder_names import EncoderNames, known_to_hosts
-from ...numerics import QTensor, Scheme
+from ...numerics import QTensor, Scheme, schemes
 from ...progress import Progress
 from ..artifact import Artifact
 from . import comfy
 from .plan import Plan, Settings
 from .report import Report
 
-FILE_TYPE = ".safetensors"
+TABLE = schemes.W8A16  # of embeddings: a scale a row
 
 
 def encoder_plan(
@@ -31,23 +31,27 @@ def encoder_plan(
     scheme: Scheme,
     tokens: Mapping[str, Tensor],
     about: Mapping[str, Any],
+    tables: Mapping[str, QTensor] | None = None,
 ) -> Plan:
     """What a file of `encoder` has, whose layers are in `codes` by the model's own names.
 
-    tokens: tensors with the tokenizer. about: what the header says of it. ModelError where nothing
-    in it has codes.
+    tokens: tensors with the tokenizer. about: what the header says of it. tables: embeddings in 8
+    bits (`TABLE`). ModelError where nothing in it has codes.
     """
-    keys = encoder_keys(encoder, names)
-    header: dict[str, Any] = {"layers": {}, "schemes": {scheme.name: scheme.to_json()}}
+    keys, tables = encoder_keys(encoder, names), tables or {}
+    known = {s.name: s.to_json() for s in (scheme, TABLE)}
+    header: dict[str, Any] = {"layers": {}, "schemes": known}
     tensors: dict[str, Tensor] = {}
-    for layer, q in codes.items():
-        host = keys.module(layer)[0]
-        header["layers"][host] = {"scheme": scheme.name, "shape": list(q.shape)}
-        tensors |= {f"weights/{k}": t for k, t in q.tensors(host).items()}
+    for own, some in ((scheme, codes), (TABLE, tables)):
+        for layer, q in some.items():
+            host = keys.module(layer)[0]
+            header["layers"][host] = {"scheme": own.name, "shape": list(q.shape)}
+            tensors |= {f"weights/{k}": t for k, t in q.tensors(host).items()}
     if not header["layers"]:
         raise ModelError("No layer of this encoder fits the format: nothing to write.")
     plan = Plan(encoder, keys, describe(encoder), Artifact(header, tensors))
     plan.more, plan.about = dict(tokens), dict(about)
+    plan.tables = frozenset(keys.module(layer)[0] for layer in tables)
     gone = sorted(n for n in encoder.state_dict() if n not in keys.places)
     eyes = [n for n in gone if n.startswith(names.dropped) and not n.startswith("encoder.")]
     if eyes:
