@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model import private_copy
-from ..numerics import QTensor, Scheme
+from ..numerics import QTensor, Rule, Scheme
+from ..progress import Progress
 from ..resources import prompts
 from ..sampling import HELD_OUT
 from .algorithms.nearest import RoundToNearest, weight_of
 from .bank import Bank
+from .by_block import Values
 from .replay import token_error
 
 SEEN, HELD = slice(0, None, 2), slice(1, None, 4)  # of the 64: 32 are calibrated on, 16 held out
@@ -96,3 +98,16 @@ def better(
         else:
             put({name: best[name]})
     return best
+
+
+def rounded_to_nearest(
+    rules: Mapping[str, Rule], values: Values, note: Progress | None = None
+) -> dict[str, QTensor]:
+    """Every layer at the nearest codes of its weight in `values`, as its rule has them."""
+    plain, found = RoundToNearest(), dict[str, QTensor]()
+    plan = {name: rule.scheme for name, rule in rules.items() if rule.scheme is not None}
+    for name, scheme in plan.items():
+        if note is not None:
+            note(len(found), len(plan), name)
+        found[name] = plain.weight(values.of(f"{name}.weight"), scheme.weight)
+    return found

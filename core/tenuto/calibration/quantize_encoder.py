@@ -40,9 +40,9 @@ from ..sampling.reads import States
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
-from .by_block import Values, by_block
+from .by_block import by_block, with_codes
 from .codes import Codes
-from .held_out import apart, better, calibration_prompts, captions
+from .held_out import apart, better, calibration_prompts, captions, rounded_to_nearest
 from .job import Job
 from .presets import recipe_for
 from .result_check import checked_encoder
@@ -189,12 +189,12 @@ class EncoderJob(Job):
         if not calls:
             self.run(work, on_progress)
             return
-        notes = parts(on_progress, {"before": PART, "blocks": WHOLE, "after": PART})
+        notes = parts(on_progress, {"before": 3 * PART, "blocks": WHOLE, "after": PART})
 
         def states(model: nn.Module) -> States:
             return [row for call in calls for row in states_read(model, call)]
 
-        self.plain = plain = rounded_to_nearest(self, self.values, notes["before"])
+        self.plain = plain = rounded_to_nearest(self.plan, self.values, notes["before"])
         full, twin = states(self.model), with_codes(self.denoiser, self.device, plain)
         rounded = cosines(full, states(twin))
         del twin
@@ -239,33 +239,6 @@ class EncoderJob(Job):
     def described(self) -> dict[str, Any]:
         """What a header says: the layers, what the pipeline reads, what was measured there."""
         return super().described() | self.facts
-
-
-@torch.no_grad()
-def with_codes(encoder: nn.Module, device: Any, codes: Mapping[str, QTensor]) -> nn.Module:
-    """A copy in fp32 with the weights that `codes` stand for, a block at a time in memory."""
-    twin = by_block(encoder, describe(encoder).blocks, device, codes)
-    places = dict(encoder.named_parameters(remove_duplicate=False))
-    for name, q in codes.items():
-        weight = places[f"{name}.weight"]
-        for place in (n for n, p in places.items() if p is weight):  # a table has several
-            own = twin.get_parameter(place)
-            if not own.is_meta:  # outside of the blocks
-                own.copy_(q.dequantize())
-    return twin
-
-
-def rounded_to_nearest(
-    job: Job, values: Values, note: Progress | None = None
-) -> dict[str, QTensor]:
-    """Every layer that a job quantizes at the nearest codes of its weight in `values`."""
-    plain, found = RoundToNearest(), dict[str, QTensor]()
-    plan = {name: rule.scheme for name, rule in job.plan.items() if rule.scheme is not None}
-    for name, scheme in plan.items():
-        if note is not None:
-            note(len(found), len(plan), name)
-        found[name] = plain.weight(values.of(f"{name}.weight"), scheme.weight)
-    return found
 
 
 def unread_blocks(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:

@@ -26,10 +26,10 @@ from ..sampling import HELD_OUT, Call, cosines, processes, states_read
 from ..sampling.consumers import Consumer, calls_for, consumer_of
 from ..sampling.encoder_source import encoder_source
 from ..sampling.reads import States, states_apart
-from .by_block import Values
+from .by_block import Values, with_codes
 from .fold import folded
-from .held_out import calibration_prompts, captions
-from .quantize_encoder import EncoderJob, encoder_job, rounded_to_nearest, unread_blocks, with_codes
+from .held_out import calibration_prompts, captions, rounded_to_nearest
+from .quantize_encoder import EncoderJob, encoder_job, unread_blocks
 
 FP8 = Scheme("fp8-layer", Format(dtype="e4m3", granularity="tensor"))
 ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--scheme` calls them
@@ -171,7 +171,7 @@ class EncoderCodes:
         made = cls(encoder, source, scheme, job.weights, job.plain, held["layers_nearest"], job)
         if source is encoder:
             return made
-        made.nearest = rounded_to_nearest(job, Values(encoder, job.device, {}))
+        made.nearest = rounded_to_nearest(job.plan, Values(encoder, job.device, {}))
         known = [call for call in calls if call.row == HELD_OUT]
         full, low = (made.states(known, codes, device) for codes in ({}, made.nearest))
         cosine = cosines(full, low)
