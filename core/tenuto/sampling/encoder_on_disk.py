@@ -76,8 +76,13 @@ def is_too_large(paths: Sequence[Path], max_memory: int | None) -> bool:
     return size_in_memory(paths) > most
 
 
-def on_disk(kind: Any, config: Any, paths: Sequence[Path], device: Any) -> nn.Module:
-    """An encoder whose blocks are read when they are called; ModelError if a tensor is missing."""
+def on_disk(
+    kind: Any, config: Any, paths: Sequence[Path], device: Any, unread: tuple[str, ...] = ()
+) -> nn.Module:
+    """An encoder whose blocks are read when they are called; ModelError if a tensor is missing.
+
+    unread: how the names of what reads no text begin, which may be missing.
+    """
     from accelerate import init_empty_weights
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
     from accelerate.utils import set_module_tensor_to_device
@@ -92,6 +97,10 @@ def on_disk(kind: Any, config: Any, paths: Sequence[Path], device: Any) -> nn.Mo
     inside = tuple(f"{block}." for block in blocks)
     for name, tensor in state.items():
         if name not in files and name in tied:
+            continue
+        if name not in files and name.startswith(unread):
+            blank = torch.zeros(tensor.shape, device=device)
+            set_module_tensor_to_device(model, name, device, value=blank)
             continue
         dtype, shape = _checked(files, name, tensor)
         value = torch.empty(shape, dtype=dtype, device="meta")

@@ -95,7 +95,7 @@ class EncoderSource:
             kind = _class_of(auto, config)
             how = {"output_loading_info": True, "dtype": "auto", "use_safetensors": True}
             if is_too_large(self.files, max_memory):
-                return on_disk(kind, config, self.files, device)
+                return on_disk(kind, config, self.files, device, self.names.dropped)
             if self.single:
                 state = {self.names.in_model(k): v for k, v in self._tensors()}
                 model, info = kind.from_pretrained(None, config=config, state_dict=state, **how)

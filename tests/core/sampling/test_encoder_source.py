@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import tenuto
 from tenuto.errors import TenutoError
+from tenuto.model import Weights
 from tenuto.model.encoder_names import NAMES, known_to_hosts
+from tenuto.sampling.encoder_source import encoder_source
 from tests.core.tiny_encoders import encoder_folder
+from tests.core.tiny_language import sighted
 from tests.core.tiny_pipelines import clip
 
 
@@ -151,6 +154,32 @@ def test_names_go_to_files_and_back() -> None:
     ):  # fmt: skip
         assert NAMES[kind].in_file(name) == host
         assert host is None or NAMES[kind].in_model(host) == name
+
+
+@pytest.mark.parametrize("kind", ["Gemma3", "Mistral3", "Qwen3VL", "Qwen2_5_VL"])
+@pytest.mark.parametrize("single", [False, True])
+def test_an_encoder_with_eyes_from_a_hubs_folder(kind: str, single: bool, tmp_path: Path) -> None:
+    """Its names there are others than in memory; on disk, and without eyes, it is the same."""
+    model = sighted(f"{kind}ForConditionalGeneration")
+    model.save_pretrained(tmp_path)
+    own: Any = model.config
+    source = encoder_source(str(tmp_path), (own.model_type,))
+    whole = source.load()
+    if single:
+        state = whole.state_dict()
+        pairs = ((source.names.in_file(name), t) for name, t in state.items())
+        save_file({n: t.clone() for n, t in pairs if n is not None}, tmp_path / "e.safetensors")
+        source = encoder_source(str(tmp_path / "e.safetensors"), (own.model_type,), tmp_path)
+    apart = source.load(max_memory=1000)
+    values, found = Weights(apart), dict(apart.named_parameters())
+    assert found.keys() == dict(whole.named_parameters()).keys()
+    assert any(p.is_meta for p in found.values())
+    for name, wanted in whole.named_parameters():
+        if not single or source.names.in_file(name) is not None:
+            assert torch.equal(values(found[name]), wanted), name
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(apart(input_ids=ids)[0], whole(input_ids=ids)[0])
 
 
 def test_which_encoder_a_host_takes_a_file_for() -> None:

@@ -46,7 +46,7 @@ def encoder_plan(
         for layer, q in some.items():
             host = keys.module(layer)[0]
             header["layers"][host] = {"scheme": own.name, "shape": list(q.shape)}
-            tensors |= {f"weights/{k}": t for k, t in q.tensors(host).items()}
+            tensors |= {f"weights/{k}": t for k, t in q.to("cpu").tensors(host).items()}
     if not header["layers"]:
         raise ModelError("No layer of this encoder fits the format: nothing to write.")
     plan = Plan(encoder, keys, describe(encoder), Artifact(header, tensors))
