@@ -123,7 +123,6 @@ def quantize_text_encoder(
                         made.tables)  # fmt: skip
     plan.dropped += source.unused()
     report = processes().once(lambda: write_encoder(plan, Path(out), notes["write"]))
-    report.facts = facts
     report.notes += [*made.notes, *([SAME] if scheme == "w4a16" else [])]
     return report
 

@@ -50,7 +50,8 @@ def text_encoder(
         )  # fmt: skip
     bars.close()
     where = f"put {shlex.quote(str(out))} into ComfyUI's models/text_encoders; Load CLIP has it."
-    return Answer("\n".join(lines_of(report)), report.to_json(), next=where)
+    known = report.facts["known_as"] is not None
+    return Answer("\n".join(lines_of(report)), report.to_json(), next=where if known else "")
 
 
 def _check_kept(out: Path, model: Path) -> None:

@@ -43,6 +43,7 @@ def test_it_writes_one_file_and_says_how_far_the_states_are(
         "No encoder that ComfyUI knows",
     ):  # fmt: skip
         assert words in " ".join(said.split()), words
+    assert "Next:" not in said  # no host would take it
 
 
 def test_json_has_what_the_header_has(folder: Path, tmp_path: Path, capfd: Any) -> None:

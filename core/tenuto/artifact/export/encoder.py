@@ -59,7 +59,8 @@ def encoder_plan(
             f"{len(eyes)} tensors that read images ({eyes[0].split('.')[0]}): the denoiser gets "
             "states of the text alone."
         )
-    _ = plan.parts
+    rows = {name: plan.shape(name)[0] for name in plan.parts if plan.shape(name)}
+    plan.about["known_as"] = known_to_hosts(rows)
     return plan
 
 
@@ -76,8 +77,8 @@ def encoder_keys(encoder: nn.Module, names: EncoderNames) -> KeyMap:
 def write_encoder(plan: Plan, out: Path, on_progress: Progress | None = None) -> Report:
     """Write the file, whole or not at all; every layer is read back and compared."""
     report = comfy.write(plan, out, Settings(), on_progress)
-    rows = {name: plan.shape(name)[0] for name in plan.parts if plan.shape(name)}
-    known = known_to_hosts(rows)
+    report.facts = plan.about or {}
+    known = report.facts.get("known_as")
     if known is None:
         report.notes.append(
             "No encoder that ComfyUI knows has these names and sizes: its loaders will not take "
