@@ -9,6 +9,12 @@ quarter of it held out), what is measured on "evaluation" (on the last quarter),
 included. States: cosine to full
 precision over all tokens that count, mean and least, and relative L2; the row bf16 is what half
 precision does. Pictures: 20 steps, equal seeds. One JSON line a row, a table at the end.
+
+    python benchmarks/encoders.py --encoder flan-t5-small --files
+
+The numbers of files that ComfyUI reads, as `tenuto text-encoder` makes them, on "captions" too; dB:
+how much nearer than rounded to nearest. Inputs in int8: a range a token, as ComfyUI 0.31 to 0.33
+multiplies such layers; later ones, and all of fp8 and nvfp4, leave them in float.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -29,10 +36,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tenuto as tn
 from benchmarks.quantization import cpu_name
 from tenuto.artifact import Artifact
-from tenuto.calibration import WIDTHS, algorithms, encoder_job, fill
+from tenuto.calibration import (
+    ENCODER_METHODS,
+    ENCODER_SCHEMES,
+    WIDTHS,
+    EncoderCodes,
+    algorithms,
+    encoder_job,
+    fill,
+)
 from tenuto.measure import compare_all, states_distance
 from tenuto.runtime import encoder_layers
-from tenuto.sampling import calls_of
+from tenuto.sampling import Call, calls_of
 from tenuto.sampling.loading import defaults
 
 MODELS = ("transformer", "unet")
@@ -59,22 +74,30 @@ def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
         )
 
 
-def of_folder(folder: Path) -> Iterator[dict[str, Any]]:
+def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a trained encoder without a denoiser: states alone."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
     kind = T5EncoderModel if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
-    encoder = kind.from_pretrained(folder).eval()
+    encoder = kind.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
     lines = tn.prompts("general")
 
     def rows(some: list[str]) -> list[dict[str, Any]]:
-        given = tokenizer(["", *some], padding="max_length", max_length=64, return_tensors="pt")
-        keys = ("input_ids", "attention_mask")
-        return [{k: given[k][i : i + 1] for k in keys} for i in range(len(some) + 1)]
+        how = {"padding": "max_length", "max_length": 64, "truncation": True}
+        given = tokenizer(["", *some], **how, return_tensors="pt")
+        keys, start = ("input_ids", "attention_mask"), int(not given["attention_mask"][0].any())
+        return [{k: given[k][i : i + 1] for k in keys} for i in range(start, len(some) + 1)]
 
-    calibration = calls_of(rows(lines[::2]), held_out=rows(lines[1::4])[1:])
+    more = tn.prompts("captions") if files else []
+    held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
+    calibration = calls_of(rows([*more, *lines[::2]]), held_out=held)
     unseen = calls_of(rows(lines[3::4]))
+    if files:
+        yield from of_files(folder.name, encoder, calibration, unseen, files)
+        return
     for width in WIDTHS:
         for method in algorithms.names("encoder"):
             start = time.perf_counter()
@@ -85,6 +108,48 @@ def of_folder(folder: Path) -> Iterator[dict[str, Any]]:
             layers = encoder_layers(encoder, artifact, "text_encoder")
             facts = states_distance(encoder, unseen, layers)
             yield {"model": folder.name, "row": f"{width} {method}", "seconds": seconds} | facts
+
+
+def of_files(
+    name: str, encoder: Any, calibration: list[Call], unseen: list[Call], rows: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of the numbers of files."""
+    for scheme, method in (row.split() for row in rows):
+        start = time.perf_counter()
+        made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES[scheme], method)
+        seconds = time.perf_counter() - start
+        (found,) = made.measured(unseen, None)
+        one, other = found["quantized"], found["nearest"]
+        row = {"model": name, "row": f"{scheme} {method}", "seconds": seconds} | one
+        row["nearest"] = other["relative_l2"]
+        row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
+        if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
+            artifact = Artifact({"encoders": {}})
+            fill(artifact, "text_encoder", encoder, made.job)
+            layers = encoder_layers(encoder, artifact, "text_encoder")
+            row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
+            row["layers"] = len(layers)
+        yield row
+
+
+def markdown_of_files(rows: list[dict[str, Any]]) -> str:
+    """The rows of files as a table."""
+    text = [
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{datetime.date.today()}",
+        "",
+        "| model | file | cosine, mean (least) | relative L2 | rounded to nearest | dB nearer "
+        "| inputs in int8 | s |",
+        "| --- " * 8 + "|",
+    ]
+    for row in rows:
+        inputs = f"{row['int8']:.4f}" if "int8" in row else ""
+        text.append(
+            f"| {row['model']} | {row['row']} | {row['cosine']:.5f} ({row['least']:.4f}) "
+            f"| {row['relative_l2']:.4f} | {row['nearest']:.4f} | {row['db']:.1f} "
+            f"| {inputs} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(text)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -126,16 +191,21 @@ def main() -> None:
     )
     parser.add_argument("--model", default="all", choices=("all", *MODELS))
     parser.add_argument("--encoder", type=Path, help="a folder with an encoder: that alone")
+    parser.add_argument(
+        "--files", nargs="*", metavar="ROW", help='ComfyUI\'s files: "w4a8 gptq" ..., or all'
+    )
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
     of_models = [of_pipeline(name, args.count) for name in names]
-    sources = [of_folder(args.encoder)] if args.encoder else of_models
+    every = [f"{s} {m}" for s in ("w4a8", "nvfp4", "fp8", "w8a8") for m in ENCODER_METHODS]
+    files = None if args.encoder is None or args.files is None else args.files or every
+    sources = [of_folder(args.encoder, files)] if args.encoder else of_models
     rows = []
     for row in (row for source in sources for row in source):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    print("\n" + markdown(rows))
+    print("\n" + (markdown_of_files(rows) if files else markdown(rows)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 from .artifact import Artifact
 from .artifact.export import export
 from .caching import CacheSchedule
-from .calibration import Check, check, quantize, quantize_encoder, train_router
+from .calibration import (
+    Check,
+    check,
+    quantize,
+    quantize_encoder,
+    quantize_text_encoder,
+    train_router,
+)
 from .errors import ArtifactError, Cancelled, ModelError, SchemeError, TenutoError
 from .measure import compare
 from .model import describe
@@ -38,6 +45,7 @@ __all__ = [
     "prompts",
     "quantize",
     "quantize_encoder",
+    "quantize_text_encoder",
     "record",
     "schemes",
     "train_router",

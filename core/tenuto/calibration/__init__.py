@@ -7,19 +7,30 @@ from .presets import Preset, effort, recipe_for
 from .quantize import quantize
 from .quantize_encoder import WIDTHS, encoder_job, encoder_scheme, fill, quantize_encoder
 from .replay import outputs
+from .text_encoder import (
+    ENCODER_METHODS,
+    ENCODER_SCHEMES,
+    EncoderCodes,
+    check_text_encoder,
+    quantize_text_encoder,
+)
 from .train_router import PRESETS, train_router
 
 __all__ = [
     "ENCODERS",
+    "ENCODER_METHODS",
+    "ENCODER_SCHEMES",
     "PRESETS",
     "QUANTIZE",
     "ROUTER",
     "USES",
     "WIDTHS",
     "Check",
+    "EncoderCodes",
     "Preset",
     "algorithms",
     "check",
+    "check_text_encoder",
     "effort",
     "encoder_job",
     "encoder_scheme",
@@ -28,6 +39,7 @@ __all__ = [
     "prompts_needed",
     "quantize",
     "quantize_encoder",
+    "quantize_text_encoder",
     "recipe_for",
     "train_router",
 ]

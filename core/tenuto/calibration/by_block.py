@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import Weights, private_copy
+from ..model import Weights, describe, private_copy
 from ..numerics import QTensor
 
 FILL = "_fill"  # where a block has what fills it
@@ -83,6 +83,20 @@ def filled(model: nn.Module, name: str) -> nn.Module:
             with held(block):
                 return copy.deepcopy(model.get_submodule(name))
     return model.get_submodule(name)
+
+
+@torch.no_grad()
+def with_codes(encoder: nn.Module, device: Any, codes: Mapping[str, QTensor]) -> nn.Module:
+    """A copy in fp32 with the weights that `codes` stand for, a block at a time in memory."""
+    twin = by_block(encoder, describe(encoder).blocks, device, codes)
+    places = dict(encoder.named_parameters(remove_duplicate=False))
+    for name, q in codes.items():
+        weight = places[f"{name}.weight"]
+        for place in (n for n, p in places.items() if p is weight):  # a table has several
+            own = twin.get_parameter(place)
+            if not own.is_meta:  # outside of the blocks
+                own.copy_(q.dequantize())
+    return twin
 
 
 class Values:

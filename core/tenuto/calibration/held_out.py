@@ -6,18 +6,19 @@ shipped list "general" is always calibrated on, and another part of it decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..model import private_copy
-from ..numerics import QTensor, Scheme
+from ..numerics import QTensor, Rule, Scheme
+from ..progress import Progress
 from ..resources import prompts
 from ..sampling import HELD_OUT
 from .algorithms.nearest import RoundToNearest, weight_of
 from .bank import Bank
+from .by_block import Values
 from .replay import token_error
 
 SEEN, HELD = slice(0, None, 2), slice(1, None, 4)  # of the 64: 32 are calibrated on, 16 held out
@@ -58,15 +59,19 @@ def apart(bank: Bank, target: Tensor) -> tuple[Data, Data | None]:
 
 @torch.no_grad()
 def better(
-    block: nn.Module, found: Mapping[str, QTensor], layers: Mapping[str, Scheme], held: Data
+    block: nn.Module,
+    found: Mapping[str, QTensor],
+    layers: Mapping[str, Scheme],
+    held: Data,
+    plain: Mapping[str, QTensor] | None = None,
 ) -> dict[str, QTensor]:
     """`found`, with layers rounded to nearest that bring the block nearer to its target so.
 
     One layer after another, in the order of `found`, each with what was decided before it. held:
-    inputs and outputs of the block that calibration has not seen.
+    inputs and outputs of the block that calibration has not seen. plain: the layers to nearest.
     """
     device = next(block.parameters()).device
-    plain = RoundToNearest()(block, dict(layers))
+    plain = RoundToNearest()(block, dict(layers)) if plain is None else plain
     block, (bank, target) = private_copy(block), held
     rows = torch.arange(len(bank))
 
@@ -78,7 +83,7 @@ def better(
         return token_error(block, bank, rows, target, device)
 
     put(plain)
-    least, best = error(), plain
+    least, best = error(), dict(plain)
     put(found)
     calibrated = error()
     if calibrated <= least:
@@ -95,14 +100,14 @@ def better(
     return best
 
 
-def with_weights(
-    model: nn.Module, weights: Mapping[str, QTensor], source: nn.Module, measured: Callable[[], Any]
-) -> Any:
-    """What `measured` gives while `model` has such `weights`; then it has those of `source`."""
-    for name, q in weights.items():
-        weight_of(model, name).data.copy_(q.dequantize())
-    try:
-        return measured()
-    finally:
-        for name in weights:
-            weight_of(model, name).data.copy_(weight_of(source, name).data)
+def rounded_to_nearest(
+    rules: Mapping[str, Rule], values: Values, note: Progress | None = None
+) -> dict[str, QTensor]:
+    """Every layer at the nearest codes of its weight in `values`, as its rule has them."""
+    plain, found = RoundToNearest(), dict[str, QTensor]()
+    plan = {name: rule.scheme for name, rule in rules.items() if rule.scheme is not None}
+    for name, scheme in plan.items():
+        if note is not None:
+            note(len(found), len(plan), name)
+        found[name] = plain.weight(values.of(f"{name}.weight"), scheme.weight)
+    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
@@ -36,12 +36,13 @@ from ..sampling import (
     unprompted,
     work_in,
 )
+from ..sampling.reads import States
 from .algorithms import by_name, names
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
-from .by_block import by_block
+from .by_block import by_block, with_codes
 from .codes import Codes
-from .held_out import apart, better, calibration_prompts, captions, with_weights
+from .held_out import apart, better, calibration_prompts, captions, rounded_to_nearest
 from .job import Job
 from .presets import recipe_for
 from .result_check import checked_encoder
@@ -49,7 +50,7 @@ from .result_check import checked_encoder
 WIDTHS = {"w8": schemes.W8A16, "w4": schemes.W4A16}
 NEAREST = "nearest"  # the unit of all layers rounded to nearest
 WHOLE = 100_000  # what one encoder is worth in the progress
-PART = WHOLE // 20  # what measuring it is worth, before and after
+PART = WHOLE // 20  # what measuring it is worth, before (with rounding to nearest) and after
 
 
 def encoder_scheme(width: str, method: str) -> Scheme:
@@ -57,8 +58,10 @@ def encoder_scheme(width: str, method: str) -> Scheme:
     return _chosen(width, method)[0]
 
 
-def _chosen(width: str, method: str) -> tuple[Scheme, Any]:
+def _chosen(width: str | Scheme, method: str) -> tuple[Scheme, Any]:
     """The scheme, and the algorithm that rounds to it."""
+    if isinstance(width, Scheme):
+        return width, by_name(method, "encoder")
     try:
         scheme, algorithm = WIDTHS[width], by_name(method, "encoder")
     except (KeyError, SchemeError):
@@ -123,7 +126,7 @@ def quantize_encoder(
 def encoder_job(
     encoder: nn.Module,
     calls: Sequence[Call],
-    width: str,
+    width: str | Scheme,
     method: str,
     *,
     seed: int = 0,
@@ -131,11 +134,14 @@ def encoder_job(
     max_memory: int | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
-) -> Job:
-    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer."""
+) -> EncoderJob:
+    """One encoder quantized on `calls`, without a pipeline: `weights` and `errors` by layer.
+
+    width: as in `quantize_encoder`, or a scheme, whose weights alone count.
+    """
     scheme, algorithm = _chosen(width, method)
     backbone = describe(encoder)
-    unread = _unread(encoder, backbone, calls)
+    unread = unread_blocks(encoder, backbone, calls)
     rules = [
         replace(rule, algorithm=rule.scheme and algorithm)
         for rule in recipe_for(scheme, backbone, algorithm).rules
@@ -149,41 +155,52 @@ def encoder_job(
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
         "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
     }  # fmt: skip
-    job.run_measured(work_in(work, inputs), encoder, processes().told(on_progress))
+    job.run_measured(work_in(work, inputs), processes().told(on_progress))
     return job
 
 
 class EncoderJob(Job):
-    """The quantization of a text encoder: what it has not seen has a say, and is measured."""
+    """The quantization of a text encoder: what it has not seen has a say, and is measured.
+
+    plain: every layer rounded to nearest, where something was held out.
+    """
 
     facts: dict[str, Any]
+    plain: dict[str, QTensor]
     aims = True  # what is held out is judged by them
 
     def plain_copy(self, codes: Codes | None = None) -> nn.Module:
-        """In memory as a whole: it is run again and again."""
-        return by_block(self.denoiser, (), self.device, codes)
+        """In memory as a whole, for it is run again and again, unless it is on disk itself."""
+        return by_block(self.denoiser, self._apart, self.device, codes)
 
-    def run_measured(self, work: Work, source: nn.Module, on_progress: Progress | None) -> None:
-        """`run`, and how far the states that are read are from those of `source`, before and after.
+    @property
+    def _apart(self) -> tuple[str, ...]:
+        """The blocks that have their weights only when they are called."""
+        whole = not any(p.is_meta for p in self.denoiser.parameters())
+        return () if whole else self.backbone.blocks
+
+    def run_measured(self, work: Work, on_progress: Progress | None) -> None:
+        """`run`, and how far the states that are read are from full precision, before and after.
 
         Where calibrated weights are no better than nearest ones on what was held out, those stay.
         """
         calls = [call for call in self.trajectory.calls if call.row == HELD_OUT]
-        self.facts = {"read": list(self.trajectory.calls[0].read)}
+        self.facts, self.plain = {"read": list(self.trajectory.calls[0].read)}, {}
         if not calls:
             self.run(work, on_progress)
             return
-        notes = parts(on_progress, {"before": PART, "blocks": WHOLE, "after": PART})
-        notes["before"](0, 1, "held-out captions")
+        notes = parts(on_progress, {"before": 3 * PART, "blocks": WHOLE, "after": PART})
 
-        def states() -> list[list[Tensor]]:
-            return [row for call in calls for row in states_read(self.model, call)]
+        def states(model: nn.Module) -> States:
+            return [row for call in calls for row in states_read(model, call)]
 
-        full, plain = states(), self._plain()
-        rounded = cosines(full, with_weights(self.model, plain, source, states))
+        self.plain = plain = rounded_to_nearest(self.plan, self.values, notes["before"])
+        full, twin = states(self.model), with_codes(self.denoiser, self.device, plain)
+        rounded = cosines(full, states(twin))
+        del twin
         self.run(work, notes["blocks"])
         notes["after"](0, 1, "held-out captions")
-        found, least = _mean(cosines(full, states())), _mean(rounded)
+        found, least = _mean(cosines(full, states(self.model))), _mean(rounded)
         if found < least:
             kept = {k: t for n, q in plain.items() for k, t in q.tensors(n).items()}
             work.save(NEAREST, kept)
@@ -195,11 +212,6 @@ class EncoderJob(Job):
         }  # fmt: skip
         notes["after"](1, 1, "held-out captions")
 
-    def _plain(self) -> dict[str, QTensor]:
-        """Every layer rounded to nearest."""
-        layers = {name: rule.scheme for name, rule in self.plan.items() if rule.scheme is not None}
-        return RoundToNearest()(self.model, layers)
-
     def _rounded(
         self,
         algorithm: Any,
@@ -210,17 +222,26 @@ class EncoderJob(Job):
         note: Progress,
     ) -> dict[str, QTensor]:
         if data[0] is None:
-            return super()._rounded(algorithm, root, group, data, seed, note)
+            known = self._nearest(root, group) if isinstance(algorithm, RoundToNearest) else {}
+            return known or super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        return found if held is None else better(root, found, group, held)
+        return (
+            found if held is None else better(root, found, group, held, self._nearest(root, group))
+        )
+
+    def _nearest(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """Those of `plain` for layers inside of `root`, by their names there."""
+        unit = next(name for name, module in self.model.named_modules() if module is root)
+        start = f"{unit}." if unit else ""
+        return {n: self.plain[f"{start}{n}"] for n in group} if self.plain else {}
 
     def described(self) -> dict[str, Any]:
         """What a header says: the layers, what the pipeline reads, what was measured there."""
         return super().described() | self.facts
 
 
-def _unread(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
+def unread_blocks(encoder: nn.Module, backbone: Backbone, calls: Sequence[Call]) -> list[str]:
     """Blocks after the last hidden state that the pipeline reads."""
     read = calls[0].read
     places = [place for place in read if isinstance(place, int)]

@@ -51,9 +51,11 @@ from .session import (
     work_kept_until_done,
     written,
 )
+from .text_encoder import text_encoder
 
 __all__ = [
-    "app", "check", "compare", "demo", "export", "generate", "inspect", "quantize", "train_router",
+    "app", "check", "compare", "demo", "export", "generate", "inspect", "quantize", "text_encoder",
+    "train_router",
 ]  # fmt: skip
 
 ENCODERS = "encoders"  # the folder of the text encoders inside the work folder

@@ -16,6 +16,7 @@ from . import forecast_options as f
 from . import memory_options as m
 from . import options as o
 from . import run as runner
+from . import text_encoder_options as x
 from . import training_options as t
 from .arguments import spelled
 from .run import run
@@ -225,6 +226,28 @@ def export(
 ) -> int:
     """Write a model as a file that ComfyUI, GGUF loaders or diffusers read by themselves."""
     return run("export", locals())
+
+
+@program.command(
+    epilog="example: tenuto text-encoder Qwen3-4B --for z-image --scheme w4a8 "
+    "--out qwen_3_4b_w4a8.safetensors"
+)
+def text_encoder(
+    model: x.Encoder,
+    consumer: x.For,
+    scheme: x.Scheme,
+    out: x.Out,
+    method: x.Method = "gptq",
+    embeddings: x.Embeddings = "bf16",
+    prompts: o.Prompts = None,
+    config: x.Config = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    max_memory: m.MaxMemory = None,
+    as_json: o.Json = False,
+) -> int:
+    """Quantize a text encoder into one file that ComfyUI reads by itself; it resumes."""
+    return run("text_encoder", locals())
 
 
 @program.command(cls=Loose, epilog="example: tenuto inspect demo.safetensors --plot")

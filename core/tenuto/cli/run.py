@@ -17,7 +17,7 @@ from ..text import printable
 from .console import Answer, Bars
 
 BAD, INTERRUPTED = 2, 130  # exit codes
-RESUMES = ("quantize", "train_router")
+RESUMES = ("quantize", "train_router", "text_encoder")
 SHARED = "quantize"  # the command that several processes can do together
 
 

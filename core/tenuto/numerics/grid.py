@@ -53,6 +53,8 @@ class Grid:
             return Grid(scale, torch.zeros_like(step), step, form)
         if form.dtype == "e4m3":
             scale, zero = float8.covering(*row_range(rows))
+            if form.granularity == "tensor":
+                scale = scale.amax().expand_as(scale).contiguous()
             return Grid(scale, zero[:, None], None, form)
         if not form.group:
             scale, zero = search(rows, form.bits, form.symmetric)

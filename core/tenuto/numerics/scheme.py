@@ -19,8 +19,9 @@ DTYPES = ("int", "e4m3", "int8_levels", "e2m1")
 class Format:
     """One number format.
 
-    granularity: "channel" is one range per output channel (weights), "tensor" one for all values,
-    "token" one per row, found on the fly (per image in a convolution, whose pixels mix).
+    granularity: "channel" is one range per output channel (weights), "tensor" one for all values
+    (of weights, 8-bit floats alone), "token" one per row, found on the fly (per image in a
+    convolution, whose pixels mix).
     per_step: with "tensor", one range for every calibrated step (FSC of TFMQ-DM, arXiv 2311.16503).
     ranges: how a stored range is found: "minmax", "mse" or "percentile".
     group: of a weight's row, how many columns share a range; 0: all of them. See `grid.py`.
@@ -99,7 +100,8 @@ class Scheme:
         return self.weight.rotate or self.weight.dtype in LEVELS
 
     def __post_init__(self) -> None:
-        if self.weight.granularity != "channel":
+        whole = self.weight.granularity == "tensor" and self.weight.dtype == "e4m3"
+        if self.weight.granularity != "channel" and not whole:
             raise SchemeError("Weights are quantized per output channel, or in groups of it.")
         if self.weight.bits == 8 and not self.weight.symmetric:
             raise SchemeError(

@@ -96,7 +96,7 @@ class _Asked:
     @contextmanager
     def _watched(self, name: str, mark: int) -> Iterator[None]:
         encoder, seen, reads = self.encoders[name], self.seen[name], self.reads[name]
-        facts, fixed = Signature(encoder), _without_cache(encoder)
+        facts, fixed = Signature(encoder), without_cache(encoder)
 
         def keep(_: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = facts.inputs(args, kwargs)
@@ -138,7 +138,7 @@ class _Asked:
                 vars(encoder)["generate"] = before
 
 
-def _without_cache(encoder: nn.Module) -> dict[str, Any]:
+def without_cache(encoder: nn.Module) -> dict[str, Any]:
     """The keyword of a language model by which it keeps no keys and values for a next call."""
     config: Any = getattr(encoder, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -21,7 +21,7 @@ from .processes import processes
 log = logging.getLogger("tenuto")
 
 PREFIX = "demo:"
-LISTS = ("default", "evaluation", "general")
+LISTS = ("default", "evaluation", "general", "captions")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -78,6 +78,7 @@ def _shipped_models() -> list[str]:
 def prompts(name: str = "default") -> list[str]:
     """A shipped list of prompts: "default" (calibration), "evaluation", or "general" (any model).
 
+    "captions" are longer, for text encoders that are calibrated by themselves.
     "default" and "evaluation" name what the demo models know, and share no class.
     """
     if name not in LISTS:

@@ -19,6 +19,7 @@ from .trajectory import Call
 
 STATES = "hidden_states"
 Read = tuple[int | str, ...]
+States = list[list[Tensor]]  # by row of a call and state: (T, D)
 
 
 class Reads:
@@ -121,6 +122,23 @@ def _tokens(state: Tensor, counted: Tensor | None) -> Tensor:
     rows = state.detach().float().cpu()
     rows = rows if rows.ndim > 1 else rows[None]
     return rows if counted is None or len(counted) != len(rows) else rows[counted > 0]
+
+
+def states_apart(full: States, low: States) -> list[dict[str, float]]:
+    """How far each state is from full precision over all tokens, the mean, the worst, and as L2.
+
+    full, low: by row and state, as `states_read` gives them of calls.
+    """
+    found = []
+    for a, b in zip(zip(*full, strict=True), zip(*low, strict=True), strict=True):
+        wanted, given = torch.cat(a).double(), torch.cat(b).double()
+        cosine = nn.functional.cosine_similarity(wanted, given)
+        gap = float((given - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        found.append({
+            "cosine": float(f"{float(cosine.mean()):.6g}"), "least": float(f"{cosine.min():.6g}"),
+            "relative_l2": float(f"{gap:.4g}"),
+        })  # fmt: skip
+    return found
 
 
 def cosines(full: Sequence[Sequence[Tensor]], low: Sequence[Sequence[Tensor]]) -> list[float]:

@@ -68,16 +68,17 @@ def write(plan: Plan, out: Path, settings: Settings, on_progress: Progress | Non
     check_room(out, specs)
     with whole_file(out) as part:
         job.write(part, specs, on_progress)
-    _notes(plan, report, settings)
-    report.files += [write_companion(plan, report, out)]
+    if plan.about is None:
+        _notes(plan, report, settings)
+        report.files += [write_companion(plan, report, out)]
     return report
 
 
 def _chosen(plan: Plan, settings: Settings) -> Iterator[tuple[str, Layout]]:
     """(layer, layout) of what is quantized; what is left out is said."""
-    unknown, known = 0, set(plan.quantized())
+    unknown, known = 0, set(plan.quantized()) - plan.tables
     convs, outer = len(known - plan.linears), len((known & plan.linears) - plan.inner)
-    for host in sorted(plan.inner):
+    for host in sorted(plan.inner | plan.tables):
         scheme = plan.scheme(host)
         if scheme is None and settings.scheme is None:
             continue
@@ -160,7 +161,8 @@ class _Job:
                 found[self.name(f"{layer}.input_scale")] = torch.float32, ()
             mark = self._mark(layer)
             found[self.name(f"{layer}.{MARK}")] = torch.uint8, tuple(mark.shape)
-        return found
+        more = {name: (t.dtype, tuple(t.shape)) for name, t in self.plan.more.items()}
+        return found | more
 
     def write(self, part: Path, specs: dict[str, Spec], on_progress: Progress | None) -> None:
         """All tensors; every layer is read back as soon as it is there."""
@@ -168,6 +170,8 @@ class _Job:
         said = {HEADER: json.dumps({"format_version": "1.0", "layers": layers})}
         step = counted_progress(on_progress, len(self.plan.parts))
         with TensorsFile(part, specs, metadata(self.plan, self.report, said)) as file:
+            for name, tensor in self.plan.more.items():
+                file.put(name, tensor)
             for host in self.plan.parts:
                 step(host)
                 value = self.plan.value(host)

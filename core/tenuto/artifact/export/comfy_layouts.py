@@ -72,6 +72,9 @@ def _fp8_specs(shape: tuple[int, ...]) -> dict[str, Spec]:
 
 def _fp8(weight: Tensor, codes: QTensor | None) -> Coded:
     """q * s with one scale for all: codes of a scale a row cannot be so, and are found anew."""
+    if codes is not None and codes.dtype == "e4m3" and bool((codes.scale == codes.scale[0]).all()):
+        tensors = {"weight": codes.qdata.view(float8.CODES), "weight_scale": codes.scale[0].clone()}
+        return Coded(tensors, codes.dequantize(), True)
     scale = (weight.abs().amax() / float8.MOST).clamp_min(float8.TINY)
     levels = float8.levels(weight / scale)
     tensors = {"weight": float8.bytes_of(levels).view(float8.CODES), "weight_scale": scale}

@@ -53,8 +53,9 @@ class Plan:
     """One denoiser, under the names of `keys`.
 
     artifact: what is known of it, in these names, or None. original: the same as it was given, in
-    canonical names.
-    dropped: one sentence on each thing that the format cannot hold.
+    canonical names. dropped: one sentence on each thing that the format cannot hold. more: tensors
+    that are written as they are. about: of a text encoder what a header says of it, which goes
+    without a companion. tables: its embeddings that have codes.
     """
 
     denoiser: nn.Module
@@ -63,6 +64,9 @@ class Plan:
     artifact: Artifact | None = None
     original: Artifact | None = None
     dropped: list[str] = field(default_factory=list)
+    more: dict[str, Tensor] = field(default_factory=dict)
+    about: dict[str, Any] | None = None
+    tables: frozenset[str] = frozenset()
 
     @cached_property
     def parts(self) -> dict[str, list[tuple[str, Place]]]:

@@ -32,7 +32,7 @@ class Report:
 
     layers: (how a layer is written, how many of them kept the artifact's codes) by name. error: the
     relative error of the layer whose weight is farthest from the model's. host: the first version
-    of a host that reads it.
+    of a host that reads it. facts: of a text encoder, what its file says of it.
     """
 
     format: str
@@ -45,6 +45,7 @@ class Report:
     host: str = ""
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def after(self) -> int:
@@ -74,7 +75,7 @@ class Report:
             "bytes_in_bf16": self.before, "layers_by_kind": self.kinds, "kept_codes": self.kept,
             "weight_error": self.error, "host": self.host, "dropped": self.dropped,
             "notes": self.notes,
-        }  # fmt: skip
+        } | ({"encoder": self.facts} if self.facts else {})  # fmt: skip
 
 
 def lines_of(report: Report) -> list[str]:
@@ -116,6 +117,8 @@ def travelling(plan: Plan, report: Report) -> dict[str, Any]:
         "family": plan.backbone.family, "model_class": plan.keys.model_class,
         "layers": report.kinds,
     }  # fmt: skip
+    if plan.about is not None:
+        made["encoder"] = plan.about
     known = plan.original
     if known is None:
         return made

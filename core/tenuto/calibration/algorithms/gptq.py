@@ -77,7 +77,7 @@ class GPTQ:
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)]
-        found = RoundToNearest()(block, layers)  # what the block never calls stays like that
+        found: dict[str, QTensor] = {}
         for group in shared_inputs(block, list(layers), bank, device):
             if on_progress:
                 on_progress(done, len(layers), "compensating")
@@ -99,7 +99,9 @@ class GPTQ:
                     made, name, layer.weight.shape, layers[name].weight
                 )
                 layer.weight.data.copy_(found[name].dequantize())
-        return found
+        never = {name: scheme for name, scheme in layers.items() if name not in found}
+        found |= RoundToNearest()(whole, never)  # what the block does not call
+        return {name: found[name] for name in layers}
 
     def _moments(
         self,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import quantize, record
+from tenuto import quantize, quantize_text_encoder, record
 from tenuto.artifact.export import export, read_companion
 from tenuto.artifact.export.comfy_reader import comfy_file
 from tenuto.artifact.export.gguf_blocks import KINDS
@@ -22,6 +22,7 @@ from tenuto.numerics import QTensor, Scheme, schemes
 from tenuto.numerics.scheme import Recipe, Rule
 from tenuto.sampling import OutputKernel
 from tests.core import tiny_pipelines
+from tests.core.tiny_encoders import encoder_folder
 
 NATIVE = {"COMFY_W4A8": "asym_w4a8_int8", "COMFY_W6A8": "asym_w4a8_int8", "COMFY_INT8":
           "int8_tensorwise", "NVFP4": "nvfp4", "W8A8": "int8_tensorwise"}  # fmt: skip
@@ -91,6 +92,20 @@ def test_comfy_kitchen_reads_what_our_reader_reads(scheme: str, tmp_path: Path) 
         for layer, facts in file.layers.items():
             own = file.decode(layer)
             assert torch.equal(by_kitchen(file, layer, facts)[: len(own)], own), layer
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a8", "fp8", "nvfp4"])
+def test_comfy_kitchen_reads_calibrated_text_encoders(scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip(
+        "comfy_kitchen", reason="needs comfy-kitchen, 190 MB: pip install comfy-kitchen==0.2.40"
+    )
+    folder, out = encoder_folder(tmp_path / "e", "z-image"), tmp_path / "q.safetensors"
+    report = quantize_text_encoder(folder, out, scheme=scheme, consumer="z-image")
+    with comfy_file(out) as file:
+        for layer, facts in file.layers.items():
+            own = file.decode(layer)
+            assert torch.equal(by_kitchen(file, layer, facts)[: len(own)], own), layer
+        assert set(file.layers) == set(report.layers) and report.kept == 21
 
 
 @pytest.mark.parametrize("name", NATIVE)

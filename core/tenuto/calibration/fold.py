@@ -1,0 +1,179 @@
+"""AWQ for files that have no scale per column: what is chosen is folded into the layer before.
+
+Lin et al. 2023 (arXiv 2306.00978): columns that see large inputs are rounded more finely,
+    W^ = Q(W diag(s)),   of inputs divided by s,   s = mean|x|^r,
+where what makes the inputs gives them so: a norm's weight over s, or the rows over s of the linear
+before. Hosts then need not know of s. Norms are in bf16 in a file, so s is taken as what the
+rounded norm divides by: the fold is exact. See `algorithms/awq.py` for codes that have an s.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Backbone, describe, layers, private_copy
+from ..model.backbone import Subset
+from ..numerics import Format, QTensor, fits
+from ..progress import Progress
+from ..sampling import HELD_OUT, Call
+from .bank import Bank
+from .chain import Chain
+from .moments import inputs_seen, patches
+from .replay import outputs, token_error
+
+RATIOS = 10  # how many r: 0, 0.1, ...
+ROWS = 32  # of a block's recorded inputs, on which each r is tried
+EXACT = 1e-3  # of a block's outputs: from there on a fold has changed what the block computes
+
+
+@torch.no_grad()
+def folded(
+    encoder: nn.Module,
+    calls: Sequence[Call],
+    form: Format,
+    device: Any = None,
+    unread: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of `encoder` in fp32 that computes the same and is rounded to `form` with less error.
+
+    calls: as `encoder_job` takes them; those held out are not looked at. unread: blocks that stay.
+    """
+    backbone = describe(encoder)
+    twin = private_copy(encoder).float().eval().requires_grad_(False)
+    device = next(twin.parameters()).device if device is None else torch.device(device)
+    seen = [call for call in calls if call.row != HELD_OUT]
+    blocks = [name for name in backbone.blocks if name not in unread]
+    chain = Chain(twin, backbone.blocks, backbone.blocks, set(blocks), seen, device, None)
+    for place, name in enumerate(blocks):
+        if on_progress is not None:
+            on_progress(place, len(blocks), name)
+        bank, _ = chain.data(name)
+        _Block(twin, name, bank, form, device).fold(backbone)
+        chain.passed(name)
+    return twin
+
+
+class _Block:
+    """One block: what is folded in it, one subset after the other."""
+
+    def __init__(self, model: nn.Module, name: str, bank: Bank, form: Format, device: Any) -> None:
+        count = min(len(bank), bank.enough(ROWS))
+        some = torch.arange(count) * len(bank) // count
+        self.name, self.bank, self.device = name, bank.part(some), device
+        self.form = replace(form, ranges="minmax")  # the search of ranges takes its time
+        self.root = model.get_submodule(name)
+        self.target = outputs(self.root, self.bank, device)
+        self.rows = torch.arange(count)
+        self.tried = private_copy(self.root)  # with rounded weights
+        self.able = {n for n, layer in layers(self.root) if fits(layer.weight.shape, form)}
+        for layer in self.able:
+            self._round(layer)
+
+    def fold(self, backbone: Backbone) -> None:
+        """All subsets of the block, in its order."""
+        for subset in backbone.subsets:
+            inner = _inside(subset, self.name)
+            if inner is not None and inner.fold and self.able.issuperset(inner.linears):
+                self._subset(inner.linears, inner.fold)
+
+    def _subset(self, linears: tuple[str, ...], place: str) -> None:
+        weights = {name: _weight(self.root, name) for name in linears}
+        best, least = None, self._error()
+        for scale in self._scales(linears[0]):
+            for name, weight in weights.items():
+                rounded = QTensor.nearest(weight * scale, self.form).dequantize()
+                _weight(self.tried, name).copy_(rounded / scale)
+            wrong = self._error()
+            if wrong < least:
+                best, least = scale, wrong
+        exact = None if best is None else self._folded(place, linears, best)
+        for name in (*linears, *((place,) if exact and place in self.able else ())):
+            self._round(name)
+        if exact:
+            self.tried.get_submodule(place).load_state_dict(
+                {k: v for k, v in self.root.get_submodule(place).state_dict().items()
+                 if k != "weight" or place not in self.able}, strict=False,
+            )  # fmt: skip
+
+    def _scales(self, layer: str) -> Iterator[Tensor]:
+        """s (K,) for every r but 0, of a geometric mean of 1 between its ends."""
+        size, count = torch.zeros((), device=self.device), 0
+        for seen in inputs_seen(self.root, [layer], self.bank, self.rows, self.device):
+            if layer in seen:
+                x = patches(self.root.get_submodule(layer), seen[layer]).flatten(0, 1).float()
+                size, count = size + x.abs().sum(0), count + len(x)
+        for step in range(1, RATIOS) if count else ():
+            s = (size / count).pow(step / RATIOS).clamp_min(1e-4)
+            yield s / (s.max() * s.min()).sqrt()
+
+    def _folded(self, place: str, linears: tuple[str, ...], scale: Tensor) -> bool:
+        """Fold a scale into `place`; undone where the block does not compute the same after it.
+
+        Something else may read what a norm gives, such as the gate of experts.
+        """
+        layer: Any = self.root.get_submodule(place)
+        if getattr(layer, "bias", None) is not None and not isinstance(layer, nn.Linear):
+            return False  # in bf16 it would be rounded
+        before = copy.deepcopy(self.root.state_dict())
+        if isinstance(layer, nn.Linear):
+            if len(layer.weight) != len(scale):
+                return False
+            layer.weight.div_(scale[:, None])
+            if layer.bias is not None:
+                layer.bias.div_(scale)
+        else:
+            scale = _into_norm(layer, scale)
+        for name in linears:
+            _weight(self.root, name).mul_(scale)
+        found = outputs(self.root, self.bank, self.device)
+        if float((found - self.target).norm()) <= EXACT * float(self.target.norm()):
+            return True
+        self.root.load_state_dict(before)
+        return False
+
+    def _round(self, name: str) -> None:
+        rounded = QTensor.nearest(_weight(self.root, name), self.form).dequantize()
+        _weight(self.tried, name).copy_(rounded)
+
+    def _error(self) -> float:
+        return token_error(self.tried, self.bank, self.rows, self.target, self.device)
+
+
+def _into_norm(norm: Any, scale: Tensor) -> Tensor:
+    """Divide a norm's factor by about `scale`, to a weight in bf16; returns what it is by exactly.
+
+    Some norms multiply by 1 + weight: they give something with a weight of zero.
+    """
+    own: Tensor = norm.weight
+    blank = copy.deepcopy(norm)
+    blank.weight.zero_()
+    probe = torch.linspace(1, 2, len(own), device=own.device)
+    offset = 1.0 if bool(blank(probe[None]).any()) else 0.0
+    factor = own + offset
+    new = (factor / scale - offset).bfloat16().float()
+    same = (factor == 0) | (new + offset == 0)
+    new = torch.where(same, own, new)
+    exact = torch.where(same, torch.ones_like(factor), factor / (new + offset))
+    own.copy_(new)
+    return exact
+
+
+def _inside(subset: Subset, block: str) -> Subset | None:
+    """A subset in the names of a block that has all of it; None of another block's."""
+    start = f"{block}."
+    if not all(name.startswith(start) for name in (*subset.linears, subset.fold or start)):
+        return None
+    cut = len(start)
+    return Subset(tuple(n[cut:] for n in subset.linears), subset.fold and subset.fold[cut:])
+
+
+def _weight(block: nn.Module, name: str) -> Tensor:
+    layer: Any = block.get_submodule(name)
+    return layer.weight
