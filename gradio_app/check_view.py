@@ -13,7 +13,7 @@ from .view import card, table
 NAMES = {
     "model": "Model", "family": "Family", "quantized": "Quantized", "in float": "Full precision",
     "time-only": "Time path", "can be reused": "Can be reused", "text encoder": "Text encoder",
-    "stays as it is": "Stays as it is", "in ComfyUI": "In ComfyUI", "memory": "Memory",
+    "stays as it is": "Stays as it is", "in hosts": "In ComfyUI and the WebUIs", "memory": "Memory",
     QUANTIZE: "Quantizing", ROUTER: "Cache schedule", "estimated": "Estimated",
 }  # fmt: skip
 OF = {

@@ -113,7 +113,7 @@ class Check:
             yield "text encoder", f"{name}, {facts['class']}, {size} parameters: {how}"
         for name, cls in self.further.items():
             yield "stays as it is", f"{name}, {cls}"
-        yield "in ComfyUI", self._hosts()
+        yield "in hosts", self._hosts()
         yield from self._costs()
 
     def _share(self, key: str) -> str:
@@ -123,7 +123,8 @@ class Check:
         if self.temporal is None:
             return "looked for when a run is recorded"
         count = counted(len(self.temporal), "module")
-        return f"{count} that can become tables, {self._share('time-only')} of the weights"
+        become = "a table" if len(self.temporal) == 1 else "tables"
+        return f"{count} that can become {become}, {self._share('time-only')} of the weights"
 
     def _hosts(self) -> str:
         if not self.hosts:
@@ -139,7 +140,8 @@ class Check:
                 place = "in memory, or on disk where memory has no room"
                 yield "recorded inputs", f"about {gib(size)} {place}"
         for use, facts in self.time.get("uses", {}).items():
-            took = f"at least {duration(facts['seconds'])}"
+            little = facts["seconds"] < 0.1
+            took = "under a second" if little else f"at least {duration(facts['seconds'])}"
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"
         if self.time.get("how"):
             yield "estimated", self.time["how"]
