@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..artifact.export import check_format, lines_of
+from ..artifact.export import LIBRARIES, check_format, lines_of
 from ..artifact.export import export as exported
 from ..errors import TenutoError
 from ..sampling.loading import check_model, load_denoisers
@@ -15,7 +15,7 @@ from .console import Answer, Bars
 NEXT = {  # what to do with a file
     "comfy": "put {out} into ComfyUI's models/diffusion_models; Load Diffusion Model has it.",
     "gguf": "put {out} into ComfyUI's models/unet; the loader of ComfyUI-GGUF has it.",
-    "diffusers": "from_pretrained({out!r}) of the model's class, with torchao installed.",
+    "diffusers": "from_pretrained({out!r}) of the model's class, with {library} installed.",
     "float": "load_state_dict of {out} in Python, or tenuto compare to see what the codes cost.",
 }
 
@@ -29,12 +29,13 @@ def export(
     scheme: str | None = None,
     prefix: str = "",
     part: str = "",
+    library: str = LIBRARIES[0],
     bars: Bars | None = None,
 ) -> Answer:
     """Write a file that another program reads by itself, and say what is in it."""
     bars = bars or Bars()
     check_model(model)
-    form = check_format(to, out, scheme, prefix)
+    form = check_format(to, out, scheme, prefix, library)
     if form.SUFFIX:
         check_file(out)
     _check_kept(out, Path(model), artifact)
@@ -43,10 +44,11 @@ def export(
     with damage_told(artifact):
         report = exported(
             pipe, to, out, artifact=known, scheme=scheme, prefix=prefix, part=part,
+            library=library,
             on_progress=bars("Exporting"),
         )  # fmt: skip
     bars.close()
-    where = NEXT[to].format(out=shlex.quote(str(out)))
+    where = NEXT[to].format(out=shlex.quote(str(out)), library=library)
     return Answer("\n".join(lines_of(report)), report.to_json(), next=where)
 
 

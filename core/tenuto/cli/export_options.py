@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from ..artifact.export import FORMATS
+from ..artifact.export import FORMATS, LIBRARIES
 from .options import OUTPUT, _choice
 
 To = Annotated[
@@ -27,6 +27,13 @@ Scheme = Annotated[
         "--scheme", metavar="S", rich_help_panel=OUTPUT,
         help="How layers inside the blocks are rounded that the artifact has no codes of: a name "
         "that the format knows, such as w8a8 or q8_0.",
+    ),
+]  # fmt: skip
+Library = Annotated[
+    str,
+    _choice(
+        "--library", OUTPUT, "Whose layers a folder for diffusers has: " + ", ".join(LIBRARIES)
+        + " (sdnq has convolutions in 8 bits, too).", LIBRARIES, "L",
     ),
 ]  # fmt: skip
 Prefix = Annotated[

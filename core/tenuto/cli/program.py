@@ -220,6 +220,7 @@ def export(
     out: e.Out,
     artifact: o.WithArtifact = None,
     scheme: e.Scheme = None,
+    library: e.Library = e.LIBRARIES[0],
     prefix: e.Prefix = "",
     part: e.Part = "",
     as_json: o.Json = False,

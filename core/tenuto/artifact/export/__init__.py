@@ -24,6 +24,7 @@ from .report import COMPANION, Report, lines_of
 __all__ = [
     "COMPANION",
     "FORMATS",
+    "LIBRARIES",
     "Plan",
     "Report",
     "Settings",
@@ -48,10 +49,15 @@ def formats() -> dict[str, ModuleType]:
 
 
 FORMATS = ("comfy", "diffusers", "float", "gguf")  # as `--to` names them: the files here
+LIBRARIES = ("torchao", "sdnq")  # whose layers a folder for diffusers may have
 
 
 def check_format(
-    to: str, out: str | Path, scheme: str | None = None, prefix: str = ""
+    to: str,
+    out: str | Path,
+    scheme: str | None = None,
+    prefix: str = "",
+    library: str = LIBRARIES[0],
 ) -> ModuleType:
     """The module of a format; TenutoError where it does not go with what is asked for."""
     known = formats()
@@ -69,6 +75,10 @@ def check_format(
         raise TenutoError(
             "A prefix is for --to comfy alone, and made of words with a dot after each."
         )
+    if library not in LIBRARIES or (library != LIBRARIES[0] and to != "diffusers"):
+        raise TenutoError(
+            f"A library is for --to diffusers alone, and one of {', '.join(LIBRARIES)}."
+        )
     return form
 
 
@@ -81,6 +91,7 @@ def export(
     scheme: str | None = None,
     prefix: str = "",
     part: str = "",
+    library: str = LIBRARIES[0],
     inputs: Mapping[str, float] | None = None,
     on_progress: Progress | None = None,
 ) -> Report:
@@ -90,13 +101,14 @@ def export(
     artifact: whose codes are written where the format has such ones, and whose cache schedule
     travels along. scheme: of the layers inside the blocks that have no codes, rounded to nearest.
     prefix: before every name ("model.diffusion_model." for a checkpoint). part: which denoiser of
-    several, as the pipeline calls it. inputs: layer -> the largest size of its inputs, for fp8.
+    several, as the pipeline calls it. library: of `LIBRARIES`, whose layers a folder for diffusers
+    has. inputs: layer -> the largest size of its inputs, for fp8.
     Every layer is read back and compared. TenutoError says what cannot be exported.
     """
-    form = check_format(to, out, scheme, prefix)
+    form = check_format(to, out, scheme, prefix, library)
     known = None if artifact is None else Artifact.of(artifact)
     plan = planned(model, form.keys_of, known, part)
-    settings = Settings(scheme, prefix, inputs or {})
+    settings = Settings(scheme, prefix, inputs or {}, library)
     form.check(plan, settings)
     try:
         return form.write(plan, Path(out), settings, on_progress)

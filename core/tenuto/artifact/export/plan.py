@@ -40,12 +40,14 @@ class Settings:
     """How a format is written.
 
     scheme: of layers without codes; None leaves them in float. prefix: before every name. inputs:
-    canonical layer -> the largest size of its inputs, where a recorded pass found it.
+    canonical layer -> the largest size of its inputs, where a recorded pass found it. library:
+    whose layers a folder has.
     """
 
     scheme: str | None = None
     prefix: str = ""
     inputs: Mapping[str, float] = field(default_factory=dict)
+    library: str = "torchao"
 
 
 @dataclass

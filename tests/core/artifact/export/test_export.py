@@ -147,6 +147,7 @@ def test_the_wrong_artifact_is_refused(tiny: Any, rounded: Any, tmp_path: Path) 
         ({"to": "gguf", "scheme": "q8_0"}, "ends in .gguf"),
         ({"to": "diffusers", "scheme": "w8a8"}, "is a folder, and x.safetensors is none"),
         ({"to": "comfy", "scheme": "w8a8", "part": "transformer_2"}, "no denoiser 'transformer_2'"),
+        ({"to": "comfy", "scheme": "w8a8", "library": "sdnq"}, "for --to diffusers alone"),
     ],
 )
 def test_what_is_asked_for_must_make_sense(
@@ -274,6 +275,30 @@ def test_a_folder_for_diffusers(tiny: Any, rounded: Any, contents: Any, tmp_path
     with pytest.raises(TenutoError, match="is there already"):
         export(model, "diffusers", out, artifact=artifact)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_with_layers_of_sdnq(
+    tiny: Any, rounded: Any, contents: Any, tmp_path: Path
+) -> None:
+    """Convolutions too: the artifact's codes under the layers' own names, a scale for every tap."""
+    model, artifact, out = tiny("unet"), rounded("unet"), tmp_path / "folder"
+    report = export(model, "diffusers", out, artifact=artifact, library="sdnq")
+    tensors, _ = contents(out / "diffusion_pytorch_model.safetensors")
+    known, layers = artifact.section("weights"), artifact.header["layers"]
+    assert set(report.layers) == set(layers) and report.kept == len(layers)
+    assert any(len(facts["shape"]) == 4 for facts in layers.values())
+    for name, facts in layers.items():
+        codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
+        assert codes.dtype is torch.int8 and list(codes.shape) == facts["shape"]
+        assert torch.equal(codes.flatten(1), known[f"{name}.qdata"].flatten(1))
+        assert list(scale.shape) == [facts["shape"][0], 1, *facts["shape"][2:]]
+        assert torch.equal(scale.flatten(1).amax(1), known[f"{name}.scale"])
+        assert torch.equal(scale.flatten(1).amin(1), known[f"{name}.scale"])
+    about = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert about["quant_method"] == "sdnq" and about["quant_conv"]
+    kinds = nn.Linear | nn.Conv2d
+    every = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds)}
+    assert set(about["modules_to_not_convert"]) == every - {f"{name}.weight" for name in layers}
 
 
 # --- scales per column, and files that must stay --------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import quantize, quantize_text_encoder, record
+from tenuto import attach, quantize, quantize_text_encoder, record
 from tenuto.artifact.export import export, read_companion
 from tenuto.artifact.export.comfy_reader import comfy_file
 from tenuto.artifact.export.gguf_blocks import KINDS
@@ -229,3 +229,31 @@ def test_diffusers_loads_the_folder_with_our_codes(
             assert (tensor.act_quant_kwargs is not None) == dynamic
         else:
             assert torch.equal(tensor, own[key].bfloat16()), key
+
+
+def test_sdnq_loads_the_folder_with_our_codes(tiny: Any, rounded: Any, tmp_path: Path) -> None:
+    """A U-Net with its convolutions: the artifact's codes and scales, and what they compute."""
+    pytest.importorskip("sdnq", reason="needs sdnq: pip install sdnq==0.2.8")
+    artifact, model, out = rounded("unet", "W8A16"), tiny("unet"), tmp_path / "u"
+    report = export(model, "diffusers", out, artifact=artifact, library="sdnq")
+    found = type(model).from_pretrained(out, torch_dtype=torch.float32)
+    section = artifact.section("weights")
+    coded = {n for n, m in found.named_modules() if type(m).__name__.startswith("SDNQ")}
+    assert coded == set(report.layers) == set(artifact.header["layers"])
+    for name in coded:
+        layer = found.get_submodule(name)
+        assert torch.equal(layer.weight.flatten(1), section[f"{name}.qdata"].flatten(1))
+        assert torch.equal(layer.scale.flatten(1)[:, 0], section[f"{name}.scale"])
+    torch.manual_seed(0)
+    given: dict[str, Any] = {
+        "sample": torch.randn(2, model.config.in_channels, 8, 8), "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 5, model.config.cross_attention_dim),
+    }  # fmt: skip
+    with torch.no_grad(), attach(model, artifact):
+        wanted = model(**given).sample
+    rest = {k for k in model.state_dict() if k.removesuffix(".weight") not in coded}
+    own = model.state_dict()
+    found.load_state_dict({k: own[k] for k in rest}, strict=False)  # the file has them in bf16
+    with torch.no_grad():
+        apart = found(**given).sample - wanted
+    assert float(apart.norm()) <= 1e-3 * float(wanted.norm())
