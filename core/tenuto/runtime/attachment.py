@@ -100,10 +100,11 @@ def attach(
     check_originals(originals)
     how = Calls.asked(compile, graphs)
     if artifact is None or artifact == DEFAULT_FORECAST:
+        if artifact is None and speedup is None and once:
+            return install(model, Patches(execution=execution), chooser, how, once=True)
         if artifact is None and speedup is None:
             raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
-        speedup = AUTO if speedup is None else speedup
-        patches = Patches(speedup=speedup, kernel=default_kernel_of(model))
+        patches = Patches(speedup=speedup or AUTO, kernel=default_kernel_of(model))
         return install(model, patches, chooser, how, originals, once)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
@@ -156,8 +157,9 @@ def install(
             models += [encoder for encoder, _ in encoders.values()]
             attached.patches.append(Parked(attached.swaps(), models, originals))
         for name, backbone in backbones.items():
-            plan = found[name].plan
-            attached.patches += once_(found[name].denoiser, backbone, plan.policy is None)
+            part = found[name]
+            whole = part.plan.policy is None
+            attached.patches += once_(part.denoiser, backbone, whole, part.clock)
         for part in found.values():
             call, around = how.of(part.denoiser, part.plan.policy is not None)
             attached.patches += around

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-import re
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,21 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from ..model import (
-    Backbone,
     Override,
     Signature,
     override_,
     own_modules,
     tensors_in,
 )
+from ..sampling import Clock
 from .kernels.quantize_input import compiling
 from .same_memory import key_of, place_of, plain, state_of, unusual, versions
 
 MOST = 8  # inputs of a layer that are kept: streams of guidance, and prompts by turns
-KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj")  # of cross-attention, as diffusers names them
-TEXT = re.compile(r"caption|context|text|txt|cap_|prompt|encoder|cond_embed")
-NORMS = ("LayerNorm", "RMSNorm", "FP32LayerNorm")
-KINDS = (nn.Linear, nn.LayerNorm, nn.GELU, nn.SiLU)
 
 
 @dataclass(eq=False)
@@ -75,12 +71,16 @@ class Once:
 
     cells: what answers once, by kind and name. given: all arguments of the call but the sample and
     the timestep, as (sources, keys); None where they are no ordinary tensors. An argument that its
-    caller lets go of takes with it what was made of it: nothing outlives a run whose prompt does
-    not.
+    caller lets go of takes with it what was made of it, and nothing outlives a run where `clock`
+    knows of runs, nor a change of adapters: these write to weights so that nobody sees it. One
+    thread at a time: what calls meanwhile computes as ever.
     """
 
-    def __init__(self, denoiser: nn.Module, cells: Mapping[str, type[Cell]]) -> None:
-        self.facts = Signature(denoiser)
+    def __init__(
+        self, denoiser: nn.Module, cells: Mapping[str, type[Cell]], clock: Clock | None = None
+    ) -> None:
+        self.facts, self.clock = Signature(denoiser), clock
+        self._start()
         self._moving: dict[str, bool] = {}  # by the name of an argument
         self.sources: dict[int, Source] = {}  # by the place of memory, of arguments and answers
         self.cells: list[Cell] = []
@@ -94,10 +94,39 @@ class Once:
             self.patches.append(override_(modules[name], self.cells[-1]))
         self.patches.append(override_(denoiser, self))
 
+    def _start(self) -> None:
+        self.lock, self.thread = threading.RLock(), 0
+        self._adapters: tuple[Any, ...] = ()
+        self._wrapped: list[Any] = []
+        self._latest: tuple[Any, ...] = ()
+
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not compiling():
+        if compiling() or not self.lock.acquire(blocking=False):
+            return original(*args, **kwargs)
+        try:
+            self.thread = threading.get_ident()
+            latest = None if self.clock is None else self.clock.run, self._merged(module)
+            if latest != self._latest:
+                self.clear()
+                self._latest = latest
             self._look(args, kwargs)
-        return original(*args, **kwargs)
+            return original(*args, **kwargs)
+        finally:
+            self.thread = 0
+            self.lock.release()
+
+    def _merged(self, denoiser: nn.Module) -> tuple[Any, ...]:
+        """The adapters that a denoiser has, and how many of them are in its weights."""
+        found = tuple(getattr(denoiser, "peft_config", None) or ())
+        if found != self._adapters:
+            wrapped = denoiser.modules() if found else ()
+            self._wrapped = [m for m in wrapped if hasattr(m, "merged_adapters")]
+            self._adapters = found
+        return found, sum(len(m.merged_adapters) for m in self._wrapped)
+
+    def mine(self) -> bool:
+        """Whether this thread is in the call that was looked at."""
+        return self.thread == threading.get_ident()
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of a call."""
@@ -109,8 +138,12 @@ class Once:
             if plain(tensor):
                 self._argument(tensor)
         self.calls += 1
-        if self.whole and all(map(plain, tensors)):
-            self.given = tuple(map(self.source, tensors)), tuple(map(key_of, tensors))
+        if self.whole and all(map(plain, tensors)) and not self._adapters:
+            parts = [m for patch in self.patches[:-1] for m in patch.module.modules()]
+            if any(m._forward_hooks or m._forward_pre_hooks for m in parts):
+                return  # one hands on what it was given by another: all of them count
+            state = tuple(state_of(m) for m in parts)
+            self.given = tuple(map(self.source, tensors)), (*map(key_of, tensors), state)
 
     def _conditions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         """As `Signature.conditions`, in a tenth of the time."""
@@ -177,6 +210,8 @@ class Once:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.facts, clone.sources = self.facts, {}
+        clone.clock = copy.deepcopy(self.clock, memo)
+        clone._start()
         clone.calls, clone.given, clone.whole, clone._moving = 0, None, self.whole, {}
         clone.cells = copy.deepcopy(self.cells, memo)
         clone.patches = copy.deepcopy(self.patches, memo)
@@ -197,7 +232,8 @@ class Cell:
         return clone
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if compiling() or kwargs or len(args) != 1 or not plain(args[0]) or unusual(args[0]):
+        able = not compiling() and self.once.mine() and not kwargs and len(args) == 1
+        if not able or not plain(args[0]) or unusual(args[0]):
             return original(*args, **kwargs)
         return self._answer(original, module, args[0])
 
@@ -237,30 +273,6 @@ class Cell:
         gone = self.answers.pop(key, None)
         for tensor in tensors_in(gone.out) if gone is not None else ():
             self.once.sources.pop(place_of(tensor), None)
-
-
-def candidates(denoiser: nn.Module, backbone: Backbone) -> Iterator[str]:
-    """Keys and values of cross-attention, and what embeds a prompt outside of the blocks, by name.
-
-    Not a layer whose input has a range of its own at each step: it answers otherwise at each.
-    """
-    across = tuple(f"{b.name}." for b in backbone.branches if b.kind == "cross-attention")
-    for name, module in own_modules(denoiser):
-        ranges = getattr(module, "input_scale", None)
-        if not name or next(module.children(), None) is not None or by_step(ranges):
-            continue
-        if name.startswith(across):
-            wanted = isinstance(module, nn.Linear) and name.rpartition(".")[2] in KEYS
-        else:
-            text = TEXT.search(name) is not None and backbone.block_of(name) is None
-            wanted = text and (isinstance(module, KINDS) or type(module).__name__ in NORMS)
-        if wanted:
-            yield name
-
-
-def by_step(ranges: Any) -> bool:
-    """Whether an input has a range of its own at each step."""
-    return isinstance(ranges, Tensor) and len(ranges) > 1
 
 
 def _gone(once: weakref.ref[Once], place: int, _: Any) -> None:

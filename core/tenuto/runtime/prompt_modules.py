@@ -6,16 +6,24 @@ is known by the arguments of the denoiser instead: all of them but the sample an
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..model import Backbone, adapted, tensors_in
-from .computed_once import Answer, Cell, Once, by_step, candidates
+from ..model import Backbone, adapted, own_modules, tensors_in
+from ..sampling import Clock
+from .computed_once import Answer, Cell, Once
 from .kernels.quantize_input import compiling
 from .same_memory import place_of, plain, state_of, unusual, versions
 from .temporal_table import TemporalTable
 from .weights_in_place import PLAIN
+
+KEYS = ("to_k", "to_v", "add_k_proj", "add_v_proj")  # of cross-attention, as diffusers names them
+TEXT = re.compile(r"caption|context|text|txt|cap_|prompt|encoder|cond_embed")
+NORMS = ("LayerNorm", "RMSNorm", "FP32LayerNorm")
+KINDS = (nn.Linear, nn.LayerNorm, nn.GELU, nn.SiLU)
 
 
 class Whole(Cell):
@@ -34,7 +42,7 @@ class Whole(Cell):
         return clone
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if compiling():
+        if compiling() or not self.once.mine():
             return original(*args, **kwargs)
         return self._whole(original, module, args, kwargs)
 
@@ -62,11 +70,13 @@ class Whole(Cell):
         return out
 
 
-def once_(denoiser: nn.Module, backbone: Backbone, whole: bool = True) -> list[Once]:
+def once_(
+    denoiser: nn.Module, backbone: Backbone, whole: bool = True, clock: Clock | None = None
+) -> list[Once]:
     """Put `Once` into a denoiser; [] where nothing in it could answer so.
 
     backbone: described before anything was put in. whole: modules that the family names too; not
-    where something inside reuses outputs of its own.
+    where something inside reuses outputs of its own. clock: which tells runs apart, if it moves.
     """
     names = [name for name in backbone.prompt if whole and _steady(denoiser, name)]
     inside = tuple(f"{name}." for name in names)
@@ -74,7 +84,31 @@ def once_(denoiser: nn.Module, backbone: Backbone, whole: bool = True) -> list[O
         name: Cell for name in candidates(denoiser, backbone) if not f"{name}.".startswith(inside)
     }
     cells |= dict.fromkeys(names, Whole)
-    return [Once(denoiser, cells)] if cells else []
+    return [Once(denoiser, cells, clock)] if cells else []
+
+
+def candidates(denoiser: nn.Module, backbone: Backbone) -> Iterator[str]:
+    """Keys and values of cross-attention, and what embeds a prompt outside of the blocks, by name.
+
+    Not a layer whose input has a range of its own at each step: it answers otherwise at each.
+    """
+    across = tuple(f"{b.name}." for b in backbone.branches if b.kind == "cross-attention")
+    for name, module in own_modules(denoiser):
+        ranges = getattr(module, "input_scale", None)
+        if not name or next(module.children(), None) is not None or by_step(ranges):
+            continue
+        if name.startswith(across):
+            wanted = isinstance(module, nn.Linear) and name.rpartition(".")[2] in KEYS
+        else:
+            text = TEXT.search(name) is not None and backbone.block_of(name) is None
+            wanted = text and (isinstance(module, KINDS) or type(module).__name__ in NORMS)
+        if wanted:
+            yield name
+
+
+def by_step(ranges: Any) -> bool:
+    """Whether an input has a range of its own at each step."""
+    return isinstance(ranges, Tensor) and len(ranges) > 1
 
 
 def _steady(denoiser: nn.Module, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -217,13 +218,17 @@ class Cross(nn.Module):
 
 
 def cross() -> nn.Module:
+    model = Cross().eval()
+    described_as_cross(model)
+    return model
+
+
+def described_as_cross(model: nn.Module) -> None:
     from tenuto.model import Backbone, Branch, describing
 
-    model = Cross().eval()
     describing(model, lambda m: Backbone(
         "cross", ("blocks.0",), (Branch("blocks.0.attn2", "cross-attention", "blocks.0"),)
     ))  # fmt: skip
-    return model
 
 
 @pytest.fixture
@@ -396,11 +401,7 @@ def test_an_adapter_lies_round_it() -> None:
     inject_adapter_in_model(config, model)
     inject_adapter_in_model(config, plain)
     plain.load_state_dict(model.state_dict())
-    from tenuto.model import Backbone, Branch, describing
-
-    describing(model, lambda m: Backbone(
-        "cross", ("blocks.0",), (Branch("blocks.0.attn2", "cross-attention", "blocks.0"),)
-    ))  # fmt: skip
+    described_as_cross(model)
     x, step, prompt = torch.randn(2, 8), torch.ones(1), torch.randn(2, 3, 6)
     with put(model) as once, torch.no_grad():
         for scale in (1.0, 1.0, 0.3):
@@ -443,7 +444,105 @@ def test_a_whole_module_with_an_adapter_is_computed() -> None:
     assert not torch.equal(plain[1], plain[2])
 
 
+def test_an_adapter_that_is_merged() -> None:
+    """It writes to the weights beneath, of which no version tells."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    model = cross()
+    config = LoraConfig(r=2, target_modules=["to_k", "text"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    described_as_cross(model)
+    plain = copy.deepcopy(model)
+    x, step, prompt = torch.randn(2, 8), torch.ones(1), torch.randn(2, 3, 6)
+    with put(model) as once, torch.no_grad():
+        for change in ("merge", "unmerge"):
+            for _ in range(2):
+                assert torch.equal(model(x, step, prompt), plain(x, step, prompt))
+            for one in (model, plain):
+                for layer in one.modules():
+                    if isinstance(layer, LoraLayer):
+                        getattr(layer, change)()
+        assert torch.equal(model(x, step, prompt), plain(x, step, prompt))
+        assert once.counts()[1] >= 2
+
+
+def test_nothing_outlives_a_run() -> None:
+    """Where a clock knows of runs: weights may have changed in a way that no version tells."""
+    model, clock = cross(), tn.sampling.Clock((0.0,))
+    x, step, prompt = torch.randn(2, 8), torch.ones(1), torch.randn(2, 3, 6)
+    with put(model, clock=clock) as once, torch.no_grad():
+        first = [model(x, step, prompt) for _ in range(2)][1]
+        assert once.counts() == [2, 2]
+        model.text.weight.data.mul_(2)
+        clock.begin()
+        found = model(x, step, prompt)
+        assert not torch.equal(found, first)
+    with torch.no_grad():
+        assert torch.equal(model(x, step, prompt), found)
+
+
+def test_another_thread_in_the_same_model(toy: Any) -> None:
+    """It computes as ever, and leaves no answers of its own."""
+    model, once, call = toy
+    one, other = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    found: list[Tensor] = []
+
+    def beside(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+    @torch.no_grad()
+    def work() -> None:
+        found.append(model(torch.zeros(2, 8), torch.ones(1), other))
+
+    wanted = [call(p) for p in (one, other)]
+    hook = model.blocks[0]["attn2"]["to_k"].register_forward_pre_hook(beside)
+    before = once.counts()
+    more = torch.randn(2, 3, 6)
+    call(more)
+    hook.remove()
+    assert once.counts() == [before[0] + 2, before[1]]
+    assert len(found) == 1 and once.mine() is False
+    plain = copy.deepcopy(model)
+    assert all(map(torch.equal, (call(one), call(other)), wanted))
+    with torch.no_grad():
+        assert torch.equal(found[0], plain(torch.zeros(2, 8), torch.ones(1), other))
+
+
+def test_somebody_listens_inside_of_a_whole_module() -> None:
+    """Hooks are called at every step, and what they change is changed."""
+    model, known = built(FAMILIES["flux3"]), FAMILIES["flux3"].inputs(Draw(0), 0.5)
+    inner = next(m for n, m in model.named_modules() if n.startswith("txt_mode_blocks") and
+                 isinstance(m, nn.Linear))  # fmt: skip
+    calls: list[int] = []
+
+    def outputs() -> list[Tensor]:
+        calls.clear()
+        with torch.no_grad():
+            return [model(**known)[0] for _ in range(3)]
+
+    hook = inner.register_forward_hook(lambda m, a, out: calls.append(1) or out * len(calls))
+    plain, often = outputs(), len(calls)
+    with put(model):
+        assert all(map(torch.equal, outputs(), plain)) and len(calls) == often
+    hook.remove()
+    assert not torch.equal(plain[0], plain[1])
+
+
 # --- attached -------------------------------------------------------------------------------------
+
+
+def test_attached_alone() -> None:
+    ready = MODELS["Wan 2.1"]()
+    plain = image(ready)
+    with tn.attach(ready.model, once=True) as attached:
+        assert torch.equal(image(ready), plain)
+        assert the_only(attached).counts()[1] > 0
+    with pytest.raises(tn.TenutoError, match="Say what to attach"):
+        tn.attach(ready.model)
 
 
 def test_attached_with_codes(bits: Any) -> None:
