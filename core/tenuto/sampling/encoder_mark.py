@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..files import bits_of
 from ..model import Replacement, Weights, denoiser_of, device_and_dtype, encoders_of
 from ..model.parts import ENCODER
-from .loading import folder_of
+from .loading import HUB_ID, folder_of
 from .low_memory import Shards
 
 COLUMNS = 8  # values looked at in the first, middle and last row of a weight
@@ -39,13 +39,35 @@ def encoder_mark(pipe: Any) -> str | None:
 def folder_mark(pipe: Any) -> str | None:
     """The mark of the text encoders in a pipeline's folder, in the type of its denoiser.
 
-    None where it has no folder, or no text encoder is in it.
+    None where it has no folder, or no text encoder is in it. Of a hub id it is the folder that was
+    downloaded; of several (revisions) none, unless all have the same encoders.
     """
     folder = folder_of(pipe)
-    places = [] if folder is None else sorted(folder.iterdir())
+    folders = _snapshots(getattr(pipe, "name_or_path", None)) if folder is None else [folder]
     dtype = device_and_dtype(denoiser_of(pipe))[1]
-    found = {p.name: _of_files(p, dtype) for p in places if ENCODER.fullmatch(p.name)}
-    return _joined(found) if found else None
+    marks = {_of_folder(place, pipe, dtype) for place in folders}
+    return marks.pop() if len(marks) == 1 else None
+
+
+def _snapshots(name: Any) -> list[Path]:
+    """The folders of a hub id that are on this machine: one for each revision."""
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name):
+        return []
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+    except ImportError:
+        return []
+    there = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    return sorted(path for path in there.glob("*") if (path / "model_index.json").is_file())
+
+
+def _of_folder(folder: Path, pipe: Any, dtype: torch.dtype) -> str | None:
+    """The mark of the encoders in one folder; without those whose tokenizer was left out."""
+    places = [p for p in sorted(folder.iterdir()) if ENCODER.fullmatch(p.name)]
+    beside = {p: p.name.replace("text_encoder", "tokenizer") for p in places}
+    wanted = [p for p in places if vars(pipe).get(beside[p], beside) is not None]
+    return _joined({p.name: _of_files(p, dtype) for p in wanted}) if wanted else None
 
 
 def codes_mark(tensors: Mapping[str, Tensor]) -> str:

@@ -57,10 +57,10 @@ class PromptCache:
         """While it lasts, `pipe` takes the states that are known, and leaves those it makes.
 
         mark: of its text encoders, else what they are at each call, or what is in the pipeline's
-        folder if they are not loaded; a pipeline of neither takes states of the only encoder that
-        there are any of. TenutoError where it has no `encode_prompt`, and in mid-call where states
-        are unknown and no encoder is there to make them. States that depend on more than texts,
-        images and plain settings are computed as ever. One thread at a time.
+        folder (of a hub id: on this machine, no network) if they are not loaded. TenutoError where
+        it has no `encode_prompt`, and in mid-call where nothing says whose states it can take, or
+        they are unknown and no encoder is there to make them. States that depend on more than
+        texts, images and plain settings are computed as ever. One thread at a time.
         """
         with self._in_place(pipe, mark, None):
             try:
@@ -68,16 +68,19 @@ class PromptCache:
             finally:
                 self.file.save()
 
-    def encode(self, pipe: Any, prompt: str | Sequence[str], **call: Any) -> dict[str, Any]:
+    def encode(
+        self, pipe: Any, prompt: str | Sequence[str], *, mark: str | None = None, **call: Any
+    ) -> dict[str, Any]:
         """Keywords for `pipe(**keywords)` with the states of `prompt` in its place.
 
-        call: any keywords of the pipeline's own call, which come back too: those that guide or
-        change states are needed here. The pipeline is run up to its denoiser, and once more with
-        the keywords that come out: TenutoError if those do not give the denoiser the same inputs.
+        mark: as of `used_by`. call: any keywords of the pipeline's own call, which come back too:
+        those that guide or change states are needed here. The pipeline is run up to its denoiser,
+        and once more with the keywords that come out: TenutoError if those do not give the
+        denoiser the same inputs.
         """
         names, kind = Names(type(pipe)), type(pipe)
         one = {k: v for k, v in call.items() if not COPIES.fullmatch(k)}
-        with self._in_place(pipe, None, names):
+        with self._in_place(pipe, mark, names):
             texts = prompt if isinstance(prompt, str) else list(prompt)  # Z-Image writes to it
             first = dry_run(pipe, one | {"prompt": texts})
         self.file.save()
@@ -168,8 +171,14 @@ class _Call:
             return self.own(*args, **kwargs)
         text = _hash(facts)
         mark, has = self.mark or encoder_mark(self.pipe), bool(encoders_of(self.pipe))
-        key = _key(text, mark) if mark is not None else self._only(text)
-        found = None if key is None else self.cache.file.get(key)
+        if mark is None:
+            raise Unknown(
+                f"Nothing says whose states of prompts this {type(self.pipe).__name__} can take: "
+                "it has no text encoder, and no folder of its own is on this machine. Load it "
+                "from a folder, or name its encoder (mark=)."
+            )
+        key = _key(text, mark)
+        found = self.cache.file.get(key)
         if found is not None:
             self.cache.found += 1
             place = bound.arguments.get("device") or self.pipe._execution_device
@@ -181,7 +190,7 @@ class _Call:
             )
         out = self.own(*args, **kwargs)
         about = {"text": text, "encoder": mark, "prompts": facts["call"].get("prompt")}
-        self.cache.file.put(_key(text, mark), out, about)
+        self.cache.file.put(key, out, about)
         self.cache.made += 1
         return out
 
@@ -201,17 +210,6 @@ class _Call:
         if not _whole(call):
             return None
         return {"pipeline": _name(type(self.pipe)), "call": call, "more": settings_of(self.pipe)}
-
-    def _only(self, text: str) -> str | None:
-        """The key of a text by whichever encoder; TenutoError where there are several."""
-        known = self.cache.file.facts().items()
-        found = {k: f.get("encoder") for k, f in known if f.get("text") == text}
-        if len(set(found.values())) > 1:
-            raise TenutoError(
-                f"{self.cache.file.path} has states of this prompt by several text encoders, and "
-                "the pipeline has neither one nor a folder to tell which are its own."
-            )
-        return next(iter(found), None)
 
 
 def settings_of(pipe: Any) -> dict[str, Any]:
@@ -251,5 +249,5 @@ def _hash(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _key(text: str, mark: str | None) -> str:
+def _key(text: str, mark: str) -> str:
     return hashlib.sha256(f"{text} {mark}".encode()).hexdigest()
