@@ -100,11 +100,7 @@ def attach(
     check_originals(originals)
     how = Calls.asked(compile, graphs)
     if artifact is None or artifact == DEFAULT_FORECAST:
-        if artifact is None and speedup is None and once:
-            return install(model, Patches(execution=execution), chooser, how, once=True)
-        if artifact is None and speedup is None:
-            raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
-        patches = Patches(speedup=speedup or AUTO, kernel=default_kernel_of(model))
+        patches = _without_artifact(model, artifact is None, speedup, once)
         return install(model, patches, chooser, how, originals, once)
     if isinstance(artifact, str):
         artifact = known().get(artifact, artifact)
@@ -114,6 +110,16 @@ def attach(
         patches = Patches(Artifact.of(artifact), route=route, policy=policy)
     patches = replace(patches, execution=execution, simulate=simulate, speedup=speedup)
     return install(model, patches, chooser, how, originals, once)
+
+
+def _without_artifact(model: Any, alone: bool, speedup: Speedup | None, once: bool) -> Patches:
+    """What is put in where no artifact is. alone: nor a kernel that ships is asked for."""
+    if alone and speedup is None:
+        if once:
+            return Patches()
+        raise ArtifactError("Say what to attach: an artifact, a scheme or a speedup.")
+    speedup = AUTO if speedup is None else speedup
+    return Patches(speedup=speedup, kernel=default_kernel_of(model))
 
 
 def install(
