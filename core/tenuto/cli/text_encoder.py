@@ -13,7 +13,7 @@ from ..sampling.libraries import silence
 from .checks import check_out, device_of, read_prompts
 from .console import Answer, Bars
 
-SHOWN = 4  # states that are told one by one
+SHOWN = 4  # states that are printed one by one
 
 
 def text_encoder(

@@ -34,8 +34,8 @@ class Parked:
     """A patch that keeps what `swaps` took out of `models` in main memory ("cpu") or on "disk".
 
     What is still part of a model, such as the bias of a quantized layer, stays where it is. What is
-    put in and has a method `park` is told so. ModelError, with nothing changed, if the disk is
-    full.
+    put in has its method `park` called, if there is one. ModelError, with nothing changed, if the
+    disk is full.
     """
 
     def __init__(self, swaps: Iterable[Swap], models: Iterable[nn.Module], place: str) -> None:

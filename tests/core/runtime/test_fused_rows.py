@@ -47,7 +47,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def right(found: tuple[Tensor, Tensor], exact: Tensor, dtype: str, case: Any = None) -> None:
-    """Codes and scales of `exact`, up to rounding. case: is told where they are not."""
+    """Codes and scales of `exact`, up to rounding. case: named in the failure."""
     codes, scale = found
     assert codes.dtype is quantize_input.TYPES[dtype] and codes.shape == exact.shape
     if dtype == "int":

@@ -61,7 +61,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def codes_match(found: Tensor, wanted: Tensor, case: Any = None) -> None:
-    """Equal, up to rounding where a quotient lies on an edge. case: is told where they are not."""
+    """Equal, up to rounding where a quotient lies on an edge. case: named in the failure."""
     gap = (quantize_input.counted(found) - wanted.float()).abs()
     most, where = float(gap.max()), int(gap.argmax())
     seen = found.flatten()[where], wanted.flatten()[where]

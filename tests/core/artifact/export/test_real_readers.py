@@ -233,7 +233,8 @@ def test_diffusers_loads_the_folder_with_our_codes(
 
 def test_sdnq_loads_the_folder_with_our_codes(tiny: Any, rounded: Any, tmp_path: Path) -> None:
     """A U-Net with its convolutions: the artifact's codes and scales, and what they compute."""
-    pytest.importorskip("sdnq", reason="needs sdnq: pip install sdnq==0.2.8")
+    import sdnq  # noqa: F401 # tells diffusers of its layers
+
     artifact, model, out = rounded("unet", "W8A16"), tiny("unet"), tmp_path / "u"
     report = export(model, "diffusers", out, artifact=artifact, library="sdnq")
     found = type(model).from_pretrained(out, torch_dtype=torch.float32)
