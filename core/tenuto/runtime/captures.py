@@ -18,6 +18,7 @@ from torch import Tensor
 from ..model import map_tensors, tensors_in
 from ..text import first_line
 from .kernels.quantize_input import compiling
+from .side_branch import branching
 
 log = logging.getLogger("tenuto")
 
@@ -58,19 +59,25 @@ class CudaCapture:
         self.device = device
         self.pool: Any = None
         self.stream: Any = None
+        self.beside: Any = None  # a second stream, for parts that need not wait
         self.bytes = 0  # of the pool
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]:
         with torch.cuda.device(self.device):
             if self.pool is None:
                 self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                self.beside = torch.cuda.Stream()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             own = {"pool": self.pool, "stream": self.stream}
             earlier = sys.exc_info()[1]  # the user's own, which is being handled
             try:
-                with torch.cuda.graph(graph, **own, capture_error_mode="thread_local"):
+                mode = "thread_local"
+                with (
+                    torch.cuda.graph(graph, **own, capture_error_mode=mode),
+                    branching(self.beside),
+                ):
                     out = call()
             except Exception as error:  # of any kind: whatever it is, the call runs as it is
                 raise RuntimeError(first_line(cause_of(error, earlier))) from error

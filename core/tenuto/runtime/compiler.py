@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..text import first_line
+from .early_part import compiled_apart
 from .fused_rotary import turn
 from .fused_rows import fuse
 from .joint_products import join
+from .kernels.quantize_input import gpu
 
 log = logging.getLogger("tenuto")
 
@@ -39,7 +41,17 @@ def backend(
                 "Blocks are compiled without kernels that fuse operations: %s.", first_line(error)
             )
         rest: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
-        given: Any = list(inputs)
-        return rest(module, given, config_patches=patches) if patches else rest(module, given)
+
+        def alone(module: fx.GraphModule, given: Sequence[Any]) -> Any:
+            own: Any = list(given)
+            return rest(module, own, config_patches=patches) if patches else rest(module, own)
+
+        parts = None
+        if any(isinstance(x, Tensor) and gpu(x) for x in inputs):
+            try:
+                parts = compiled_apart(module, inputs, alone)
+            except Exception as error:  # as above
+                log.warning("Blocks are compiled in one part: %s.", first_line(error))
+        return alone(module, inputs) if parts is None else parts
 
     return compiled

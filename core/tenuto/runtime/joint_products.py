@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .fused_rows import quantizes
+from .kernels import int8_fused
 from .kernels.joint_linear import beside, joint_fp8, joint_int8
 from .nodes import argument
 
@@ -74,7 +75,7 @@ def _product(node: fx.Node) -> _Product | None:
             return None
         before, own = (node.args[0], scale_a), (node.args[1], scale_b)
         return _Product(node, source, joint_fp8.default, before, own, bias, dtype)
-    operation = torch.ops.tenuto.int8_fused
+    operation = int8_fused.operation
     if node.target in (operation, operation.default) and len(node.args) == 8:
         x, x_scale, zero, weight, scale, sums, bias, dtype = node.args
         source = _source(x)

@@ -68,13 +68,13 @@ def written(node: fx.Node, chain: Sequence[fx.Node]) -> bool:
     at: Any = node.prev
     while wanted and at.op != "root":
         wanted.discard(at)
-        if _writes(at):
+        if writes(at):
             return True
         at = at.prev
     return False
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether an operation may write to what it is given."""
     if node.op not in ("call_function", "call_method"):
         return False
@@ -96,3 +96,11 @@ def put(graph: fx.Graph, node: fx.Node, match: Match) -> None:
     for gone in match.chain:  # from the last to the first
         if not gone.users:
             graph.erase_node(gone)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether an operation draws numbers."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if "dropout" in name:
+        return bool(argument(node, 2, "training", True))
+    return name.startswith(("rand", "normal", "bernoulli", "multinomial"))

@@ -33,7 +33,7 @@ def fused_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """The operation on a packed weight, in `dtype`; one node of a graph that is being made."""
-    call = _operation if _operation is not None and compiling() else on_tensors
+    call = operation if operation is not None and compiling() else on_tensors
     y = call(*plain(x, x_scale, x_zero), *packed.tensors(), bias, dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], packed.scale.shape[0])
 
@@ -68,7 +68,7 @@ def _fake(x: Tensor, x_scale: Tensor, zero: Any, weight: Tensor, *rest: Any) -> 
     return x.new_empty((x.shape[0], weight.shape[1]), dtype=rest[-1])
 
 
-_operation = graph_operation(SCHEMA, on_tensors, _fake)
+operation = graph_operation(SCHEMA, on_tensors, _fake)
 
 
 def _pack(weight: QTensor, geometry: Any) -> IntLinear:
