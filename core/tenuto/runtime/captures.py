@@ -18,7 +18,7 @@ from torch import Tensor
 from ..model import map_tensors, tensors_in
 from ..text import first_line
 from .kernels.quantize_input import compiling
-from .side_branch import branching
+from .side_branch import STREAMS, branching
 
 log = logging.getLogger("tenuto")
 
@@ -59,14 +59,14 @@ class CudaCapture:
         self.device = device
         self.pool: Any = None
         self.stream: Any = None
-        self.beside: Any = None  # a second stream, for parts that need not wait
+        self.beside: list[Any] = []  # streams for parts that need not wait
         self.bytes = 0  # of the pool
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Replay, Any]:
         with torch.cuda.device(self.device):
             if self.pool is None:
                 self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-                self.beside = torch.cuda.Stream()
+                self.beside = [torch.cuda.Stream() for _ in range(STREAMS)]
             graph = torch.cuda.CUDAGraph()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()

@@ -7,7 +7,7 @@ one, whose result is split again. See `side_by_side.py` and `kernels/joint_linea
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from .fused_rows import quantizes
 from .kernels import int8_fused
 from .kernels.joint_linear import beside, joint_fp8, joint_int8
-from .nodes import argument
+from .nodes import argument, value
 
 SHAPES = ("reshape", "view", "expand", "contiguous")
 
@@ -107,6 +107,7 @@ def _put(graph: fx.Graph, group: list[_Product]) -> None:
         if first.bias is not None:
             parts = [_copied(graph, product.bias, first.dtype) for product in group]
             bias = graph.call_function(torch.cat, (parts,))
+            _known(bias, lambda *each: torch.cat(each), parts)
         lists = [[product.own[n] for product in group] for n in range(len(first.own))]
         joint = graph.call_function(first.joint, (*first.before, *lists, bias, first.dtype))
         parts = graph.call_function(torch.split, (joint, sizes), {"dim": -1})
@@ -121,4 +122,12 @@ def _copied(graph: fx.Graph, bias: fx.Node, dtype: torch.dtype) -> fx.Node:
     """A bias in the output's type: it may be cast only after the first product."""
     while bias.op == "call_method" and bias.target == "to":
         bias = bias.all_input_nodes[0]
-    return graph.call_method("to", (bias, dtype))
+    cast = graph.call_method("to", (bias, dtype))
+    _known(cast, lambda x: x.to(dtype), [bias])
+    return cast
+
+
+def _known(node: fx.Node, call: Callable[..., Tensor], given: Sequence[fx.Node]) -> None:
+    """Give a new node the example of its value: `early_part.py` asks for it."""
+    if all(isinstance(value(n), Tensor) for n in given):
+        node.meta = {"example_value": call(*map(value, given))}

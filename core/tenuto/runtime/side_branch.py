@@ -1,13 +1,16 @@
-"""A second stream of a CUDA graph, for what blocks make of a step alone.
+"""Streams beside the main one in a CUDA graph, for what blocks make of a step alone.
 
 In a graph that is being captured the first part of a block (`early_part.py`) waits for nothing but
-its own inputs, which were there before the first block, and the block waits for it. Replayed, it
-runs beside the blocks before it. Without a capture all runs in one stream.
+its own inputs, which were there before the first block, and the block waits for it. Replayed, these
+parts run side by side: each is a chain of kernels too small for a card, and on one stream beside
+the blocks they would slow these down for as long as all of them take. Without a capture all runs in
+one stream.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,25 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STREAMS = 4  # each has memory of its own for products, some 32 MiB
 Asked = tuple[int, ...]  # which inputs of a part the call makes: the others are the block's own
 _here = threading.local()
 
 
 class Branch:
-    """Of one capture: a stream beside the current one. known: inputs, with when they were made."""
+    """Of one capture: streams beside the current one. known: inputs, with when they were made."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, streams: Sequence[Any]) -> None:
+        self.streams = itertools.cycle(streams)
         self.known: dict[Any, tuple[Tensor, Any]] = {}
 
     def __call__(self, part: Any, inputs: Sequence[Any], asked: Sequence[Tensor]) -> Any:
         """part(*inputs), beside what the current stream was given since `asked` were made."""
-        main = torch.cuda.current_stream()
+        main, beside = torch.cuda.current_stream(), next(self.streams)
         for x in asked:
-            self.stream.wait_event(self._since(x, main))
-        with torch.cuda.stream(self.stream):
+            beside.wait_event(self._since(x, main))
+        with torch.cuda.stream(beside):
             made = part(*inputs)
-        main.wait_stream(self.stream)
+            end = beside.record_event()
+        main.wait_event(end)
         for x in made:
             x.record_stream(main)
         return made
@@ -55,9 +60,9 @@ def _facts(x: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def branching(stream: Any) -> Iterator[None]:
-    """While a graph is captured on this thread: parts of blocks run on `stream`."""
-    _here.branch = Branch(stream)
+def branching(streams: Sequence[Any]) -> Iterator[None]:
+    """While a graph is captured on this thread: parts of blocks run on `streams`, in turn."""
+    _here.branch = Branch(streams)
     try:
         yield
     finally:

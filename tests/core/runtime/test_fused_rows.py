@@ -93,10 +93,13 @@ def check_normed() -> None:
     from tenuto.runtime.kernels.tiles_triton import Tiles
 
     types = itertools.cycle(quantize_input.TYPES)
-    tiles = itertools.cycle((None, Tiles(2, 128, 16, 4), Tiles(1, 4, 4, 4)))
-    ones = itertools.cycle((True, False, False))
+    ones, turn = itertools.cycle((True, False, False)), itertools.count()
     for (x, *_), centered in itertools.product(gpu_inputs(), (True, False)):
         width = x.shape[-1]
+        own = Tiles(2, 128, 16, 4), Tiles(1, 4, 4, 4)
+        able = [
+            t for t in (None, *fused.whole_rows(width), *own) if t is None or t.n + t.k >= width
+        ]
         weight, bias = torch.randn(2, width, device=HERE).to(x.dtype)
         rows = torch.randn(3, 2, 1, width, device=HERE).to(x.dtype)
         for given in (
@@ -104,8 +107,7 @@ def check_normed() -> None:
             (weight, None, rows[0, :1], weight), (None, None, rows[2], None),
         ):  # fmt: skip
             dtype = next(types)
-            some = next(t for t in tiles if t is None or t.n + t.k >= width)
-            one = next(ones)
+            one, some = next(ones), able[next(turn) % len(able)]
             found = fused.normed(x, *given, 1e-3, centered, dtype, one, some)
             case = some, one, centered, x.dtype, [t is not None for t in given]
             right(found, reference_normed(x, *given, 1e-3, centered, one), dtype, case)
