@@ -88,7 +88,7 @@ def names(module: fx.GraphModule, op: str = "placeholder") -> list[str]:
     return [str(n.target).lower() for n in module.graph.nodes if n.op == op]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # Inductor
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method", "ignore:TensorFloat32")  # Inductor
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_block_is_parted_and_computes_the_same(parts: list[Any], backend: str) -> None:
     """The first part has no token; the rest takes what it made, and divides that itself."""
