@@ -123,7 +123,9 @@ def folders_of(pipe: Any) -> list[Folder]:
     """Where a pipeline's text encoders may have come from; not those whose tokenizer it lacks."""
     folder = folder_of(pipe)
     places = _snapshots(getattr(pipe, "name_or_path", None)) if folder is None else [folder]
-    dtype = device_and_dtype(denoiser_of(pipe))[1]
+    denoiser = denoiser_of(pipe)
+    own = getattr(denoiser, "dtype", None)  # of a model of diffusers, without what stays in fp32
+    dtype = own if isinstance(own, torch.dtype) else device_and_dtype(denoiser)[1]
     found = list[Folder]()
     for place in places:
         there = sorted(p.name for p in place.iterdir() if ENCODER.fullmatch(p.name))

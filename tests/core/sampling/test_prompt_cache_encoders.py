@@ -295,6 +295,15 @@ def test_what_is_kept_in_fp32_is_so_on_disk(tmp_path: Path) -> None:
     assert kinds[0] == kinds[1] and {*kinds[0].values()} == {torch.float16, torch.float32}
 
 
+def test_a_denoiser_with_parts_in_fp32_is_of_its_own_type(tmp_path: Path, file: Path) -> None:
+    """Wan: the folder's encoder is marked in the type that the pipeline was loaded in."""
+    families.wan().model.save_pretrained(tmp_path / "model")
+    whole = load(str(tmp_path / "model"), dtype=torch.bfloat16)
+    assert next(whole.transformer.parameters()).dtype is torch.float32
+    bare = load(str(tmp_path / "model"), dtype=torch.bfloat16, parts={"text_encoder": None})
+    assert folder_mark(bare) == encoder_mark(whole) is not None
+
+
 def saved(folder: Path, seed: int = 0) -> Any:
     diffusion(seed).save_pretrained(folder)
     return load(str(folder), parts={"text_encoder": None})
