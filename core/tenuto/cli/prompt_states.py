@@ -95,6 +95,11 @@ class PromptStates:
             return [
                 f"The states of the prompt are those in {self.file}: no text encoder was loaded."
             ]
+        if self.cache.found and not self.cache.made:
+            return [
+                f"The states of the prompt are those in {self.file}. The text encoder was loaded "
+                "to see that it is the same: a file in its folder has another time or place."
+            ]
         if self.cache.file.unsaved:
             return [f"The states of the prompt could not be written to {self.file}."]
         if self.cache.made:

@@ -56,7 +56,8 @@ class PromptCache:
         they are unknown and no encoder is there to make them; where `encode_prompt` runs another
         part of the pipeline than its text encoders; and where states are made that cannot be
         written to the file, before any step. States that depend on more than texts, images and
-        plain settings, or on chance, are computed as ever. One thread at a time.
+        plain settings, or on chance, are computed as ever. One thread at a time, and no copies
+        of `pipe` that are made meanwhile.
         """
         with self._in_place(pipe, mark, None):
             try:

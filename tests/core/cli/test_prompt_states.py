@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,18 @@ def test_other_weights_in_the_folder_are_noticed(
     assert other == plain != first
     assert SPARED in generated("model", "known.png") and len(encoders) == 3
     assert pixels("known.png") == [plain]
+
+
+def test_the_same_weights_in_a_file_of_another_time_are_known(
+    here: Path, tiny_pixart_folder: Path, encoders: list[str]
+) -> None:
+    """The encoder is loaded once to see it."""
+    shutil.copytree(tiny_pixart_folder, here / "model")
+    generated("model", "first.png")
+    os.utime(here / "model" / "text_encoder" / "model.safetensors")
+    assert "to see that it is the same" in generated("model", "again.png") and len(encoders) == 2
+    assert SPARED in generated("model", "known.png") and len(encoders) == 2
+    assert len(set(pixels("first.png", "again.png", "known.png"))) == 1
 
 
 def test_a_file_that_cannot_be_written_is_said_first(
