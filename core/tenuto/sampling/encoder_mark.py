@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..files import bits_of
+from ..files import bits_of, stamp
 from ..model import Replacement, Weights, denoiser_of, device_and_dtype, encoders_of
 from ..model.parts import ENCODER
+from .described import SCALARS
 from .libraries import LIBRARIES, imported, library, quiet_loading, silent
 from .loading import HUB_ID, folder_of
 from .prompt_settings import name_of, plain_of
@@ -58,7 +59,7 @@ def folder_mark(pipe: Any, known: MutableMapping[str, str] | None = None) -> str
     for folder in folders_of(pipe):
         key = folder.key()
         found = known.get(key) or _folders.get(key) or folder.mark()
-        if found is not None:
+        if found is not None and folder.key() == key:  # it did not change meanwhile
             known[key] = _folders[key] = found
         marks.add(found)
     return marks.pop() if len(marks) == 1 else None
@@ -88,9 +89,7 @@ class Folder(NamedTuple):
         files = [file for name in self.names for file in sorted((self.path / name).iterdir())]
         facts = [str(self.path.resolve()), str(self.dtype), library("transformers").__version__]
         for file in files:
-            s = file.stat()
-            rows = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-            facts.append(f"{file.parent.name}/{file.name} {rows}")
+            facts.append(f"{file.parent.name}/{file.name} {stamp(file)}")
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def mark(self) -> str | None:
@@ -237,16 +236,18 @@ def _scales(x: Tensor) -> Any:
     return x.q_per_channel_scales().tolist(), x.q_per_channel_zero_points().tolist()
 
 
-def _settled(config: Any) -> Any:
-    """A configuration without what a file or a run says of itself."""
-    found = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(found, Mapping):
-        return found if isinstance(found, str | int | float | bool) else repr(type(found))
-    return {
-        str(k): _settled(v) if isinstance(v, Mapping) else json.loads(json.dumps(v, default=repr))
-        for k, v in found.items()
-        if not str(k).startswith("_") and k not in CONFIG
-    }
+def _settled(value: Any) -> Any:
+    """A configuration without what a file or a run says of itself, the same in every process."""
+    if hasattr(value, "to_dict"):
+        return _settled(value.to_dict())
+    if isinstance(value, Mapping):
+        kept = {str(k): v for k, v in value.items() if k not in CONFIG}
+        return {k: _settled(v) for k, v in kept.items() if not k.startswith("_")}
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, list | tuple):
+        return [_settled(item) for item in value]
+    return value if isinstance(value, SCALARS) else type(value).__name__
 
 
 def _hashes(tensors: list[Tensor], read: Callable[[Tensor], Tensor]) -> list[str]:

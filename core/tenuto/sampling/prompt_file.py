@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SHORT, TenutoError
-from ..files import bits_of, write_tensors
+from ..files import bits_of, stamp, write_tensors
 from ..lock import one_at_a_time
 from ..text import printable
 from .plain import Packed, unpacked
@@ -93,7 +93,7 @@ class PromptFile:
                     raise ValueError("a tensor in it is another one than was written")
                 return unpacked(entry["value"], tensors)
             except (OSError, SafetensorError, *WRONG) as error:
-                if self.path is None or _stamp(self.path) == self._seen:
+                if self.path is None or stamp(self.path) == self._seen:
                     raise self._damaged(error) from error
         return None
 
@@ -155,7 +155,7 @@ class PromptFile:
         header = {"format_version": VERSION, "entries": entries, "notes": self.notes}
         write_tensors(path, tensors, {KEY: json.dumps(header)})
         self._entries, self._new, self._tensors = entries, {}, {}
-        self._seen, self._noted = _stamp(path), dict(self.notes)
+        self._seen, self._noted = stamp(path), dict(self.notes)
 
     def _bound(self) -> None:
         """Let the oldest go until all have room; what is new stays longest."""
@@ -172,7 +172,7 @@ class PromptFile:
         """Look at the file's header, if the file is another one than it was."""
         if self.path is None or self.fresh:
             return
-        now = _stamp(self.path)
+        now = stamp(self.path)
         if again or now != self._seen:
             self._entries, self._noted = self._read(self.path) if now else ({}, {})
             self.notes = {**self._noted, **self.notes}
@@ -218,15 +218,6 @@ class PromptFile:
         said = getattr(error, "strerror", None) or printable(error, 120)
         text = f"{self.path} cannot be read as states of prompts: {said.rstrip('.')}."
         return TenutoError(printable(text, SHORT))
-
-
-def _stamp(path: Path) -> Any:
-    """Which file this is, and of when; None where there is none."""
-    try:
-        s = path.stat()
-    except OSError:
-        return None
-    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
 def _mark(x: Tensor) -> str:

@@ -18,6 +18,7 @@ from .prompt_call import CALLED
 VOLATILE = {"init_inputs", "init_kwargs", "files_loaded", "name_or_path", "verbose"} | {
     "deprecation_warnings"
 }  # of a tokenizer: where it comes from, and what it has said already
+APART = {CALLED, "hf_device_map"}  # of a pipeline: what stands here, and where it is
 STEPS = ("normalizer", "pre_tokenizer", "post_processor")  # before and after a fast one's model
 _words = WeakIdKeyDictionary()  # tokenizer -> (what it was, the hash of its vocabulary)
 
@@ -30,7 +31,7 @@ def settings_of(pipe: Any) -> dict[str, Any]:
     import diffusers
     import transformers
 
-    parts = {k: v for k, v in vars(pipe).items() if not k.startswith("_") and k != CALLED}
+    parts = {k: v for k, v in vars(pipe).items() if not k.startswith("_") and k not in APART}
     registered = dict(getattr(pipe, "config", {}))
     config = {k: v for k, v in registered.items() if not k.startswith("_") and k not in parts}
     return {
@@ -112,11 +113,11 @@ def _words_of(tokenizer: Any, backend: Any) -> str:
     known = _words.get(tokenizer)
     if known is None or known[0] != facts:
         if backend is not None:
-            content = json.loads(backend.to_str())
-            text = [content["model"], content["added_tokens"], content["decoder"]]
+            content = backend.model.__getstate__()
         else:
             pieces = getattr(getattr(tokenizer, "sp_model", None), "serialized_model_proto", str)()
             text = [tokenizer.get_vocab(), repr(getattr(tokenizer, "bpe_ranks", "")), repr(pieces)]
-        made = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+            content = json.dumps(text, sort_keys=True).encode()
+        made = hashlib.sha256(content).hexdigest()
         known = _words[tokenizer] = facts, made
     return known[1]
