@@ -87,10 +87,10 @@ class Step:
             )
         self.cache.file.check()
         again = _copied(args), _copied(kwargs)  # Z-Image writes to its list of prompts
-        out = self._made(args, kwargs)
-        if out is _BY_CHANCE:
+        out, drawn = self._made(args, kwargs)
+        if drawn:
             self._may_vary()
-            return self.own(*args, **kwargs)
+            return out
         self._put(facts, mark, out)
         self.cache.made += 1
         after = self._facts(*again)
@@ -127,16 +127,16 @@ class Step:
             log.warning("%s The prompt is encoded anew.", error)
             return None
 
-    def _made(self, args: Any, kwargs: Any) -> Any:
-        """What `encode_prompt` gives; `_BY_CHANCE` where that was drawn, in part."""
+    def _made(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """What `encode_prompt` gives, and whether something of it was drawn."""
         missing = [n for n, x in vars(self.pipe).items() if ENCODER.fullmatch(n) and x is None]
         device = torch.device(getattr(self.pipe, "_execution_device", "cpu"))
         before = _chance(device)
         with _ran_beside(self.pipe) as beside:
             try:
                 out = self.own(*args, **kwargs)
-            except Exception as error:
-                if not missing or isinstance(error, TenutoError):
+            except (AttributeError, TypeError, ValueError) as error:
+                if not missing:
                     raise
                 raise Unknown(
                     f"{self.cache.file.path or 'The cache'} has no states of this prompt, and "
@@ -147,7 +147,7 @@ class Step:
                 f"{type(self.pipe).__name__} encodes prompts with {', '.join(sorted(beside))} too, "
                 "of which states of text encoders tell nothing: call it without a prompt cache."
             )
-        return out if all(map(torch.equal, before, _chance(device))) else _BY_CHANCE
+        return out, not all(map(torch.equal, before, _chance(device)))
 
     def _put(self, facts: Mapping[str, Any], mark: str, out: Any) -> None:
         texts = facts["call"].get("prompt")
@@ -178,9 +178,6 @@ class Step:
         if not whole(call):
             return None
         return {"pipeline": name_of(type(self.pipe)), "call": call, "more": settings_of(self.pipe)}
-
-
-_BY_CHANCE = object()
 
 
 def _copied(value: Any) -> Any:
