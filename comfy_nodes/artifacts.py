@@ -18,6 +18,8 @@ from tenuto.artifact.export import COMPANION, applicable, exported_facts, read_e
 from tenuto.errors import TenutoError
 from tenuto.text import printable
 
+from .files import stamp
+
 FOLDER, WRITTEN = "tenuto", "diffusion_models"  # below models/; the latter in output/ too
 MODELS = (WRITTEN, "checkpoints")  # where exported models are looked for
 KIND = f"models/{FOLDER}"
@@ -49,13 +51,8 @@ def _labelled(folder: str, name: str, shown: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None or not Path(path).is_file():
         return shown
-    brings = _brings(path, *_stamp(path))
+    brings = _brings(path, *stamp(path))
     return f"{shown}{SAID}{', '.join(brings)}]" if brings else shown
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    facts = Path(path).stat()
-    return facts.st_size, facts.st_mtime_ns
 
 
 @lru_cache(maxsize=1024)

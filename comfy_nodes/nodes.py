@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tenuto.artifact import Artifact, kernel_of, schedule_of, tabled
@@ -19,6 +18,7 @@ from tenuto.text import printable
 from .adapter import ComfyUI
 from .api import ArtifactType, io
 from .artifacts import loaded, missing, names, path_of
+from .files import fingerprint, is_there
 from .speed import cached, faster, speedup_input
 
 
@@ -67,16 +67,12 @@ class LoadArtifact(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
         """A sentence where the file is not there."""
-        return True if path_of(name) is not None else missing(name)
+        return is_there(name, path_of, missing)
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> Any:
         """Another file of the same name is another artifact."""
-        path = path_of(name)
-        if path is None:
-            return name
-        facts = Path(path).stat()
-        return name, facts.st_size, facts.st_mtime_ns
+        return fingerprint(name, path_of)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

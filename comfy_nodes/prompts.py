@@ -18,6 +18,7 @@ from tenuto.text import printable
 
 from .api import io, ui
 from .calibration import NAME
+from .files import fingerprint, is_there
 
 FOLDER = "tenuto_prompts"  # below models/
 POSITIVE, NEGATIVE = "positive", "negative"  # the entries of a file
@@ -111,16 +112,12 @@ class LoadPrompt(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str) -> bool | str:
         """A sentence where the file is not there."""
-        return True if path_of(name) is not None else missing(name)
+        return is_there(name, path_of, missing)
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> Any:
         """Another file of the same name is another prompt."""
-        path = path_of(name)
-        if path is None:
-            return name
-        facts = path.stat()
-        return name, facts.st_size, facts.st_mtime_ns
+        return fingerprint(name, path_of)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

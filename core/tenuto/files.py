@@ -108,3 +108,12 @@ def bits_of(x: Tensor) -> Tensor:
     """The bytes of a tensor, row by row, as uint8 (n,) on the CPU."""
     flat = x.detach().cpu().contiguous()  # of one value it may keep a stride that `view` refuses
     return flat.as_strided((x.numel(),), (1,)).view(torch.uint8)
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Which file this is, and of when; None where there is none."""
+    try:
+        s = path.stat()
+    except OSError:
+        return None
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns

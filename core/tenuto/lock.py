@@ -6,7 +6,10 @@ import errno
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +19,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_threads: dict[str, threading.Lock] = {}  # by file
 
 
 class Lock:
@@ -50,6 +55,40 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+@contextmanager
+def one_at_a_time(file: Path, wait: float = 10.0) -> Iterator[None]:
+    """While it lasts, no other thread or process of this machine is in it for `file`.
+
+    After `wait` seconds, and where the system cannot lock, it goes on all the same. Nothing is
+    left beside the file: one of the system's temporary folder is locked in its place.
+    """
+    name = hashlib.sha256(os.path.realpath(file).encode()).hexdigest()[:32]
+    place, until = Path(tempfile.gettempdir()) / f"tenuto-{name}.lock", time.monotonic() + wait
+    threads = _threads.setdefault(name, threading.Lock())
+    alone = threads.acquire(timeout=wait)
+    found: int | None = None
+    try:
+        with suppress(OSError):  # another user's: then there is no lock
+            found = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+            while not _is_locked(found) and time.monotonic() < until:
+                time.sleep(0.01)
+        yield
+    finally:
+        if found is not None:
+            _unlock(found)
+        if alone:
+            threads.release()
+
+
+def _is_locked(file: int) -> bool:
+    """Whether this process has the lock of an open file now, or no system gives one."""
+    try:
+        _lock(file)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
 
 
 def _locked(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tenuto.errors import TenutoError
 from tenuto.model import tensors_in
+from tenuto.sampling import PromptFile
 
 
 @pytest.fixture
@@ -161,10 +161,12 @@ def test_bad_files_and_names_are_one_sentence(folder: Path, conditioning: Any) -
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
     with pytest.raises(TenutoError, match="not one of prompts"):
         loaded("other.safetensors")
-    odd = {"facts": {"kind": "conditioning"}, "value": ["tensor", "x"], "sizes": {"x": 4}}
-    for name, entries in (("none", {}), ("odd", {"positive": odd})):
-        header = json.dumps({"format_version": "1.0", "entries": entries})
-        save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors", {"tenuto_prompts": header})
+    for name, entries in (("none", {}), ("odd", {"positive": torch.zeros(1)})):
+        store = PromptFile(folder / f"{name}.safetensors")
+        store.put("other", torch.ones(1), {"kind": "conditioning"})
+        for key, value in entries.items():
+            store.put(key, value, {"kind": "conditioning"})
+        store.save()
         with pytest.raises(TenutoError, match="has no conditioning"):
             loaded(f"{name}.safetensors")
 

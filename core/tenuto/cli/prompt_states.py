@@ -10,7 +10,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..sampling import PromptCache
-from ..sampling.encoder_mark import codes_mark, folder_mark
+from ..sampling.encoder_mark import codes_mark, encoder_mark, note_folder, noted_folder
 from ..sampling.images import TOGETHER, generate_images
 from ..sampling.loading import encoder_names
 from .console import Bars
@@ -56,20 +56,30 @@ class PromptStates:
         if self.cache is None or not names:
             return pipeline(*given)
         if not len(self.cache.file):
-            pipe = pipeline(*given, parts={})
-            self.mark = _mark(pipe, artifact)
-            return pipe
+            self.cache.file.check()
+            return self._noted(pipeline(*given, parts={}), artifact)
         pipe = pipeline(*given, parts=dict.fromkeys(names))
-        self.mark = _mark(pipe, artifact)
-        calls = {min(asked.count, TOGETHER), asked.count % TOGETHER} - {0}
-        some = [replace(asked, count=count) for count in calls]
-        self.spared = all(
-            self.cache.knows(pipe, lambda a=a: a.images(pipe), self.mark) for a in some
-        )
+        known = noted_folder(pipe, self.cache.file.notes)
+        if known is not None:
+            self.mark = _with(artifact, known)
+            calls = {min(asked.count, TOGETHER), asked.count % TOGETHER} - {0}
+            some = [replace(asked, count=count) for count in calls]
+            self.spared = all(
+                self.cache.knows(pipe, lambda a=a: a.images(pipe), self.mark) for a in some
+            )
         if self.spared:
             return pipe
         there = {name: part for name, part in pipe.components.items() if part is not None}
-        return loaded(model, asked.sampling.device, bars, parts=there)
+        pipe = loaded(model, asked.sampling.device, bars, parts=there)
+        return pipe if self.mark else self._noted(pipe, artifact)
+
+    def _noted(self, pipe: Any, artifact: Artifact | None) -> Any:
+        """Mark a pipeline that was loaded just now; the file keeps the mark of its folder."""
+        mark = encoder_mark(pipe)
+        if self.cache is not None and mark is not None:
+            note_folder(pipe, self.cache.file.notes, mark)
+            self.mark = _with(artifact, mark)
+        return pipe
 
     def used_by(self, pipe: Any) -> AbstractContextManager[Any]:
         """A context in which `pipe` takes states out of the file and puts new ones into it."""
@@ -85,6 +95,13 @@ class PromptStates:
             return [
                 f"The states of the prompt are those in {self.file}: no text encoder was loaded."
             ]
+        if self.cache.found and not self.cache.made:
+            return [
+                f"The states of the prompt are those in {self.file}. The text encoder was loaded "
+                "to see that it is the same: a file in its folder has another time or place."
+            ]
+        if self.cache.file.unsaved:
+            return [f"The states of the prompt could not be written to {self.file}."]
         if self.cache.made:
             return [
                 f"The states of the prompt are now in {self.file}: the next run of it loads no "
@@ -93,9 +110,8 @@ class PromptStates:
         return ["The states of this call cannot be kept: they depend on more than the prompt."]
 
 
-def _mark(pipe: Any, artifact: Artifact | None) -> str:
-    """Of the encoders in the model's folder, with what the artifact puts into them."""
-    mark = folder_mark(pipe) or ""
+def _with(artifact: Artifact | None, mark: str) -> str:
+    """The mark of encoders with what the artifact puts into them."""
     codes = {} if artifact is None else artifact.section("encoder")
     if artifact is None or not codes:
         return mark

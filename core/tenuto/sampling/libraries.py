@@ -73,3 +73,18 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(other)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without the bar of loading, and the word that weights stay on disk."""
+    of_library, logger = library("transformers.utils.logging"), logging.getLogger("accelerate")
+    shown, level = of_library.is_progress_bar_enabled(), logger.level
+    of_library.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            of_library.enable_progress_bar()

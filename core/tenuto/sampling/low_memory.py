@@ -104,7 +104,7 @@ def parts_on_disk(
         elif library != "transformers" or not encoders:
             continue
         elif Shards(folder / name, dtype).size > LARGE:
-            found[name] = _encoder(imported(kind, library), folder / name, dtype)
+            found[name] = encoder_on_disk(imported(kind, library), folder / name, dtype)
     return found
 
 
@@ -148,12 +148,28 @@ def _empty(kind: Any, folder: Path, dtype: torch.dtype, empty: Any) -> nn.Module
         torch.set_default_dtype(before)
 
 
-def _encoder(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def encoder_on_disk(
+    kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
     """A text encoder of transformers with hooks; what is not as in its file is in a folder."""
     aside = tempfile.mkdtemp(prefix="tenuto-")
     model = kind.from_pretrained(
         str(folder), dtype=dtype, device_map={"": "disk"}, offload_folder=aside,
-        use_safetensors=True, local_files_only=True,
+        use_safetensors=True, local_files_only=True, variant=variant,
     )  # fmt: skip
     weakref.finalize(model, shutil.rmtree, aside, ignore_errors=True)
+    _widen(model, dtype)
     return model.eval()
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in fp32 this type on disk too, where it forgets to."""
+    wide = model._get_dtype_plan(dtype)  # parts of names -> type
+    for place, module in model.named_modules() if wide else ():
+        for name, parameter in list(module.named_parameters(place, recurse=False)):
+            kind = next((wide[part] for part in name.split(".") if part in wide), None)
+            if parameter.is_meta and kind is not None:
+                loader = module._hf_hook.weights_map.dataset
+                loader.index[name]["dtype"] = str(kind).removeprefix("torch.")
+                made = nn.Parameter(parameter.to(kind), requires_grad=parameter.requires_grad)
+                setattr(module, name.rpartition(".")[2], made)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import tenuto as tn
 from tenuto import cli
 from tenuto.cli import commands
-from tenuto.sampling import PromptFile
+from tenuto.sampling import PromptFile, prompt_file
 from tenuto.sampling.loading import load
 
 SPARED, KEPT = "no text encoder was loaded", "The states of the prompt are now in"
@@ -121,3 +124,55 @@ def test_a_bad_file_is_one_sentence_before_anything_is_loaded(
     out, err = capfd.readouterr()
     assert not out and len(err.strip().splitlines()) == 1 and err.startswith("tenuto: ")
     assert not encoders and Path(name).read_text() == "junk"
+
+
+def test_other_weights_in_the_folder_are_noticed(
+    here: Path, tiny_pixart_folder: Path, encoders: list[str]
+) -> None:
+    """One value of one weight: the encoder is loaded, and the image is the one without a cache."""
+    shutil.copytree(tiny_pixart_folder, here / "model")
+    generated("model", "first.png")
+    assert SPARED in generated("model", "again.png") and len(encoders) == 1
+    weights = here / "model" / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(n for n in tensors if n.endswith("wo.weight"))
+    tensors[name][3, 5] += 100
+    save_file(tensors, weights, {"format": "pt"})
+    assert KEPT in generated("model", "other.png") and len(encoders) == 2
+    generated("model", "plain.png", prompt_cache=None)
+    first, other, plain = pixels("first.png", "other.png", "plain.png")
+    assert other == plain != first
+    assert SPARED in generated("model", "known.png") and len(encoders) == 3
+    assert pixels("known.png") == [plain]
+
+
+def test_the_same_weights_in_a_file_of_another_time_are_known(
+    here: Path, tiny_pixart_folder: Path, encoders: list[str]
+) -> None:
+    """The encoder is loaded once to see it."""
+    shutil.copytree(tiny_pixart_folder, here / "model")
+    generated("model", "first.png")
+    os.utime(here / "model" / "text_encoder" / "model.safetensors")
+    assert "to see that it is the same" in generated("model", "again.png") and len(encoders) == 2
+    assert SPARED in generated("model", "known.png") and len(encoders) == 2
+    assert len(set(pixels("first.png", "again.png", "known.png"))) == 1
+
+
+def test_a_file_that_cannot_be_written_is_said_first(
+    here: Path, tiny_pixart_folder: Path, encoders: list[str]
+) -> None:
+    Path("sub").write_text("a file where a folder would be")
+    with pytest.raises(tn.TenutoError, match="Cannot write"):
+        generated(tiny_pixart_folder, "a.png", prompt_cache=Path("sub/p.safetensors"))
+    assert not encoders and not Path("a.png").exists()
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_image(
+    here: Path, tiny_pixart_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prompt_file, "write_tensors", full)
+    said = generated(tiny_pixart_folder, "a.png")
+    assert "could not be written to p.safetensors" in said and Path("a.png").exists()
