@@ -100,7 +100,7 @@ def _before(node: Any, chain: list[fx.Node]) -> Any:
     return None
 
 
-def _one_row(node: Any, shape: tuple[Any, ...]) -> bool:
+def one_row(node: Any, shape: tuple[Any, ...]) -> bool:
     """Whether a tensor is one row for all of an image: (K,), or (B or 1, 1, ..., K)."""
     found = shape_of(node)
     if len(found) == 1:
@@ -119,7 +119,7 @@ def _with(
         return node, None
     assert node is not None
     for one, other in pairs(node):
-        if shape_of(one) == shape and _one_row(other, shape):
+        if shape_of(one) == shape and one_row(other, shape):
             chain.append(node)
             return _before(one, chain), other
     return None, None
