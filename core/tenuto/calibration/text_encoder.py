@@ -22,7 +22,7 @@ from ..model import describe, device_and_dtype
 from ..numerics import Format, QTensor, Scheme, schemes
 from ..progress import Progress, parts
 from ..resources import prompts as shipped
-from ..sampling import HELD_OUT, Call, cosines, processes, states_read
+from ..sampling import BATCH, HELD_OUT, Call, cosines, processes, states_read
 from ..sampling.consumers import Consumer, calls_for, consumer_of
 from ..sampling.encoder_source import encoder_source
 from ..sampling.reads import States, states_apart
@@ -106,7 +106,8 @@ def quantize_text_encoder(
     unseen = ["", *shipped("general")[UNSEEN]]
     lines = [p for p in calibration_prompts(prompts or shipped("captions")) if p not in unseen]
     given = row, encoder, tokenizer, blocks
-    calls = calls_for(*given, ["", *lines], captions()[1])
+    batch = BATCH if row.filled else 4 * BATCH  # texts of some tokens
+    calls = calls_for(*given, ["", *lines], captions()[1], batch, by_length=True)
     notes = parts(on_progress, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
     how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
     made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
@@ -115,7 +116,7 @@ def quantize_text_encoder(
     facts = {
         "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
         "method": method, "embeddings": embeddings, "prompts": len(lines) + 1, "seed": seed,
-        "states": made.measured(calls_for(*given, unseen, read_alone=True), device),
+        "states": made.measured(calls_for(*given, unseen, (), batch, read_alone=True), device),
     }  # fmt: skip
     if method.endswith("gptq"):
         facts["layers_nearest"] = made.layers_nearest

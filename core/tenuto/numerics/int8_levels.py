@@ -11,9 +11,14 @@ Shapes: `x` in units of its row's scale, `step` fp32 of its shape, or with one l
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import float8
 from .integer_codes import TINY, pack_int4, unpack_int4
 
 TABLE = (
@@ -42,7 +47,10 @@ def start(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def number(level: Tensor, step: Tensor, bits: int) -> Tensor:
     """What the scale multiplies, whole fp32 numbers."""
-    entry = _table(level)[level.long() + 8] if bits == 4 else level.float()
+    entry = level.float()
+    if bits == 4:
+        place = level.flatten().to(torch.int32) + 8
+        entry = _table(level).index_select(0, place).view(level.shape)
     return (entry * step).round_().clamp_(-HIGHEST, HIGHEST)
 
 
@@ -54,11 +62,7 @@ def value(level: Tensor, step: Tensor, scale: Tensor, bits: int) -> Tensor:
 def nearest(x: Tensor, step: Tensor, bits: int) -> Tensor:
     """Levels of the numbers nearest to `x`, fp32; of two that are as near, the lower."""
     if bits == 4:
-        numbers = (_table(x) * step[..., None]).round_().clamp_(-HIGHEST, HIGHEST)
-        middles = (numbers[..., 1:] + numbers[..., :-1]) * 0.5
-        if step.shape[-1] == 1:  # of a group at once
-            return torch.searchsorted(middles.squeeze(-2), x.contiguous()).float() - 8
-        return torch.searchsorted(middles, x[..., None].contiguous()).squeeze(-1).float() - 8
+        return _found(_tables(x.device)[0], _halves(x), _row(step))
     near = (x / step).round_().clamp_(-31, 31)
     best = (near - 1).clamp_min_(-31)
     least = (number(best, step, bits) - x).abs_()
@@ -67,6 +71,62 @@ def nearest(x: Tensor, step: Tensor, bits: int) -> Tensor:
         best = torch.where(error < least, level, best)
         least = torch.minimum(error, least)
     return best
+
+
+def numbers_near(x: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
+    """A function of `step` that gives the numbers nearest to `x`, for several steps in turn."""
+    if bits != 4:
+        return lambda step: number(nearest(x, step, bits), step, bits)
+    halves, table = _halves(x), _tables(x.device)[1]
+    return lambda step: _found(table, halves, _row(step))
+
+
+def marks(step: Tensor, bits: int) -> Tensor:
+    """What `value_near` wants to know of the steps of columns, found once."""
+    return _row(step) if bits == 4 else step
+
+
+def value_near(x: Tensor, mark: Tensor, step: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The values nearest to `x` scales, given the `marks` of the steps."""
+    if bits == 4:
+        return _found(_tables(x.device)[1], _halves(x), mark).mul_(scale)
+    return value(nearest(x, step, bits), step, scale, bits)
+
+
+# With 4 bits the numbers are whole, so what lies halfway between two is a multiple of 1/2: which of
+# them is nearest, ceil(2 x) tells, and there are only 126 steps. It is looked up.
+WIDE = 512  # of a row of the tables: ceil(2 x) is between -255 and 255
+
+
+def _halves(x: Tensor) -> Tensor:
+    return (x * 2).ceil_().clamp_(-255, 255).to(torch.int32)
+
+
+def _row(step: Tensor) -> Tensor:
+    """Where the row of an e4m3 step has ceil(2 x) = 0."""
+    return (float8.levels(step) * WIDE + WIDE // 2).to(torch.int32)
+
+
+def _found(table: Tensor, halves: Tensor, row: Tensor) -> Tensor:
+    place = halves + row
+    return table.index_select(0, place.flatten()).view(place.shape)
+
+
+def _tables(device: Any) -> tuple[Tensor, Tensor]:
+    return _made_tables(str(device))
+
+
+@functools.cache
+def _made_tables(device: str) -> tuple[Tensor, Tensor]:
+    """By step and ceil(2 x): the level, and the number; fp32 (127 * WIDE,)."""
+    with torch.inference_mode(False):  # or they could not be used where there are gradients
+        step = torch.tensor(float8.VALUES[: float8.HIGHEST + 1])
+        numbers = (torch.tensor(TABLE) * step[:, None]).round_().clamp_(-HIGHEST, HIGHEST)
+        doubled = numbers[:, 1:] + numbers[:, :-1]  # twice the middles
+        halves = torch.arange(-WIDE // 2, WIDE // 2).float()
+        place = torch.searchsorted(doubled, (halves - 0.5).expand(len(step), -1).contiguous())
+        level, number = place.float() - 8, numbers.gather(1, place)
+        return level.flatten().to(device), number.flatten().to(device)
 
 
 def width(columns: int, bits: int) -> int:

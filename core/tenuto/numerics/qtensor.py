@@ -117,14 +117,26 @@ class QTensor:
         """The weight that the codes stand for; of a rotated one as readers of files compute it."""
         scale = self.scale.view(-1, *[1] * (len(self.shape) - 1))
         if self.dtype in LEVELS:
-            facts = self.levels(), self.steps().view(self.shape), scale, self.bits
-            value = LEVELS[self.dtype].value(*facts)
+            value = self._of_steps().view(self.shape)
         else:
             value = self.codes().to(scale.dtype) * scale
         value = rotated(value.flatten(1), self.rotation).view(self.shape)
         if self.channel is not None:
             value = (value.flatten(1) / self.channel).view(self.shape)
         return value.to(dtype)
+
+    def _of_steps(self) -> Tensor:
+        """`dequantize` before the rotation, (N, K), of the dtypes in `scheme.LEVELS`."""
+        assert self.step is not None
+        kind, step = LEVELS[self.dtype], float8.values(float8.level_of(self.step))
+        found = torch.empty((len(step), self._size), device=step.device)
+        count = max(1, PIECE // max(1, self._size))
+        parts = (t.split(count) for t in (self.qdata, step, self.scale[:, None], found))
+        for codes, wide, scale, out in zip(*parts, strict=True):
+            levels = kind.levels(codes, self._size, self.bits)
+            wide = spread(wide, self.group, self._size)
+            out.copy_(kind.value(levels, wide, scale, self.bits))
+        return found
 
     def steps(self) -> Tensor:
         """The e4m3 number of every column, fp32 (N, K): of the dtypes in `scheme.LEVELS`."""
@@ -189,6 +201,7 @@ def _of_levels(levels: Tensor, grid: Grid, channel: Tensor | None) -> QTensor:
 
 
 ROWS = 256  # of a weight at a time
+PIECE = 2**17  # numbers at a time: what a cache holds
 
 
 def rotation_of(shape: Any, form: Format) -> int:
