@@ -104,10 +104,8 @@ class Uneven:
         scale = self.scale[:, 0].contiguous()
         if self.form.dtype == "e4m3":
             return lambda j, x: float8.cast(x / scale).float().mul_(scale)
-        kind, bits = LEVELS[self.form.dtype], self.form.bits
-        marks = kind.marks(self.step.mT.contiguous(), bits)
-        steps = self.step.mT.contiguous()
-        return lambda j, x: kind.value_near(x / scale, marks[j], steps[j], scale, bits)
+        kind = LEVELS[self.form.dtype]
+        return kind.values_near(self.step.mT.contiguous(), scale, self.form.bits)
 
     def values(self, levels: Tensor) -> Tensor:
         """What levels stand for."""

@@ -38,8 +38,7 @@ Unit = tuple[str, list[str]]  # its name and its layers
 class Job:
     """One quantization: a private copy of the denoiser that is quantized as it goes.
 
-    aims: whether the blocks' outputs in full precision are needed of what is held out, even if no
-    algorithm uses them.
+    aims: whether what is held out needs the blocks' outputs in full precision in any case.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for. max_memory:
     bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
@@ -194,8 +193,12 @@ class Job:
     ) -> dict[str, QTensor]:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
 
+        more: dict[str, Any] = {"seed": seed, "on_progress": note}
+        if getattr(algorithm, "takes_plain", False):
+            more["plain"] = self._known(root, group)
+
         def rounded() -> dict[str, QTensor]:
-            return algorithm(root, group, *data, seed=seed, on_progress=note)
+            return algorithm(root, group, *data, **more)
 
         if processes().size == 1 or getattr(algorithm, "together", False):
             return rounded()
@@ -205,6 +208,10 @@ class Job:
             n: QTensor.from_tensors(tensors, n, shapes[n], group[n].weight)
             for n, tensors in made.items()
         }
+
+    def _known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """Layers of a group that are rounded to nearest already."""
+        return {}
 
     def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
         """Take over quantized weights: what lies in no block gets their float values now."""

@@ -81,30 +81,33 @@ def numbers_near(x: Tensor, bits: int) -> Callable[[Tensor], Tensor]:
     return lambda step: _found(table, halves, _row(step))
 
 
-def marks(step: Tensor, bits: int) -> Tensor:
-    """What `value_near` wants to know of the steps of columns, found once."""
-    return _row(step) if bits == 4 else step
+def values_near(step: Tensor, scale: Tensor, bits: int) -> Callable[[int, Tensor], Tensor]:
+    """A function of j and x (N,) that gives the values nearest to x with the steps `step[j]`.
 
-
-def value_near(x: Tensor, mark: Tensor, step: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The values nearest to `x` scales, given the `marks` of the steps."""
-    if bits == 4:
-        return _found(_tables(x.device)[1], _halves(x), mark).mul_(scale)
-    return value(nearest(x, step, bits), step, scale, bits)
+    step: (W, N). scale: (N,).
+    """
+    if bits != 4:
+        return lambda j, x: value(nearest(x / scale, step[j], bits), step[j], scale, bits)
+    rows, table = _row(step), _tables(step.device)[1]
+    middle, factor = torch.full_like(scale, WIDE / 2), -2 / scale
+    return lambda j, x: _found(
+        table, torch.addcmul(middle, x, factor).clamp_(1, WIDE - 1).to(torch.int32), rows[j]
+    ).mul_(scale)
 
 
 # With 4 bits the numbers are whole, so what lies halfway between two is a multiple of 1/2: which of
-# them is nearest, ceil(2 x) tells, and there are only 126 steps. It is looked up.
-WIDE = 512  # of a row of the tables: ceil(2 x) is between -255 and 255
+# them is nearest, ceil(2 x) tells, and there are only 126 steps. It is looked up, by what is cut
+# off of 256 - 2 x, which costs less than rounding up does.
+WIDE = 512  # of a row of the tables: ceil(2 x) is from -255 to 255
 
 
 def _halves(x: Tensor) -> Tensor:
-    return (x * 2).ceil_().clamp_(-255, 255).to(torch.int32)
+    return (x * -2).add_(WIDE / 2).clamp_(1, WIDE - 1).to(torch.int32)
 
 
 def _row(step: Tensor) -> Tensor:
-    """Where the row of an e4m3 step has ceil(2 x) = 0."""
-    return (float8.levels(step) * WIDE + WIDE // 2).to(torch.int32)
+    """Where the row of an e4m3 step begins."""
+    return float8.places(step).mul_(WIDE)
 
 
 def _found(table: Tensor, halves: Tensor, row: Tensor) -> Tensor:
@@ -112,21 +115,39 @@ def _found(table: Tensor, halves: Tensor, row: Tensor) -> Tensor:
     return table.index_select(0, place.flatten()).view(place.shape)
 
 
-def _tables(device: Any) -> tuple[Tensor, Tensor]:
+def _tables(device: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _made_tables(str(device))
 
 
 @functools.cache
-def _made_tables(device: str) -> tuple[Tensor, Tensor]:
-    """By step and ceil(2 x): the level, and the number; fp32 (127 * WIDE,)."""
+def _made_tables(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """By step and 256 - ceil(2 x): the level, and the number; fp32 (127 * WIDE,).
+
+    The third: by step and byte the numbers of both its codes, two fp32 in an int64 (127 * 256,).
+    """
     with torch.inference_mode(False):  # or they could not be used where there are gradients
         step = torch.tensor(float8.VALUES[: float8.HIGHEST + 1])
         numbers = (torch.tensor(TABLE) * step[:, None]).round_().clamp_(-HIGHEST, HIGHEST)
         doubled = numbers[:, 1:] + numbers[:, :-1]  # twice the middles
-        halves = torch.arange(-WIDE // 2, WIDE // 2).float()
+        halves = torch.arange(WIDE // 2, -WIDE // 2, -1).float()
         place = torch.searchsorted(doubled, (halves - 0.5).expand(len(step), -1).contiguous())
         level, number = place.float() - 8, numbers.gather(1, place)
-        return level.flatten().to(device), number.flatten().to(device)
+        low = numbers[:, None, :].expand(-1, 16, -1)  # of a byte's low half, an even column's
+        pairs = torch.stack((low, numbers[:, :, None].expand(-1, -1, 16)), -1)
+        pairs = pairs.flatten().view(torch.int64)
+        return level.flatten().to(device), number.flatten().to(device), pairs.to(device)
+
+
+def decoded(qdata: Tensor, step: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
+    """Values (N, columns) of `stored` rows. step: e4m3 bytes (N, G); scale: (N, 1)."""
+    group = columns // step.shape[1]
+    if bits != 4:
+        wide = float8.values(float8.level_of(step)).repeat_interleave(group, 1)
+        return value(levels(qdata, columns, bits), wide, scale, bits)
+    place = qdata.to(torch.int32).unflatten(1, (-1, group // 2))
+    place = place.add_(step.to(torch.int32).mul_(256)[..., None]).flatten()
+    pairs = _tables(qdata.device)[2].index_select(0, place)
+    return pairs.view(torch.float32).view(-1, columns).mul_(scale)
 
 
 def width(columns: int, bits: int) -> int:

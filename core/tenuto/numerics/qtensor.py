@@ -128,15 +128,19 @@ class QTensor:
     def _of_steps(self) -> Tensor:
         """`dequantize` before the rotation, (N, K), of the dtypes in `scheme.LEVELS`."""
         assert self.step is not None
-        kind, step = LEVELS[self.dtype], float8.values(float8.level_of(self.step))
-        found = torch.empty((len(step), self._size), device=step.device)
+        kind, found = LEVELS[self.dtype], torch.empty(self.shape, device=self.qdata.device)
         count = max(1, PIECE // max(1, self._size))
-        parts = (t.split(count) for t in (self.qdata, step, self.scale[:, None], found))
-        for codes, wide, scale, out in zip(*parts, strict=True):
-            levels = kind.levels(codes, self._size, self.bits)
-            wide = spread(wide, self.group, self._size)
-            out.copy_(kind.value(levels, wide, scale, self.bits))
+        parts = (t.split(count) for t in (self.qdata, self.step, self.scale[:, None], found))
+        for codes, step, scale, out in zip(*parts, strict=True):
+            out.copy_(kind.decoded(codes, step, scale, self._size, self.bits))
         return found
+
+    def grid(self, form: Format) -> Grid | None:
+        """The grid that the codes are of, where finding it again would take a search; or None."""
+        if form.dtype not in LEVELS or self.step is None:
+            return None
+        step = float8.values(float8.level_of(self.step))
+        return Grid(self.scale, torch.zeros_like(step), step, form)
 
     def steps(self) -> Tensor:
         """The e4m3 number of every column, fp32 (N, K): of the dtypes in `scheme.LEVELS`."""

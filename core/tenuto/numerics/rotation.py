@@ -79,4 +79,7 @@ def digits(size: int) -> int:
 
 def both(moments: Tensor, size: int) -> Tensor:
     """Second moments x^T x (..., K, K) of the inputs that `size` rotates."""
-    return rotated(rotated(moments, size).mT, size).mT
+    if not size:
+        return moments
+    found = rotated(moments, size).unflatten(-2, (-1, size))
+    return (matrix(size, found.device, found.dtype) @ found).flatten(-3, -2)

@@ -16,7 +16,7 @@ the columns of a weight by H, so it does A and B: the inputs of the rotated weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,7 @@ class GPTQ:
     together: ClassVar[bool] = True
     needs_inputs = True
     needs_target = False
+    takes_plain = True
 
     @classmethod
     def at(cls, effort: Effort) -> GPTQ:
@@ -69,8 +70,13 @@ class GPTQ:
         *,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
+        plain: Mapping[str, QTensor] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers`; there is no `target`."""
+        """The weights of `layers`; there is no `target`. plain: some of them to nearest, if known.
+
+        Their grids need not be searched again then.
+        """
+        grids = {n: q.grid(layers[n].weight) for n, q in (plain or {}).items()}
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
@@ -89,7 +95,8 @@ class GPTQ:
             def rounded(name: str) -> dict[str, Tensor]:
                 weight, form = weight_of(whole, name), layers[name].weight
                 gap = gaps.get(name)  # noqa: B023
-                return self.weight(weight, form, gram, gap, known).tensors(name)  # noqa: B023
+                given = gram, gap, known, grids.get(name)  # noqa: B023
+                return self.weight(weight, form, *given).tensors(name)
 
             for name, made in zip(group, processes().each(group, rounded), strict=True):
                 layer: Any = block.get_submodule(name)
@@ -161,12 +168,14 @@ class GPTQ:
         gram: Tensor,
         gap: Tensor | None = None,
         known: dict[tuple[int, int], Factor] | None = None,
+        grid: Grid | None = None,
     ) -> QTensor:
         """One weight (N, ...) given A (G, K, K) and D (G, N / G, K); no D: 0.
 
-        known: what other layers with the same A have made of it; it is added to.
+        known: what other layers with the same A have made of it; it is added to. grid: of the
+        weight, where that is known.
         """
-        grid, groups = Grid.of(weight, form), len(gram)
+        grid, groups = grid or Grid.of(weight, form), len(gram)
         columns, rows = weight.shape[1:].numel(), len(weight) // groups
         size = size_for(columns) if form.rotate else 0
         values = columns_of(grid, columns)

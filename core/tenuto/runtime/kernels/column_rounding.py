@@ -68,7 +68,7 @@ def compensate_reference(
     levels, errors = torch.empty_like(rest), torch.empty_like(rest)
     for j in range(len(rest)):
         now = torch.addmv(rest[j], errors[:j].mT, inverse[:j, j], alpha=-1) if j else rest[j]
-        levels[j] = level = (now / size[j]).round_().clamp_(low[j], high[j])
+        levels[j] = level = _whole((now / size[j]).clamp_(low[j], high[j]))
         errors[j] = (now - level * size[j]) / inverse[j, j]
     return levels.mT, errors.mT
 
@@ -83,7 +83,12 @@ def descend_reference(
     for j in range(len(found)):
         now = torch.addmv(slope[j], moved[:j].mT, gram[:j, j]) if j else slope[j]
         best = (found[j] - now / gram[j, j]) / size[j]
-        new = best.round_().clamp_(low[j], high[j]) * size[j]
+        new = _whole(best.clamp_(low[j], high[j])) * size[j]
         moved[j] = new - found[j]
         found[j] = new
     return found.mT
+
+
+def _whole(x: Tensor) -> Tensor:
+    """`x.round_()` of |x| < 2^22, without the threads that torch asks for it, column by column."""
+    return x.add_(12582912.0).sub_(12582912.0)  # 1.5 * 2^23 leaves no room for fractions
