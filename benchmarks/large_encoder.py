@@ -133,7 +133,7 @@ def command(folder: Path, out: Path, asked: argparse.Namespace) -> list[str]:
     """What a user would type."""
     start = [sys.executable, "-m", "tenuto.cli", "text-encoder", str(folder), "--out", str(out)]
     how = ["--scheme", asked.scheme, "--method", asked.method, "--for", MODELS[asked.model][4]]
-    return [*start, *how, "--max-memory", str(asked.memory), *asked.more]
+    return [*start, *how, "--max-memory", f"{asked.memory}GiB", *asked.more]
 
 
 def measured(asked: argparse.Namespace, blocks: int | None) -> dict[str, Any]:
@@ -178,6 +178,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.cores])
     os.environ["OMP_NUM_THREADS"] = str(asked.cores)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # where other work shares the cores
     machine = {"machine": cpu_name(), "cores": asked.cores, "date": str(datetime.date.today())}
     whole = {"memory_gib": asked.memory} | machine | surroundings(torch.nn.Linear(1, 1))
     for blocks in asked.blocks or [None]:

@@ -153,7 +153,7 @@ def encoder_job(
     job.maintain("none", Tiar())
     inputs = {
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
-        "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
+        "model": fingerprint(encoder), "calls": [mark_of(call) for call in calls],
     }  # fmt: skip
     job.run_measured(work_in(work, inputs), processes().told(on_progress))
     return job
@@ -257,7 +257,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(f"{sum(values) / len(values):.6g}")
 
 
-def _mark(call: Call) -> str:
+def mark_of(call: Call) -> str:
     """What an encoder is asked, and what of its answer counts, as a short text."""
     mask = None if call.counted is None else call.counted.tolist()
     return digest([call.inputs["input_ids"].tolist(), mask, call.row, call.read])

@@ -159,7 +159,8 @@ class GPTQ:
             gram = part if gram is None else gram.add_(part)
             for n, t in parts.items() if paired else ():
                 gaps[n] = gaps[n].add_(t) if isinstance(gaps[n], Tensor) else t
-        return None if gram is None else (mirrored(gram), gaps if paired and parts else {})
+        some = {n: t for n, t in gaps.items() if isinstance(t, Tensor)} if paired else {}
+        return None if gram is None else (mirrored(gram), some)
 
     def weight(
         self,
