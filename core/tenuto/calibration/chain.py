@@ -111,10 +111,10 @@ class Chain:
         if answers is not None and block not in answers.flow.order:
             answers = None
         calls = self.calls if model is self.model else self.aims
+        ahead = [] if answers is None else answers.ahead(block)
         with ExitStack() as stack:
-            for name in [] if answers is None else answers.ahead(block)[:2]:
-                if len(answers.ahead(block)) == 1:  # more than one may be more than memory
-                    stack.enter_context(held(model.get_submodule(name)))
+            if len(ahead) == 1:  # more than one may be more than memory
+                stack.enter_context(held(model.get_submodule(ahead[0])))
             return inputs_of(model, block, calls, self.device, by_call, self.files, answers)
 
     def _answer(self, block: str) -> None:

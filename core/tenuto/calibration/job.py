@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,12 +195,9 @@ class Job:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
 
         more: dict[str, Any] = {"seed": seed, "on_progress": note}
-        if getattr(algorithm, "takes_plain", False):
-            more["plain"] = self._known(root, group)
-
-        def rounded() -> dict[str, QTensor]:
-            return algorithm(root, group, *data, **more)
-
+        if getattr(algorithm, "takes_plain", False) and hasattr(self, "known"):
+            more["plain"] = self.known(root, group)  # pyright: ignore[reportAttributeAccessIssue]
+        rounded = partial(algorithm, root, group, *data, **more)
         if processes().size == 1 or getattr(algorithm, "together", False):
             return rounded()
         made = processes().once(lambda: {n: q.tensors(n) for n, q in rounded().items()})
@@ -208,10 +206,6 @@ class Job:
             n: QTensor.from_tensors(tensors, n, shapes[n], group[n].weight)
             for n, tensors in made.items()
         }
-
-    def _known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
-        """Layers of a group that are rounded to nearest already."""
-        return {}
 
     def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
         """Take over quantized weights: what lies in no block gets their float values now."""

@@ -222,13 +222,13 @@ class EncoderJob(Job):
         note: Progress,
     ) -> dict[str, QTensor]:
         if data[0] is None:
-            known = self._known(root, group) if isinstance(algorithm, RoundToNearest) else {}
+            known = self.known(root, group) if isinstance(algorithm, RoundToNearest) else {}
             return known or super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        return found if held is None else better(root, found, group, held, self._known(root, group))
+        return found if held is None else better(root, found, group, held, self.known(root, group))
 
-    def _known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+    def known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
         """Those of `plain` for layers inside of `root`, by their names there."""
         unit = next(name for name, module in self.model.named_modules() if module is root)
         start = f"{unit}." if unit else ""
