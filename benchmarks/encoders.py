@@ -48,6 +48,7 @@ from tenuto.calibration import (
 from tenuto.measure import compare_all, states_distance
 from tenuto.runtime import encoder_layers
 from tenuto.sampling import Call, calls_of
+from tenuto.sampling.encoder_calls import without_cache
 from tenuto.sampling.loading import defaults
 
 MODELS = ("transformer", "unet")
@@ -89,7 +90,8 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
     def rows(some: list[str]) -> list[dict[str, Any]]:
         found = [tokenizer(line, max_length=64, truncation=True) for line in ["", *some]]
         ids = [torch.tensor([one["input_ids"]]) for one in found if one["input_ids"]]
-        return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+        more = without_cache(encoder)  # blocks are called again and again
+        return [{"input_ids": x, "attention_mask": torch.ones_like(x)} | more for x in ids]
 
     more = tn.prompts("captions") if files else []
     held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
