@@ -48,9 +48,11 @@ from tenuto.calibration import (
 from tenuto.measure import compare_all, states_distance
 from tenuto.runtime import encoder_layers
 from tenuto.sampling import Call, calls_of
+from tenuto.sampling.encoder_calls import without_cache
 from tenuto.sampling.loading import defaults
 
 MODELS = ("transformer", "unet")
+ROWS = 32  # prompts in a call
 
 
 def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
@@ -86,15 +88,15 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
     lines = tn.prompts("general")
 
     def rows(some: list[str]) -> list[dict[str, Any]]:
-        how = {"padding": "max_length", "max_length": 64, "truncation": True}
-        given = tokenizer(["", *some], **how, return_tensors="pt")
-        keys, start = ("input_ids", "attention_mask"), int(not given["attention_mask"][0].any())
-        return [{k: given[k][i : i + 1] for k in keys} for i in range(start, len(some) + 1)]
+        found = [tokenizer(line, max_length=64, truncation=True) for line in ["", *some]]
+        ids = [torch.tensor([one["input_ids"]]) for one in found if one["input_ids"]]
+        more = without_cache(encoder)  # blocks are called again and again
+        return [{"input_ids": x, "attention_mask": torch.ones_like(x)} | more for x in ids]
 
     more = tn.prompts("captions") if files else []
     held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
-    calibration = calls_of(rows([*more, *lines[::2]]), held_out=held)
-    unseen = calls_of(rows(lines[3::4]))
+    calibration = calls_of(rows([*more, *lines[::2]]), ROWS, held_out=held, by_length=True)
+    unseen = calls_of(rows(lines[3::4]), ROWS)
     if files:
         yield from of_files(folder.name, encoder, calibration, unseen, files)
         return

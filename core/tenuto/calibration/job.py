@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..resume import Work
 from ..runtime import quantizable
-from ..sampling import Trajectory, processes
+from ..sampling import HELD_OUT, Trajectory, processes
 from .activation_ranges import activation_ranges
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
@@ -38,7 +39,7 @@ Unit = tuple[str, list[str]]  # its name and its layers
 class Job:
     """One quantization: a private copy of the denoiser that is quantized as it goes.
 
-    aims: whether the blocks' outputs in full precision are needed even if no algorithm uses them.
+    aims: whether what is held out needs the blocks' outputs in full precision in any case.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for. max_memory:
     bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
@@ -103,13 +104,12 @@ class Job:
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
         calls, rules = self.trajectory.calls, self.plan.values()
-        aims = self.aims or any(
-            _needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules
-        )
+        whole = any(_needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules)
+        aims = [call for call in calls if whole or (self.aims and call.row == HELD_OUT)]
         plain = self.plain_copy if aims else None
         given = self.denoiser, self.backbone, self.device, self.max_memory
         files, every = BankFiles(work.path, lambda: room_for_banks(*given)), self.backbone.blocks
-        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files)
+        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files, aims)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
         for unit, names, kept in self._done(units, needy, chain, work, notes):
@@ -194,9 +194,10 @@ class Job:
     ) -> dict[str, QTensor]:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
 
-        def rounded() -> dict[str, QTensor]:
-            return algorithm(root, group, *data, seed=seed, on_progress=note)
-
+        more: dict[str, Any] = {"seed": seed, "on_progress": note}
+        if getattr(algorithm, "takes_plain", False) and hasattr(self, "known"):
+            more["plain"] = self.known(root, group)  # pyright: ignore[reportAttributeAccessIssue]
+        rounded = partial(algorithm, root, group, *data, **more)
         if processes().size == 1 or getattr(algorithm, "together", False):
             return rounded()
         made = processes().once(lambda: {n: q.tensors(n) for n, q in rounded().items()})

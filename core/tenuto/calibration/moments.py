@@ -61,6 +61,8 @@ class InputsSeen:
                 raise Leave
 
         args, kwargs = bank.rows(index, self.device)
+        if counted is not None and bank.lengths is not None:
+            counted = counted[:, : bank.lengths.of(index)]
         with watched(self.block, self.names, before=note), suppress(Leave):
             self.block(*args, **kwargs)
         self.last = calls if self.last is None else self.last

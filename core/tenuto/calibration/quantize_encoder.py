@@ -153,7 +153,7 @@ def encoder_job(
     job.maintain("none", Tiar())
     inputs = {
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
-        "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
+        "model": fingerprint(encoder), "calls": [mark_of(call) for call in calls],
     }  # fmt: skip
     job.run_measured(work_in(work, inputs), processes().told(on_progress))
     return job
@@ -222,15 +222,13 @@ class EncoderJob(Job):
         note: Progress,
     ) -> dict[str, QTensor]:
         if data[0] is None:
-            known = self._nearest(root, group) if isinstance(algorithm, RoundToNearest) else {}
+            known = self.known(root, group) if isinstance(algorithm, RoundToNearest) else {}
             return known or super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        return (
-            found if held is None else better(root, found, group, held, self._nearest(root, group))
-        )
+        return found if held is None else better(root, found, group, held, self.known(root, group))
 
-    def _nearest(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+    def known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
         """Those of `plain` for layers inside of `root`, by their names there."""
         unit = next(name for name, module in self.model.named_modules() if module is root)
         start = f"{unit}." if unit else ""
@@ -259,7 +257,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(f"{sum(values) / len(values):.6g}")
 
 
-def _mark(call: Call) -> str:
+def mark_of(call: Call) -> str:
     """What an encoder is asked, and what of its answer counts, as a short text."""
     mask = None if call.counted is None else call.counted.tolist()
     return digest([call.inputs["input_ids"].tolist(), mask, call.row, call.read])

@@ -63,7 +63,7 @@ class AWQ:
         device = next(block.parameters()).device
         block, done = private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)]
+        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)].sort().values
         forms = {name: scheme.weight for name, scheme in layers.items()}
         found = {  # what the block never calls stays like that
             name: rounded(weight_of(block, name), forms[name], torch.ones((), device=device))
