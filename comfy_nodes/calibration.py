@@ -33,6 +33,7 @@ from .api import ArtifactType, io, ui
 from .cache import is_stochastic
 from .nodes import info, title
 from .outputs import HostOutputs
+from .own_formats import check_plain
 from .weights import Weights, patched
 
 SCHEMES = {title(scheme): name for name, scheme in known().items()}
@@ -153,6 +154,7 @@ def check(model: Any) -> None:
         raise TenutoError("Calibrate the model itself: put LoRA loaders after this node.")
     if model.get_attachment(Weights.key) is not None:
         raise TenutoError("Calibrate the model itself: put Tenuto Quantize Model after this node.")
+    check_plain(model.model.diffusion_model)
 
 
 def recorded(model: Any, how: Sampling, runs: int) -> Trajectory:

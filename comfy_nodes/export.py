@@ -17,6 +17,7 @@ from tenuto.model import key_map_of
 from .api import ArtifactType, io, ui
 from .artifacts import WRITTEN
 from .calibration import NAME
+from .own_formats import check_plain
 from .weights import Weights, patched
 
 FORMATS = ("comfy", "gguf")  # in the host's own names
@@ -98,6 +99,7 @@ def check(model: Any) -> None:
         )
     if model.get_attachment(Weights.key) is not None:
         raise TenutoError("Export the model itself: without Tenuto Quantize Model before it.")
+    check_plain(model.model.diffusion_model)
 
 
 def place_of(name: str, suffix: str) -> Path:

@@ -15,6 +15,7 @@ from tenuto.runtime import DENSE
 
 from .api import io, ui
 from .cache import Cache, Run
+from .own_formats import own_formats, said
 from .weights import Weights
 
 SIDE = 768  # pixels of a map without names, about
@@ -54,6 +55,8 @@ class Report(io.ComfyNode):
         weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
         run = cache.last if cache is not None else None
         lines = [NOTHING] if weights is None and cache is None else []
+        own = own_formats(model.model.diffusion_model)
+        lines += [f"Quantized by ComfyUI itself: {said(own.values())}"] if own else []
         lines += [] if weights is None else [weights_line(weights)]
         lines += [] if cache is None else cache_lines(run)
         text = "\n".join(lines)
