@@ -23,7 +23,7 @@ from tenuto.caching import (
     why_none,
 )
 from tenuto.errors import ModelError
-from tenuto.model import WHOLE, Override, describe, key_map_of, override_
+from tenuto.model import WHOLE, Override, describe, names_in_host, override_
 from tenuto.runtime import Policy, host_kernel
 from tenuto.sampling import Clock, adds_noise
 
@@ -74,7 +74,7 @@ class Cache(Wrapped):
         super().__init__()
         denoiser = model.model.diffusion_model
         self.plan, self.denoiser = plan, weakref.ref(denoiser)
-        self.keys, self.branches = key_map_of(denoiser), ()
+        self.keys, self.branches = names_in_host(denoiser), ()
         self.blocks: dict[str, str] = {}
         if not isinstance(plan, Forecast):
             if self.keys is None:  # its parts may return tensors that others write to
