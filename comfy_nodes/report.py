@@ -13,7 +13,7 @@ from tenuto.artifact.panels import cells
 from tenuto.artifact.plots import available, image, map_figure
 from tenuto.runtime import DENSE
 
-from .api import io, ui
+from .api import found_by, io, ui
 from .cache import Cache, Run
 from .own_formats import own_formats, said
 from .weights import Weights
@@ -30,8 +30,9 @@ class Report(io.ComfyNode):
         """MODEL and the latent that was sampled with it."""
         return io.Schema(
             node_id="Tenuto_Report",
+            **found_by("report", "cache report", "timing"),
             display_name="Tenuto Report",
-            category="Tenuto/tools",
+            category="Tenuto",
             description="What the last run computed and what it reused, step by step.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used."),
