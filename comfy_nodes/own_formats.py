@@ -39,7 +39,7 @@ def check_plain(denoiser: nn.Module) -> None:
     formats = own_formats(denoiser)
     if formats:
         raise ModelError(
-            f"ComfyUI has layers of this model quantized already ({said(formats.values())}): load "
+            f"The model is already quantized, by ComfyUI itself ({said(formats.values())}): load "
             "the model of 16 or 32 bits for this, or make it faster as it is with Tenuto Speed Up."
         )
 
