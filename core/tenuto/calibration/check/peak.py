@@ -55,7 +55,7 @@ def peaks(
     them; "whole without recorded inputs" and "by block without recorded inputs": the peaks then.
     rows: of all recorded calls. stored: bytes of each part that is not loaded yet. rounds: whether
     layers are rounded on what they see. encoders: whether text encoders are quantized too.
-    Block by block the codes are in the work folder until all are there.
+    Codes that are rounded so block by block are in the work folder until all are there.
     """
     inside = _blocks(denoiser, backbone)
     whole, on_cpu = _count(denoiser), device.type == "cpu"
@@ -71,10 +71,13 @@ def peaks(
     banks, step = _data(pipe, denoiser, call, rows, rounds)
     work = copies + step + _beside(denoiser, backbone, device, rounds)
 
+    def beside(work: int) -> int:
+        return max(work, own) if rounds else work + own
+
     def peak(work: int) -> tuple[int, int]:
         return (
             int(made + sum(texts.values()) + 5 * own + max(work, CHECKED * whole)),
-            int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + max(work, own)),
+            int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + beside(work)),
         )
 
     found = dict(zip(("whole", "by block"), peak(work + banks), strict=True))
