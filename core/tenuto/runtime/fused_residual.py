@@ -16,18 +16,7 @@ from torch.nn import functional as F
 from .fused_rows import one_row
 from .kernels import int8_fused
 from .kernels.finished_product import finished_fp8, finished_int8
-from .nodes import (
-    ADDS,
-    MULTIPLIES,
-    Match,
-    argument,
-    called,
-    pairs,
-    put,
-    shape_of,
-    value,
-    written,
-)
+from .nodes import ADDS, MULTIPLIES, Match, argument, called, pairs, put_all, shape_of, value
 
 SHAPES = ("reshape", "view", "unflatten", "contiguous", "to")
 DIVIDES = (operator.truediv, torch.div)
@@ -37,16 +26,8 @@ def finish(module: fx.GraphModule) -> int:
     """Put sums into the products before them; how many there are."""
     if finished_int8 is None:
         return 0
-    graph, found = module.graph, 0
-    for node in [n for n in graph.nodes if called(n, ADDS)]:
-        match = next(filter(None, (_match(node, one, other) for one, other in pairs(node))), None)
-        if match is not None and not written(node, match.chain):
-            put(graph, node, match)
-            found += 1
-    if found:
-        graph.lint()
-        module.recompile()
-    return found
+    nodes = [n for n in module.graph.nodes if called(n, ADDS)]
+    return put_all(module, nodes, lambda node: (_match(node, *pair) for pair in pairs(node)))
 
 
 def _match(node: fx.Node, one: Any, residual: Any) -> Match | None:

@@ -11,13 +11,12 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import tenuto as tn
-from tenuto.model import denoiser_of, tensors_in
+from tenuto.model import tensors_in
 from tenuto.runtime import compiler
 from tenuto.runtime.fused_residual import finish
 from tenuto.runtime.kernels import int8_fused
 from tenuto.runtime.kernels.fp8_linear import Float8Linear, fp8_linear
-from tests.core import tiny_pipelines as tiny
-from tests.core.runtime.test_joint_products import COLUMNS, HERE, of_codes, of_floats
+from tests.core.runtime.test_joint_products import COLUMNS, HERE, of_codes, of_floats, on_the_card
 
 OPS = torch.ops.tenuto
 WIDTH = 48  # of the layer that is used
@@ -167,14 +166,7 @@ def test_the_operations_in_graphs() -> None:
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
 def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks compiled with the pass give what they give without a compiler."""
-    pipe, prompts, call = tiny.asked(kind)
-    trajectory = tn.record(pipe, prompts and prompts[:1], steps=2, call=call, batch=1)
-    denoiser = denoiser_of(pipe).to("cuda", torch.bfloat16)
-
-    def there(x: Tensor) -> Tensor:
-        return x.to("cuda", torch.bfloat16 if x.is_floating_point() else x.dtype)
-
-    given = tn.model.map_tensors(there, dict(trajectory.calls[0].inputs))
+    denoiser, given = on_the_card(kind)
     counts = SimpleNamespace(taken=0)
 
     def counted(module: fx.GraphModule) -> int:
