@@ -30,7 +30,7 @@ class Chain:
     anything, and nothing is computed before they are asked for: a job that goes on may have them.
     blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
     plain: gives the full-precision model, whose outputs are the targets; None: there are none.
-    files: where inputs and targets go that memory has no room for. aims: the calls of which there
+    files: where inputs and targets go that memory has no room for. wanted: the calls of which there
     are targets; None: all.
     """
 
@@ -44,9 +44,9 @@ class Chain:
         device: Any,
         plain: Callable[[], nn.Module] | None,
         files: BankFiles | None = None,
-        aims: Sequence[Call] | None = None,
+        wanted: Sequence[Call] | None = None,
     ) -> None:
-        self.aims = calls if aims is None else aims
+        self.wanted = calls if wanted is None else wanted
         self.blocks, self.calls, self.device, self.files = list(units), calls, device, files
         self.every, self.needy, self.model, self.plain = list(blocks), set(needy), model, plain
         self.student: Bank | None = None
@@ -110,7 +110,7 @@ class Chain:
         answers = self.answers.get(model)
         if answers is not None and block not in answers.flow.order:
             answers = None
-        calls = self.calls if model is self.model else self.aims
+        calls = self.calls if model is self.model else self.wanted
         ahead = [] if answers is None else answers.ahead(block)
         with ExitStack() as stack:
             if len(ahead) == 1:  # more than one may be more than memory

@@ -49,9 +49,9 @@ def calibration_prompts(own: Sequence[str]) -> list[str]:
 
 
 def apart(bank: Bank, target: Tensor | None) -> tuple[Data, Data | None]:
-    """What an algorithm may see of a block's inputs and outputs, and what is held out, if any.
+    """A block's inputs and outputs for an algorithm, and the held-out ones, if there are any.
 
-    target: of all rows, or of those that are held out.
+    target: outputs of all rows, or of the held-out ones.
     """
     held = bank.steps == HELD_OUT
     if not held.any():

@@ -39,13 +39,13 @@ Unit = tuple[str, list[str]]  # its name and its layers
 class Job:
     """One quantization: a private copy of the denoiser that is quantized as it goes.
 
-    aims: whether what is held out needs the blocks' outputs in full precision in any case.
+    compares: whether held-out rows are compared with outputs in full precision in any case.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for. max_memory:
     bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
     """
 
-    aims = False
+    compares = False
     max_memory: int | None = None
 
     def __init__(
@@ -105,11 +105,11 @@ class Job:
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
         calls, rules = self.trajectory.calls, self.plan.values()
         whole = any(_needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules)
-        aims = [call for call in calls if whole or (self.aims and call.row == HELD_OUT)]
-        plain = self.plain_copy if aims else None
+        wanted = [c for c in calls if whole or (self.compares and c.row == HELD_OUT)]
+        plain = self.plain_copy if wanted else None
         given = self.denoiser, self.backbone, self.device, self.max_memory
         files, every = BankFiles(work.path, lambda: room_for_banks(*given)), self.backbone.blocks
-        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files, aims)
+        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files, wanted)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
         for unit, names, kept in self._done(units, needy, chain, work, notes):

@@ -167,7 +167,7 @@ class EncoderJob(Job):
 
     facts: dict[str, Any]
     plain: dict[str, QTensor]
-    aims = True  # what is held out is judged by them
+    compares = True
 
     def plain_copy(self, codes: Codes | None = None) -> nn.Module:
         """In memory as a whole, for it is run again and again, unless it is on disk itself."""

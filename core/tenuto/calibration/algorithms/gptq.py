@@ -130,9 +130,9 @@ class GPTQ:
         gram: Any = None
         gaps: dict[str, Any] = dict.fromkeys(group, 0.0)
         now = InputsSeen(block, [name], bank, rows, device)
-        aims = self.asymmetric and changed
-        was = InputsSeen(whole, [name], bank, rows, device) if aims else None
-        paired = Paired() if aims else None
+        paired_up = self.asymmetric and changed
+        was = InputsSeen(whole, [name], bank, rows, device) if paired_up else None
+        paired = Paired() if paired_up else None
 
         def products(index: Tensor) -> tuple[list[int], Tensor | None, dict[str, Tensor]]:
             """Of a chunk of rows: tokens in both blocks, and its shares of A and D."""
