@@ -35,7 +35,7 @@ ALONE = """async () => {
     pen.font = `${LiteGraph.NODE_TEXT_SIZE}px Arial`
     return window.app.graph.nodes.map((node) => ({
         type: node.type, width: node.size[0],
-        title: pen.measureText(node.title).width + 1.5 * LiteGraph.NODE_TITLE_HEIGHT,
+        title: pen.measureText(node.title).width + 2 * LiteGraph.NODE_TITLE_HEIGHT,
         widgets: Object.fromEntries((node.widgets || []).map((w) => [w.name, w.value ?? null])),
     }))
 }"""
