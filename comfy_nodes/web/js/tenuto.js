@@ -17,8 +17,8 @@ function show(node, text) {
     field.serialize = false;
     field.options.serialize = false;
     if (field.inputEl) field.inputEl.readOnly = true;
-    const [wide, high] = node.computeSize();
-    node.setSize([Math.max(node.size[0], wide, 360), Math.max(node.size[1], high + 60)]);
+    // Downwards alone: what is beside it stays in sight.
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1] + 100)]);
   }
   field.value = text;
   node.setDirtyCanvas?.(true, true);
