@@ -71,6 +71,25 @@ def test_they_are_what_the_script_writes() -> None:
     assert shipped == set(written)
 
 
+def test_files_are_told(server: Any) -> None:
+    """To the page in the loaders, in a folder that the host has; to readers in the docs."""
+    text = (templates.FOLDER.parent / "docs" / "comfyui.md").read_text("utf-8")
+    folders = server.get("/models")
+    for name, template in templates.templates().items():
+        (row,) = (
+            line for line in text.splitlines() if line.startswith(f"| [tenuto-speed-up-{name}]")
+        )
+        told = [
+            (file, node["widgets_values"])
+            for node in templates.built(name, template)["nodes"]
+            for file in node["properties"].get("models", ())
+        ]
+        assert len(told) == len(template.files)
+        for file, values in told:
+            assert file["name"] in values and file["directory"] in folders
+            assert file["url"].endswith(f"/{file['name']}") and f"`{file['name']}`" in row
+
+
 def test_the_script_knows_the_nodes(server: Any) -> None:
     """What goes into and comes out of each node, in the host's own words."""
     known = server.get("/object_info")
