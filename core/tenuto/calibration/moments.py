@@ -32,6 +32,21 @@ def inputs_seen(
     yield from map(InputsSeen(block, names, bank, rows, device), bank.parts(rows, CHUNK))
 
 
+def gram_of(block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor | None:
+    """A = x^T x (G, K, K) in fp32 of what the layer `name` gets; None where it was not called."""
+    layer, found = block.get_submodule(name), None
+    for seen in inputs_seen(block, [name], bank, rows, device):
+        if name in seen:
+            x = patches(layer, seen[name]).float()
+            found = x.mT @ x if found is None else found.baddbmm_(x.mT, x)
+    return found
+
+
+def over(gram: Tensor, channel: Tensor) -> Tensor:
+    """A (G, K, K) of inputs divided by the scale of each column (K,)."""
+    return gram / channel / channel[:, None]
+
+
 class InputsSeen:
     """`inputs_seen` of a chunk that is asked for, one of `bank.parts(rows, CHUNK)`."""
 

@@ -70,7 +70,8 @@ def _chosen(width: str | Scheme, method: str) -> tuple[Scheme, Any]:
             f"{', '.join(names('encoder'))}, not to {width!r} by {method!r}."
         ) from None
     if getattr(algorithm, "smooth", False):
-        scheme = Scheme(f"{scheme.name}-{algorithm.name}", replace(scheme.weight, smooth=True))
+        first = algorithm.name.split("+")[0]
+        scheme = Scheme(f"{scheme.name}-{first}", replace(scheme.weight, smooth=True))
     return scheme, algorithm
 
 

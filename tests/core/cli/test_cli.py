@@ -154,7 +154,7 @@ BAD = {
         "--text-encoder",
     ),
     "unknown width": ((*QUANTIZE, "--text-encoder", "w3"), "w8 or w4"),
-    "unknown method": ((*QUANTIZE, "--text-encoder", "w4", "--method", "magic"), "awq, gptq"),
+    "unknown method": ((*QUANTIZE, "--text-encoder", "w4", "--method", "magic"), "awq, clip, gptq"),
     "method alone": ((*QUANTIZE, "--method", "awq"), "--text-encoder"),
     "unknown rounding": ((*QUANTIZE, "--rounding", "up"), "adaround, gptq, nearest"),
     "rounding of 8 bits": ((*QUANTIZE, "--rounding", "gptq"), "weights below 8 bits"),

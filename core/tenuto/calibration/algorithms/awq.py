@@ -39,6 +39,7 @@ class AWQ:
     ratios: int = 20
 
     name: ClassVar[str] = "awq"
+    stage: ClassVar[str] = "transform"
     parts: ClassVar[tuple[str, ...]] = ("encoder",)
     smooth: ClassVar[bool] = True
     needs_inputs = True
