@@ -156,7 +156,7 @@ BAD = {
     "unknown width": ((*QUANTIZE, "--text-encoder", "w3"), "w8 or w4"),
     "unknown method": ((*QUANTIZE, "--text-encoder", "w4", "--method", "magic"), "awq, clip, gptq"),
     "method alone": ((*QUANTIZE, "--method", "awq"), "--text-encoder"),
-    "unknown rounding": ((*QUANTIZE, "--rounding", "up"), "adaround, gptq, nearest"),
+    "unknown rounding": ((*QUANTIZE, "--rounding", "up"), "adaround, clip, gptq, nearest"),
     "rounding of 8 bits": ((*QUANTIZE, "--rounding", "gptq"), "weights below 8 bits"),
     "unknown demo": (("quantize", "demo:nothing", *QUANTIZE[2:]), "no demo model 'nothing'"),
     "unknown demo to show": (("demo", "--model", "nothing"), "no demo model 'nothing'"),
