@@ -138,7 +138,7 @@ def operands(card: Card, m: int, n: int, k: int) -> dict[str, Any]:
 
 def product_errors(card: Card, shape: tuple[int, int, int]) -> Iterator[tuple[str, float]]:
     """(what, relative error) of all that a product can be followed by, for all tiles."""
-    from tenuto.runtime.kernels import int8_fused_triton as fused
+    from tenuto.runtime.kernels import product_triton as fused
 
     o = operands(card, *shape)
     packed, x = o["packed"], o["x"]
@@ -254,7 +254,7 @@ def sets(moved: float) -> int:
 
 def products(card: Card, m: int, n: int, k: int) -> None:
     """A product with its scales and bias in every way, beside bf16."""
-    from tenuto.runtime.kernels import int8_fused_triton as fused
+    from tenuto.runtime.kernels import product_triton as fused
 
     moved = m * k + n * k + 2 * m * n
     many = [operands(card, m, n, k) for _ in range(sets(moved) if card.cuda else 1)]
@@ -286,7 +286,7 @@ def products(card: Card, m: int, n: int, k: int) -> None:
 
 def in_tiles(card: Card, many: list[dict[str, Any]], tiles: Any) -> float | str:
     """Microseconds of the product in these tiles, or why it does not run in them."""
-    from tenuto.runtime.kernels import int8_fused_triton as fused
+    from tenuto.runtime.kernels import product_triton as fused
 
     def call(o: dict[str, Any]) -> Tensor:
         packed = o["packed"]

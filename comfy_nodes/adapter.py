@@ -11,6 +11,7 @@ from tenuto.model import Attached
 from tenuto.runtime import Host, Patches, as_chosen, host_kernel, replacements_for, with_kernel
 
 from .cache import Cache
+from .own_formats import check_plain
 from .weights import Weights, unpatched
 from .wrapping import WRAPPED, Wrapped
 
@@ -24,7 +25,10 @@ class ComfyUI(Host):
 
     def install(self, handle: Any, patches: Patches) -> Installed:
         """A clone with the patches in it. `detach` takes them out of shared modules."""
-        sampling = handle.get_model_object("model_sampling")
+        sampling, artifact = handle.get_model_object("model_sampling"), patches.artifact
+        coded = artifact is not None and bool(artifact.header.get("layers"))
+        if patches.weights and (patches.scheme is not None or coded):
+            check_plain(self.denoiser(handle))
         patches = with_kernel(as_chosen(patches), lambda: host_kernel(sampling))
         plan = replacements_for(self.denoiser(handle), patches, tensor=unpatched(handle))
         parts: list[Wrapped] = [Weights(plan)] if plan else []

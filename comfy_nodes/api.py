@@ -1,7 +1,17 @@
 """The only place that imports ComfyUI's V3 API: what is called "latest" may move."""
 
+from dataclasses import fields
+from typing import Any
+
 from comfy_api.latest import ComfyExtension, io, ui
 
 ArtifactType = io.Custom("TENUTO_ARTIFACT")
 
-__all__ = ["ArtifactType", "ComfyExtension", "io", "ui"]
+
+def found_by(*words: str) -> dict[str, Any]:
+    """What else finds a node in the search of a host that knows of it; a schema takes it whole."""
+    known = {field.name for field in fields(io.Schema)}
+    return {"search_aliases": list(words)} if "search_aliases" in known else {}
+
+
+__all__ = ["ArtifactType", "ComfyExtension", "found_by", "io", "ui"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tenuto.caching import (
     CachedBranch,
+    CacheSchedule,
     Forecast,
     ForecastCalls,
     for_branch,
@@ -22,10 +23,11 @@ from tenuto.caching import (
     why_none,
 )
 from tenuto.errors import ModelError
-from tenuto.model import WHOLE, Override, describe, key_map_of, override_
+from tenuto.model import WHOLE, Override, describe, names_in_host, override_
 from tenuto.runtime import Policy, host_kernel
 from tenuto.sampling import Clock, adds_noise
 
+from .own_formats import passed_by
 from .wrapping import Wrapped
 
 log = logging.getLogger("tenuto")
@@ -62,7 +64,8 @@ class Cache(Wrapped):
     """Reuses branches by a policy: policy(timesteps, branches) says what to compute in a run.
 
     Or it skips whole calls, by a forecast: of that a model needs no branches. branches: the host's
-    names. last: the last run that ended, for a report.
+    names. blocks: of branches that the host may pass by, the block that is reused in their place.
+    last: the last run that ended, for a report.
     """
 
     key = "tenuto_cache"
@@ -71,11 +74,15 @@ class Cache(Wrapped):
         super().__init__()
         denoiser = model.model.diffusion_model
         self.plan, self.denoiser = plan, weakref.ref(denoiser)
-        self.keys, self.branches = key_map_of(denoiser), ()
+        self.keys, self.branches = names_in_host(denoiser), ()
+        self.blocks: dict[str, str] = {}
         if not isinstance(plan, Forecast):
             if self.keys is None:  # its parts may return tensors that others write to
                 raise ModelError(f"Tenuto cannot cache a {type(denoiser).__name__} yet.")
-            self.branches = tuple(b.name for b in describe(denoiser).branches)
+            backbone = describe(denoiser)
+            whole = passed_by(denoiser, backbone)
+            self.branches = tuple(b.name for b in backbone.branches)
+            self.blocks = {b.name: b.block for b in backbone.branches if b.block in whole}
         self.run: Run | None = None
         self.last: Run | None = None
 
@@ -108,7 +115,7 @@ class Cache(Wrapped):
             if why:
                 log.info("Tenuto: %s", why)
             return _new(calls.clock, {WHOLE.name: calls}, (WHOLE.name,), forecast=True, why=why)
-        schedule, keys = self.plan(times, self.branches), self.keys
+        schedule, keys = in_blocks(self.plan(times, self.branches), self.blocks), self.keys
         assert keys is not None
         clock, rows = Clock(schedule.timesteps), schedule.table.t().tolist()
         cells = {
@@ -119,9 +126,10 @@ class Cache(Wrapped):
 
     def overrides(self, patcher: Any, denoiser: nn.Module) -> list[Override]:
         """One a branch, and one for the whole call."""
+        names = dict.fromkeys(self.blocks.get(name, name) for name in self.branches)
         return [
             override_(denoiser.get_submodule(name), BranchCall(self, name))
-            for name in (*self.branches, WHOLE.name)
+            for name in (*names, WHOLE.name)
         ]
 
     def observe(self, times: Tensor, batch: int, options: dict[str, Any], device: Any) -> None:
@@ -146,6 +154,20 @@ def _new(clock: Clock, cells: Any, names: tuple[str, ...], **facts: Any) -> Run:
     count = torch.zeros(len(clock.timesteps), len(names), dtype=torch.int64)
     seconds = [0.0] * len(clock.timesteps)
     return Run(clock, cells, names, count, count.clone(), seconds, **facts)
+
+
+def in_blocks(schedule: CacheSchedule, blocks: Mapping[str, str]) -> CacheSchedule:
+    """With one column for the branches of a block in `blocks`: it computes where any of them does.
+
+    blocks: branch -> the block that is reused as a whole.
+    """
+    names = [blocks.get(name, name) for name in schedule.branches]
+    if names == list(schedule.branches):
+        return schedule
+    merged = tuple(dict.fromkeys(names))
+    columns = [[i for i, name in enumerate(names) if name == one] for one in merged]
+    table = torch.stack([schedule.table[:, some].any(1) for some in columns], 1)
+    return replace(schedule, table=table, branches=merged)
 
 
 def is_stochastic(sampler: Any) -> bool:

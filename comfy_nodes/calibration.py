@@ -24,15 +24,16 @@ from tenuto.artifact import Artifact, canonicalized
 from tenuto.calibration import PRESETS, quantize
 from tenuto.calibration.temporal.maintenance import CHOICES
 from tenuto.errors import TenutoError
-from tenuto.model import key_map_of, map_tensors
+from tenuto.model import map_tensors, names_in_host
 from tenuto.numerics import known, named
 from tenuto.resume import Work
 from tenuto.sampling import Call, Trajectory, record
 
-from .api import ArtifactType, io, ui
+from .api import ArtifactType, found_by, io, ui
 from .cache import is_stochastic
 from .nodes import info, title
 from .outputs import HostOutputs
+from .own_formats import check_plain
 from .weights import Weights, patched
 
 SCHEMES = {title(scheme): name for name, scheme in known().items()}
@@ -72,8 +73,9 @@ class Calibrate(io.ComfyNode):
         """MODEL and what KSampler takes."""
         return io.Schema(
             node_id="Tenuto_Calibrate",
+            **found_by("calibrate", "quantization", "GPTQ"),
             display_name="Tenuto Calibrate",
-            category="Tenuto/calibration",
+            category="Tenuto",
             description="Quantizes the model on what it sees in a few sampling runs of its own and "
             "writes an artifact to models/tenuto. Once a model; Cancel stops it, and queueing the "
             "same graph again goes on there.",
@@ -146,13 +148,14 @@ class Calibrate(io.ComfyNode):
 
 def check(model: Any) -> None:
     """TenutoError where the MODEL is not one that an artifact could be of."""
-    if key_map_of(model.model.diffusion_model) is None:
+    if names_in_host(model.model.diffusion_model) is None:
         kind = type(model.model.diffusion_model).__name__
         raise TenutoError(f"Tenuto has no names for the parts of a {kind} in other hosts yet.")
     if patched(model):
         raise TenutoError("Calibrate the model itself: put LoRA loaders after this node.")
     if model.get_attachment(Weights.key) is not None:
         raise TenutoError("Calibrate the model itself: put Tenuto Quantize Model after this node.")
+    check_plain(model.model.diffusion_model)
 
 
 def recorded(model: Any, how: Sampling, runs: int) -> Trajectory:

@@ -12,11 +12,12 @@ import torch
 
 from tenuto.artifact.export import export, exported_facts, formats, lines_of
 from tenuto.errors import TenutoError
-from tenuto.model import key_map_of
+from tenuto.model import names_in_host
 
-from .api import ArtifactType, io, ui
+from .api import ArtifactType, found_by, io, ui
 from .artifacts import WRITTEN
 from .calibration import NAME
+from .own_formats import check_plain
 from .weights import Weights, patched
 
 FORMATS = ("comfy", "gguf")  # in the host's own names
@@ -34,8 +35,9 @@ class Export(io.ComfyNode):
         """MODEL and an artifact of it."""
         return io.Schema(
             node_id="Tenuto_Export",
+            **found_by("export", "save quantized model", "GGUF", "comfy_quant"),
             display_name="Tenuto Export",
-            category="Tenuto/export",
+            category="Tenuto",
             description="Writes the model with the codes of an artifact as a file that ComfyUI "
             "loads by itself (comfy) or the loader of ComfyUI-GGUF (gguf), to "
             "output/diffusion_models. Its cache schedule and forecast go along.",
@@ -88,7 +90,7 @@ class Export(io.ComfyNode):
 
 def check(model: Any) -> None:
     """TenutoError where the MODEL is not one that could be exported as it is."""
-    if key_map_of(model.model.diffusion_model) is None:
+    if names_in_host(model.model.diffusion_model) is None:
         kind = type(model.model.diffusion_model).__name__
         raise TenutoError(f"Tenuto has no names for the parts of a {kind} in other programs yet.")
     if patched(model):
@@ -98,6 +100,7 @@ def check(model: Any) -> None:
         )
     if model.get_attachment(Weights.key) is not None:
         raise TenutoError("Export the model itself: without Tenuto Quantize Model before it.")
+    check_plain(model.model.diffusion_model)
 
 
 def place_of(name: str, suffix: str) -> Path:

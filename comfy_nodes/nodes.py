@@ -16,7 +16,7 @@ from tenuto.runtime import EXECUTIONS, Patches, Replacements
 from tenuto.text import printable
 
 from .adapter import ComfyUI
-from .api import ArtifactType, io
+from .api import ArtifactType, found_by, io
 from .artifacts import loaded, missing, names, path_of
 from .files import fingerprint, is_there
 from .speed import cached, faster, speedup_input
@@ -44,8 +44,9 @@ class LoadArtifact(io.ComfyNode):
         """One file in, the artifact and what is in it out."""
         return io.Schema(
             node_id="Tenuto_LoadArtifact",
+            **found_by("artifact", "calibration", "load quantization"),
             display_name="Load Tenuto Artifact",
-            category="Tenuto/loaders",
+            category="Tenuto",
             description="Reads what calibration found out about one model, from models/tenuto.",
             inputs=[
                 io.Combo.Input(
@@ -109,8 +110,9 @@ class QuantizeModel(io.ComfyNode):
         """MODEL to MODEL."""
         return io.Schema(
             node_id="Tenuto_QuantizeModel",
+            **found_by("quantize", "int8", "int4", "w8a8", "less memory"),
             display_name="Tenuto Quantize Model",
-            category="Tenuto/quantize",
+            category="Tenuto",
             description="Computes the model's layers from 8- or 4-bit codes: those of an artifact, "
             "or rounded on the fly without calibration. LoRA loaders may come before or after it.",
             inputs=[
@@ -191,8 +193,9 @@ class ApplyCache(io.ComfyNode):
         """MODEL to MODEL."""
         return io.Schema(
             node_id="Tenuto_ApplyCache",
+            **found_by("cache", "TeaCache", "DeepCache", "first block cache", "skip steps"),
             display_name="Tenuto Apply Cache",
-            category="Tenuto/cache",
+            category="Tenuto",
             description="Makes sampling faster. With a speedup: skips whole calls of the model "
             "and forecasts them, as Tenuto Speed Up does. Else: reuses attention, feed-forward "
             "and residual blocks (in SD3 and Flux whole blocks) of earlier steps, by the "

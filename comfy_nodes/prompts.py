@@ -16,7 +16,7 @@ from tenuto.model import tensors_in
 from tenuto.sampling import PromptFile
 from tenuto.text import printable
 
-from .api import io, ui
+from .api import found_by, io, ui
 from .calibration import NAME
 from .files import fingerprint, is_there
 
@@ -38,8 +38,9 @@ class SavePrompt(io.ComfyNode):
         """What text encoders made, and a name."""
         return io.Schema(
             node_id="Tenuto_SavePrompt",
+            **found_by("save conditioning", "prompt cache"),
             display_name="Tenuto Save Prompt",
-            category="Tenuto/prompts",
+            category="Tenuto",
             description="Writes what the text encoder made of a prompt to models/tenuto_prompts. "
             "Tenuto Load Prompt reads it in later graphs, which then need no CLIP.",
             inputs=[
@@ -88,8 +89,9 @@ class LoadPrompt(io.ComfyNode):
         """One file in, what was saved out."""
         return io.Schema(
             node_id="Tenuto_LoadPrompt",
+            **found_by("load conditioning", "prompt cache"),
             display_name="Tenuto Load Prompt",
-            category="Tenuto/prompts",
+            category="Tenuto",
             description="Reads what Tenuto Save Prompt wrote to models/tenuto_prompts: "
             "conditioning without CLIP, for models with the text encoder that made it.",
             inputs=[

@@ -13,8 +13,9 @@ from tenuto.artifact.panels import cells
 from tenuto.artifact.plots import available, image, map_figure
 from tenuto.runtime import DENSE
 
-from .api import io, ui
+from .api import found_by, io, ui
 from .cache import Cache, Run
+from .own_formats import own_formats, said
 from .weights import Weights
 
 SIDE = 768  # pixels of a map without names, about
@@ -29,8 +30,9 @@ class Report(io.ComfyNode):
         """MODEL and the latent that was sampled with it."""
         return io.Schema(
             node_id="Tenuto_Report",
+            **found_by("report", "cache report", "timing"),
             display_name="Tenuto Report",
-            category="Tenuto/tools",
+            category="Tenuto",
             description="What the last run computed and what it reused, step by step.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used."),
@@ -54,6 +56,8 @@ class Report(io.ComfyNode):
         weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
         run = cache.last if cache is not None else None
         lines = [NOTHING] if weights is None and cache is None else []
+        own = own_formats(model.model.diffusion_model)
+        lines += [f"Quantized by ComfyUI itself: {said(own.values())}"] if own else []
         lines += [] if weights is None else [weights_line(weights)]
         lines += [] if cache is None else cache_lines(run)
         text = "\n".join(lines)

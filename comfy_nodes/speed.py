@@ -7,7 +7,7 @@ from typing import Any
 from tenuto.runtime import Patches
 
 from .adapter import ComfyUI
-from .api import ArtifactType, io
+from .api import ArtifactType, found_by, io
 
 SKIPS = (
     "1 is off. 2 skips half of the model's calls and computes what they would have answered from "
@@ -49,8 +49,9 @@ class SpeedUp(io.ComfyNode):
         """MODEL to MODEL."""
         return io.Schema(
             node_id="Tenuto_SpeedUp",
+            **found_by("speed up", "faster", "EasyCache", "TeaCache", "Spectrum", "skip steps"),
             display_name="Tenuto Speed Up",
-            category="Tenuto/cache",
+            category="Tenuto",
             description="Makes sampling faster with one slider, on any model that predicts noise, "
             "v or flow: skips whole calls of the model and forecasts them. No calibration needed; "
             "an artifact with a forecast of this model makes it better. Last before the sampler.",

@@ -470,6 +470,13 @@ def test_constraints_pin_what_is_installed() -> None:
         assert free or re.sub(r"[-_.]+", "-", name).lower() in names, requirement
 
 
+def test_the_registry_of_nodes_is_told() -> None:
+    """ComfyUI's manager shows the name; the version is the oldest with the API that is used."""
+    facts = PROJECT["tool"]["comfy"]
+    assert facts["DisplayName"] == "Tenuto" and facts["PublisherId"]
+    assert facts["requires-comfyui"] == ">=0.3.64"
+
+
 def test_requirements_name_no_package() -> None:
     """Hosts run `pip install -r requirements.txt` in their own environment."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

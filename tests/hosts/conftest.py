@@ -5,6 +5,7 @@ They run in the environment that `make hosts` sets up and are not collected anyw
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -280,15 +281,36 @@ def in_ldm(original: Callable[[str], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
+# What versions after 0.3.75 ask for besides: the class of a model's parameters, and its values.
+LATER: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "flux": ("flux", "FluxParams", {"txt_ids_dims": []}),
+    "flux2": ("flux", "FluxParams", {"txt_ids_dims": [3]}),
+    "chroma": ("chroma", "ChromaParams", {"txt_ids_dims": [], "vec_in_dim": None}),
+    "hunyuan_video": ("hunyuan_video", "HunyuanVideoParams", {"meanflow_sum": False}),
+    "hunyuan_video15": ("hunyuan_video", "HunyuanVideoParams", {"meanflow_sum": True}),
+    "hunyuan_image": ("hunyuan_video", "HunyuanVideoParams", {"meanflow_sum": False}),
+}
+
+
+def later(family: str) -> dict[str, Any]:
+    """Those values that this version's class of parameters knows."""
+    if family not in LATER:
+        return {}
+    package, name, values = LATER[family]
+    params = getattr(importlib.import_module(f"comfy.ldm.{package}.model"), name)
+    known = {field.name for field in dataclasses.fields(params)}
+    return {key: value for key, value in values.items() if key in known}
+
+
 def comfy_model(family: str, layers: dict[str, Any] | None = None) -> Any:
-    """ComfyUI's model without weights. layers: what a file's header says of quantized ones."""
+    """ComfyUI's model without weights. layers: what a file says of quantized ones."""
     from comfy import supported_models
 
     name, facts = COMFY[family]
-    config = getattr(supported_models, name)(dict(facts))
+    config = getattr(supported_models, name)(facts | later(family))
     config.set_inference_dtype(torch.float32, torch.float32 if layers else None)
-    if layers:
-        config.layer_quant_config = layers
+    if layers:  # by the name before 0.4 and since
+        config.layer_quant_config = config.quant_config = layers
     return config.get_model({}, "")
 
 
@@ -303,7 +325,11 @@ def from_file() -> Callable[..., Any]:
         from comfy import model_detection, utils
 
         tensors, metadata = utils.load_torch_file(str(path), return_metadata=True)
-        layers = model_detection.detect_layer_quantization(metadata)
+        if hasattr(model_detection, "detect_layer_quantization"):
+            layers = model_detection.detect_layer_quantization(metadata)
+        else:
+            tensors, metadata = utils.convert_old_quants(tensors, "", metadata=metadata)
+            layers = utils.detect_layer_quantization(tensors, "")
         model = comfy_model(family, layers)
         model.load_model_weights(tensors, "")
         return model.eval()

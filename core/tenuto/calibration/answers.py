@@ -81,6 +81,11 @@ class Answers:
         for name in [name for name in known if gone(name)]:
             known[name] = zeros(known[name])
 
+    def ahead(self, place: str) -> list[str]:
+        """The blocks before `place` that the next call up to it computes."""
+        end, known = self.flow.order.index(place), next(iter(self.kept.values()), {})
+        return [n for n in self.flow.order[:end] if n in self.flow.last and n not in known]
+
     def size(self) -> int:
         """Bytes of what is kept."""
         every = (x for known in self.kept.values() for answer in known.values() for x in answer[1])

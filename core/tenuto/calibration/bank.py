@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..model import map_leaves
 from .bank_files import BankFiles, Columns
+from .lengths import Lengths, of_one_length
 
 log = logging.getLogger("tenuto")
 
@@ -29,6 +30,7 @@ class Bank:
     calls: where a call cannot be taken apart (frames in its batch, two times a sample), each row is
     a whole call, with its own template here and tensors (R, rows of the call, ...).
     files: where the tensors are, and what the block answers is to be; None: in memory.
+    lengths: of the rows, where they have several: those of a part (`parts`) have one.
     """
 
     template: Template
@@ -39,6 +41,7 @@ class Bank:
     calls: tuple[Template, ...] = ()
     inner: tuple[int, ...] = ()
     files: BankFiles | None = None
+    lengths: Lengths | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -47,8 +50,13 @@ class Bank:
         """Arguments of the block for the rows `index` (int64); see `parts`."""
         index = index.to(self.steps.device)  # where the other tensors are
         chosen = {k: self.of(t, index) for k, t in self.tensors.items()}
+        fixed = self.fixed
+        if self.lengths is not None:
+            tokens = self.lengths.of(index)
+            chosen = {k: self.lengths.cut(k, t, tokens) for k, t in chosen.items()}
+            fixed = {k: self.lengths.cut(k, t, tokens) for k, t in fixed.items()}
         turned = {k: t.transpose(0, 1) if k in self.inner else t for k, t in chosen.items()}
-        moved = {k: t.to(device) for k, t in (turned | self.fixed).items()}
+        moved = {k: t.to(device) for k, t in (turned | fixed).items()}
         return _filled(self.calls[int(index)] if self.calls else self.template, moved)
 
     def of(self, tensor: Tensor, index: Tensor) -> Tensor:
@@ -56,6 +64,11 @@ class Bank:
         found = tensor.index_select(0, index.to(tensor.device))
         self.forget()
         return found.squeeze(0) if self.calls else found
+
+    def answers(self, target: Tensor, index: Tensor) -> Tensor:
+        """The rows `index` of what the block answered, as long as they are."""
+        found = self.of(target, index)
+        return found if self.lengths is None else found[:, : self.lengths.of(index)]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be written, in files where the bank is."""
@@ -72,7 +85,8 @@ class Bank:
 
     def parts(self, index: Tensor, size: int) -> Iterator[Tensor]:
         """`index` in parts that one call of the block takes: `size` rows, or one whole call."""
-        yield from index.split(1 if self.calls else size)
+        for run in [index] if self.lengths is None else self.lengths.runs(index):
+            yield from run.split(1 if self.calls else size)
 
     def part(self, index: Tensor) -> Bank:
         """The rows `index` (int64) alone."""
@@ -83,6 +97,7 @@ class Bank:
             steps=self.steps[index],
             counted=None if self.counted is None else self.counted[index.cpu()],
             calls=tuple(self.calls[i] for i in index.tolist()) if self.calls else (),
+            lengths=self.lengths and self.lengths.part(index),
         )
 
     def chunks(self, size: int) -> Iterator[Tensor]:
@@ -162,26 +177,33 @@ def whole(seen: Seen) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return _filled(seen[0], dict(enumerate(seen[1])))
 
 
-def banked(block: str, found: Sequence[Seen], files: BankFiles | None = None) -> Bank:
+def banked(
+    block: str, found: Sequence[Seen], files: BankFiles | None = None, texts: bool = False
+) -> Bank:
     """The calls that `block` got as one bank, row by row; ModelError where they have no rows.
 
-    files: where it is to be.
+    files: where it is to be. texts: calls may have several lengths.
     """
     inner = _inner([cut for _, cut, _ in found])
     found = [(form, _turned(cut, inner), row) for form, cut, row in found]
+    found, lengths = of_one_length(found) if texts else (found, None)
+    alike = lengths.fixed if lengths else frozenset()
     kept = _alike(found, [tuple(t.shape[1:] for t in cut) for _, cut, _ in found])
     template = kept[0][0]
     if any(t != template for t, _, _ in kept):
         raise ModelError(f"{block} is called with other numbers at every step: round to nearest.")
     tensors, fixed = {}, {}
     for key, column in enumerate(zip(*(cut for _, cut, _ in kept), strict=True)):
-        rows = _rows(block, column, [len(cut[0]) for _, cut, _ in kept])
+        sizes = [len(cut[0]) for _, cut, _ in kept]
+        rows = None if key in alike else _rows(block, column, sizes)
         if rows is None:
             fixed[key] = _alone(column[0], files)
         else:
             tensors[key] = _together(rows, files)
     steps = [torch.full((len(cut[0]),), row) for _, cut, row in kept]
-    return Bank(template, tensors, fixed, torch.cat(steps), inner=inner, files=files)
+    return Bank(
+        template, tensors, fixed, torch.cat(steps), inner=inner, files=files, lengths=lengths
+    )
 
 
 def _inner(calls: Sequence[list[Tensor]]) -> tuple[int, ...]:

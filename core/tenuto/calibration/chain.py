@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..sampling import Call, processes
 from .answers import Answers, flow_of
 from .bank import Bank
 from .bank_files import BankFiles
+from .by_block import held
 from .replay import arguments, first_tensor, inputs_of, outputs
 
 FEW = 2  # blocks with data, for which the model is simply run up to each
@@ -29,7 +30,8 @@ class Chain:
     anything, and nothing is computed before they are asked for: a job that goes on may have them.
     blocks: all of the model's, in order. units: those that are quantized. needy: those with data.
     plain: gives the full-precision model, whose outputs are the targets; None: there are none.
-    files: where inputs and targets go that memory has no room for.
+    files: where inputs and targets go that memory has no room for. wanted: the calls of which there
+    are targets; None: all.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class Chain:
         device: Any,
         plain: Callable[[], nn.Module] | None,
         files: BankFiles | None = None,
+        wanted: Sequence[Call] | None = None,
     ) -> None:
+        self.wanted = calls if wanted is None else wanted
         self.blocks, self.calls, self.device, self.files = list(units), calls, device, files
         self.every, self.needy, self.model, self.plain = list(blocks), set(needy), model, plain
         self.student: Bank | None = None
@@ -106,7 +110,12 @@ class Chain:
         answers = self.answers.get(model)
         if answers is not None and block not in answers.flow.order:
             answers = None
-        return inputs_of(model, block, self.calls, self.device, by_call, self.files, answers)
+        calls = self.calls if model is self.model else self.wanted
+        ahead = [] if answers is None else answers.ahead(block)
+        with ExitStack() as stack:
+            if len(ahead) == 1:  # more than one may be more than memory
+                stack.enter_context(held(model.get_submodule(ahead[0])))
+            return inputs_of(model, block, calls, self.device, by_call, self.files, answers)
 
     def _answer(self, block: str) -> None:
         """`block` is next: what it answers in full precision."""

@@ -5,13 +5,14 @@ equal distances (`Even`), or any (`Uneven`), in which every value is looked up. 
 
     at(which)                       the same of some columns: a slice, or an order
     rows(which)                     of some rows
-    compensate(rest, inverse)       -> levels, errors: see `kernels/column_rounding.py`
+    compensate(rest, inverse)       -> values, errors: see `kernels/column_rounding.py`
     descend(slope, gram, values)    -> values
     values(levels), levels(values)  (N, K) each, one of the other
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,9 @@ class Even:
         return Even(self.size[which], self.low[which], self.high[which])
 
     def compensate(self, rest: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """Levels, and the error of each column over inverse[j, j]."""
-        return compensate(rest, inverse, self.size, self.low, self.high)
+        """Values, and the error of each column over inverse[j, j]."""
+        levels, errors = compensate(rest, inverse, self.size, self.low, self.high)
+        return levels * self.size, errors
 
     def descend(self, slope: Tensor, gram: Tensor, values: Tensor) -> Tensor:
         """Values after every column, in turn, took the best one."""
@@ -73,28 +75,37 @@ class Uneven:
         return Uneven(self.scale[which], self.step[which], self.form)
 
     def compensate(self, rest: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """As `kernels.column_rounding.compensate_reference`."""
-        rest, levels, errors = rest.clone(), torch.empty_like(rest), torch.empty_like(rest)
-        for j in range(rest.shape[1]):
-            one = slice(j, j + 1)
-            grid = self.at(one)
-            level = grid.levels(rest[:, one])
-            error = (rest[:, one] - grid.values(level)) / inverse[j, j]
-            levels[:, one], errors[:, one] = level, error
-            rest[:, j:] -= error * inverse[one, j:]
-        return levels, errors
+        """As `kernels.column_rounding.compensate_reference`, with values for levels."""
+        rest, near = rest.mT.contiguous(), self._near()
+        values, errors, ends = torch.empty_like(rest), torch.empty_like(rest), _diagonal(inverse)
+        for j, end in enumerate(ends):
+            now = rest[j]
+            if j:
+                now = torch.addmv(now, errors[:j].mT, inverse[:j, j], alpha=-1)
+            values[j] = new = near(j, now)
+            torch.sub(now, new, out=errors[j]).div_(end)
+        return values.mT, errors.mT
 
     def descend(self, slope: Tensor, gram: Tensor, values: Tensor) -> Tensor:
         """As `kernels.column_rounding.descend_reference`."""
-        slope, values = slope.clone(), values.clone()
-        for j in range(slope.shape[1]):
-            one = slice(j, j + 1)
-            grid = self.at(one)
-            best = values[:, one] - slope[:, one] / gram[j, j]
-            new = grid.values(grid.levels(best))
-            slope += (new - values[:, one]) * gram[one]
-            values[:, one] = new
-        return values
+        slope, found, near = slope.mT.contiguous(), values.mT.contiguous(), self._near()
+        moved = torch.empty_like(found)
+        for j, end in enumerate(_diagonal(gram)):
+            now = slope[j]
+            if j:
+                now = torch.addmv(now, moved[:j].mT, gram[:j, j])
+            new = near(j, torch.sub(found[j], now, alpha=1 / end))
+            torch.sub(new, found[j], out=moved[j])
+            found[j] = new
+        return found.mT
+
+    def _near(self) -> Callable[[int, Tensor], Tensor]:
+        """A function that gives the values of a column's number that are nearest to it."""
+        scale = self.scale[:, 0].contiguous()
+        if self.form.dtype == "e4m3":
+            return lambda j, x: float8.cast(x / scale).float().mul_(scale)
+        kind = LEVELS[self.form.dtype]
+        return kind.values_near(self.step.mT.contiguous(), scale, self.form.bits)
 
     def values(self, levels: Tensor) -> Tensor:
         """What levels stand for."""
@@ -110,6 +121,10 @@ class Uneven:
 
 
 Columns = Even | Uneven
+
+
+def _diagonal(square: Tensor) -> list[float]:
+    return square.diagonal().tolist()
 
 
 def columns_of(grid: Grid, columns: int) -> Columns:

@@ -10,21 +10,23 @@ rounded norm divides by: the fold is exact. See `algorithms/awq.py` for codes th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model import Backbone, describe, layers, private_copy
+from ..model import Backbone, describe, device_and_dtype, layers, private_copy
 from ..model.backbone import Subset
 from ..numerics import Format, QTensor, fits
 from ..progress import Progress
+from ..resume import Work
 from ..sampling import HELD_OUT, Call
+from .algorithms.awq import mean_size, scale_of
 from .bank import Bank
+from .by_block import Values, by_block, held
 from .chain import Chain
-from .moments import inputs_seen, patches
 from .replay import outputs, token_error
 
 RATIOS = 10  # how many r: 0, 0.1, ...
@@ -40,35 +42,49 @@ def folded(
     device: Any = None,
     unread: Sequence[str] = (),
     on_progress: Progress | None = None,
+    work: Work | None = None,
 ) -> nn.Module:
-    """A copy of `encoder` in fp32 that computes the same and is rounded to `form` with less error.
+    """A copy of `encoder` that computes the same and is rounded to `form` with less error.
 
+    In fp32 in memory; of one on disk, whose blocks are read when they are called, on disk too.
     calls: as `encoder_job` takes them; those held out are not looked at. unread: blocks that stay.
+    work: has what was found for the blocks that are done.
     """
     backbone = describe(encoder)
-    twin = private_copy(encoder).float().eval().requires_grad_(False)
-    device = next(twin.parameters()).device if device is None else torch.device(device)
+    apart = backbone.blocks if any(p.is_meta for p in encoder.parameters()) else ()
+    device = device_and_dtype(encoder)[0] if device is None else torch.device(device)
+    work = Work(None, {}) if work is None else work
+    whole = None if apart else private_copy(encoder).float().eval().requires_grad_(False)
+    model = by_block(encoder, apart, device) if whole is None else whole
     seen = [call for call in calls if call.row != HELD_OUT]
     blocks = [name for name in backbone.blocks if name not in unread]
-    chain = Chain(twin, backbone.blocks, backbone.blocks, set(blocks), seen, device, None)
+    chain = Chain(model, backbone.blocks, backbone.blocks, set(blocks), seen, device, None)
+    scales = dict[str, Tensor]()
     for place, name in enumerate(blocks):
         if on_progress is not None:
             on_progress(place, len(blocks), name)
-        bank, _ = chain.data(name)
-        _Block(twin, name, bank, form, device).fold(backbone)
+        found = work.load(name)
+        if found is None:
+            bank, _ = chain.data(name)
+            with held(model.get_submodule(name)) as root:
+                found = _Block(root, name, bank, form, device).fold(backbone)
+            work.save(name, found)
+        elif not apart:
+            scaled(model, found)
+        scales |= found
         chain.passed(name)
-    return twin
+    return on_disk_too(encoder, backbone.blocks, scales) if apart else model
 
 
 class _Block:
     """One block: what is folded in it, one subset after the other."""
 
-    def __init__(self, model: nn.Module, name: str, bank: Bank, form: Format, device: Any) -> None:
+    def __init__(self, root: nn.Module, name: str, bank: Bank, form: Format, device: Any) -> None:
         count = min(len(bank), bank.enough(ROWS))
         some = torch.arange(count) * len(bank) // count
         self.name, self.bank, self.device = name, bank.part(some), device
         self.form = replace(form, ranges="minmax")  # the search of ranges takes its time
-        self.root = model.get_submodule(name)
+        self.root, self.scales = root, dict[str, Tensor]()
         self.target = outputs(self.root, self.bank, device)
         self.rows = torch.arange(count)
         self.tried = private_copy(self.root)  # with rounded weights
@@ -76,12 +92,13 @@ class _Block:
         for layer in self.able:
             self._round(layer)
 
-    def fold(self, backbone: Backbone) -> None:
-        """All subsets of the block, in its order."""
+    def fold(self, backbone: Backbone) -> dict[str, Tensor]:
+        """All subsets of the block, in its order: what became of its weights, see `of_scales`."""
         for subset in backbone.subsets:
             inner = _inside(subset, self.name)
             if inner is not None and inner.fold and self.able.issuperset(inner.linears):
                 self._subset(inner.linears, inner.fold)
+        return {f"{self.name}.{key}": value for key, value in self.scales.items()}
 
     def _subset(self, linears: tuple[str, ...], place: str) -> None:
         weights = {name: _weight(self.root, name) for name in linears}
@@ -103,15 +120,10 @@ class _Block:
             )  # fmt: skip
 
     def _scales(self, layer: str) -> Iterator[Tensor]:
-        """s (K,) for every r but 0, of a geometric mean of 1 between its ends."""
-        size, count = torch.zeros((), device=self.device), 0
-        for seen in inputs_seen(self.root, [layer], self.bank, self.rows, self.device):
-            if layer in seen:
-                x = patches(self.root.get_submodule(layer), seen[layer]).flatten(0, 1).float()
-                size, count = size + x.abs().sum(0), count + len(x)
-        for step in range(1, RATIOS) if count else ():
-            s = (size / count).pow(step / RATIOS).clamp_min(1e-4)
-            yield s / (s.max() * s.min()).sqrt()
+        """s (K,) for every r but 0."""
+        size = mean_size(self.root, layer, self.bank, self.rows, self.device)
+        if size is not None:
+            yield from (scale_of(size, step / RATIOS) for step in range(1, RATIOS))
 
     def _folded(self, place: str, linears: tuple[str, ...], scale: Tensor) -> bool:
         """Fold a scale into `place`; undone where the block does not compute the same after it.
@@ -121,7 +133,12 @@ class _Block:
         layer: Any = self.root.get_submodule(place)
         if getattr(layer, "bias", None) is not None and not isinstance(layer, nn.Linear):
             return False  # in bf16 it would be rounded
-        before = copy.deepcopy(self.root.state_dict())
+        touched = {
+            f"{name}.{key}": tensor
+            for name in (place, *linears)
+            for key, tensor in self.root.get_submodule(name).state_dict().items()
+        }
+        before = {key: tensor.clone() for key, tensor in touched.items()}
         if isinstance(layer, nn.Linear):
             if len(layer.weight) != len(scale):
                 return False
@@ -133,10 +150,18 @@ class _Block:
         for name in linears:
             _weight(self.root, name).mul_(scale)
         found = outputs(self.root, self.bank, self.device)
-        if float((found - self.target).norm()) <= EXACT * float(self.target.norm()):
-            return True
-        self.root.load_state_dict(before)
-        return False
+        if float((found - self.target).norm()) > EXACT * float(self.target.norm()):
+            self.root.load_state_dict(before, strict=False)
+            return False
+        if isinstance(layer, nn.Linear):
+            self._note(f"{place}.rows", scale)
+        self.scales |= {k: v.clone() for k, v in touched.items() if v.ndim == 1}
+        for name in linears:
+            self._note(f"{name}.columns", scale)
+        return True
+
+    def _note(self, key: str, scale: Tensor) -> None:
+        self.scales[key] = self.scales[key] * scale if key in self.scales else scale.clone()
 
     def _round(self, name: str) -> None:
         rounded = QTensor.nearest(_weight(self.root, name), self.form).dequantize()
@@ -144,6 +169,73 @@ class _Block:
 
     def _error(self) -> float:
         return token_error(self.tried, self.bank, self.rows, self.target, self.device)
+
+
+def of_scales(name: str, value: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+    """A parameter of the folded encoder from that of the encoder.
+
+    scales: "LAYER.columns" (K,), by which a weight is multiplied, "LAYER.rows" (N,), by which it is
+    divided, and norms and biases as they are now, by their names.
+    """
+    layer = name.removesuffix(".weight")
+    if name in scales:
+        return scales[name].to(value.device)
+    if f"{layer}.rows" in scales:
+        value = value / scales[f"{layer}.rows"].to(value.device)[:, None]
+    if f"{layer}.columns" in scales:
+        value = value * scales[f"{layer}.columns"].to(value.device)
+    return value
+
+
+def scaled(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Put `of_scales` into a model in memory."""
+    layers_of = {key.rpartition(".")[0] for key in scales}
+    for layer in layers_of:
+        for key, parameter in model.get_submodule(layer).named_parameters(recurse=False):
+            parameter.copy_(of_scales(f"{layer}.{key}", parameter, scales))
+
+
+class Folded(Mapping[str, Tensor]):
+    """The parameters of a folded encoder by name, in fp32, each made anew."""
+
+    def __init__(self, encoder: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        self.source, self.scales = Values(encoder, "cpu", {}), scales
+        self.names = [name for name, _ in encoder.named_parameters(remove_duplicate=False)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return of_scales(name, self.source.of(name), self.scales)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def on_disk_too(
+    encoder: nn.Module, blocks: Sequence[str], scales: Mapping[str, Tensor]
+) -> nn.Module:
+    """A copy of an encoder that is on disk with these scales: its blocks are read as the other's.
+
+    What is outside of the blocks is the encoder's own.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
+
+    twin, device = private_copy(encoder, empty=blocks), device_and_dtype(encoder)[0]
+    known = dict(encoder.named_parameters(remove_duplicate=False))
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        if parameter.is_meta:
+            parameter.data = parameter.data.float()
+        else:
+            owner, _, key = name.rpartition(".")
+            twin.get_submodule(owner)._parameters[key] = known[name]
+    values = Folded(encoder, scales)
+    for block in blocks:
+        attach_align_device_hook(
+            twin.get_submodule(block), device, offload=True, weights_map=values, module_name=block
+        )  # fmt: skip
+    add_hook_to_module(twin, AlignDevicesHook(device))
+    return twin.eval().requires_grad_(False)
 
 
 def _into_norm(norm: Any, scale: Tensor) -> Tensor:

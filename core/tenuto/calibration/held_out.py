@@ -24,7 +24,7 @@ from .replay import token_error
 SEEN, HELD = slice(0, None, 2), slice(1, None, 4)  # of the 64: 32 are calibrated on, 16 held out
 MOST = 160  # prompts of a user's that are calibrated on beside the general ones
 
-Data = tuple[Bank, Tensor]
+Data = tuple[Bank, Tensor | None]
 
 
 def captions() -> tuple[list[str], list[str]]:
@@ -48,12 +48,17 @@ def calibration_prompts(own: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*some, *general]))
 
 
-def apart(bank: Bank, target: Tensor) -> tuple[Data, Data | None]:
-    """What an algorithm may see of a block's inputs and outputs, and what is held out, if any."""
+def apart(bank: Bank, target: Tensor | None) -> tuple[Data, Data | None]:
+    """A block's inputs and outputs for an algorithm, and the held-out ones, if there are any.
+
+    target: outputs of all rows, or of the held-out ones.
+    """
     held = bank.steps == HELD_OUT
     if not held.any():
         return (bank, target), None
     seen, unseen = ((which.nonzero()[:, 0]) for which in (~held, held))
+    if target is None or len(target) == len(unseen):
+        return (bank.part(seen), None), (bank.part(unseen), target)
     return (bank.part(seen), target[seen]), (bank.part(unseen), target[unseen])
 
 
@@ -72,12 +77,14 @@ def better(
     """
     device = next(block.parameters()).device
     plain = RoundToNearest()(block, dict(layers)) if plain is None else plain
+    known = {id(q): q.dequantize().to(device) for q in (*plain.values(), *found.values())}
     block, (bank, target) = private_copy(block), held
     rows = torch.arange(len(bank))
+    assert target is not None
 
     def put(names: Mapping[str, QTensor]) -> None:
         for name, q in names.items():
-            weight_of(block, name).data.copy_(q.dequantize())
+            weight_of(block, name).data = known[id(q)]
 
     def error() -> float:
         return token_error(block, bank, rows, target, device)

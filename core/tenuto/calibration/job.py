@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from ..numerics import QTensor, Recipe, Rule, Scheme
 from ..progress import Progress, parts
 from ..resume import Work
 from ..runtime import quantizable
-from ..sampling import Trajectory, processes
+from ..sampling import HELD_OUT, Trajectory, processes
 from .activation_ranges import activation_ranges
+from .algorithms import goes_on
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
@@ -38,13 +40,13 @@ Unit = tuple[str, list[str]]  # its name and its layers
 class Job:
     """One quantization: a private copy of the denoiser that is quantized as it goes.
 
-    aims: whether the blocks' outputs in full precision are needed even if no algorithm uses them.
+    compares: whether held-out rows are compared with outputs in full precision in any case.
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for. max_memory:
     bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
     """
 
-    aims = False
+    compares = False
     max_memory: int | None = None
 
     def __init__(
@@ -103,13 +105,12 @@ class Job:
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
         calls, rules = self.trajectory.calls, self.plan.values()
-        aims = self.aims or any(
-            _needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules
-        )
-        plain = self.plain_copy if aims else None
+        whole = any(_needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules)
+        wanted = [c for c in calls if whole or (self.compares and c.row == HELD_OUT)]
+        plain = self.plain_copy if wanted else None
         given = self.denoiser, self.backbone, self.device, self.max_memory
         files, every = BankFiles(work.path, lambda: room_for_banks(*given)), self.backbone.blocks
-        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files)
+        chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files, wanted)
         sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
         notes = parts(on_progress, sizes, named=True)
         for unit, names, kept in self._done(units, needy, chain, work, notes):
@@ -172,12 +173,10 @@ class Job:
             groups.setdefault(rule.algorithm or RoundToNearest(), {})[short[name]] = rule.scheme
         found: dict[str, Tensor] = {}
         for algorithm, group in groups.items():
-            bank, target = (None, None)
-            if algorithm.needs_inputs:
-                bank, target = on_device(*chain.data(unit), self.device)
-            seed = seed_of(self.seed, unit)
+            needs, seed = algorithm.needs_inputs, seed_of(self.seed, unit)
+            data = on_device(*chain.data(unit), self.device) if needs else (None, None)
             with held(root):
-                done = self._rounded(algorithm, root, group, (bank, target), seed, note)
+                done = self._rounded(algorithm, root, group, data, seed, note)
             for name, q in done.items():
                 full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
                 found |= q.tensors(full)
@@ -193,10 +192,8 @@ class Job:
         note: Progress,
     ) -> dict[str, QTensor]:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
-
-        def rounded() -> dict[str, QTensor]:
-            return algorithm(root, group, *data, seed=seed, on_progress=note)
-
+        more = {"before": self.known(root, group) or None} if goes_on(algorithm) else {}
+        rounded = partial(algorithm, root, group, *data, seed=seed, on_progress=note, **more)
         if processes().size == 1 or getattr(algorithm, "together", False):
             return rounded()
         made = processes().once(lambda: {n: q.tensors(n) for n, q in rounded().items()})
@@ -205,6 +202,10 @@ class Job:
             n: QTensor.from_tensors(tensors, n, shapes[n], group[n].weight)
             for n, tensors in made.items()
         }
+
+    def known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """What is known of layers inside of `root` rounded to nearest: all of `group`, or none."""
+        return {}
 
     def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
         """Take over quantized weights: what lies in no block gets their float values now."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..model import Leave, tensors_in, watched
 from .bank import Bank
+from .compensation import gram_of, mirrored
 
 CHUNK = 32  # rows of the bank in one call of the block
 TRIED = 4  # chunks in which a layer must have been called
@@ -32,18 +33,17 @@ def inputs_seen(
     yield from map(InputsSeen(block, names, bank, rows, device), bank.parts(rows, CHUNK))
 
 
-def gram_of(block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor | None:
+def seen_gram(block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor | None:
     """A = x^T x (G, K, K) in fp32 of what the layer `name` gets; None where it was not called."""
     layer, found = block.get_submodule(name), None
     for seen in inputs_seen(block, [name], bank, rows, device):
         if name in seen:
-            x = patches(layer, seen[name]).float()
-            found = x.mT @ x if found is None else found.baddbmm_(x.mT, x)
-    return found
+            found = gram_of(patches(layer, seen[name]).float(), found)
+    return None if found is None else mirrored(found)
 
 
 def over(gram: Tensor, channel: Tensor) -> Tensor:
-    """A (G, K, K) of inputs divided by the scale of each column (K,)."""
+    """A (..., K, K) of inputs divided by the scale of each column (K,)."""
     return gram / channel / channel[:, None]
 
 
@@ -76,6 +76,8 @@ class InputsSeen:
                 raise Leave
 
         args, kwargs = bank.rows(index, self.device)
+        if counted is not None and bank.lengths is not None:
+            counted = counted[:, : bank.lengths.of(index)]
         with watched(self.block, self.names, before=note), suppress(Leave):
             self.block(*args, **kwargs)
         self.last = calls if self.last is None else self.last

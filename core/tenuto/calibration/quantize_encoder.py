@@ -37,7 +37,7 @@ from ..sampling import (
     work_in,
 )
 from ..sampling.reads import States
-from .algorithms import by_name, names
+from .algorithms import by_name, names, spelled
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .by_block import by_block, with_codes
@@ -92,13 +92,14 @@ def quantize_encoder(
 ) -> Artifact:
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
-    width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq".
+    width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq", or
+    several with a plus between them.
     The shipped list "general" is calibrated on too, but for a part that is held out: of calibrated
     and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
     denoiser computes one call. max_memory, `work`, resuming and Cancelled are as in `quantize`.
     """
-    scheme = encoder_scheme(width, method)
+    scheme, method = encoder_scheme(width, method), spelled(method)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     general, held = captions()
     lines = calibration_prompts(prompts)
@@ -154,7 +155,7 @@ def encoder_job(
     job.maintain("none", Tiar())
     inputs = {
         "job": "encoder", "recipe": job.recipe.to_json(), "seed": seed, "versions": versions(),
-        "model": fingerprint(encoder), "calls": [_mark(call) for call in calls],
+        "model": fingerprint(encoder), "calls": [mark_of(call) for call in calls],
     }  # fmt: skip
     job.run_measured(work_in(work, inputs), processes().told(on_progress))
     return job
@@ -168,7 +169,7 @@ class EncoderJob(Job):
 
     facts: dict[str, Any]
     plain: dict[str, QTensor]
-    aims = True  # what is held out is judged by them
+    compares = True
 
     def plain_copy(self, codes: Codes | None = None) -> nn.Module:
         """In memory as a whole, for it is run again and again, unless it is on disk itself."""
@@ -223,15 +224,13 @@ class EncoderJob(Job):
         note: Progress,
     ) -> dict[str, QTensor]:
         if data[0] is None:
-            known = self._nearest(root, group) if isinstance(algorithm, RoundToNearest) else {}
+            known = self.known(root, group) if isinstance(algorithm, RoundToNearest) else {}
             return known or super()._rounded(algorithm, root, group, data, seed, note)
         seen, held = apart(*data)
         found = super()._rounded(algorithm, root, group, seen, seed, note)
-        return (
-            found if held is None else better(root, found, group, held, self._nearest(root, group))
-        )
+        return found if held is None else better(root, found, group, held, self.known(root, group))
 
-    def _nearest(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+    def known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
         """Those of `plain` for layers inside of `root`, by their names there."""
         unit = next(name for name, module in self.model.named_modules() if module is root)
         start = f"{unit}." if unit else ""
@@ -260,7 +259,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(f"{sum(values) / len(values):.6g}")
 
 
-def _mark(call: Call) -> str:
+def mark_of(call: Call) -> str:
     """What an encoder is asked, and what of its answer counts, as a short text."""
     mask = None if call.counted is None else call.counted.tolist()
     return digest([call.inputs["input_ids"].tolist(), mask, call.row, call.read])

@@ -17,6 +17,7 @@ from .answers import Answers
 from .bank import Bank, Seen, banked, banked_by_call, cut_out, fits, whole
 from .bank_files import BankFiles, Columns
 from .by_block import held
+from .lengths import widened
 
 log = logging.getLogger("tenuto")
 
@@ -78,12 +79,15 @@ def inputs_of(
         del given
     files = None if columns is None else files
     module = denoiser.get_submodule(block)
-    bank = None if by_call else _by_row(module, block, found, device, by_call is None, files)
-    bank = bank or banked_by_call(found, files)
     known = [call.counted for call in calls]
     rows = [t for t in known if t is not None]
-    if len(rows) == len(known) and sum(map(len, rows)) == len(bank):  # and no call was left out
-        bank.counted = torch.cat(rows)
+    texts = len(rows) == len(known)
+    given = module, block, found, device, by_call is None
+    bank = None if by_call else _by_row(*given, files, texts)
+    bank = bank or banked_by_call(found, files)
+    if texts and sum(map(len, rows)) == len(bank):  # and no call was left out
+        most = max(t.shape[1] for t in rows)
+        bank.counted = torch.cat([widened(t, (1,), most) for t in rows])
     return bank
 
 
@@ -94,6 +98,7 @@ def _by_row(
     device: Any,
     sure: bool,
     files: BankFiles | None,
+    texts: bool,
 ) -> Bank | None:
     """The bank of rows; None where the block answers otherwise to rows than to whole calls.
 
@@ -101,14 +106,18 @@ def _by_row(
     second time for the rows that stay clean. sure: the first and the last row are tried together.
     """
     try:
-        bank = banked(block, found, files)
+        bank = banked(block, found, files, texts)
     except ModelError:
         return None
     if not sure or len(bank) < 2:
         return bank
-    first, *_, last = [f for f in found if fits(f, bank)] * 2
+    if bank.lengths is None:
+        first, *_, last = [f for f in found if fits(f, bank)] * 2
+        index = torch.tensor([0, len(bank) - 1])
+    else:  # of one length
+        first = last = found[0]
+        index = torch.tensor([0, len(found[0][1][0]) - 1])
     answers = [outputs(module, banked_by_call([call]), device)[0] for call in (first, last)]
-    index = torch.tensor([0, len(bank) - 1])
     args, kwargs = bank.rows(index, device)
     try:
         rows = first_tensor(module(*args, **kwargs)).cpu()
@@ -134,6 +143,7 @@ def outputs(block: nn.Module, bank: Bank, device: Any, size: int = 32) -> Tensor
     with held(block):
         for out in processes().each(bank.chunks(size), answer):
             rows = out[None] if bank.calls else out
+            rows = rows if bank.lengths is None else bank.lengths.widened(rows)
             if not start:
                 found = bank.empty((len(bank), *rows.shape[1:]), rows.dtype)
             found[start : start + len(rows)] = rows
@@ -153,11 +163,11 @@ def token_error(
     total = 0.0
     for index in bank.parts(rows, size):
         args, kwargs = bank.rows(index, device)
-        wanted = bank.of(target, index).to(device)
+        wanted = bank.answers(target, index).to(device)
         gap = first_tensor(block(*args, **kwargs)) - wanted
         share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
         if bank.counted is not None:
-            share = share * bank.counted[index].to(share)
+            share = share * bank.counted[index][:, : share.shape[-1]].to(share)
         total += float(share.sum())
     return total
 

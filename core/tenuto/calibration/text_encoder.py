@@ -15,21 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..artifact import fingerprint, versions
 from ..artifact.export.encoder import TABLE, encoder_plan, write_encoder
 from ..artifact.export.report import Report
-from ..errors import SchemeError, TenutoError
+from ..errors import SchemeError
 from ..model import describe, device_and_dtype
 from ..numerics import Format, QTensor, Scheme, schemes
 from ..progress import Progress, parts
 from ..resources import prompts as shipped
-from ..sampling import HELD_OUT, Call, cosines, processes, states_read
+from ..resume import Work
+from ..sampling import BATCH, HELD_OUT, Call, cosines, processes, states_read, work_in
 from ..sampling.consumers import Consumer, calls_for, consumer_of
 from ..sampling.encoder_source import encoder_source
 from ..sampling.reads import States, states_apart
+from .algorithms import spelled
 from .by_block import Values, with_codes
 from .fold import folded
 from .held_out import calibration_prompts, captions, rounded_to_nearest
-from .quantize_encoder import EncoderJob, encoder_job, unread_blocks
+from .quantize_encoder import EncoderJob, encoder_job, mark_of, unread_blocks
 
 FP8 = Scheme("fp8-layer", Format(dtype="e4m3", granularity="tensor"))
 ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--scheme` calls them
@@ -40,7 +43,7 @@ ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--sc
     "nvfp4": schemes.NVFP4,
 }
 EMBEDDINGS = ("bf16", "int8")
-ENCODER_METHODS = ("rtn", "awq", "gptq", "awq-gptq")
+ENCODER_METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 UNSEEN = slice(3, None, 4)  # of the list "general": what nothing is calibrated on or decided by
 SAME = (
     "The file of w4a16 is that of w4a8: hosts dequantize such layers to encode a text, and ComfyUI "
@@ -57,7 +60,7 @@ def check_text_encoder(
         raise SchemeError(
             f"A text encoder's file has {', '.join(ENCODER_SCHEMES)}, not {scheme!r}."
         )
-    if method not in ENCODER_METHODS:
+    if spelled(method) not in ENCODER_METHODS:
         raise SchemeError(
             f"A text encoder is rounded by {', '.join(ENCODER_METHODS)}, not by {method!r}."
         )
@@ -88,25 +91,24 @@ def quantize_text_encoder(
     `config`, the folder of its config.json and tokenizer. scheme: one of `ENCODER_SCHEMES`; w4a8
     and w4a16 are the same file. consumer: a row of `sampling.consumers.CONSUMERS`, such as
     "qwen-image": whose template, padding and hidden states count. method: one of
-    `ENCODER_METHODS`. embeddings: "bf16", or "int8" with a scale a row. prompts: calibrated on
-    (none: the shipped list "captions") beside the list "general", a part of which is held out. The
-    report's `facts`, which the file's header has too, tell how far the states are that the denoiser
-    reads, on prompts that nothing was calibrated on. max_memory, `work`, resuming and Cancelled: as
-    in `quantize`. TenutoError says what cannot be, before anything is written.
+    `ENCODER_METHODS` ("awq-gptq" is an older name of "awq+gptq"). embeddings: "bf16", or "int8"
+    with a scale a row. prompts: calibrated on (none: the shipped list "captions") beside the list
+    "general", a part of which is held out. The report's `facts`, which the file's header has too,
+    tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
+    max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
+    before anything is written.
     """
     row = check_text_encoder(scheme, method, consumer, embeddings)
+    method = spelled(method)
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
     tokens, tokenizer = source.tokenizer_tensors(), source.tokenizer()
     encoder = source.load(device, max_memory)
-    if method.startswith("awq") and any(p.is_meta for p in encoder.parameters()):
-        raise TenutoError(
-            f"{method} folds scales in memory, and this encoder is too large for that: take gptq."
-        )
     blocks = len(describe(encoder).blocks)
     unseen = ["", *shipped("general")[UNSEEN]]
     lines = [p for p in calibration_prompts(prompts or shipped("captions")) if p not in unseen]
     given = row, encoder, tokenizer, blocks
-    calls = calls_for(*given, ["", *lines], captions()[1])
+    batch = BATCH if row.filled else 4 * BATCH  # texts of some tokens
+    calls = calls_for(*given, ["", *lines], captions()[1], batch, by_length=True)
     notes = parts(on_progress, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
     how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
     made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
@@ -115,7 +117,7 @@ def quantize_text_encoder(
     facts = {
         "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
         "method": method, "embeddings": embeddings, "prompts": len(lines) + 1, "seed": seed,
-        "states": made.measured(calls_for(*given, unseen, read_alone=True), device),
+        "states": made.measured(calls_for(*given, unseen, (), batch, read_alone=True), device),
     }  # fmt: skip
     if method.endswith("gptq"):
         facts["layers_nearest"] = made.layers_nearest
@@ -161,10 +163,12 @@ class EncoderCodes:
         """
         notes, how = notes or parts(None, SIZES), how or {}
         source, device = encoder, how.get("device")
-        if method.startswith("awq"):
+        first, _, rest = spelled(method).partition("+")
+        if first == "awq":
             unread = unread_blocks(encoder, describe(encoder), calls)
-            source = folded(encoder, calls, scheme.weight, device, unread, notes["fold"])
-        rounding = "gptq" if method.endswith("gptq") else "nearest"
+            kept = _fold_work(encoder, calls, scheme, how.get("work"))
+            source = folded(encoder, calls, scheme.weight, device, unread, notes["fold"], kept)
+        rounding = (rest or "nearest") if first == "awq" else method
         job = encoder_job(source, calls, scheme, rounding, on_progress=notes["blocks"], **how)
         held = job.facts["held_out"]
         made = cls(encoder, source, scheme, job.weights, job.plain, held["layers_nearest"], job)
@@ -206,6 +210,17 @@ class EncoderCodes:
             {"state": name, "quantized": one, "nearest": other}
             for name, one, other in zip(read, found, plain, strict=True)
         ]
+
+
+def _fold_work(
+    encoder: nn.Module, calls: Sequence[Call], scheme: Scheme, work: str | Path | None
+) -> Work:
+    """Where the scales of the blocks are kept that are done: a folder in that of the job."""
+    if work is None:
+        return work_in(None, {})
+    about = {"job": "fold", "scheme": scheme.to_json(), "model": fingerprint(encoder)}
+    about |= {"versions": versions(), "calls": [mark_of(call) for call in calls]}
+    return work_in(Path(work) / "fold", about)
 
 
 def embedding_codes(encoder: nn.Module) -> dict[str, QTensor]:

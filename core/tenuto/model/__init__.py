@@ -3,7 +3,14 @@
 from .adapters import adapted, holder_of, own_modules, own_parameters
 from .backbone import WHOLE, Backbone, Branch, computes_as_torch, layers, own_kinds
 from .elsewhere import Weights
-from .families import describe, host_map_of, hosts_of, key_map_of, same_names
+from .families import (
+    describe,
+    host_map_of,
+    hosts_of,
+    key_map_of,
+    names_in_host,
+    same_names,
+)
 from .hooks import cache_on, check_fused, check_weights, private_copy, refuse_cache
 from .key_map import KeyMap, Place, swapped
 from .operations import multiply_adds
@@ -64,6 +71,7 @@ __all__ = [
     "map_leaves",
     "map_tensors",
     "multiply_adds",
+    "names_in_host",
     "outside_graphs",
     "override_",
     "own_family",

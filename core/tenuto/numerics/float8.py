@@ -42,6 +42,13 @@ def levels(x: Tensor) -> Tensor:
     return level_of(bits_of(cast(x))).float()
 
 
+def places(x: Tensor) -> Tensor:
+    """Levels of positive e4m3 numbers in fp32, int32."""
+    if not _has(x):
+        return reference_levels(x).to(torch.int32)
+    return bits_of(x.to(CODES)).to(torch.int32)
+
+
 def cast(x: Tensor) -> Tensor:
     """The values nearest to `x` in torch's 8-bit type; in fp32 on a device that has none."""
     if not _has(x):

@@ -37,11 +37,10 @@ def found(rows: Tensor, form: Any, kind: Any) -> tuple[Tensor, Tensor]:
 def _best(x: Tensor, place: Tensor, bits: int, kind: Any) -> Tensor:
     """Steps (N, G) of the groups (N, G, g), among those about `place`."""
     best, least = float8.values(place), torch.full_like(place, torch.inf)
+    near = kind.numbers_near(x, bits)
     for move in TRIED:
         step = float8.values((place + move).clamp_(1, float8.HIGHEST))
-        wide = step[..., None]
-        near = kind.number(kind.nearest(x, wide, bits), wide, bits)
-        error = near.sub_(x).square_().sum(-1)
+        error = near(step[..., None]).sub_(x).square_().sum(-1)
         better = error < least
         best, least = torch.where(better, step, best), torch.where(better, error, least)
     return best

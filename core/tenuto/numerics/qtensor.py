@@ -129,14 +129,23 @@ class QTensor:
         """The weight that the codes stand for; of a rotated one as readers of files compute it."""
         scale = self.scale.view(-1, *[1] * (len(self.shape) - 1))
         if self.dtype in LEVELS:
-            facts = self.levels(), self.steps().view(self.shape), scale, self.bits
-            value = LEVELS[self.dtype].value(*facts)
+            value = self._of_steps().view(self.shape)
         else:
             value = self.codes().to(scale.dtype) * scale
         value = rotated(value.flatten(1), self.rotation).view(self.shape)
         if self.channel is not None:
             value = (value.flatten(1) / self.channel).view(self.shape)
         return value.to(dtype)
+
+    def _of_steps(self) -> Tensor:
+        """`dequantize` before the rotation, (N, K), of the dtypes in `scheme.LEVELS`."""
+        assert self.step is not None
+        kind, found = LEVELS[self.dtype], torch.empty(self.shape, device=self.qdata.device)
+        count = max(1, PIECE // max(1, self._size))
+        parts = (t.split(count) for t in (self.qdata, self.step, self.scale[:, None], found))
+        for codes, step, scale, out in zip(*parts, strict=True):
+            out.copy_(kind.decoded(codes, step, scale, self._size, self.bits))
+        return found
 
     def steps(self) -> Tensor:
         """The e4m3 number of every column, fp32 (N, K): of the dtypes in `scheme.LEVELS`."""
@@ -201,6 +210,7 @@ def _of_levels(levels: Tensor, grid: Grid, channel: Tensor | None) -> QTensor:
 
 
 ROWS = 256  # of a weight at a time
+PIECE = 2**17  # numbers at a time: what a cache holds
 
 
 def rotation_of(shape: Any, form: Format) -> int:

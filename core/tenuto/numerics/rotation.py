@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SIZES = (256, 64, 16)  # of the groups that are used, the first that divides K
+PIECE = 2**16  # numbers at a time: what a cache holds
 
 
 def size_for(columns: int) -> int:
@@ -50,6 +51,16 @@ def butterfly(x: Tensor, size: int | None = None) -> Tensor:
     size = x.shape[-1] if size is None else size
     if not size:
         return x.float()
+    if x.device.type != "cpu" or x.numel() <= PIECE:
+        return _butterfly(x, size)
+    rows = x.reshape(-1, size)
+    found = torch.empty(rows.shape, dtype=torch.float32)
+    for some, out in zip(rows.split(PIECE // size), found.split(PIECE // size), strict=True):
+        out.copy_(_butterfly(some, size))
+    return found.view(x.shape)
+
+
+def _butterfly(x: Tensor, size: int) -> Tensor:
     y = x.float().unflatten(-1, (-1, *[4] * digits(size)))
     for place in range(digits(size)):
         a, b, c, d = y.unbind(-1 - place)
@@ -68,4 +79,7 @@ def digits(size: int) -> int:
 
 def both(moments: Tensor, size: int) -> Tensor:
     """Second moments x^T x (..., K, K) of the inputs that `size` rotates."""
-    return rotated(rotated(moments, size).mT, size).mT
+    if not size:
+        return moments
+    found = rotated(moments, size).unflatten(-2, (-1, size))
+    return (matrix(size, found.device, found.dtype) @ found).flatten(-3, -2)

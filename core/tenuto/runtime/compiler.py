@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ..text import first_line
 from .early_part import compiled_apart
+from .fused_residual import finish
 from .fused_rotary import turn
 from .fused_rows import fuse
 from .joint_products import join
@@ -36,6 +37,7 @@ def backend(
             fuse(module)
             turn(module)
             join(module, inputs)
+            finish(module)
         except Exception as error:  # of any kind: another torch may write its graphs otherwise
             log.warning(
                 "Blocks are compiled without kernels that fuse operations: %s.", first_line(error)

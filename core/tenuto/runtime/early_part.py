@@ -49,6 +49,8 @@ def compiled_apart(module: fx.GraphModule, inputs: Sequence[Any], finish: Compil
     if not any(map(_is_product, early)):
         return None
     rest = [n for n in graph.nodes if n not in early and n.op != "placeholder"]
+    if not any(map(_is_product, rest)):
+        return None  # tokens without images, (S, K), look like what a step has
     late = set(rest)
     for node in reversed(graph.nodes):
         if node in early and _is_view(node) and not late.isdisjoint(node.users):

@@ -25,10 +25,9 @@ from .nodes import (
     argument,
     called,
     pairs,
-    put,
+    put_all,
     same,
     value,
-    written,
 )
 
 BACK = ("to", "type_as", "float", "half", "bfloat16")  # to the type of the query
@@ -41,21 +40,16 @@ def turn(module: fx.GraphModule) -> int:
     """Put what norms and turns a query into one operation; how many were."""
     if OPERATION is None:
         return 0
-    graph, found = module.graph, 0
+    graph = module.graph
     learns = torch.is_grad_enabled() and any(
         v.requires_grad for v in map(value, graph.nodes) if isinstance(v, Tensor)
     )
-    for node in [] if learns else [n for n in graph.nodes if _method(n, BACK)]:
-        for x, cos, sin, halves, chain in (*_of_pairs(node), *_of_numbers(node)):
-            match = _match(node, x, cos, sin, halves, chain)
-            if match is not None and not written(node, match.chain):
-                put(graph, node, match)
-                found += 1
-                break
-    if found:
-        graph.lint()
-        module.recompile()
-    return found
+    nodes = [] if learns else [n for n in graph.nodes if _method(n, BACK)]
+
+    def found(node: fx.Node) -> Iterator[Match | None]:
+        return (_match(node, *some) for some in (*_of_pairs(node), *_of_numbers(node)))
+
+    return put_all(module, nodes, found)
 
 
 Found = tuple[Any, Any, Any, bool, set[Any]]  # x, cos, sin, whether by halves, what is between

@@ -22,7 +22,7 @@ from .nodes import (
     argument,
     called,
     pairs,
-    put,
+    put_all,
     same,
     shape_of,
     value,
@@ -42,17 +42,9 @@ def fuse(module: fx.GraphModule) -> int:
     """Put what makes rows into their quantization; how many operations took something in."""
     if quantize_normed is None:
         return 0
-    graph, found = module.graph, 0
-    _merge(graph)
-    for node in [n for n in graph.nodes if _is_quantization(n)]:
-        match = _normed(node) or _acted(node)
-        if match is not None and not written(node, match.chain):
-            put(graph, node, match)
-            found += 1
-    if found:
-        graph.lint()
-        module.recompile()
-    return found
+    _merge(module.graph)
+    nodes = [n for n in module.graph.nodes if _is_quantization(n)]
+    return put_all(module, nodes, lambda node: [_normed(node) or _acted(node)])
 
 
 def _is_quantization(node: fx.Node) -> bool:
@@ -100,7 +92,7 @@ def _before(node: Any, chain: list[fx.Node]) -> Any:
     return None
 
 
-def _one_row(node: Any, shape: tuple[Any, ...]) -> bool:
+def one_row(node: Any, shape: tuple[Any, ...]) -> bool:
     """Whether a tensor is one row for all of an image: (K,), or (B or 1, 1, ..., K)."""
     found = shape_of(node)
     if len(found) == 1:
@@ -119,7 +111,7 @@ def _with(
         return node, None
     assert node is not None
     for one, other in pairs(node):
-        if shape_of(one) == shape and _one_row(other, shape):
+        if shape_of(one) == shape and one_row(other, shape):
             chain.append(node)
             return _before(one, chain), other
     return None, None

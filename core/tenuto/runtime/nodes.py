@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,26 @@ def put(graph: fx.Graph, node: fx.Node, match: Match) -> None:
     for gone in match.chain:  # from the last to the first
         if not gone.users:
             graph.erase_node(gone)
+
+
+def put_all(
+    module: fx.GraphModule, nodes: Iterable[fx.Node], found: Callable[[fx.Node], Iterable[Any]]
+) -> int:
+    """Put the first match that `found` has of each node in its place; how many there were.
+
+    Not where something is written in between.
+    """
+    count = 0
+    for node in nodes:
+        made = (m for m in found(node) if m is not None and not written(node, m.chain))
+        match = next(made, None)
+        if match is not None:
+            put(module.graph, node, match)
+            count += 1
+    if count:
+        module.graph.lint()
+        module.recompile()
+    return count
 
 
 def is_random(node: fx.Node) -> bool:

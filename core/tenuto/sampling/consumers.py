@@ -139,11 +139,12 @@ def calls_for(
     batch: int = BATCH,
     *,
     read_alone: bool = False,
+    by_length: bool = False,
 ) -> list[Call]:
     """What `encoder` is called with for each prompt, as `encoder_calls` gives it of a pipeline.
 
     blocks: how many it has. read_alone: what counts are the tokens that the denoiser reads, not all
-    that others see.
+    that others see. by_length: as in `calls_of`.
     """
     states = states_of(consumer, blocks)
     more = without_cache(encoder) | ({"output_hidden_states": True} if states else {})
@@ -151,7 +152,8 @@ def calls_for(
     def rows(lines: Sequence[str]) -> list[Row]:
         return [_tokens(consumer, tokenizer, line) | more for line in lines]
 
-    calls = calls_of(rows(prompts), batch, held_out=rows(held_out), read=states)
+    how = {"read": states, "by_length": by_length}
+    calls = calls_of(rows(prompts), batch, held_out=rows(held_out), **how)
     if states and state_count(encoder, calls[0]) != blocks + 1:
         raise TenutoError(f"{type(encoder).__name__} does not give out all of its hidden states.")
     return [_without_template(call, consumer, tokenizer) for call in calls] if read_alone else calls

@@ -184,12 +184,21 @@ def calls_of(
     *,
     held_out: Sequence[Row] = (),
     read: tuple[int | str, ...] = (),
+    by_length: bool = False,
 ) -> list[Call]:
     """Rows of input by argument, each a call of one row, as calls of `batch` rows.
 
     Shorter ones are filled up with tokens that do not count. `attention_mask` says what counts.
-    held_out: further rows, in calls of `row` `HELD_OUT`. read: as in `Call`.
+    held_out: further rows, in calls of `row` `HELD_OUT`. read: as in `Call`. by_length: the longest
+    rows come first, and each call is as long as its own.
     """
+    if by_length and len({row["input_ids"].shape[1] for row in (*rows, *held_out)}) > 1:
+        found = []
+        for mark, some in ((0, _longest_first(rows)), (HELD_OUT, _longest_first(held_out))):
+            for start in range(0, len(some), batch):
+                # one token more than the longest: a model makes a mask for each call, or for none
+                found += _split([(mark, _filled(some[start : start + batch], 1))], batch)
+        return [replace(call, run=run, read=read) for run, call in enumerate(found)]
     given = _filled([*rows, *held_out])
     marked = [(0, given[: len(rows)]), (HELD_OUT, given[len(rows) :])]
     split = _split(marked, batch)
@@ -198,6 +207,10 @@ def calls_of(
         given = _filled(given, 1)
         split = _split([(0, given[: len(rows)]), (HELD_OUT, given[len(rows) :])], batch)
     return [replace(call, run=run, read=read) for run, call in enumerate(split)]
+
+
+def _longest_first(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -row["input_ids"].shape[1])
 
 
 def _split(marked: Sequence[tuple[int, list[Row]]], batch: int) -> list[Call]:

@@ -87,8 +87,8 @@ class Step:
             )
         self.cache.file.check()
         again = _copied(args), _copied(kwargs)  # Z-Image writes to its list of prompts
-        out, drawn = self._made(args, kwargs)
-        if drawn:
+        out, random = self._made(args, kwargs)
+        if random:
             self._may_vary()
             return out
         self._put(facts, mark, out)
@@ -128,7 +128,7 @@ class Step:
             return None
 
     def _made(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """What `encode_prompt` gives, and whether something of it was drawn."""
+        """What `encode_prompt` gives, and whether random numbers are in it."""
         missing = [n for n, x in vars(self.pipe).items() if ENCODER.fullmatch(n) and x is None]
         device = torch.device(getattr(self.pipe, "_execution_device", "cpu"))
         before = _chance(device)

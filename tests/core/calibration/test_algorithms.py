@@ -21,11 +21,19 @@ from tenuto.calibration import algorithms
 from tenuto.calibration.algorithms import algorithm
 from tenuto.calibration.algorithms.adaround import AdaRound, Rounding
 from tenuto.calibration.algorithms.clip import Clip
-from tenuto.calibration.algorithms.gptq import GPTQ, Factor, compensated, descended
+from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.algorithms.nearest import RoundToNearest
 from tenuto.calibration.algorithms.stages import Stages
 from tenuto.calibration.bank import Bank, Rows
 from tenuto.calibration.columns import Even
+from tenuto.calibration.compensation import (
+    Factor,
+    compensated,
+    descended,
+    gram_of,
+    mirrored,
+    slope_of,
+)
 from tenuto.calibration.moments import inputs_seen, patches
 from tenuto.calibration.replay import inputs_of, outputs
 from tenuto.errors import Cancelled, SchemeError
@@ -333,13 +341,17 @@ def test_gptq_and_sweeps_lower_the_error_of_the_layer() -> None:
     x, weight, gram = moments(300, 40)
     size = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
     grid = Even(size, torch.full_like(size, -8), torch.full_like(size, 7))
-    inverse = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).float()
-    nearest = (weight / size).round().clamp(-8, 7)
-    found = [nearest, compensated(weight, inverse, grid)]
+    root, square = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1).float(), gram.float()
+    nearest = (weight / size).round().clamp(-8, 7) * size
+    first, left = compensated(weight, root, grid)
+    assert torch.allclose(left, (weight - first) @ root, atol=1e-3)
+    slope = slope_of(left, root)
+    assert torch.allclose(slope, (first - weight) @ square, rtol=1e-3, atol=1e-2)
+    found = [nearest, first]
     for _ in range(3):
-        found.append(descended(found[-1], weight, gram.float(), None, grid))
-    found.append(descended(found[1], weight, gram.float(), None, grid, 3))  # the three at once
-    errors = [float((x @ (c * size - weight).double().t()).square().sum()) for c in found]
+        found.append(descended(found[-1], (found[-1] - weight) @ square, square, grid))
+    found.append(descended(first, slope, square, grid, 3))  # the three at once
+    errors = [float((x @ (c - weight).double().t()).square().sum()) for c in found]
     assert all(b <= a * 1.0001 for a, b in pairwise(errors))
     assert errors[1] < errors[0] * 0.75
 
@@ -349,9 +361,10 @@ def test_a_sweep_ends_where_no_single_code_can_do_better() -> None:
     _, weight, gram = moments(50, 3)
     scale = (weight.abs().amax(1, keepdim=True) / 3).expand_as(weight)
     low, high = torch.full_like(scale, -4), torch.full_like(scale, 3)
-    codes = (weight / scale).round().clamp(-4, 3)
+    values, square = (weight / scale).round().clamp(-4, 3) * scale, gram.float()
     for _ in range(20):
-        codes = descended(codes, weight, gram.float(), None, Even(scale, low, high))
+        values = descended(values, (values - weight) @ square, square, Even(scale, low, high))
+    codes = (values / scale).round()
 
     def error(c: Tensor) -> Tensor:
         gap = (c * scale - weight).double()
@@ -384,17 +397,24 @@ def test_asymmetric_calibration_aims_at_what_the_layer_gave_before() -> None:
 
 
 def test_what_gptq_makes_of_second_moments() -> None:
-    """Its factor, by halves and in part fp32, is A^-1's; D A^-1 is the solution of X A = D."""
+    """Its factor, in part fp32, is A's; D R^-T is the solution of X R^T = D."""
     _, _, gram = moments(1500, 1300)
     made, damped = Factor.of(gram.float(), 0.01), gram.clone()
     damped.diagonal().add_(0.01 * gram.diagonal().mean())
     damped = damped[made.order][:, made.order]
-    assert torch.equal(made.inverse, made.inverse.triu())
-    one = made.inverse.double() @ damped @ made.inverse.double().mT
-    assert torch.allclose(one, torch.eye(1300).double(), atol=1e-3)
+    assert torch.equal(made.root, made.root.triu())
+    wide = made.root.double()
+    assert (wide @ wide.mT - damped).norm() < 1e-5 * damped.norm()
+    assert (made.gram - damped).norm() < 1e-5 * damped.norm()
     gap = torch.randn(5, 1300, generator=torch.Generator().manual_seed(1))
-    again = made.solved(gap).double() @ damped
-    assert (again - gap).norm() < 1e-3 * gap.norm()
+    assert (made.solved(gap).double() @ wide.mT - gap).norm() < 1e-3 * gap.norm()
+
+
+def test_second_moments_in_tiles() -> None:
+    """Only the upper tiles are computed, and the whole is made of these."""
+    x = torch.randn(2, 30, 1500, generator=torch.Generator().manual_seed(0))
+    found = mirrored(gram_of(x[:, 10:], gram_of(x[:, :10])))
+    assert torch.allclose(found, x.mT @ x, atol=1e-3)
 
 
 def test_gptq_of_grouped_convolutions(tiny: Any, recorded: Any) -> None:
@@ -574,6 +594,7 @@ def test_names_make_a_chain() -> None:
     found = algorithms.by_name("awq+clip+gptq", "encoder")
     assert [type(s).__name__ for s in found.stages] == ["AWQ", "Clip", "GPTQ"]
     assert found.name == "awq+clip+gptq" and found.smooth and found.parts == ("encoder",)
+    assert algorithms.by_name("awq-gptq", "encoder") == algorithms.by_name("awq+gptq", "encoder")
     rows = algorithms.by_name("clip+gptq", "denoiser", algorithms.Effort(rows=7))
     assert [s.rows for s in rows.stages] == [7, 7] and not rows.needs_target and not rows.smooth
     bad = ("gptq+clip", "clip+clip", "nearest+gptq", "clip+", "+", "clip+magic", "awq+awq")

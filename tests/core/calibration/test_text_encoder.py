@@ -89,9 +89,9 @@ def unseen_states(encoder: nn.Module, source: EncoderSource, consumer: str) -> l
 
 
 CASES = [
-    ("flux", "w4a8", "gptq"), ("wan", "nvfp4", "awq-gptq"), ("z-image", "w4a16", "awq"),
+    ("flux", "w4a8", "gptq"), ("wan", "nvfp4", "awq+gptq"), ("z-image", "w4a16", "awq"),
     ("z-image", "fp8", "gptq"), ("qwen-image", "w8a8", "gptq"), ("lumina2", "w4a8", "awq"),
-    ("lumina2", "nvfp4", "rtn"), ("ltx2", "fp8", "awq-gptq"),
+    ("lumina2", "nvfp4", "rtn"), ("ltx2", "fp8", "awq+gptq"),
 ]  # fmt: skip
 
 
@@ -328,10 +328,34 @@ def test_an_encoder_on_disk_becomes_the_same_file(
     assert sum(same) >= 0.98 * len(same)
 
 
-def test_scales_are_not_folded_on_disk(tmp_path: Path) -> None:
-    folder = encoder_folder(tmp_path / "e", "z-image", torch.bfloat16)
-    with pytest.raises(tenuto.TenutoError, match="this encoder is too large for that: take gptq"):
-        tenuto.quantize_text_encoder(
-            folder, tmp_path / "a.safetensors", scheme="w4a8", consumer="z-image", method="awq",
-            max_memory=2**20,
+@pytest.mark.parametrize(("consumer", "method"), [("flux", "awq-gptq"), ("z-image", "awq")])
+def test_scales_are_folded_on_disk_too(
+    consumer: str, method: str, made: Made, tmp_path: Path
+) -> None:
+    """Block by block, with the scales that an encoder in memory gets; a stopped job goes on."""
+    out, report, folder = made(consumer, "w4a8", method)
+    other, work, seen = tmp_path / "other.safetensors", tmp_path / "work", list[str]()
+
+    def make(stop: str | None = None) -> Report:
+        def note(done: int, total: int, what: str) -> None:
+            seen.append(what)
+            if stop is not None and what == stop:
+                raise Cancelled
+
+        return tenuto.quantize_text_encoder(
+            folder, other, scheme="w4a8", consumer=consumer, method=method, max_memory=2**20,
+            prompts=["a red fox", "two chairs"], work=work, on_progress=note,
         )  # fmt: skip
+
+    last = describe(source_of(folder, consumer).load()).blocks[1]
+    with pytest.raises(Cancelled):
+        make(last)
+    assert len(list((work / "fold").glob("*block*" if consumer == "flux" else "*layers*"))) == 1
+    found = make()
+    assert found.facts["method"] == method.replace("-", "+"), "an older name says the same"
+    for one, two in zip(found.facts["states"], report.facts["states"], strict=True):
+        assert one["quantized"] == pytest.approx(two["quantized"], rel=1e-2)
+    with safe_open(str(out), "pt") as a, safe_open(str(other), "pt") as b:
+        assert set(a.keys()) == set(b.keys())
+        norms = [n for n in a.keys() if "norm" in n and a.get_tensor(n).ndim == 1]  # noqa: SIM118
+        assert norms and all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in norms)

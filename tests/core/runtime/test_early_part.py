@@ -168,6 +168,24 @@ def test_what_stays_in_one_part(parts: list[Any], kind: type[nn.Module]) -> None
     assert len(parts[0]) == (2 if kind is Written else 0)
 
 
+def test_tokens_without_images_are_no_step(parts: list[Any]) -> None:
+    """(S, K) in place of (B, S, K): nothing of the block is apart from its tokens."""
+
+    class Packed(Modulated):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            shift, scale, gate = self.moves(nn.functional.silu(self.time(t))).chunk(3, dim=-1)
+            return x + gate * self.inner(x * (1 + scale) + shift)
+
+    model, (x, t) = Model(), inputs()
+    model.blocks = nn.ModuleList(Packed() for _ in range(2))
+    model.to(HERE)
+    with torch.no_grad():
+        wanted = model(x[0], t[:1])
+        compiled(model)
+        assert torch.allclose(model(x[0], t[:1]), wanted, atol=1e-5)
+    assert parts[0] == []
+
+
 def test_what_is_large_is_not_made_ahead(parts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it stays in memory until a call ends."""
     monkeypatch.setattr(early_part, "MOST", 100)

@@ -160,12 +160,8 @@ def test_weights_that_went_apart_are_computed_one_by_one(biased: bool) -> None:
     assert torch.allclose(answers[0], wanted, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.skipif(HERE == "cpu", reason="there is no GPU, where weights are laid side by side")
-@pytest.mark.filterwarnings("ignore:TensorFloat32")
-@pytest.mark.parametrize("kind", ["sd", "flux", "sd3"])
-@pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
-def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks compiled with both passes give what they give in eager mode; products are joined."""
+def on_the_card(kind: str) -> tuple[Any, dict[str, Any]]:
+    """A small denoiser in bf16 on the card, and a recorded call of it."""
     pipe, prompts, call = tiny.asked(kind)
     trajectory = tn.record(pipe, prompts and prompts[:1], steps=2, call=call, batch=1)
     denoiser = denoiser_of(pipe).to("cuda", torch.bfloat16)
@@ -173,7 +169,24 @@ def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     def there(x: Tensor) -> Tensor:
         return x.to("cuda", torch.bfloat16 if x.is_floating_point() else x.dtype)
 
-    inputs = tn.model.map_tensors(there, dict(trajectory.calls[0].inputs))
+    return denoiser, tn.model.map_tensors(there, dict(trajectory.calls[0].inputs))
+
+
+def check_compiled(scheme: str, denoiser: Any, call: dict[str, Any]) -> None:
+    """The first call runs as it is, the next ones compiled, and then in a graph."""
+    with tn.attach(denoiser, scheme, execution="int8", compile=True), torch.no_grad():
+        first, *rest = (next(iter(tensors_in(denoiser(**call)))).float() for _ in range(3))
+    for other in rest:
+        assert float((first - other).norm()) < 0.05 * float(first.norm())
+
+
+@pytest.mark.skipif(HERE == "cpu", reason="there is no GPU, where weights are laid side by side")
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.parametrize("kind", ["sd", "flux", "sd3"])
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
+def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks compiled with both passes give what they give in eager mode; products are joined."""
+    denoiser, inputs = on_the_card(kind)
     counts = SimpleNamespace(fused=0, joined=0)
     fuse = compiler.fuse
 
@@ -189,8 +202,5 @@ def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(compiler, "fuse", counted_fuse)
     monkeypatch.setattr(compiler, "join", counted_join)
-    with tn.attach(denoiser, scheme, execution="int8", compile=True), torch.no_grad():
-        first, *rest = (next(iter(tensors_in(denoiser(**inputs)))).float() for _ in range(3))
+    check_compiled(scheme, denoiser, inputs)
     assert counts.fused and (counts.joined or scheme == "fp8"), counts  # K and N of 16 at least
-    for other in rest:
-        assert float((first - other).norm()) < 0.05 * float(first.norm())

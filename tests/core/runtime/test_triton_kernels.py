@@ -167,7 +167,7 @@ def tilings() -> Iterator[Any]:
 
 def check_product() -> None:
     """Odd shapes, with a bias and without, every way of loading tiles."""
-    from tenuto.runtime.kernels import int8_fused_triton as fused
+    from tenuto.runtime.kernels import product_triton as fused
 
     for (m, n, k), tiles in itertools.product(PRODUCTS, tilings()):
         if tiles is not None and tiles.tma and k % 16:
@@ -186,6 +186,39 @@ def check_product() -> None:
             middle = 128 if zero is None else zero
             wanted = int8_linear.reference(x, scale, middle, codes, packed.scale, bias)
             near(found, wanted, dtype)
+
+
+def check_sums_after_products() -> None:
+    """A gate an image or of all, and what is added, in parts of wider tensors; e4m3, too."""
+    from tenuto.runtime.kernels import finished_product_triton, product_triton
+    from tenuto.runtime.kernels.finished_product import reference
+    from tenuto.runtime.kernels.tiles_triton import Tiles
+
+    few = (Tiles(16, 32, 32), Tiles(32, 32, 32, persistent=True, group=2))
+    turns = itertools.cycle(itertools.product(few, (0, 1, 2), (True, False)))
+    for (images, rows, n, k), dtype in itertools.product(
+        [(2, 17, 40, 33), (3, 5, 24, 64), (1, 1, 1, 1)], DTYPES
+    ):
+        tiles, gates, whole = next(turns)
+        m, wide = images * rows, torch.randn(images, rows, 2 * n, device=HERE).to(dtype)
+        rest = torch.randn(images, 1, 3 * n, device=HERE).to(dtype)
+        residual, gate = wide[..., n:], (None, rest[..., n : 2 * n], rest[0, 0, :n])[gates]
+        x = torch.randint(-127, 128, (m, k), device=HERE).to(torch.int8)
+        codes = torch.randint(-127, 128, (n, k), device=HERE).to(torch.int8)
+        if not whole:
+            x, codes = (t.float().div(32).to(torch.float8_e4m3fn) for t in (x, codes))
+        scale, w_scale = torch.rand(m, 1, device=HERE) / k, torch.rand(n, device=HERE) / 9 + 0.1
+        bias = torch.randn(n, device=HERE).to(dtype)
+        sums = codes.sum(1, dtype=torch.int32) if whole else None
+        then = product_triton.after(gate, residual)
+        given = x, scale, None, codes, w_scale, sums, bias, dtype, tiles
+        y = (x.double() @ codes.double().T * w_scale * scale + bias.double()).float()
+        wanted = reference(y, gate, residual).view(m, n).double()
+        near(product_triton.linear(*given, then), wanted, dtype)
+        near(product_triton.linear(*given), y.double(), dtype)
+        y = y.to(dtype)
+        wanted = reference(y, gate, residual).view(m, n).double()
+        near(finished_product_triton.gated(y, then), wanted, dtype)
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -319,7 +352,8 @@ def check_layers() -> None:
 
 
 CHECKS = (
-    check_rows, check_images, check_stored, check_product, check_operation, check_four_bits,
+    check_rows, check_images, check_stored, check_product, check_sums_after_products,
+    check_operation, check_four_bits,
     check_convolution, check_convolution_in_graphs, check_layers, check_trials,
 )  # fmt: skip
 
@@ -573,6 +607,40 @@ def test_the_fastest_tiles_are_kept_and_failures_left_out(
     assert len(list(tmp_path.rglob(tiles.FILE))) == 3, "nothing is kept where nothing ran"
     cpu = torch.device("cpu")
     assert tiles.chosen(Function, (), some, cpu, run) == some[0] and len(seen) == 13
+
+
+@needs_triton
+def test_tiles_with_other_numbers_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However fast they are; a step of rounding is no other number, and the answer may be two."""
+    from tenuto.runtime.kernels import tiles_triton as tiles
+
+    some = [tiles.Tiles(16, 16, k) for k in (16, 32, 64, 128)]
+    exact = torch.randint(-120, 120, (4, 9)).to(torch.int8)
+    out = torch.empty_like(exact)
+
+    def measured(call: Any) -> float:
+        call()
+        return 1.0 / some[turns.pop(0)].k
+
+    def run(one: Any) -> Any:  # into the same memory every time, as kernels do
+        out.copy_(exact)
+        if one.k == 32:
+            out[1:, 3] += 1
+        if one.k == 64:
+            out[2, 5] = -1 if exact[2, 5] > 0 else 90
+        if one.k == 128:
+            out.fill_(-1)
+        return (out, scale) if pair else out
+
+    monkeypatch.setattr(tiles, "milliseconds", measured)
+    turns, scale = [0, 1, 2, 3] * 2, torch.full((4, 1), float("nan"))
+    pair = True
+    assert tiles.fastest(some, run) == some[1]
+    pair = False
+    assert tiles.fastest(some, run) == some[1]
+    assert len(caplog.records) == 4 and "left out" in caplog.text
 
 
 @needs_triton

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +194,38 @@ def test_what_cannot_be_written_is_said_before_anything_is_encoded(pipe: Any, fi
     assert not ran and "encode_prompt" not in vars(pipe)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="may write all")
-def test_a_folder_to_read_only_serves_what_is_known(pipe: Any, file: Path) -> None:
-    with tn.PromptCache(file).used_by(pipe):
-        encoded(pipe)
-    file.parent.chmod(0o500)
+@contextlib.contextmanager
+def only_reading(folder: Path) -> Iterator[None]:
+    """Nothing can be written there: of root, who can, another user is made meanwhile."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    else:
+        folder.chmod(0o500)
     try:
-        cache = tn.PromptCache(file)
-        with cache.used_by(pipe):
-            encoded(pipe)
-            with pytest.raises(tn.TenutoError, match="Cannot write"):
-                encoded(pipe, "a cat")
-        assert (cache.found, cache.made) == (1, 0)
+        yield
     finally:
-        file.parent.chmod(0o700)
+        if os.getuid() == 0:
+            os.seteuid(0)
+        else:
+            folder.chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders have no such rights on Windows")
+def test_a_folder_to_read_only_serves_what_is_known(pipe: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "prompts.safetensors"
+        with tn.PromptCache(file).used_by(pipe):
+            encoded(pipe)
+        folder.chmod(0o755)
+        file.chmod(0o644)
+        with only_reading(folder):
+            cache = tn.PromptCache(file)
+            with cache.used_by(pipe):
+                encoded(pipe)
+                with pytest.raises(tn.TenutoError, match="Cannot write"):
+                    encoded(pipe, "a cat")
+        assert (cache.found, cache.made) == (1, 0)
 
 
 def test_a_disk_that_fills_up_later_costs_no_image(

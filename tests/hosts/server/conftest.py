@@ -160,9 +160,10 @@ def _packs(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints() -> Path:
-    """The folder of the tiny checkpoints; written once an environment."""
+    """The folder of the tiny checkpoints; written once an environment, beside it if not told."""
     comfyui = Path(os.environ["TENUTO_COMFYUI"])
-    script, models = Path(__file__).with_name("tiny_checkpoints.py"), comfyui.parent / "models"
+    models = Path(os.environ.get("TENUTO_COMFYUI_MODELS") or comfyui.parent / "models")
+    script = Path(__file__).with_name("tiny_checkpoints.py")
     subprocess.run([sys.executable, "-W", "ignore", script, comfyui, models], check=True)
     return models
 

@@ -33,7 +33,8 @@ def test_the_clone_loads_beside_a_pack_with_its_own_core(server: Any, make: Any)
     known = server.get("/object_info")
     for name in IDS:
         facts = known[f"Tenuto_{name}"]
-        assert facts["category"].startswith("Tenuto/") and facts["description"]
+        assert facts["category"] == "Tenuto" and facts["description"]
+        assert facts.get("search_aliases", ["in hosts that have them"])
         inputs = facts["input"].get("required", {}) | facts["input"].get("optional", {})
         assert all(options[1].get("tooltip") for options in inputs.values())
     assert "Other_Core" in known

@@ -6,6 +6,7 @@ version expects; detection fixes widths, the rest is as small as runs. A file th
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import zlib
@@ -73,11 +74,13 @@ def pixart(make: dict[str, Any]) -> nn.Module:
 
 def flux(make: dict[str, Any]) -> nn.Module:
     """One block of each sort, at full width: 1.1 GB."""
-    kind = importlib.import_module("comfy.ldm.flux.model").Flux
-    return kind(
+    model = importlib.import_module("comfy.ldm.flux.model")
+    later = {field.name for field in dataclasses.fields(model.FluxParams)} & {"txt_ids_dims"}
+    return model.Flux(
         in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096,
         hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=1, depth_single_blocks=1,
-        axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=False, **make,
+        axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=False,
+        **{key: [] for key in later}, **make,
     )  # fmt: skip
 
 

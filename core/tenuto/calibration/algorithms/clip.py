@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...model import private_copy
 from ...numerics import Format, Grid, QTensor, Scheme, affine
 from ..bank import Bank
-from ..moments import gram_of, over, shared_inputs
+from ..moments import over, seen_gram, shared_inputs
 from ..ranges import in_groups, kept, lower, nearest, rounded, scaled, searchable, sizes, started
 from . import Effort
 from .nearest import weight_of
@@ -73,7 +73,7 @@ class Clip:
             if on_progress:
                 on_progress(done, len(layers), "clipping")
             done += len(group)
-            gram = gram_of(block, group[0], bank, rows, device)
+            gram = seen_gram(block, group[0], bank, rows, device)
             for name in group:
                 weight = weight_of(block, name)
                 if gram is not None and name in able:

@@ -29,12 +29,10 @@ from ...numerics.rotation import both, butterfly, rotated, size_for
 from ...sampling import processes
 from ..bank import Bank
 from ..columns import Columns, columns_of
+from ..compensation import Factor, compensated, descended, gram_of, mirrored, slope_of
 from ..moments import CHUNK, InputsSeen, over, patches, shared_inputs
 from . import Effort
 from .nearest import RoundToNearest, weight_of
-
-WIDTH = 128  # columns whose errors are handed on in one product
-PART = 1024  # columns of a triangular product that are made at a time
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,20 @@ class GPTQ:
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers`; there is no `target`. before: what they are so far, by name."""
+        """The weights of `layers`; there is no `target`.
+
+        before: what they are so far, by name: their ranges and scales of columns stay. Of weights
+        to nearest those are what would be searched for.
+        """
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)]
+        rows = torch.randperm(len(bank), generator=draw)[: bank.enough(self.rows)].sort().values
         found: dict[str, QTensor] = {}
         for group in shared_inputs(block, list(layers), bank, device):
             if on_progress:
                 on_progress(done, len(layers), "compensating")
-            moments = self._moments(whole, block, group, bank, rows, device)
+            moments = self._moments(whole, block, group, bank, rows, device, bool(found))
             done += len(group)
             if moments is None:
                 continue  # none of these rows came to it
@@ -114,8 +116,11 @@ class GPTQ:
         bank: Bank,
         rows: Tensor,
         device: Any,
+        changed: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
         """A (G, K, K) of the inputs that the layers share, and D (G, N / G, K) of each.
+
+        changed: whether anything of `block` is other than in `whole`: else D is 0.
 
         None where no input came; no D where it is 0. What tokens an expert gets, the quantized gate
         decides: where the two blocks' inputs are not the same tokens, it aims at its own outputs on
@@ -125,8 +130,9 @@ class GPTQ:
         gram: Any = None
         gaps: dict[str, Any] = dict.fromkeys(group, 0.0)
         now = InputsSeen(block, [name], bank, rows, device)
-        was = InputsSeen(whole, [name], bank, rows, device) if self.asymmetric else None
-        paired = Paired() if self.asymmetric else None
+        paired_up = self.asymmetric and changed
+        was = InputsSeen(whole, [name], bank, rows, device) if paired_up else None
+        paired = Paired() if paired_up else None
 
         def products(index: Tensor) -> tuple[list[int], Tensor | None, dict[str, Tensor]]:
             """Of a chunk of rows: tokens in both blocks, and its shares of A and D."""
@@ -135,11 +141,14 @@ class GPTQ:
             if new is None:
                 return tokens, None, {}
             x = patches(first, new)  # (G, R, K)
-            if old is None or not paired or tokens[0] != tokens[1]:
-                return tokens, x.mT @ x, {}
-            lost = patches(first, old) - x
+            lost = patches(first, old) - x if old is not None and tokens[0] == tokens[1] else None
+            if bank.counted is not None:  # tokens that do not count are zeros
+                kept = (x != 0).any(-1).any(0)
+                x, lost = x[:, kept], None if lost is None else lost[:, kept]
+            if lost is None or not paired:
+                return tokens, gram_of(x), {}
             weights = {n: _by_group(weight_of(whole, n), len(x)) for n in group}
-            return tokens, x.mT @ x, {n: (lost @ w.mT).mT @ x for n, w in weights.items()}
+            return tokens, gram_of(x), {n: (lost @ w.mT).mT @ x for n, w in weights.items()}
 
         shares = processes().each(bank.parts(rows, CHUNK), products)
         for index, (tokens, part, parts) in zip(bank.parts(rows, CHUNK), shares, strict=True):
@@ -147,10 +156,11 @@ class GPTQ:
                 paired.note(len(index), *tokens)
             if part is None:
                 continue
-            gram = part if gram is None else gram + part
-            if paired:
-                gaps |= {n: gaps[n] + t for n, t in parts.items()}
-        return None if gram is None else (gram, gaps if paired else {})
+            gram = part if gram is None else gram.add_(part)
+            for n, t in parts.items() if paired else ():
+                gaps[n] = gaps[n].add_(t) if isinstance(gaps[n], Tensor) else t
+        some = {n: t for n, t in gaps.items() if isinstance(t, Tensor)} if paired else {}
+        return None if gram is None else (mirrored(gram), some)
 
     def weight(
         self,
@@ -169,7 +179,7 @@ class GPTQ:
         channel, shape, groups = None if start is None else start.channel, weight.shape, len(gram)
         grid = Grid.of(weight, form) if start is None else start.grid(form)
         if channel is not None:  # W s is rounded, for inputs over s
-            weight, gram = (weight.flatten(1) * channel).view(shape), over(gram, channel)
+            weight = (weight.flatten(1) * channel).view(shape)
             gap = None if gap is None else gap / channel
         columns, rows = weight.shape[1:].numel(), len(weight) // groups
         size = size_for(columns) if form.rotate else 0
@@ -178,7 +188,8 @@ class GPTQ:
         levels = []
         for at, w in enumerate(_by_group(weight, groups).float()):
             if (at, size) not in known:
-                known[at, size] = Factor.of(both(gram[at], size), self.damping)
+                a = gram[at] if channel is None else over(gram[at], channel)
+                known[at, size] = Factor.of(both(a, size), self.damping)
             d = None if gap is None else rotated(gap[at], size)
             some = values.rows(slice(at * rows, (at + 1) * rows))
             levels.append(self.rounded(butterfly(w, size), d, known[at, size], some))
@@ -187,60 +198,13 @@ class GPTQ:
     def rounded(self, weight: Tensor, gap: Tensor | None, of: Factor, grid: Columns) -> Tensor:
         """Levels (N, K) of a weight (N, K). gap: D (N, K)."""
         weight, grid = weight[:, of.order], grid.at(of.order)
-        gap = None if gap is None or not gap.any() else gap[:, of.order].float()
-        wanted = weight if gap is None else weight + of.solved(gap)
-        levels = compensated(wanted, of.inverse, grid)
-        levels = descended(levels, weight, of.gram, gap, grid, self.sweeps)
-        return levels[:, of.order.argsort()]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What all weights of one input share.
-
-    order: of the columns, the most used one first. gram: A in that order, damped, and `inverse`,
-    the U with A^-1 = U^T U, (K, K) fp32.
-    """
-
-    order: Tensor
-    gram: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, gram: Tensor, damping: float) -> Factor:
-        """Of A (K, K). A may have a condition of 1e6: its factor is made in fp64, one at a time."""
-        gram = gram.to(torch.float64, copy=True)
-        diagonal = gram.diagonal()
-        diagonal.add_(damping * diagonal.mean().clamp_min(1e-12))
-        order = diagonal.argsort(descending=True)
-        gram = gram[order]
-        gram = gram[:, order]
-        # A = R R^T with R upper, the factor of the reverse; then U is R^-1
-        lower = torch.linalg.cholesky(gram.flip(0, 1)).float()
-        return cls(order, gram.float(), inverted(lower).flip(0, 1))
-
-    def solved(self, gap: Tensor) -> Tensor:
-        """D A^-1 (N, K), by the half of `inverse` that is not 0."""
-        u, found = self.inverse, torch.empty_like(gap)
-        tiles = [slice(at, at + PART) for at in range(0, len(u), PART)]
-        for tile in tiles:
-            found[:, tile] = gap[:, tile.start :] @ u[tile, tile.start :].mT
-        for tile in reversed(tiles):
-            found[:, tile] = found[:, : tile.stop] @ u[: tile.stop, tile]
-        return found
-
-
-def inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, by halves: nearly all of it is products."""
-    if len(lower) <= 256:
-        one = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, one, upper=False).tril()
-    half = len(lower) // 2
-    found = torch.zeros_like(lower)
-    found[:half, :half] = inverted(lower[:half, :half])
-    found[half:, half:] = inverted(lower[half:, half:])
-    found[half:, :half] = -(found[half:, half:] @ (lower[half:, :half] @ found[:half, :half]))
-    return found
+        shift = None if gap is None or not gap.any() else of.solved(gap[:, of.order].float())
+        values, errors = compensated(weight, of.root, grid, shift)
+        del weight, shift
+        if self.sweeps:
+            slope = slope_of(errors, of.root)
+            values = descended(values, slope, of.gram, grid, self.sweeps)
+        return grid.levels(values)[:, of.order.argsort()]
 
 
 class Paired:
@@ -263,38 +227,3 @@ class Paired:
 def _by_group(weight: Tensor, groups: int) -> Tensor:
     """A weight (N, ...) as (G, N / G, K)."""
     return weight.detach().flatten(1).unflatten(0, (groups, -1))
-
-
-def compensated(weight: Tensor, inverse: Tensor, grid: Columns) -> Tensor:
-    """Levels (N, K) of a weight (N, K), column after column. inverse: U of the paper."""
-    rest, levels = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], WIDTH):
-        tile = slice(start, start + WIDTH)
-        levels[:, tile], errors = grid.at(tile).compensate(rest[:, tile], inverse[tile, tile])
-        rest[:, start + WIDTH :] -= errors @ inverse[tile, start + WIDTH :]
-    return levels
-
-
-def descended(
-    levels: Tensor,
-    weight: Tensor,
-    gram: Tensor,
-    gap: Tensor | None,
-    grid: Columns,
-    sweeps: int = 1,
-) -> Tensor:
-    """Levels (N, K) after sweeps in which every column takes its best value. gap: D, or 0."""
-    if not sweeps:
-        return levels
-    values = grid.values(levels)
-    slope = (values - weight) @ gram  # half the gradient
-    if gap is not None:
-        slope -= gap
-    for sweep in range(sweeps):
-        for start in range(0, levels.shape[1], WIDTH):
-            tile = slice(start, start + WIDTH)
-            new = grid.at(tile).descend(slope[:, tile], gram[tile, tile], values[:, tile])
-            rest = slice(start + WIDTH if sweep == sweeps - 1 else 0, None)  # what is read again
-            slope[:, rest] += (new - values[:, tile]) @ gram[tile, rest]
-            values[:, tile] = new
-    return grid.levels(values)

@@ -8,7 +8,7 @@ it found as `before` and keeps what it does not search itself: the scale of each
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ class Stages:
         object.__setattr__(self, "stages", found)
         kinds = [getattr(stage, "stage", None) for stage in found]
         places = [STAGES.index(kind) for kind in kinds if kind in STAGES]
-        once = len({type(s) for s in found}) == len(found) and places.count(0) < 2
+        nested = any(isinstance(stage, Stages) for stage in found)
+        once = len({type(s) for s in found}) == len(found) and places.count(0) < 2 and not nested
         if len(found) < 2 or len(places) < len(found) or places != sorted(places) or not once:
             names = "+".join(getattr(s, "name", type(s).__name__) for s in found)
             raise SchemeError(
@@ -51,6 +52,11 @@ class Stages:
     def name(self) -> str:
         """The names of the stages with a plus between them."""
         return "+".join(stage.name for stage in self.stages)
+
+    @property
+    def stage(self) -> str:
+        """What the first one does: it goes on from what that goes on from."""
+        return self.stages[0].stage
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -85,14 +91,15 @@ class Stages:
         bank: Any = None,
         target: Tensor | None = None,
         *,
+        before: Mapping[str, QTensor] | None = None,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers` after the last stage."""
+        """The weights of `layers` after the last stage. before: what they are so far, by name."""
         places = {str(place): WORTH for place in range(len(self.stages))}
-        found: dict[str, QTensor] | None = None
+        found = before
         for stage, note in zip(self.stages, parts(on_progress, places).values(), strict=True):
             more = {} if found is None else {"before": found}
             found = stage(block, layers, bank, target, seed=seed, on_progress=note, **more)
         assert found is not None
-        return found
+        return dict(found)

@@ -31,7 +31,8 @@ BANKS = COPIES + 2  # that, and what the blocks before answered in two models
 SHARE = 0.75  # of the free memory that a block's recorded inputs may take, and the work on them
 HELD = 3  # copies of a block in fp32: of two models, and the one that is rounded
 WIDE = 4  # tensors of a call as large as its widest layer
-SQUARE, FLAT = 24, 40  # bytes a second moment, and a weight, of the layer that is rounded
+FACTOR, SOLVED = (24, 12), (12, 58)  # bytes a second moment and a weight of the layer that is
+# rounded: while its inputs' factor is made, and while its columns are rounded
 NEAREST = 20  # bytes a weight of a layer that is rounded to nearest
 CHECKED = 7  # bytes a weight of the copy that is checked: in fp32, its codes and a layer's making
 
@@ -54,6 +55,7 @@ def peaks(
     them; "whole without recorded inputs" and "by block without recorded inputs": the peaks then.
     rows: of all recorded calls. stored: bytes of each part that is not loaded yet. rounds: whether
     layers are rounded on what they see. encoders: whether text encoders are quantized too.
+    Codes that are rounded so block by block are in the work folder until all are there.
     """
     inside = _blocks(denoiser, backbone)
     whole, on_cpu = _count(denoiser), device.type == "cpu"
@@ -65,14 +67,17 @@ def peaks(
     other = sum(stored.values()) if stored else 0
     other = max(0, other - sum((stored or {}).get(name, 0) for name in (*count, *texts)))
     held = {n: size for n, size in texts.items() if encoders or size <= 2 * LARGE}
-    made = PROGRAM + own + 2 * other + (2 * sum(texts.values()) if encoders else 0)
+    made = PROGRAM + 2 * other + (2 * sum(texts.values()) if encoders else 0)
     banks, step = _data(pipe, denoiser, call, rows, rounds)
     work = copies + step + _beside(denoiser, backbone, device, rounds)
 
+    def beside(work: int) -> int:
+        return max(work, own) if rounds else work + own
+
     def peak(work: int) -> tuple[int, int]:
         return (
-            int(made + sum(texts.values()) + 4 * own + max(work, CHECKED * whole)),
-            int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + work),
+            int(made + sum(texts.values()) + 5 * own + max(work, CHECKED * whole)),
+            int(made + sum(held.values()) + 4 * outside * max(1, len(count)) + beside(work)),
         )
 
     found = dict(zip(("whole", "by block"), peak(work + banks), strict=True))
@@ -149,10 +154,14 @@ def _sizes(denoiser: nn.Module) -> list[tuple[int, int]]:
 
 def _rounding(denoiser: nn.Module, rounds: bool) -> int:
     """Of the largest layer."""
-    each = (
-        SQUARE * k * k + FLAT * n * k if rounds else NEAREST * n * k for n, k in _sizes(denoiser)
-    )
+    each = (rounding_of(n, k) if rounds else NEAREST * n * k for n, k in _sizes(denoiser))
     return max(each, default=0)
+
+
+def rounding_of(rows: int, columns: int) -> int:
+    """Bytes that GPTQ takes for a weight (N, K) beside the weight itself."""
+    square, flat = columns * columns, rows * columns
+    return max(a * square + b * flat for a, b in (FACTOR, SOLVED))
 
 
 def _data(

@@ -97,6 +97,19 @@ def host_map_of(module: nn.Module) -> KeyMap:
     return found
 
 
+def names_in_host(module: nn.Module) -> KeyMap | None:
+    """The key map of a host's denoiser, also of one that has the canonical names itself.
+
+    None where no family knows the host's class; ModelError as `key_map_of`.
+    """
+    found = key_map_of(module)
+    if found is not None or own_family(module) is not None:
+        return found
+    family = next(_covering(module, "CLASSES"), None)
+    same = type(module).__name__ in getattr(family, "SAME_IN_HOSTS", ())
+    return same_names(module) if same else None
+
+
 def same_names(module: nn.Module) -> KeyMap:
     """The key map that changes nothing."""
     sizes = {n: len(t) if t.ndim else 1 for n, t in module.state_dict().items()}

@@ -67,10 +67,9 @@ def compensate_reference(
     rest, size, low, high = (x.mT.contiguous() for x in (rest, size, low, high))
     levels, errors = torch.empty_like(rest), torch.empty_like(rest)
     for j in range(len(rest)):
-        level = (rest[j] / size[j]).round_().clamp_(low[j], high[j])
-        error = (rest[j] - level * size[j]) / inverse[j, j]
-        levels[j], errors[j] = level, error
-        rest[j + 1 :] -= inverse[j, j + 1 :, None] * error
+        now = torch.addmv(rest[j], errors[:j].mT, inverse[:j, j], alpha=-1) if j else rest[j]
+        levels[j] = level = _whole((now / size[j]).clamp_(low[j], high[j]))
+        errors[j] = (now - level * size[j]) / inverse[j, j]
     return levels.mT, errors.mT
 
 
@@ -80,9 +79,16 @@ def descend_reference(
     """`descend` in eager operations; a column of a tile lies in one piece here."""
     slope, size, low, high = (x.mT.contiguous() for x in (slope, size, low, high))
     found = values.mT.contiguous()
+    moved = torch.empty_like(found)
     for j in range(len(found)):
-        best = (found[j] - slope[j] / gram[j, j]) / size[j]
-        new = best.round_().clamp_(low[j], high[j]) * size[j]
-        slope[j + 1 :] += gram[j, j + 1 :, None] * (new - found[j])
+        now = torch.addmv(slope[j], moved[:j].mT, gram[:j, j]) if j else slope[j]
+        best = (found[j] - now / gram[j, j]) / size[j]
+        new = _whole(best.clamp_(low[j], high[j])) * size[j]
+        moved[j] = new - found[j]
         found[j] = new
     return found.mT
+
+
+def _whole(x: Tensor) -> Tensor:
+    """`x.round_()` of |x| < 2^22, without the threads that torch asks for it, column by column."""
+    return x.add_(12582912.0).sub_(12582912.0)  # 1.5 * 2^23 leaves no room for fractions

@@ -60,7 +60,7 @@ def _on_tensors(
     w_zero: Tensor, step: Tensor | None, group: int, bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     from .int4_fused_triton import unpacked
-    from .int8_fused_triton import linear
+    from .product_triton import linear
 
     codes = unpacked(weight, w_zero, step, x.shape[1], group)
     return linear(x, x_scale, zero, codes, w_scale, sums, bias, dtype)

@@ -96,14 +96,14 @@ def conv2d(
     m, (stride, padding, dilation) = batch * high * wide, geometry
     numbers = (m, n, channels, *size, high, wide, *stride, *padding, *dilation)
 
-    def run(t: Tiles) -> None:
+    def run(t: Tiles) -> Tensor:
         start(
             _conv2d, (triton.cdiv(m, t.m) * triton.cdiv(n, t.n),), x, *given, *numbers,
             TAPS=taps[0] * taps[1], ACROSS=taps[1], M=t.m, N=t.n, K=t.k, GROUP=t.group,
             PER_IMAGE=x_scale.numel() > 1, ZERO=zero is not None, BIAS=bias is not None,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
+        return out
 
     kind = (bucket(m), n, channels, *taps, *stride, str(dtype))
-    run(tiles or chosen(_conv2d, kind, HOPPER, x.device, run))
-    return out
+    return run(tiles or chosen(_conv2d, kind, HOPPER, x.device, run))

@@ -58,7 +58,7 @@ def on_tensors(
     x: Tensor, x_scale: Tensor, zero: Tensor | None, weight: Tensor, w_scale: Tensor, *rest: Any
 ) -> Tensor:
     """The operation; weight: int8 (K, N), column by column. rest: sums, bias, dtype."""
-    from .int8_fused_triton import linear
+    from .product_triton import linear
 
     sums, bias, dtype = rest
     return linear(x, x_scale, zero, weight.t(), w_scale, sums, bias, dtype)

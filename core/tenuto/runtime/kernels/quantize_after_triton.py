@@ -198,7 +198,7 @@ def acted(
     columns = first + x.shape[-1]
     codes, scale = _answer(x, columns, dtype)
 
-    def run(t: Tiles) -> None:
+    def run(t: Tiles) -> tuple[Tensor, Tensor]:
         start(
             _acted, (triton.cdiv(len(flat), t.m),), x,
             others[0], flat, others[1], codes, scale, len(flat), first, columns,
@@ -207,13 +207,13 @@ def acted(
             QUICK=x.is_cuda and torch.version.hip is None,
             **options(t, dtype),
         )  # fmt: skip
+        return codes, scale
 
     if tiles is None:
         some = (*whole_rows(columns), *(t for t in PARTS if t.n < columns))
         kind = (bucket(len(flat)), first, columns, act, gate is None, str(x.dtype), dtype)
         tiles = chosen(_acted, kind, some, x.device, run)
-    run(tiles)
-    return codes, scale
+    return run(tiles)
 
 
 def normed(
@@ -229,17 +229,17 @@ def normed(
     strides = [t.stride(0) if len(t) > 1 else 0 for t in moved]
     given = [t is not None for t in (weight, bias, times, plus)]
 
-    def run(t: Tiles) -> None:
+    def run(t: Tiles) -> tuple[Tensor, Tensor]:
         start(
             _normed, (triton.cdiv(len(flat), t.m),), x,
             flat, *factors, *moved, codes, scale, len(flat), columns, len(flat) // len(x),
             flat.stride(0), *strides, eps, CENTERED=centered, WEIGHT=given[0], BIAS=given[1],
             TIMES=given[2], PLUS=given[3], ONE=one, **options(t, dtype),
         )  # fmt: skip
+        return codes, scale
 
     kind = (bucket(len(flat)), columns, centered, *given, one, str(x.dtype), dtype)
-    run(tiles or chosen(_normed, kind, whole_rows(columns), x.device, run))
-    return codes, scale
+    return run(tiles or chosen(_normed, kind, whole_rows(columns), x.device, run))
 
 
 def _answer(x: Tensor, columns: int, dtype: str) -> tuple[Tensor, Tensor]:

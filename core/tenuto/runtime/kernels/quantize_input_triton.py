@@ -198,16 +198,16 @@ def per_row(x: Tensor, dtype: str = "int", tiles: Tiles | None = None) -> tuple[
     codes = torch.empty(x.shape, dtype=TYPES[dtype], device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
-    def run(t: Tiles) -> None:
+    def run(t: Tiles) -> tuple[Tensor, Tensor]:
         start(
             _rows, (triton.cdiv(rows, t.m),), x,
             flat, codes, scale, rows, columns, flat.stride(0), **options(t, dtype),
         )  # fmt: skip
+        return codes, scale
 
     kind = (bucket(rows), columns, str(x.dtype), dtype)
     some = [t for t in whole_rows(columns) if t.warps <= warps(t.n + t.k)]
-    run(tiles or chosen(_rows, kind, some, x.device, run))
-    return codes, scale
+    return run(tiles or chosen(_rows, kind, some, x.device, run))
 
 
 def whole_rows(columns: int) -> list[Tiles]:

@@ -115,13 +115,14 @@ def turn(
     wide = triton.next_power_of_2(half)
     factors = x if weight is None else weight.contiguous()
 
-    def run(t: Tiles) -> None:
+    def run(t: Tiles) -> Tensor:
         start(
             _turned, (images * places,), x,
             given, factors, cos, sin, to, places, heads, half, eps,
             *given.stride(), *cos.stride(), *sin.stride(), *to.stride()[:3], ROWS=t.m, HALF=t.n,
             NORM=weight is not None, HALVES=halves, SHARED=shared, ALIKE=alike, num_warps=t.warps,
         )  # fmt: skip
+        return out
 
     most = triton.next_power_of_2(heads)
     sizes = ((1024, 2), (1024, 4), (512, 2), (512, 1), (2048, 4))  # columns at a time, warps
@@ -130,5 +131,4 @@ def turn(
         bucket(images * places), heads, x.shape[-1], weight is None, halves, shared, alike,
         str(x.dtype), str(cos.dtype),
     )  # fmt: skip
-    run(tiles or chosen(_turned, kind, some, x.device, run))
-    return out
+    return run(tiles or chosen(_turned, kind, some, x.device, run))
