@@ -53,7 +53,10 @@ _W4, _W3 = tn.schemes.W4A16, replace(tn.schemes.W4A16.weight, bits=3)
 SCHEMES: dict[str, Scheme] = {"w8a8": tn.schemes.W8A8, "w4a8": tn.schemes.W4A8} | {
     f"w4a16-g{g}": Scheme(f"w4a16-g{g}", replace(_W4.weight, group=g)) for g in (32, 64, 128)
 } | {"w3a16-g64": Scheme("w3a16-g64", replace(_W3, group=64))}  # fmt: skip
-CHAINS = ("awq+clip", "awq+gptq", "clip+gptq", "awq+clip+gptq")
+CHAINS = (
+    "awq+clip", "awq+gptq", "awq+omniquant", "clip+gptq", "clip+omniquant", "omniquant+gptq",
+    "clip+omniquant+gptq", "awq+clip+gptq",
+)  # fmt: skip
 NEAREST, UNSEEN = "nearest", 1000  # the seed of the runs that a denoiser is measured on
 Measured = Callable[[Scheme, str], dict[str, Any]]  # of a scheme and an algorithm
 

@@ -58,4 +58,8 @@ def test_chains_are_of_algorithms_for_the_part() -> None:
     for_denoisers = llmc.rounding_names("denoiser", ["*"], w4a16)
     assert "adaround" in for_denoisers and "clip+gptq" in for_denoisers
     assert not [name for name in for_denoisers if "awq" in name]
-    assert llmc.rounding_names("denoiser", ["clip*"], w4a8) == ["nearest", "clip", "clip+gptq"]
+    assert llmc.rounding_names("denoiser", ["clip", "*+gptq"], w4a8)[:3] == [
+        "nearest",
+        "clip",
+        "clip+gptq",
+    ]

@@ -23,6 +23,7 @@ from tenuto.calibration.algorithms.adaround import AdaRound, Rounding
 from tenuto.calibration.algorithms.clip import Clip
 from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.calibration.algorithms.omniquant import Learnt, OmniQuant
 from tenuto.calibration.algorithms.stages import Stages
 from tenuto.calibration.bank import Bank, Rows
 from tenuto.calibration.columns import Even
@@ -603,3 +604,61 @@ def test_names_make_a_chain() -> None:
             algorithms.by_name(name, "encoder")
     with pytest.raises(SchemeError):  # awq is for encoders
         algorithms.by_name("awq+gptq", "denoiser")
+
+
+# --- omniquant ------------------------------------------------------------------------------------
+
+
+def test_what_is_learnt_is_what_is_kept(case: Case) -> None:
+    """The weight that the loss sees is that of the codes, whatever the format."""
+    forms = (Format(4, symmetric=False, group=8), Format(3, symmetric=False), schemes.W8A8.weight)
+    for form in (*forms, Format(4, symmetric=False, ranges="mse", group=8, smooth=True)):
+        weight = next(layer for _, layer in layers(case.block)).weight
+        one = Learnt(weight, form, QTensor.nearest(weight, form))
+        with torch.no_grad():
+            one.ends += 0.2 * torch.randn(
+                one.ends.shape, generator=torch.Generator().manual_seed(0)
+            )
+            one.soften()
+        torch.testing.assert_close(one.soft, one.qtensor().dequantize(), rtol=1e-5, atol=1e-6)
+
+
+def test_learnt_ranges_are_nearer_than_searched_ones(case: Case) -> None:
+    """On the block's output, from ranges that were searched a layer at a time."""
+    scheme = Scheme("w3", Format(3, symmetric=False, ranges="mse", group=8))
+    clipped = case.run(Clip(), scheme)
+    learnt = case.run(OmniQuant(iterations=100), scheme, before=clipped)
+    assert case.error(learnt) < 0.95 * case.error(clipped)
+    rounded = case.run(Stages((OmniQuant(iterations=10), GPTQ())), scheme, before=learnt)
+    again = case.run(OmniQuant(iterations=10), scheme, before=learnt)
+    for name, q in rounded.items():
+        assert torch.equal(q.scale, again[name].scale), "GPTQ rounds in these ranges"
+
+
+def test_ranges_stay_where_nothing_is_gained_or_can_be_learnt(case: Case) -> None:
+    clipped = case.run(Clip(), W2)
+    for method in (OmniQuant(iterations=0), OmniQuant(iterations=3, lr=5.0)):
+        for name, q in case.run(method, W2, before=clipped).items():
+            assert q is clipped[name]
+    fp8 = case.run(OmniQuant(iterations=3), schemes.FP8)
+    for name, q in fp8.items():
+        weight = case.block.get_submodule(name).weight
+        assert torch.equal(q.qdata, QTensor.nearest(weight, schemes.FP8.weight).qdata)
+
+
+def test_tokens_that_do_not_count_teach_nothing() -> None:
+    """Ranges are the same whatever stands where a text is filled up."""
+    draw = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(16, 8), torch.randn(12, 5, 16, generator=draw)
+    counted = torch.ones(12, 5, dtype=torch.int64)
+    counted[:, 3:] = 0
+    found = []
+    for size in (1.0, 100.0):
+        filled = x.clone()
+        filled[:, 3:] *= size
+        bank = Bank(((Rows(0),), {}), {0: filled}, {}, torch.zeros(12, dtype=torch.int64), counted)
+        with frozen(layer):
+            target = layer(filled).detach()
+            found.append(OmniQuant(iterations=20)(layer, {"": W2}, bank, target)[""])
+    assert torch.equal(found[0].scale, found[1].scale)
+    assert torch.equal(found[0].qdata, found[1].qdata)
