@@ -11,12 +11,12 @@ import pytest
 
 from tenuto.artifact import Artifact
 from tenuto.resources import asset
-from tests.app.kernels import kernel
+from tests.app.kernels import kernel, without_forecast
 
 pytestmark = pytest.mark.slow
 
 SAID = "#generate-speedup-said"
-WITHOUT = "shipped:demo-transformer.w4a8-router"  # made before there were forecasts
+WITHOUT = "without"  # an artifact as of before there were forecasts
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,8 @@ def forecast(app: Any) -> str:
     made = Artifact.load(asset("artifacts/demo-transformer.w8a8.safetensors"))
     made.add_forecast(kernel())
     made.save(app.out / "forecast.safetensors")
+    old = without_forecast(asset("artifacts/demo-transformer.w8a8.safetensors"))
+    old.save(app.out / f"{WITHOUT}.safetensors")
     return "forecast"
 
 
