@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from functools import partial
 from typing import Any
 
 from tenuto.errors import TenutoError
@@ -26,7 +25,7 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with the three tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, calibrate_fields, checking, compare, generate
+    from . import api, calibrate, checking, compare, generate, opening
     from .page import Page
     from .viewer import QUIET
 
@@ -52,58 +51,12 @@ def build(bench: Bench) -> Any:
             lambda one, two: _artifacts(bench, one, two), [generation.model, comparison.model],
             [generation.artifact, comparison.artifacts], **QUIET,
         )  # fmt: skip
-        page.load(
-            lambda: [gr.Dropdown(choices=bench.places.models())] * 3, None,
-            [generation.model, calibration.model, comparison.model], **QUIET,
-        )  # fmt: skip
-        page.load(
-            lambda key: [
-                *_at_first(bench.desk.job(key, "calibrate"), partial(calibrate.seen, bench)),
-                *calibrate_fields.filled(bench, bench.desk.job(key, "calibrate")),
-            ],
-            watch.key, [*watch.outputs, *calibration.fields, calibration.own.accordion], **QUIET,
-        )  # fmt: skip
-        page.load(
-            lambda key: [
-                *_at_first(bench.desk.job(key, "compare"), compare.seen),
-                *compare.filled(bench, bench.desk.job(key, "compare")),
-            ],
-            comparison.key,
-            [*comparison.outputs, *comparison.fields, comparison.own.accordion, comparison.chosen],
-            **QUIET,
-        )  # fmt: skip
-        _fill(page, bench, generation, calibration, comparison)
+        opening.wire(page, bench, generation, calibration, comparison)
     return page
 
 
-def _at_first(job: Any, seen: Any) -> list[Any]:
-    """The view of a job in a page that opens: without one its timer is left alone.
-
-    On a busy machine that comes after a click has begun one, and would stop what watches it.
-    """
-    import gradio as gr
-
-    updates = seen(job)
-    return updates if job is not None else [gr.skip(), *updates[1:]]
-
-
-def _fill(page: Any, bench: Bench, generation: Any, calibration: Any, comparison: Any) -> None:
-    """When the page is loaded: what the chosen model takes, and what a speedup would do."""
-    from .call_fields import shown
-    from .speedup_fields import told
-    from .viewer import QUIET
-
-    for part in (generation, comparison):
-        page.load(
-            lambda *values: told(bench, *values), [part.speedup.slider, *part.speeds],
-            part.speedup.outputs, **QUIET,
-        )  # fmt: skip
-    for part in (generation, calibration, comparison):
-        page.load(lambda name: shown(bench, name), part.model, part.own.outputs, **QUIET)
-
-
 def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
-    """What there is by now to draw with and to compare: a calibration may have ended."""
+    """What there is by now to generate with and to compare: a calibration may have ended."""
     import gradio as gr
 
     from .compare import refreshed

@@ -14,7 +14,7 @@ from .bench import Bench
 from .calibrate_fields import asked, calibration_fields
 from .call_fields import CallFields
 from .check_view import asking
-from .fields import artifact_choices, noticed
+from .fields import artifact_choices, goes_on, noticed
 from .jobs import DONE, FAILED, Job
 from .speedup_fields import forecast_of
 from .view import loss_curve, notice, status, step_map
@@ -135,7 +135,8 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
     def look(key: str) -> list[Any]:
         return seen(bench, bench.desk.job(key, "calibrate"))
 
-    shown = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
+    ticked: dict[str, Any] = {"fn": look, "inputs": watch.key, "outputs": watch.outputs} | QUIET
+    shown: dict[str, Any] = ticked | {"fn": lambda key: goes_on(look(key))}
     told = [watch.key, watch.refused]
     watch.start.click(start, fields, told, **AUDIBLE).then(**shown)
     watch.resume.click(
@@ -144,7 +145,7 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
     watch.stop.click(lambda key: bench.stop(key, "calibrate"), watch.key, None, **QUIET).then(
         **shown
     )
-    watch.timer.tick(**shown)
+    watch.timer.tick(**ticked)
     watch.unfinished.input(
         lambda name: [gr.Button(interactive=bool(name))] * 2, watch.unfinished,
         [watch.resume, watch.discard], **QUIET,
@@ -163,7 +164,7 @@ def _wire_discard(bench: Bench, watch: Watch, yes: gr.Button, no: gr.Button) -> 
         return ""
 
     def look(key: str) -> list[Any]:
-        return seen(bench, bench.desk.job(key, "calibrate"))
+        return goes_on(seen(bench, bench.desk.job(key, "calibrate")))
 
     watch.discard.click(lambda: gr.Row(visible=True), None, watch.sure, **QUIET)
     no.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)

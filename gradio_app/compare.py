@@ -17,7 +17,7 @@ from .calibrate import STEADY
 from .call import OPTIONS, as_fields
 from .call_fields import CallFields, call_fields, given, watch
 from .call_fields import filled as own_filled
-from .fields import noticed, optional
+from .fields import goes_on, noticed, optional
 from .jobs import DONE, FAILED, Job
 from .measured import compared
 from .speedup import MOST
@@ -137,10 +137,11 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
             return [gr.skip(), gr.skip()]
         return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), name]
 
-    shown = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
+    ticked: dict[str, Any] = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
+    shown: dict[str, Any] = ticked | {"fn": lambda key: goes_on(look(key))}
     go.click(start, made.fields, [made.key, refused], **AUDIBLE).then(**shown)
     stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
-    timer.tick(**shown)
+    timer.tick(**ticked)
     made.model.input(chosen, [made.model, made.chosen], [made.artifacts, made.chosen], **QUIET)
 
 

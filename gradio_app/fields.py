@@ -28,3 +28,13 @@ def shown_number(value: float | None) -> str:
 def noticed(name: str) -> gr.HTML:
     """A place for a `notice`; it takes no room while there is none."""
     return gr.HTML("", elem_id=name, elem_classes="tenuto-notice")
+
+
+def goes_on(updates: list[Any]) -> list[Any]:
+    """`updates` of a view whose first is its timer, which they may start but not stop.
+
+    The timer's own tick alone stops it. On a busy machine any other answer, such as that to a page
+    that opened, may come after a click that has begun a job, and would leave the page standing.
+    """
+    timer, *rest = updates
+    return [timer if timer.active else gr.skip(), *rest]

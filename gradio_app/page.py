@@ -41,6 +41,8 @@ class Page(gr.Blocks):
 
     async def call_function(self, *args: Any, **options: Any) -> Any:
         """What a listener answers; gr.Error where it fails: no other reaches the client."""
+        if getattr(args[0], "fn", args) is None:
+            raise refusal("This listener is of the page alone.")
         try:
             return await super().call_function(*args, **options)
         except gr.Error:

@@ -185,8 +185,29 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep how a test ended, for what its fixtures say at its end."""
+    outcome = yield
+    report: Any = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when == "call":
+        item.user_properties.append(("failed", report.failed))
+
+
+def seen(page: Any) -> str:
+    """What a page shows, field by field, for the report of a test that fails."""
+    script = (
+        "[...document.querySelectorAll('input, textarea, [role=progressbar]')].map(e => "
+        "(e.closest('[id]')?.id || '') + '=' + (e.value || e.ariaValueNow || '')).join('; ')"
+    )
+    try:
+        return f"{page.url}\n{page.inner_text('body')}\n{page.evaluate(script)}"
+    except Exception as error:  # it was closed, or does not answer
+        return str(error)
+
+
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Tab]]:
+def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Tab]]:
     """visit(app, dark=False, width=1280): a new page of the app, ready, that is closed afterwards.
 
     Pages of one test share their storage, as the tabs of one browser do.
@@ -213,11 +234,13 @@ def visit(browser: Any) -> Iterator[Callable[..., Tab]]:
             ),
         )
         page.goto(f"{app.url}/?__theme={'dark' if dark else 'light'}")
-        page.wait_for_selector("#generate")
+        page.wait_for_selector(".gradio-container[data-tenuto=ready]")
         tabs.append(tab)
         return tab
 
     yield opened
+    if ("failed", True) in request.node.user_properties:
+        print(*(seen(tab.page) for tab in tabs), sep="\n\n")
     context.close()
     for tab in tabs:
         assert not tab.strange, "a request left the machine"

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 WIDTH, HEIGHT, LARGEST = 1180, 900, 150_000
 LOOKS = ("light", "dark")
+READY = ".gradio-container[data-tenuto=ready]"  # the page can be used
 
 
 def from_image(folder: Path) -> Path:
@@ -108,7 +109,7 @@ def speedup(pages: dict[str, Any]) -> None:
     )
     kept(page, "speedup-light")
     page.reload()
-    page.wait_for_selector("#generate")
+    page.wait_for_selector(READY)
 
 
 def call(pages: dict[str, Any], folder: Path) -> None:
@@ -127,7 +128,7 @@ def call(pages: dict[str, Any], folder: Path) -> None:
         page.wait_for_selector("#generate-image img", timeout=120_000)
         kept(page, f"call-{look}")
         page.reload()
-        page.wait_for_selector("#generate")
+        page.wait_for_selector(READY)
 
 
 def calibrate(pages: dict[str, Any]) -> None:
@@ -149,7 +150,7 @@ def calibrate(pages: dict[str, Any]) -> None:
     kept(page, "calibrate-light")
     page.wait_for_selector("#calibrate-status [data-state=done]", timeout=600_000)
     other.reload()
-    other.wait_for_selector("#generate")
+    other.wait_for_selector(READY)
     show(other, "Calibrate")
     other.wait_for_selector("#calibrate-status [data-state=done]")
     kept(other, "calibrate-dark")
@@ -171,7 +172,7 @@ def compare(pages: dict[str, Any]) -> None:
     page.wait_for_selector("#compare-slider img", timeout=600_000)
     kept(page, "compare-light")
     other.reload()
-    other.wait_for_selector("#generate")
+    other.wait_for_selector(READY)
     choose(other)  # a page that is opened anew shows the last comparison, but not its fields
     other.wait_for_selector("#compare-slider img")
     other.get_by_role("radio", name="Difference").locator("visible=true").click()
@@ -193,7 +194,7 @@ def main() -> None:
         for look in LOOKS:
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             page.goto(f"{url}/?__theme={look}")
-            page.wait_for_selector("#generate")
+            page.wait_for_selector(READY)
             pages[look] = page
         generate(pages)
         speedup(pages)

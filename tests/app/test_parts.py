@@ -645,11 +645,12 @@ def test_threads_do_not_pass_each_other() -> None:
     assert len(got) == 1
 
 
-def test_a_page_that_opens_late_stops_no_watch() -> None:
-    """A click may have begun a job by then, which the page's timer watches."""
+def test_only_a_tick_stops_what_watches_a_job() -> None:
+    """Any other answer may come late, when a click has begun the next job."""
     import gradio as gr
 
-    from gradio_app.app import _at_first
+    from gradio_app.fields import goes_on
 
-    assert _at_first(None, lambda job: ["timer", "said"]) == [gr.skip(), "said"]
-    assert _at_first("a job", lambda job: ["timer", job]) == ["timer", "a job"]
+    on = gr.Timer(active=True)
+    assert goes_on([on, "said"]) == [on, "said"]
+    assert goes_on([gr.Timer(active=False), "said"]) == [gr.skip(), "said"]
