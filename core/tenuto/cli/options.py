@@ -81,8 +81,17 @@ Temporal = Annotated[
     str,
     _choice(
         "--temporal", QUANTIZATION,
-        "Modules that depend on the timestep alone: none, tiar, table or auto.",
-        ("none", "tiar", "table", "auto"), "T",
+        "Modules that depend on the timestep alone: none, tiar, table, int8, select or auto.",
+        ("none", "tiar", "table", "int8", "select", "auto"), "T",
+    ),
+]  # fmt: skip
+TableBudget = Annotated[
+    float | None,
+    Option(
+        "--table-budget", metavar="B", parser=real(0, math.inf, True),
+        rich_help_panel=QUANTIZATION,
+        help="With --temporal select: bytes of these modules, as a share of their tables in fp16 "
+        "(0.5).",
     ),
 ]  # fmt: skip
 Rounding = Annotated[
