@@ -25,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def of_pipeline(name: str, count: int) -> Iterator[dict[str, Any]]:
         )
 
 
-def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a trained encoder without a denoiser: states alone."""
+def encoder_of(folder: Path) -> tuple[Any, Callable[[list[str]], list[dict[str, Any]]]]:
+    """A trained encoder in fp32, and what it is asked for some prompts, the empty one first."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
     kind = T5EncoderModel if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
@@ -85,7 +85,6 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
-    lines = tn.prompts("general")
 
     def rows(some: list[str]) -> list[dict[str, Any]]:
         found = [tokenizer(line, max_length=64, truncation=True) for line in ["", *some]]
@@ -93,6 +92,13 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
         more = without_cache(encoder)  # blocks are called again and again
         return [{"input_ids": x, "attention_mask": torch.ones_like(x)} | more for x in ids]
 
+    return encoder, rows
+
+
+def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a trained encoder without a denoiser: states alone."""
+    encoder, rows = encoder_of(folder)
+    lines = tn.prompts("general")
     more = tn.prompts("captions") if files else []
     held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
     calibration = calls_of(rows([*more, *lines[::2]]), ROWS, held_out=held, by_length=True)

@@ -18,7 +18,7 @@ from tenuto.artifact.export import COMPANION, applicable, exported_facts, read_e
 from tenuto.errors import TenutoError
 from tenuto.text import printable
 
-from .files import stamp
+from .files import NO_FILE, choices, stamp
 
 FOLDER, WRITTEN = "tenuto", "diffusion_models"  # below models/; the latter in output/ too
 MODELS = (WRITTEN, "checkpoints")  # where exported models are looked for
@@ -29,7 +29,7 @@ SAID = " [exported: "  # what follows the name of an exported model in the list
 def names() -> list[str]:
     """The files of models/tenuto, and exported models of others with what they bring."""
     ours = folder_paths.get_filename_list(FOLDER)
-    return [*(_labelled(FOLDER, name, name) for name in ours), *_exported()]
+    return choices([*(_labelled(FOLDER, name, name) for name in ours), *_exported()])
 
 
 def _exported() -> Iterator[str]:
@@ -73,6 +73,8 @@ def path_of(name: str) -> str | None:
 
 def missing(name: str) -> str:
     """One sentence on a file that is not there."""
+    if name == NO_FILE:
+        return f"There is no file in {KIND} yet: Tenuto Calibrate or `tenuto quantize` makes one."
     return f"There is no artifact called {printable(name)} in {KIND}."
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 PathOf = Callable[[str], "str | Path | None"]
+NO_FILE = "no file yet"  # the one choice of an empty list, where a page would show "undefined"
+
+
+def choices(names: list[str]) -> list[str]:
+    """What a list offers: the files of a folder, or that there is none."""
+    return names or [NO_FILE]
 
 
 def stamp(path: str | Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from tenuto.text import printable
 
 from .api import found_by, io, ui
 from .calibration import NAME
-from .files import fingerprint, is_there
+from .files import NO_FILE, choices, fingerprint, is_there
 
 FOLDER = "tenuto_prompts"  # below models/
 POSITIVE, NEGATIVE = "positive", "negative"  # the entries of a file
@@ -97,8 +97,9 @@ class LoadPrompt(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A .safetensors file of models/tenuto_prompts.",
+                    options=choices(folder_paths.get_filename_list(FOLDER)),
+                    tooltip="A .safetensors file of models/tenuto_prompts, made by Tenuto Save "
+                    "Prompt. The key R reads the folder anew.",
                 )
             ],
             outputs=[
@@ -140,6 +141,8 @@ class LoadPrompt(io.ComfyNode):
 
 def missing(name: str) -> str:
     """One sentence on a file that is not there."""
+    if name == NO_FILE:
+        return f"There is no file in models/{FOLDER} yet: Tenuto Save Prompt writes one."
     return f"There is no prompt called {printable(name)} in models/{FOLDER}."
 
 

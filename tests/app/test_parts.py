@@ -214,7 +214,7 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     for change, words in (
         ({"scheme": None}, "nothing to calibrate"), ({"scheme": "w9"}, "Unknown scheme"),
         ({"text_encoder": "w3"}, "w8 or w4"), ({"method": "awq"}, "--text-encoder"),
-        ({"text_encoder": "w8", "method": "magic"}, "awq, gptq, nearest"),
+        ({"text_encoder": "w8", "method": "magic"}, "awq, clip, gptq, nearest"),
         ({"rounding": "gptq"}, "Only weights below 8 bits"),
         ({"scheme": None, "reuse": 0.3, "rounding": "gptq"}, "Only weights below 8 bits"),
         ({"scheme": "w4a8", "rounding": "up"}, "Unknown rounding"),

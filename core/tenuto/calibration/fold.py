@@ -23,10 +23,10 @@ from ..numerics import Format, QTensor, fits
 from ..progress import Progress
 from ..resume import Work
 from ..sampling import HELD_OUT, Call
+from .algorithms.awq import mean_size, scale_of
 from .bank import Bank
 from .by_block import Values, by_block, held
 from .chain import Chain
-from .moments import inputs_seen, patches
 from .replay import outputs, token_error
 
 RATIOS = 10  # how many r: 0, 0.1, ...
@@ -120,15 +120,10 @@ class _Block:
             )  # fmt: skip
 
     def _scales(self, layer: str) -> Iterator[Tensor]:
-        """s (K,) for every r but 0, of a geometric mean of 1 between its ends."""
-        size, count = torch.zeros((), device=self.device), 0
-        for seen in inputs_seen(self.root, [layer], self.bank, self.rows, self.device):
-            if layer in seen:
-                x = patches(self.root.get_submodule(layer), seen[layer]).flatten(0, 1).float()
-                size, count = size + x.abs().sum(0), count + len(x)
-        for step in range(1, RATIOS) if count else ():
-            s = (size / count).pow(step / RATIOS).clamp_min(1e-4)
-            yield s / (s.max() * s.min()).sqrt()
+        """s (K,) for every r but 0."""
+        size = mean_size(self.root, layer, self.bank, self.rows, self.device)
+        if size is not None:
+            yield from (scale_of(size, step / RATIOS) for step in range(1, RATIOS))
 
     def _folded(self, place: str, linears: tuple[str, ...], scale: Tensor) -> bool:
         """Fold a scale into `place`; undone where the block does not compute the same after it.

@@ -18,6 +18,7 @@ from ..resume import Work
 from ..runtime import quantizable
 from ..sampling import HELD_OUT, Trajectory, processes
 from .activation_ranges import activation_ranges
+from .algorithms import goes_on
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .bank import on_device
@@ -172,12 +173,10 @@ class Job:
             groups.setdefault(rule.algorithm or RoundToNearest(), {})[short[name]] = rule.scheme
         found: dict[str, Tensor] = {}
         for algorithm, group in groups.items():
-            bank, target = (None, None)
-            if algorithm.needs_inputs:
-                bank, target = on_device(*chain.data(unit), self.device)
-            seed = seed_of(self.seed, unit)
+            needs, seed = algorithm.needs_inputs, seed_of(self.seed, unit)
+            data = on_device(*chain.data(unit), self.device) if needs else (None, None)
             with held(root):
-                done = self._rounded(algorithm, root, group, (bank, target), seed, note)
+                done = self._rounded(algorithm, root, group, data, seed, note)
             for name, q in done.items():
                 full = name if unit == "outside" else f"{unit}.{name}".rstrip(".")
                 found |= q.tensors(full)
@@ -193,11 +192,8 @@ class Job:
         note: Progress,
     ) -> dict[str, QTensor]:
         """The weights of a group of layers of one unit. data: its bank and target, or None."""
-
-        more: dict[str, Any] = {"seed": seed, "on_progress": note}
-        if getattr(algorithm, "takes_plain", False) and hasattr(self, "known"):
-            more["plain"] = self.known(root, group)  # pyright: ignore[reportAttributeAccessIssue]
-        rounded = partial(algorithm, root, group, *data, **more)
+        more = {"before": self.known(root, group) or None} if goes_on(algorithm) else {}
+        rounded = partial(algorithm, root, group, *data, seed=seed, on_progress=note, **more)
         if processes().size == 1 or getattr(algorithm, "together", False):
             return rounded()
         made = processes().once(lambda: {n: q.tensors(n) for n, q in rounded().items()})
@@ -206,6 +202,10 @@ class Job:
             n: QTensor.from_tensors(tensors, n, shapes[n], group[n].weight)
             for n, tensors in made.items()
         }
+
+    def known(self, root: nn.Module, group: Mapping[str, Scheme]) -> dict[str, QTensor]:
+        """What is known of layers inside of `root` rounded to nearest: all of `group`, or none."""
+        return {}
 
     def _take(self, names: list[str], tensors: dict[str, Tensor], unit: str, work: Work) -> None:
         """Take over quantized weights: what lies in no block gets their float values now."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..model import Leave, tensors_in, watched
 from .bank import Bank
+from .compensation import gram_of, mirrored
 
 CHUNK = 32  # rows of the bank in one call of the block
 TRIED = 4  # chunks in which a layer must have been called
@@ -30,6 +31,20 @@ def inputs_seen(
     A layer that a chunk does not call (an expert) is not in it. Tokens that do not count are zero.
     """
     yield from map(InputsSeen(block, names, bank, rows, device), bank.parts(rows, CHUNK))
+
+
+def seen_gram(block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor | None:
+    """A = x^T x (G, K, K) in fp32 of what the layer `name` gets; None where it was not called."""
+    layer, found = block.get_submodule(name), None
+    for seen in inputs_seen(block, [name], bank, rows, device):
+        if name in seen:
+            found = gram_of(patches(layer, seen[name]).float(), found)
+    return None if found is None else mirrored(found)
+
+
+def over(gram: Tensor, channel: Tensor) -> Tensor:
+    """A (..., K, K) of inputs divided by the scale of each column (K,)."""
+    return gram / channel / channel[:, None]
 
 
 class InputsSeen:

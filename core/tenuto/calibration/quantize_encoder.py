@@ -37,7 +37,7 @@ from ..sampling import (
     work_in,
 )
 from ..sampling.reads import States
-from .algorithms import by_name, names
+from .algorithms import by_name, names, spelled
 from .algorithms.nearest import RoundToNearest
 from .algorithms.tiar import Tiar
 from .by_block import by_block, with_codes
@@ -70,7 +70,8 @@ def _chosen(width: str | Scheme, method: str) -> tuple[Scheme, Any]:
             f"{', '.join(names('encoder'))}, not to {width!r} by {method!r}."
         ) from None
     if getattr(algorithm, "smooth", False):
-        scheme = Scheme(f"{scheme.name}-{algorithm.name}", replace(scheme.weight, smooth=True))
+        first = algorithm.name.split("+")[0]
+        scheme = Scheme(f"{scheme.name}-{first}", replace(scheme.weight, smooth=True))
     return scheme, algorithm
 
 
@@ -91,13 +92,14 @@ def quantize_encoder(
 ) -> Artifact:
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
-    width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq".
+    width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq", or
+    several with a plus between them.
     The shipped list "general" is calibrated on too, but for a part that is held out: of calibrated
     and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
     denoiser computes one call. max_memory, `work`, resuming and Cancelled are as in `quantize`.
     """
-    scheme = encoder_scheme(width, method)
+    scheme, method = encoder_scheme(width, method), spelled(method)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     general, held = captions()
     lines = calibration_prompts(prompts)

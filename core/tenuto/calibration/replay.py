@@ -160,16 +160,19 @@ def token_error(
 
     The sum over the `rows` of the bank (int64) and their tokens that count.
     """
-    total = 0.0
-    for index in bank.parts(rows, size):
-        args, kwargs = bank.rows(index, device)
-        wanted = bank.answers(target, index).to(device)
-        gap = first_tensor(block(*args, **kwargs)) - wanted
-        share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-        if bank.counted is not None:
-            share = share * bank.counted[index][:, : share.shape[-1]].to(share)
-        total += float(share.sum())
-    return total
+    parts = bank.parts(rows, size)
+    return sum(float(token_gaps(block, bank, index, target, device).sum()) for index in parts)
+
+
+def token_gaps(block: nn.Module, bank: Bank, index: Tensor, target: Tensor, device: Any) -> Tensor:
+    """`token_error` of each token of one of `bank.parts`: 0 where it does not count."""
+    args, kwargs = bank.rows(index, device)
+    wanted = bank.answers(target, index).to(device)
+    gap = first_tensor(block(*args, **kwargs)) - wanted
+    share = gap.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    if bank.counted is None:
+        return share
+    return share * bank.counted[index][:, : share.shape[-1]].to(share)
 
 
 def first_tensor(out: Any) -> Tensor:

@@ -28,6 +28,7 @@ from ..sampling import BATCH, HELD_OUT, Call, cosines, processes, states_read, w
 from ..sampling.consumers import Consumer, calls_for, consumer_of
 from ..sampling.encoder_source import encoder_source
 from ..sampling.reads import States, states_apart
+from .algorithms import spelled
 from .by_block import Values, with_codes
 from .fold import folded
 from .held_out import calibration_prompts, captions, rounded_to_nearest
@@ -42,7 +43,7 @@ ENCODER_SCHEMES: Mapping[str, Scheme] = {  # the numbers of a file by what `--sc
     "nvfp4": schemes.NVFP4,
 }
 EMBEDDINGS = ("bf16", "int8")
-ENCODER_METHODS = ("rtn", "awq", "gptq", "awq-gptq")
+ENCODER_METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 UNSEEN = slice(3, None, 4)  # of the list "general": what nothing is calibrated on or decided by
 SAME = (
     "The file of w4a16 is that of w4a8: hosts dequantize such layers to encode a text, and ComfyUI "
@@ -59,7 +60,7 @@ def check_text_encoder(
         raise SchemeError(
             f"A text encoder's file has {', '.join(ENCODER_SCHEMES)}, not {scheme!r}."
         )
-    if method not in ENCODER_METHODS:
+    if spelled(method) not in ENCODER_METHODS:
         raise SchemeError(
             f"A text encoder is rounded by {', '.join(ENCODER_METHODS)}, not by {method!r}."
         )
@@ -90,13 +91,15 @@ def quantize_text_encoder(
     `config`, the folder of its config.json and tokenizer. scheme: one of `ENCODER_SCHEMES`; w4a8
     and w4a16 are the same file. consumer: a row of `sampling.consumers.CONSUMERS`, such as
     "qwen-image": whose template, padding and hidden states count. method: one of
-    `ENCODER_METHODS`. embeddings: "bf16", or "int8" with a scale a row. prompts: calibrated on
-    (none: the shipped list "captions") beside the list "general", a part of which is held out. The
-    report's `facts`, which the file's header has too, tell how far the states are that the denoiser
-    reads, on prompts that nothing was calibrated on. max_memory, `work`, resuming and Cancelled: as
-    in `quantize`. TenutoError says what cannot be, before anything is written.
+    `ENCODER_METHODS` ("awq-gptq" is an older name of "awq+gptq"). embeddings: "bf16", or "int8"
+    with a scale a row. prompts: calibrated on (none: the shipped list "captions") beside the list
+    "general", a part of which is held out. The report's `facts`, which the file's header has too,
+    tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
+    max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
+    before anything is written.
     """
     row = check_text_encoder(scheme, method, consumer, embeddings)
+    method = spelled(method)
     source = encoder_source(str(model), row.kinds, None if config is None else Path(config))
     tokens, tokenizer = source.tokenizer_tensors(), source.tokenizer()
     encoder = source.load(device, max_memory)
@@ -160,11 +163,12 @@ class EncoderCodes:
         """
         notes, how = notes or parts(None, SIZES), how or {}
         source, device = encoder, how.get("device")
-        if method.startswith("awq"):
+        first, _, rest = spelled(method).partition("+")
+        if first == "awq":
             unread = unread_blocks(encoder, describe(encoder), calls)
             kept = _fold_work(encoder, calls, scheme, how.get("work"))
             source = folded(encoder, calls, scheme.weight, device, unread, notes["fold"], kept)
-        rounding = "gptq" if method.endswith("gptq") else "nearest"
+        rounding = (rest or "nearest") if first == "awq" else method
         job = encoder_job(source, calls, scheme, rounding, on_progress=notes["blocks"], **how)
         held = job.facts["held_out"]
         made = cls(encoder, source, scheme, job.weights, job.plain, held["layers_nearest"], job)

@@ -73,8 +73,9 @@ Method = Annotated[
     str | None,
     _choice(
         "--method", QUANTIZATION,
-        "How text encoders are rounded, by an algorithm's name: rtn, awq, gptq (gptq).",
-        ("rtn", "awq", "gptq"), "M",
+        "How text encoders are rounded, by an algorithm's name: rtn, awq, clip, omniquant, gptq "
+        "(gptq), or several that follow each other, such as awq+clip.",
+        ("rtn", "awq", "clip", "omniquant", "gptq"), "M",
     ),
 ]  # fmt: skip
 Temporal = Annotated[
@@ -90,16 +91,16 @@ TableBudget = Annotated[
     Option(
         "--table-budget", metavar="B", parser=real(0, math.inf, True),
         rich_help_panel=QUANTIZATION,
-        help="With --temporal select: bytes of these modules, as a share of their tables in fp16 "
-        "(0.5).",
+        help="With --temporal select: their bytes, as a share of tables in fp16 (0.5).",
     ),
 ]  # fmt: skip
 Rounding = Annotated[
     str | None,
     _choice(
         "--rounding", QUANTIZATION,
-        "How weights below 8 bits are rounded: nearest, gptq or adaround (gptq; with the preset "
-        "thorough: adaround).", ("nearest", "gptq", "adaround"), "R",
+        "How weights below 8 bits are rounded: nearest, clip, omniquant, gptq, adaround or "
+        "several, such as clip+gptq (gptq; with the preset thorough: adaround).",
+        ("nearest", "clip", "omniquant", "gptq", "adaround"), "R",
     ),
 ]  # fmt: skip
 Preset = Annotated[

@@ -11,7 +11,7 @@ from ..sampling.consumers import CONSUMERS
 from .options import OUTPUT, QUANTIZATION, _choice
 
 SCHEMES = ("w4a8", "w4a16", "w8a8", "fp8", "nvfp4")
-METHODS = ("rtn", "awq", "gptq", "awq-gptq")
+METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 
 Encoder = Annotated[
     str,

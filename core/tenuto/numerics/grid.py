@@ -62,11 +62,21 @@ class Grid:
         short = -rows.shape[1] % form.group
         groups = torch.nn.functional.pad(rows, (0, short)).view(-1, form.group)
         wanted, zero = search(groups, form.bits, form.symmetric)
-        wanted, zero = wanted.view(len(rows), -1), zero.view(len(rows), -1)
+        return Grid.fitting(wanted.view(len(rows), -1), zero.view(len(rows), -1), form)
+
+    @staticmethod
+    def fitting(size: Tensor, zero: Tensor, form: Format) -> Grid:
+        """The grid of whole codes whose ranges are nearest to what is wanted.
+
+        size: the distance of neighbouring values, fp32 (N, G). zero: whole fp32 (N, G). Groups get
+        whole multiples of their row's scale, which is as fine as the widest of them allows.
+        """
+        if not form.group:
+            return Grid(size[:, 0].contiguous(), zero, None, form)
         low, high = code_limits(form.bits, form.symmetric)
         farthest = torch.maximum(zero - low, high - zero)
-        scale = (wanted * farthest).amax(1) / WIDEST
-        step = (wanted / scale[:, None]).round().clamp_min(1)
+        scale = (size * farthest).amax(1) / WIDEST
+        step = (size / scale[:, None]).round().clamp_min(1)
         return Grid(scale, zero, torch.minimum(step, (WIDEST / farthest).floor()), form)
 
     def spread(self, values: Tensor, columns: int) -> Tensor:

@@ -70,6 +70,18 @@ class QTensor:
         channel = torch.ones(columns, device=weight.device) if form.smooth else None
         return QTensor.of(grid.nearest(weight), grid, channel)
 
+    def grid(self, form: Format) -> Grid:
+        """The grid that its codes are on. form: of the weight."""
+        zero, step = self.zero_point, self.step
+        if form.dtype in LEVELS:
+            assert step is not None
+            step = float8.values(float8.level_of(step))
+            return Grid(self.scale, torch.zeros_like(step), step, form)
+        if form.symmetric or zero is None:
+            zero = torch.zeros_like(self.scale)
+        zero = zero if form.group else zero[:, None]
+        return Grid(self.scale, zero.float(), None if step is None else step.float(), form)
+
     def levels(self) -> Tensor:
         """Signed codes with the zero point taken out: int8 (or int16) of the weight's shape."""
         if self.dtype in LEVELS:
@@ -134,13 +146,6 @@ class QTensor:
         for codes, step, scale, out in zip(*parts, strict=True):
             out.copy_(kind.decoded(codes, step, scale, self._size, self.bits))
         return found
-
-    def grid(self, form: Format) -> Grid | None:
-        """The grid that the codes are of, where finding it again would take a search; or None."""
-        if form.dtype not in LEVELS or self.step is None:
-            return None
-        step = float8.values(float8.level_of(self.step))
-        return Grid(self.scale, torch.zeros_like(step), step, form)
 
     def steps(self) -> Tensor:
         """The e4m3 number of every column, fp32 (N, K): of the dtypes in `scheme.LEVELS`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, cast
 
 from ..errors import SchemeError
 from . import e2m1, int8_levels
@@ -156,12 +156,19 @@ class Rule:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; an algorithm is its class name and settings."""
-        algorithm = self.algorithm and {
-            "name": type(self.algorithm).__name__,
-            **asdict(self.algorithm),
-        }
+        algorithm = self.algorithm and _settings(self.algorithm)
         scheme = self.scheme and self.scheme.to_json()
         return {"pattern": self.pattern, "scheme": scheme, "algorithm": algorithm}
+
+
+def _settings(value: Any) -> Any:
+    """An algorithm as the name of its class and its settings; those of one may be others."""
+    if isinstance(value, tuple):
+        return [_settings(one) for one in cast("tuple[Any, ...]", value)]
+    if not is_dataclass(value):
+        return value
+    found = {f.name: _settings(getattr(value, f.name)) for f in fields(value)}
+    return {"name": type(value).__name__, **found}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Iterator
 from itertools import chain, count
 from typing import Any
 
@@ -62,9 +63,12 @@ class InPlaceWeights:
         seen = self._seen
         return self._now() if seen is not None and seen.in_place() else None
 
-    def same(self) -> bool:
-        """Whether the model is what it was at the last call: a tenth to one millisecond."""
-        if self._seen is None or not self._seen.same():
+    def same(self, placed: bool = False) -> bool:
+        """Whether the model is what it was at the last call: a tenth to one millisecond.
+
+        placed: every weight is where it was, as `latest` has just said.
+        """
+        if self._seen is None or not self._seen.same() or not (placed or self._seen.in_place()):
             return False
         self._streak = 0
         return True
@@ -129,28 +133,30 @@ class _Walk:
         self._module(model)
         self._visited.clear()
         self._classes = [*map(type, self._modules)]
-        self._items = self._inner()
-        self._size = sum(map(len, self._sized))
+        self._filled = [*filter(None, self._dicts_whole)]  # the sizes of all are watched
+        self._items = [*self._inner()]
+        self._sized += [*self._dicts_whole, *self._lists]
+        self._sizes = [*map(len, self._sized)]
         self._packed = [m for m in self._modules if hasattr(m, "packings")]
         self._packings = self._packed_so_far()
         self._places = [x.data_ptr() for x in self._tensors]
         self._numbers = list(range(len(self._tensors)))
 
     def same(self) -> bool:
-        """Whether every value is the object that it was, and every weight where it was."""
-        items, found = self._inner(), map(dict.get, self._dicts, self._keys)
+        """Whether every value is the object that it was; where weights are, `in_place` says."""
+        found = map(dict.get, self._dicts, self._keys)
         return (
-            len(items) == len(self._items)
-            and all(map(operator.is_, items, self._items))
+            [*map(len, self._sized)] == self._sizes
+            and all(map(operator.is_, self._inner(), self._items))
             and all(map(operator.is_, found, self._values))
-            and sum(map(len, self._sized)) == self._size
             and all(map(operator.is_, map(type, self._modules), self._classes))
-            and self.in_place()
         )
 
-    def _inner(self) -> list[Any]:
-        inside = chain.from_iterable(map(dict.values, self._dicts_whole))
-        return [*inside, *chain.from_iterable(self._lists)]
+    def _inner(self) -> Iterator[Any]:
+        """What is in the dicts and lists of which all counts."""
+        return chain(
+            chain.from_iterable(map(dict.values, self._filled)), chain.from_iterable(self._lists)
+        )
 
     def in_place(self) -> bool:
         """Whether every weight is at its address, those too that layers have packed."""

@@ -12,6 +12,7 @@ from ..model import Rows, Signature, denoisers_of, outside_graphs, parts_of, ten
 from .clock import Clock
 from .grid import own_times
 from .noise import is_stochastic
+from .scheduler_step import TimesOnHost
 from .steady_run import SteadyRun
 
 
@@ -20,7 +21,7 @@ class Follow:
 
     handle: the denoiser, or the pipeline that has it; part: which of its denoisers (`parts_of`). A
     pipeline's call sets the timesteps of its scheduler anew, whichever that is by then: nothing is
-    put into either to notice it.
+    put into either to notice it. What is put into a scheduler, see `TimesOnHost`, changes no value.
     """
 
     def __init__(self, handle: Any, clock: Clock, streams: bool = True, part: str = "") -> None:
@@ -30,6 +31,7 @@ class Follow:
         self.pipeline = None if isinstance(handle, nn.Module) else weakref.ref(handle)
         self.facts = Signature(denoiser)
         self.steady: SteadyRun | None = None  # of the run of a pipeline
+        self.on_host = TimesOnHost()
         self.hook = denoiser.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
 
     @outside_graphs
@@ -47,6 +49,7 @@ class Follow:
                 self.clock.per_step = _per_step(times, scheduler)
                 self.clock.stochastic = is_stochastic(scheduler)
                 self.steady = SteadyRun(times, self.clock.uneven)
+                self.on_host.put(scheduler, times)
         if self.streams:
             conditions = self.facts.conditions(inputs)
             self._observe(step, count, conditions, device, sample, self.facts.which(inputs))
@@ -72,6 +75,7 @@ class Follow:
         memo[id(self)] = clone
         clone.__dict__.update(self.__dict__)
         clone.clock, clone.steady = copy.deepcopy(self.clock, memo), None
+        clone.on_host = TimesOnHost()
         pipeline = self.pipeline() if self.pipeline is not None else None
         copied = memo.get(id(pipeline))  # where the whole pipeline is copied
         if pipeline is not None and copied is not None:
@@ -81,6 +85,7 @@ class Follow:
     def remove(self) -> None:
         """Take the hook out."""
         self.hook.remove()
+        self.on_host.remove()
 
 
 def _turns(times: Any) -> bool:

@@ -7,8 +7,6 @@ answers, in one call or in two, that is seen, and both halves count.
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch import Tensor
 from ..model import tensors_in
 from .noise import NOISY, is_stochastic, noise_at, prediction_of
 from .output_kernel import OutputKernel
+from .scheduler_step import StandsIn
 
 CHUNK = 2**20  # elements of the outputs that are multiplied at once
 FEWEST = 3  # steps that a kernel is of
@@ -86,7 +85,7 @@ class StepOutputs:
             return before(given, timestep, *args, **kwargs)
 
         before, held = scheduler.step, scheduler.__dict__.get("step")
-        scheduler.__dict__["step"] = _Watched(scheduler, step)
+        scheduler.__dict__["step"] = StandsIn(scheduler, step)
         try:
             yield
         finally:
@@ -241,21 +240,3 @@ def _products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         )
         found = found + part @ other.T
     return found / len(rows[0])
-
-
-class _Watched:
-    """A scheduler's step that is looked at; a copy of the scheduler has its own, unwatched.
-
-    owner: the scheduler, as it is before this is put into it.
-    """
-
-    def __init__(self, owner: Any, call: Callable[..., Any]) -> None:
-        self.owner, self.call = owner, call
-        self.__signature__ = inspect.signature(owner.step)  # pipelines ask it what it takes
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.owner), self.owner)
-        return types.MethodType(type(copied).step, copied)

@@ -20,8 +20,11 @@ from tenuto import describe
 from tenuto.calibration import algorithms
 from tenuto.calibration.algorithms import algorithm
 from tenuto.calibration.algorithms.adaround import AdaRound, Rounding
+from tenuto.calibration.algorithms.clip import Clip
 from tenuto.calibration.algorithms.gptq import GPTQ
 from tenuto.calibration.algorithms.nearest import RoundToNearest
+from tenuto.calibration.algorithms.omniquant import Learnt, OmniQuant
+from tenuto.calibration.algorithms.stages import Stages
 from tenuto.calibration.bank import Bank, Rows
 from tenuto.calibration.columns import Even
 from tenuto.calibration.compensation import (
@@ -38,7 +41,7 @@ from tenuto.errors import Cancelled, SchemeError
 from tenuto.model.backbone import layers
 from tenuto.model.parts import frozen
 from tenuto.numerics.grid import Grid
-from tenuto.numerics.qtensor import QTensor
+from tenuto.numerics.qtensor import QTensor, layout
 from tenuto.numerics.scheme import Format, Recipe, Rule, Scheme, schemes
 
 W2 = Scheme("w2a16", Format(2, symmetric=False, ranges="mse"))
@@ -118,18 +121,27 @@ def test_not_worse_than_round_to_nearest(cls: type, scheme: Scheme, case: Case) 
 @pytest.mark.parametrize("cls", ALGORITHMS)
 @pytest.mark.parametrize("scheme", [schemes.W8A8, schemes.W4A8], ids=lambda s: s.name)
 def test_the_weights_are_of_the_scheme(cls: type, scheme: Scheme, case: Case) -> None:
+    """On the ranges that the format finds, or on its own where it searches them."""
     form = scheme.weight
+    searched = cls is Stages or getattr(cls, "stage", None) == "clip"
     for name, q in case.run(quick(cls), scheme).items():
         weight = case.block.get_submodule(name).weight
         assert q.shape == tuple(weight.shape) and q.bits == form.bits
-        grid = Grid.of(weight, form)
+        stored = q.tensors(name)
+        assert layout(name, q.shape, form) == {
+            key: (t.dtype, tuple(t.shape)) for key, t in stored.items()
+        }
+        grid, usual = q.grid(form), Grid.of(weight, form)
+        if not searched:
+            assert torch.equal(grid.scale, usual.scale) and torch.equal(grid.zero, usual.zero)
         columns = weight[0].numel()
         size = grid.size(columns).view(weight.shape)
         bottom, top = (t.view(weight.shape) for t in grid.limits(columns))
         assert (q.levels() >= bottom).all() and (q.levels() <= top).all()
         inside = (weight / size > bottom) & (weight / size < top)
         gap = ((q.dequantize() - weight).abs() / size)[inside]
-        farther = cls is GPTQ  # it makes up for the errors of other columns
+        farther = cls in (GPTQ, Stages)  # it makes up for the errors of other columns
+        assert torch.equal(QTensor.of(q.levels().float(), grid).dequantize(), q.dequantize())
         assert farther or gap.max() < 1.001, "a code above or below, never farther"
 
 
@@ -498,3 +510,155 @@ def test_short_memory_takes_the_rows_in_parts() -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError), frozen(block):
         block.most = 0
         method(block, {"layer": W2}, bank, target)
+
+
+# --- clip, and stages -----------------------------------------------------------------------------
+
+
+def outlying() -> tuple[Tensor, Tensor]:
+    """A weight (16, 64) with a large value in every range, on columns that see little; inputs."""
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(16, 64, generator=draw), torch.randn(500, 64, generator=draw)
+    weight[:, ::32] *= 6
+    x[:, ::32] *= 0.01
+    return weight, x
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_clip_gives_up_what_no_input_sees(group: int) -> None:
+    """The output's error falls much, that of the weight rises; each row's error never rises."""
+    weight, x = outlying()
+    form = Format(4, symmetric=False, ranges="mse", group=group)
+    start = QTensor.nearest(weight, form)
+    found = Clip().weight(weight, form, (x.T @ x)[None], start)
+
+    def errors(q: QTensor) -> Tensor:
+        return (x @ (q.dequantize() - weight).T).square().sum(0)
+
+    assert errors(found).sum() < 0.65 * errors(start).sum()
+    assert (found.dequantize() - weight).norm() > (start.dequantize() - weight).norm()
+    if not group:  # with groups the products of different groups are left out
+        assert (errors(found) <= errors(start) * 1.001).all()
+
+
+def test_clip_of_grouped_convolutions_and_short_groups(case: Case) -> None:
+    """Each group has inputs of its own; the last range of a row may be shorter."""
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(8, 12, 3, padding=1, groups=4)  # 18 columns
+    x = torch.randn(6, 8, 6, 6, generator=draw)
+    x[:, ::2] *= 0.05
+    bank = Bank(((Rows(0),), {}), {0: x}, {}, torch.zeros(6, dtype=torch.int64))
+    scheme = Scheme("g8", Format(3, symmetric=False, group=8))
+    target, errors = layer(x).detach(), []
+    for method in (RoundToNearest(), Clip()):
+        (q,) = method(layer, {"": scheme}, bank, target).values()
+        twin = copy.deepcopy(layer)
+        twin.weight.data.copy_(q.dequantize())
+        errors.append(float((twin(x) - target).detach().square().mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_stage_keeps_what_the_ones_before_found(case: Case) -> None:
+    """GPTQ rounds on the ranges that clipping found."""
+    clipped = case.run(Clip(), W2, seed=1)
+    found = case.run(Stages((Clip(), GPTQ())), W2, seed=1)
+    for name, q in found.items():
+        assert torch.equal(q.scale, clipped[name].scale)
+        assert torch.equal(q.zero_point, clipped[name].zero_point)
+    assert case.error(found) < 0.6 * case.error(clipped)
+
+
+def test_scales_of_columns_go_through_a_chain() -> None:
+    """AWQ's scale is kept, and what is rounded is the weight times it, for inputs over it."""
+    weight, x = outlying()
+    layer = nn.Linear(64, 16)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    x[:, 5] *= 50
+    bank = Bank(((Rows(0),), {}), {0: x}, {}, torch.zeros(500, dtype=torch.int64))
+    scheme = Scheme("smooth", Format(4, symmetric=False, ranges="mse", group=32, smooth=True))
+    given = layer, {"": scheme}, bank, layer(x).detach()
+
+    def error(q: QTensor) -> float:
+        return float((x @ (q.dequantize() - weight).T).norm())
+
+    with frozen(layer):
+        first = algorithms.by_name("awq", "encoder")(*given)[""]
+        more = [algorithms.by_name(n, "encoder")(*given)[""] for n in ("awq+clip", "awq+clip+gptq")]
+    assert first.channel is not None and first.channel.std() > 0.01
+    for q in more:
+        assert q.channel is not None and torch.equal(q.channel, first.channel)
+    assert error(more[0]) < error(first) and error(more[1]) < error(more[0])
+
+
+def test_names_make_a_chain() -> None:
+    found = algorithms.by_name("awq+clip+gptq", "encoder")
+    assert [type(s).__name__ for s in found.stages] == ["AWQ", "Clip", "GPTQ"]
+    assert found.name == "awq+clip+gptq" and found.smooth and found.parts == ("encoder",)
+    assert algorithms.by_name("awq-gptq", "encoder") == algorithms.by_name("awq+gptq", "encoder")
+    rows = algorithms.by_name("clip+gptq", "denoiser", algorithms.Effort(rows=7))
+    assert [s.rows for s in rows.stages] == [7, 7] and not rows.needs_target and not rows.smooth
+    bad = ("gptq+clip", "clip+clip", "nearest+gptq", "clip+", "+", "clip+magic", "awq+awq")
+    for name in bad:
+        with pytest.raises(SchemeError):
+            algorithms.by_name(name, "encoder")
+    with pytest.raises(SchemeError):  # awq is for encoders
+        algorithms.by_name("awq+gptq", "denoiser")
+
+
+# --- omniquant ------------------------------------------------------------------------------------
+
+
+def test_what_is_learnt_is_what_is_kept(case: Case) -> None:
+    """The weight that the loss sees is that of the codes, whatever the format."""
+    forms = (Format(4, symmetric=False, group=8), Format(3, symmetric=False), schemes.W8A8.weight)
+    for form in (*forms, Format(4, symmetric=False, ranges="mse", group=8, smooth=True)):
+        weight = next(layer for _, layer in layers(case.block)).weight
+        one = Learnt(weight, form, QTensor.nearest(weight, form))
+        with torch.no_grad():
+            one.ends += 0.2 * torch.randn(
+                one.ends.shape, generator=torch.Generator().manual_seed(0)
+            )
+            one.soften()
+        torch.testing.assert_close(one.soft, one.qtensor().dequantize(), rtol=1e-5, atol=1e-6)
+
+
+def test_learnt_ranges_are_nearer_than_searched_ones(case: Case) -> None:
+    """On the block's output, from ranges that were searched a layer at a time."""
+    scheme = Scheme("w3", Format(3, symmetric=False, ranges="mse", group=8))
+    clipped = case.run(Clip(), scheme)
+    learnt = case.run(OmniQuant(iterations=100), scheme, before=clipped)
+    assert case.error(learnt) < 0.95 * case.error(clipped)
+    rounded = case.run(Stages((OmniQuant(iterations=10), GPTQ())), scheme, before=learnt)
+    again = case.run(OmniQuant(iterations=10), scheme, before=learnt)
+    for name, q in rounded.items():
+        assert torch.equal(q.scale, again[name].scale), "GPTQ rounds in these ranges"
+
+
+def test_ranges_stay_where_nothing_is_gained_or_can_be_learnt(case: Case) -> None:
+    clipped = case.run(Clip(), W2)
+    for method in (OmniQuant(iterations=0), OmniQuant(iterations=3, lr=5.0)):
+        for name, q in case.run(method, W2, before=clipped).items():
+            assert q is clipped[name]
+    fp8 = case.run(OmniQuant(iterations=3), schemes.FP8)
+    for name, q in fp8.items():
+        weight = case.block.get_submodule(name).weight
+        assert torch.equal(q.qdata, QTensor.nearest(weight, schemes.FP8.weight).qdata)
+
+
+def test_tokens_that_do_not_count_teach_nothing() -> None:
+    """Ranges are the same whatever stands where a text is filled up."""
+    draw = torch.Generator().manual_seed(0)
+    layer, x = nn.Linear(16, 8), torch.randn(12, 5, 16, generator=draw)
+    counted = torch.ones(12, 5, dtype=torch.int64)
+    counted[:, 3:] = 0
+    found = []
+    for size in (1.0, 100.0):
+        filled = x.clone()
+        filled[:, 3:] *= size
+        bank = Bank(((Rows(0),), {}), {0: filled}, {}, torch.zeros(12, dtype=torch.int64), counted)
+        with frozen(layer):
+            target = layer(filled).detach()
+            found.append(OmniQuant(iterations=20)(layer, {"": W2}, bank, target)[""])
+    assert torch.equal(found[0].scale, found[1].scale)
+    assert torch.equal(found[0].qdata, found[1].qdata)

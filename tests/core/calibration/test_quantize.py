@@ -126,7 +126,7 @@ def test_a_user_says_how_weights_round(tiny: Any, recorded: Any, monkeypatch: An
     assert used("nearest") == {"RoundToNearest"}
     assert used("adaround") == used(None, "thorough") == {"RoundToNearest", "AdaRound"}
     assert used("gptq", "thorough") == {"RoundToNearest", "GPTQ"}
-    with pytest.raises(SchemeError, match="adaround, gptq, nearest"):
+    with pytest.raises(SchemeError, match="adaround, clip, gptq, nearest"):
         used("best")
     with pytest.raises(SchemeError, match="recipe"):
         quantize(model, recipe(model, schemes.W4A8), recorded("home"), rounding="gptq")

@@ -9,6 +9,7 @@ import copy
 import itertools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -211,6 +212,29 @@ def test_a_stored_range_waits_for_nothing() -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_steps_of_a_run_wait_for_nothing() -> None:
+    """Once a few steps have been read, the device is never waited for: not by DDIM either."""
+    pipe = tiny.stable_diffusion("StableDiffusionPipeline").to("cuda")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    seen = list[int]()
+
+    def after(pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        torch.cuda.set_sync_debug_mode("error" if 4 < step < 18 else "default")
+        return given
+
+    given = {"output_type": "latent", "height": 16, "width": 16, "num_inference_steps": 20}
+    with tn.attach(pipe, "w8a8", execution="int8", speedup=2):
+        for _ in range(2):
+            try:
+                pipe("a dog", callback_on_step_end=after, **given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == 40
 
 
 @pytest.mark.parametrize("width", ["w4", "w8"])

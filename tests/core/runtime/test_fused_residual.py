@@ -168,6 +168,7 @@ def test_the_operations_in_graphs() -> None:
 
 @pytest.mark.skipif(HERE == "cpu", reason="there is no GPU, where products are 8-bit operations")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code")  # complex rotations
 @pytest.mark.parametrize("kind", ["flux", "sd3", "qwen-image"])
 @pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
 def test_on_a_card(scheme: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

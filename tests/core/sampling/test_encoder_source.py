@@ -103,7 +103,7 @@ def test_what_cannot_be_gets_one_sentence_and_no_file(what: str, tmp_path: Path)
     ("given", "said"),
     [
         ({"scheme": "w3"}, "has w4a8, w4a16, w8a8, fp8, nvfp4, not 'w3'"),
-        ({"method": "magic"}, "rtn, awq, gptq, awq-gptq, not by 'magic'"),
+        ({"method": "magic"}, "rtn, awq, gptq, awq.gptq, not by 'magic'"),
         ({"consumer": "sdxl"}, "Unknown consumer 'sdxl'"),
         ({"config": "."}, "--config is for a single file"),
         ({"embeddings": "int4"}, "Embeddings are in bf16 or int8, not in 'int4'"),

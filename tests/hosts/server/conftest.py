@@ -140,7 +140,7 @@ NEEDED = ("assets/forecast-default.safetensors",)  # of the large folders
 
 
 def _packs(folder: Path) -> None:
-    """The clone as git would make it, and the other pack."""
+    """The clone as git would make it, the other pack, and one that makes text encoders small."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -156,6 +156,7 @@ def _packs(folder: Path) -> None:
     (other / "core").mkdir(parents=True)
     (other / "core" / "__init__.py").write_text("WHOSE = 'theirs'\n")
     (other / "__init__.py").write_text(OTHER)
+    shutil.copyfile(Path(__file__).with_name("small_encoders.py"), folder / "small_encoders.py")
 
 
 @pytest.fixture(scope="session")
@@ -173,9 +174,10 @@ def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Started once, with a folder of its own for everything that it writes."""
     base, port = tmp_path_factory.mktemp("comfyui"), _port()
     _packs(base / "custom_nodes")
-    for folder in checkpoints.iterdir():
-        (base / "models").mkdir(exist_ok=True)
-        (base / "models" / folder.name).symlink_to(folder)
+    for file in checkpoints.glob("*/*.safetensors"):
+        place = base / "models" / file.relative_to(checkpoints)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(file)
     (base / "models" / "tenuto").mkdir()
     flags = (
         f"main.py --cpu --listen 127.0.0.1 --port {port} --disable-api-nodes --disable-auto-launch"

@@ -1,6 +1,6 @@
 """ComfyUI's own page in Chromium: loads a workflow, looks at its nodes, takes its image.
 
-    python page.py URL      renders the image of every file in example_workflows/
+    python page.py URL [NAME...]    renders the images of example_workflows/, of all by default
 
 An image has the hash of its workflow in its comment: a test compares the two.
 """
@@ -101,11 +101,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(json.dumps(json.loads(path.read_text("utf-8"))).encode()).hexdigest()
 
 
-def main(url: str) -> None:
-    """Render every image anew."""
+def main(url: str, *names: str) -> None:
+    """Render images anew."""
     from PIL import Image
 
-    for path in sorted(WORKFLOWS.glob("*.json")):
+    for path in [p for p in sorted(WORKFLOWS.glob("*.json")) if not names or p.stem in names]:
         with opened(url) as page:
             found = picture(page, load(page, json.loads(path.read_text("utf-8"))))
         image = Image.open(io.BytesIO(found)).convert("RGB")
@@ -113,4 +113,4 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

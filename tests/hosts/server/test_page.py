@@ -26,6 +26,28 @@ def _page() -> Any:
 
 
 page = _page()
+ALONE = """async () => {
+    window.app.graph.clear()
+    for (const kind of Object.keys(LiteGraph.registered_node_types))
+        if (kind.startsWith("Tenuto_")) window.app.graph.add(LiteGraph.createNode(kind))
+    await new Promise((done) => setTimeout(done, 500))
+    const pen = document.createElement("canvas").getContext("2d")
+    pen.font = `${LiteGraph.NODE_TEXT_SIZE}px Arial`
+    return window.app.graph.nodes.map((node) => ({
+        type: node.type, width: node.size[0],
+        title: pen.measureText(node.title).width + 2 * LiteGraph.NODE_TITLE_HEIGHT,
+        widgets: Object.fromEntries((node.widgets || []).map((w) => [w.name, w.value ?? null])),
+    }))
+}"""
+RUN = """async () => {
+    await window.app.queuePrompt(0, 1)
+    const shown = (node) => node.widgets?.find((one) => one.name === "shown")
+    const reports = window.app.graph.nodes.filter((node) => node.type === "Tenuto_Report")
+    for (let i = 0; i < 600 && !reports.some((node) => shown(node)?.value); i++)
+        await new Promise((done) => setTimeout(done, 100))
+    const sent = (await window.app.graphToPrompt()).output
+    return reports.map((node) => [shown(node)?.value ?? null, sent[node.id].inputs])
+}"""
 
 
 @pytest.fixture
@@ -42,11 +64,14 @@ def tab(server: Any) -> Iterator[Any]:
         file.unlink()
 
 
-def test_there_are_two() -> None:
-    assert [path.stem for path in FLOWS] == ["tenuto-calibrate", "tenuto-use"]
+OWN = [path for path in FLOWS if "speed-up" not in path.stem]  # the others: test_templates.py
 
 
-@pytest.mark.parametrize("path", FLOWS, ids=lambda path: path.stem)
+def test_there_are_two_that_use_an_artifact() -> None:
+    assert [path.stem for path in OWN] == ["tenuto-calibrate", "tenuto-use"]
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_every_node_is_there_and_none_is_red(tab: Any, path: Path) -> None:
     flow = json.loads(path.read_text("utf-8"))
     for node in flow["nodes"]:  # of whom newer pages draw a loader red whose file is not there
@@ -79,6 +104,46 @@ def test_a_node_that_is_missing_would_be_noticed(server: Any, tab: Any) -> None:
     version = server.get("/system_stats")["system"]["comfyui_version"]
     if version.startswith("0.3."):  # newer pages say it elsewhere than in a dialog
         assert page.complaints(tab)
+
+
+def test_every_node_alone(server: Any, tab: Any) -> None:
+    """At its first size the whole title is seen; no field is undefined."""
+    nodes = {node["type"]: node for node in tab.evaluate(ALONE)}
+    assert len(nodes) >= 9
+    assert not [kind for kind, node in nodes.items() if node["width"] < node["title"]]
+    assert not [kind for kind, node in nodes.items() if None in node["widgets"].values()]
+    prompts = sorted(p.name for p in (server.base / "models" / "tenuto_prompts").glob("*.*"))
+    assert nodes["Tenuto_LoadPrompt"]["widgets"]["name"] in (prompts or ["no file yet"])
+    # Another seed would be another calibration: it could not go on where it was stopped.
+    assert nodes["Tenuto_Calibrate"]["widgets"]["control_after_generate"] == "fixed"
+
+
+def test_a_list_without_files(server: Any, make: Any) -> None:
+    for kind, folder in (("LoadPrompt", "tenuto_prompts"), ("LoadArtifact", "tenuto")):
+        ours = make.node(f"Tenuto_{kind}", name="no file yet")
+        said = server.refused({"1": ours, "2": make.node("PreviewAny", source=["1", 1])})
+        assert f"There is no file in models/{folder} yet: " in said
+
+
+@pytest.mark.slow
+def test_a_report_shows_itself_unless_another_node_does(tab: Any) -> None:
+    flow = json.loads(FLOWS[0].with_name("tenuto-speed-up-sd15.json").read_text("utf-8"))
+    nodes = {node["type"]: node for node in flow["nodes"]}
+    nodes["CheckpointLoaderSimple"]["widgets_values"] = ["tiny_sd15.safetensors"]
+    nodes["EmptyLatentImage"]["widgets_values"] = [64, 64, 1]
+    nodes["KSampler"]["widgets_values"][2] = 9
+    twin = copy.deepcopy(nodes["Tenuto_Report"]) | {"id": 100, "pos": [2000, 0]}
+    for slot, (kind, link) in enumerate({"Tenuto_SpeedUp": 100, "KSampler": 101}.items()):
+        output = nodes[kind]["outputs"][0]
+        output["links"].append(link)
+        twin["inputs"][slot]["link"] = link
+        flow["links"].append([link, nodes[kind]["id"], 0, 100, slot, output["type"]])
+    twin["outputs"][0]["links"] = []
+    flow["nodes"].append(twin)
+    page.load(tab, flow)
+    (linked, _), (alone, sent) = tab.evaluate(RUN)
+    assert linked is None and "calls of the model skipped and forecast" in alone
+    assert sorted(sent) == ["model", "samples"], "what is shown is not sent"
 
 
 @pytest.mark.parametrize("path", FLOWS, ids=lambda path: path.stem)

@@ -13,7 +13,10 @@ else a class may say: `aliases`, further names; `parts`, of a pipeline that it i
 unless it says so); `smooth`, that it scales the columns of a weight, which the format then has to
 store; `even`, that it needs values of equal distances; `together`, that it shares its work by
 `processes()` itself, where several processes do a job (else one of them does it);
-`at(effort)`, a class method, itself at an `Effort`.
+`at(effort)`, a class method, itself at an `Effort`; `stage`, one of `STAGES`, that it can be one of
+several that follow each other (`stages.py`): all but a transform then take `before`, {name:
+QTensor} of the stages before it, or of the layers rounded to nearest where they are known, whose
+ranges and scales of columns it keeps where it searches none itself.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from ...errors import SchemeError
 from ...resources import classes, found
 
 PARTS = ("denoiser", "encoder")
+CHAINS = {"awq-gptq": "awq+gptq"}  # further names of chains
+STAGES = ("transform", "clip", "reconstruct")  # what a stage does, in the order of a chain
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Effort:
     batch: int = 16
 
 
+def spelled(name: str) -> str:
+    """The name of an algorithm or a chain of them as it is kept: others are of older versions."""
+    return CHAINS.get(name, name)
+
+
+def goes_on(algorithm: Any) -> bool:
+    """Whether it takes `before`: what the layers are so far."""
+    return getattr(algorithm, "stage", None) in STAGES[1:]
+
+
 def names(part: str) -> tuple[str, ...]:
     """The algorithms for a part of a pipeline, "denoiser" or "encoder", by name."""
     return tuple(n for n, cls in classes(__name__).items() if part in getattr(cls, "parts", PARTS))
@@ -48,8 +63,15 @@ def names(part: str) -> tuple[str, ...]:
 def by_name(name: str, part: str, effort: Effort | None = None) -> Any:
     """The algorithm called `name` for such a part at this effort; None: with its own defaults.
 
-    SchemeError names the choices.
+    Names with a plus between them are stages that follow each other, such as "awq+clip+gptq";
+    "awq-gptq" is an older name of such a chain. SchemeError names the choices, or the order of
+    stages.
     """
+    name = spelled(name)
+    if "+" in name:
+        from .stages import Stages  # imports algorithms, which import this
+
+        return Stages(tuple(by_name(one, part, effort) for one in name.split("+")))
     known = names(part)
     for own, cls in classes(__name__).items():
         if own in known and name in (own, *getattr(cls, "aliases", ())):

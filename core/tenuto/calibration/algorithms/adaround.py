@@ -105,7 +105,9 @@ class AdaRound:
         roundings = self._started(block, layers, bank, seed, on_progress)
         if not self.asymmetric:
             target = outputs(block, bank, device)
-        patches = [override_(block.get_submodule(n), _forward(r)) for n, r in roundings.items()]
+        patches = [
+            override_(block.get_submodule(n), with_soft_weight(r)) for n, r in roundings.items()
+        ]
         optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=self.lr)
         fit = _Fit(self, block, bank, target, list(roundings.values()))
         draw = torch.Generator().manual_seed(seed)
@@ -194,13 +196,13 @@ class _Fit:
         return (first_tensor(self.block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
 
 
-def _forward(rounding: Rounding) -> Callable[..., Tensor]:
-    """A layer's forward with the soft weight."""
+def with_soft_weight(layer: Any) -> Callable[..., Tensor]:
+    """A layer's forward with the weight that is `layer.soft` in that call."""
 
     def forward(original: Callable[..., Tensor], module: Any, *args: Any, **named: Any) -> Tensor:
         x = next(tensors_in((args, named)))
         if isinstance(module, nn.Conv2d):
-            return module._conv_forward(x, rounding.soft, module.bias)
-        return F.linear(x, rounding.soft, module.bias)
+            return module._conv_forward(x, layer.soft, module.bias)
+        return F.linear(x, layer.soft, module.bias)
 
     return forward

@@ -39,6 +39,7 @@ class AWQ:
     ratios: int = 20
 
     name: ClassVar[str] = "awq"
+    stage: ClassVar[str] = "transform"
     parts: ClassVar[tuple[str, ...]] = ("encoder",)
     smooth: ClassVar[bool] = True
     needs_inputs = True
@@ -76,7 +77,7 @@ class AWQ:
             return token_error(block, bank, rows, target, device)
 
         for group in shared_inputs(block, list(layers), bank, device):
-            size = self._size(block, group[0], bank, rows, device)
+            size = mean_size(block, group[0], bank, rows, device)
             weights = {name: weight_of(block, name).clone() for name in group}
             best, least = {}, math.inf
             for place, tried in enumerate(self._candidates(weights, forms, size)):
@@ -92,25 +93,31 @@ class AWQ:
             done += len(group)
         return found
 
-    def _size(self, block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor:
-        """The mean |x| (K,) of what the layer sees; a Conv2d's groups as one."""
-        size, count = torch.zeros((), device=device), 0
-        layer = block.get_submodule(name)
-        for seen in inputs_seen(block, [name], bank, rows, device):
-            if name in seen:
-                x = patches(layer, seen[name]).flatten(0, 1).float()
-                size, count = size + x.abs().sum(0), count + len(x)
-        return size / max(1, count)
-
     def _candidates(
-        self, weights: dict[str, Tensor], forms: dict[str, Format], size: Tensor
+        self, weights: dict[str, Tensor], forms: dict[str, Format], size: Tensor | None
     ) -> Iterator[dict[str, QTensor]]:
-        """Layers that share an input, with every s. size: mean |x| (K,)."""
-        able = all(forms[n].smooth for n in weights)
+        """Layers that share an input, with every s. size: mean |x| (K,), if they have seen any."""
+        able = size is not None and all(forms[n].smooth for n in weights)
         for step in range(self.ratios if able else 1):
-            s = size.pow(step / self.ratios).clamp_min(1e-4)
-            s = s / (s.max() * s.min()).sqrt()
-            yield {n: rounded(w, forms[n], s) for n, w in weights.items()}
+            s = torch.ones(1) if size is None else scale_of(size, step / self.ratios)
+            yield {n: rounded(w, forms[n], s.to(w.device)) for n, w in weights.items()}
+
+
+def mean_size(block: nn.Module, name: str, bank: Bank, rows: Tensor, device: Any) -> Tensor | None:
+    """The mean |x| (K,) of what the layer sees, a Conv2d's groups as one; None: it sees nothing."""
+    size, count = torch.zeros((), device=device), 0
+    layer = block.get_submodule(name)
+    for seen in inputs_seen(block, [name], bank, rows, device):
+        if name in seen:
+            x = patches(layer, seen[name]).flatten(0, 1).float()
+            size, count = size + x.abs().sum(0), count + len(x)
+    return size / count if count else None
+
+
+def scale_of(size: Tensor, ratio: float) -> Tensor:
+    """s (K,) of mean |x| (K,) and r, of a geometric mean of 1 between its ends."""
+    s = size.pow(ratio).clamp_min(1e-4)
+    return s / (s.max() * s.min()).sqrt()
 
 
 def rounded(weight: Tensor, form: Format, scale: Tensor) -> QTensor:

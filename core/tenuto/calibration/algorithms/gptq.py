@@ -30,7 +30,7 @@ from ...sampling import processes
 from ..bank import Bank
 from ..columns import Columns, columns_of
 from ..compensation import Factor, compensated, descended, gram_of, mirrored, slope_of
-from ..moments import CHUNK, InputsSeen, patches, shared_inputs
+from ..moments import CHUNK, InputsSeen, over, patches, shared_inputs
 from . import Effort
 from .nearest import RoundToNearest, weight_of
 
@@ -50,10 +50,10 @@ class GPTQ:
     asymmetric: bool = True
 
     name: ClassVar[str] = "gptq"
+    stage: ClassVar[str] = "reconstruct"
     together: ClassVar[bool] = True
     needs_inputs = True
     needs_target = False
-    takes_plain = True
 
     @classmethod
     def at(cls, effort: Effort) -> GPTQ:
@@ -68,15 +68,15 @@ class GPTQ:
         bank: Bank,
         target: Tensor | None = None,
         *,
+        before: Mapping[str, QTensor] | None = None,
         seed: int = 0,
         on_progress: Callable[[int, int, str], None] | None = None,
-        plain: Mapping[str, QTensor] | None = None,
     ) -> dict[str, QTensor]:
-        """The weights of `layers`; there is no `target`. plain: some of them to nearest, if known.
+        """The weights of `layers`; there is no `target`.
 
-        Their grids need not be searched again then.
+        before: what they are so far, by name: their ranges and scales of columns stay. Of weights
+        to nearest those are what would be searched for.
         """
-        grids = {n: q.grid(layers[n].weight) for n, q in (plain or {}).items()}
         device = next(block.parameters()).device
         whole, block, done = block, private_copy(block), 0
         draw = torch.Generator().manual_seed(seed)
@@ -95,8 +95,8 @@ class GPTQ:
             def rounded(name: str) -> dict[str, Tensor]:
                 weight, form = weight_of(whole, name), layers[name].weight
                 gap = gaps.get(name)  # noqa: B023
-                given = gram, gap, known, grids.get(name)  # noqa: B023
-                return self.weight(weight, form, *given).tensors(name)
+                start = None if before is None else before[name]
+                return self.weight(weight, form, gram, gap, known, start).tensors(name)  # noqa: B023
 
             for name, made in zip(group, processes().each(group, rounded), strict=True):
                 layer: Any = block.get_submodule(name)
@@ -105,8 +105,8 @@ class GPTQ:
                 )
                 layer.weight.data.copy_(found[name].dequantize())
         never = {name: scheme for name, scheme in layers.items() if name not in found}
-        found |= RoundToNearest()(whole, never)  # what the block does not call
-        return {name: found[name] for name in layers}
+        plain = RoundToNearest()(whole, never) if before is None else before
+        return {n: found.get(n) or plain[n] for n in layers}  # some the block does not call
 
     def _moments(
         self,
@@ -169,14 +169,18 @@ class GPTQ:
         gram: Tensor,
         gap: Tensor | None = None,
         known: dict[tuple[int, int], Factor] | None = None,
-        grid: Grid | None = None,
+        start: QTensor | None = None,
     ) -> QTensor:
         """One weight (N, ...) given A (G, K, K) and D (G, N / G, K); no D: 0.
 
-        known: what other layers with the same A have made of it; it is added to. grid: of the
-        weight, where that is known.
+        known: what other layers with the same A, and the same scale of each column, have made of
+        it; it is added to. start: whose ranges and scales of columns it keeps.
         """
-        grid, groups = grid or Grid.of(weight, form), len(gram)
+        channel, shape, groups = None if start is None else start.channel, weight.shape, len(gram)
+        grid = Grid.of(weight, form) if start is None else start.grid(form)
+        if channel is not None:  # W s is rounded, for inputs over s
+            weight = (weight.flatten(1) * channel).view(shape)
+            gap = None if gap is None else gap / channel
         columns, rows = weight.shape[1:].numel(), len(weight) // groups
         size = size_for(columns) if form.rotate else 0
         values = columns_of(grid, columns)
@@ -184,11 +188,12 @@ class GPTQ:
         levels = []
         for at, w in enumerate(_by_group(weight, groups).float()):
             if (at, size) not in known:
-                known[at, size] = Factor.of(both(gram[at], size), self.damping)
+                a = gram[at] if channel is None else over(gram[at], channel)
+                known[at, size] = Factor.of(both(a, size), self.damping)
             d = None if gap is None else rotated(gap[at], size)
             some = values.rows(slice(at * rows, (at + 1) * rows))
             levels.append(self.rounded(butterfly(w, size), d, known[at, size], some))
-        return QTensor.of(torch.cat(levels).view(weight.shape), grid)
+        return QTensor.of(torch.cat(levels).view(shape), grid, channel)
 
     def rounded(self, weight: Tensor, gap: Tensor | None, of: Factor, grid: Columns) -> Tensor:
         """Levels (N, K) of a weight (N, K). gap: D (N, K)."""
