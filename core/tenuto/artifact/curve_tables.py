@@ -37,7 +37,13 @@ def with_rows(artifact: Artifact) -> Artifact:
         tensors[key] = half(Curves.from_tensors(tensors, key).rows())
         for end in BESIDE:
             del tensors[key + end]
-    return replace(artifact, tensors=tensors)
+    facts = artifact.header["temporal"]
+    modules = {
+        name: {key: value for key, value in about.items() if key != "curves"}
+        for name, about in facts["modules"].items()
+    }
+    header = artifact.header | {"temporal": facts | {"modules": modules}}
+    return replace(artifact, header=header, tensors=tensors)
 
 
 def parts_needed(key: str, codes: Tensor, steps: int, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
             continue
         rows = [values[f"{name}.{number}"] for number in range(len(about["outputs"]))]
         if _is_swapped(keys, name):
-            rows = [swapped(t.mT).mT.contiguous() for t in rows]
+            rows = [_swapped_last(t) for t in rows]
         if len(hosts) == 1:
             groups = [(hosts[0], rows, about["outputs"], about["single"])]
         else:
@@ -185,6 +185,11 @@ def _is_swapped(keys: KeyMap, name: str) -> bool:
     """Whether a module is a layer whose outputs have changed places in the host."""
     place = keys.places.get(f"{name}.weight")
     return place is not None and place.swapped
+
+
+def _swapped_last(table: Tensor) -> Tensor:
+    """The outputs (T, ..., C) of such a layer, or their codes, with the halves in other order."""
+    return swapped(table.movedim(-1, 0)).movedim(0, -1).contiguous()
 
 
 class _Split:
@@ -256,7 +261,7 @@ class _Split:
                 for n in range(len(about.get("outputs", ()))):
                     for end, t in parts_of_table(values, f"{host}.{n}").items():
                         if not end and _is_swapped(self.keys, name):
-                            t = swapped(t.mT).mT.contiguous()
+                            t = _swapped_last(t)
                         self.tensors[f"temporal/{name}.{n}{end}"] = t
         self.header["temporal"] = facts | {"modules": modules}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import SchemeError
 from ...numerics import Curves, half
-from ...numerics.curves import size
+from ...numerics.curves import CODES, size
 
 BUDGET = 0.5  # of what all tables take in fp16, where nobody says more
 CURVES = 64  # of one output, at most
@@ -53,9 +53,22 @@ def check_budget(budget: float | None, choice: str) -> float:
 
 
 def at_half(rows: Tensor) -> Curves:
-    """`rows` as curves of at most half the bytes that they take in fp16, and at least one."""
-    most = half(rows).nbytes // 2
-    return Curves.of(rows, max(1, most // size(len(rows), rows[0].numel(), 1)))
+    """`rows` as curves in half the bytes that they take in fp16.
+
+    Where these are further off than rows in int8 would be, as those of few steps may be, a few more
+    are taken: until it is not so, and never so many that they take what fp16 does.
+    """
+    flat, full = rows.detach().cpu().double().flatten(1), half(rows).nbytes
+    one = size(len(rows), rows[0].numel(), 1)
+    fewest, most = max(1, full // 2 // one), max(1, min(len(rows), (full - 1) // one))
+    curves = Curves.of(rows, max(fewest, most))
+    unit = flat.abs().amax(1, keepdim=True).clamp_min(1e-12) / CODES
+    enough = float(((flat / unit).round() * unit - flat).square().sum())
+    for count in range(fewest, len(curves.codes)):
+        found = curves.first(count).rows().double().flatten(1)
+        if float((found - flat).square().sum()) <= enough:
+            return curves.first(count)
+    return curves
 
 
 @dataclass(frozen=True)
