@@ -10,7 +10,8 @@ absolute value. All others share the weights of one calibration whose time path 
 in the time path alone: `tiar` (ranges as elsewhere), `tiar+fsc` (one range a step), `table` (fp16),
 `int8`, `select 50%` and so on (of the table's bytes), and `table, one maximum` (int8 rows, a scale
 for each output and step). `paper`: 4 bits with one range an output channel, first and last layers
-in float, inputs with one range a layer. PSNR and LPIPS are to full precision at equal seeds, over
+in float, inputs with one range a layer; `alone`: W4A8 of the time path, all else in float, where
+what it costs is seen without other noise. PSNR and LPIPS are to full precision at equal seeds, over
 prompts of "evaluation"; error: 1 - cosine of the time path's outputs; bytes: of its codes, ranges
 and tables. s: to calibrate, without recording; of rows that share weights these are counted in.
 One JSON line a row; rows that `--out` has are not made again, and a table follows.

@@ -25,6 +25,7 @@ _ONE = Format(8, symmetric=False, granularity="tensor")
 SETTINGS: dict[str, Scheme] = {
     "w8a8": tn.schemes.W8A8, "w4a8": tn.schemes.W4A8,
     "paper": Scheme("w4a8-paper", Format(4, symmetric=False, ranges="mse"), _ONE),
+    "alone": tn.schemes.W4A8,
 }  # fmt: skip
 WHOLE = ("nearest", "reconstructed", "one maximum")
 LARGEST = "table, one maximum"
@@ -57,16 +58,18 @@ class Bench:
     def recipe(self, scheme: Scheme, rounding: str, everywhere: bool = False) -> Recipe:
         """Weights by `rounding`, 8-bit ones of the setting too; everywhere: of the time path too.
 
-        In the papers' setting first and last layers are in float.
+        In the papers' setting first and last layers are in float, and alone all but the time path.
         """
         backbone, algorithm = tn.describe(self.denoiser), by_name(
             rounding, "denoiser", self.kind.effort
         )  # fmt: skip
         *rules, last = recipe_for(scheme, backbone, algorithm).rules
-        if self.setting == "paper":
+        if self.setting in ("paper", "alone"):
             rules = [r if r.scheme == scheme else replace(r, scheme=None) for r in rules]
         if everywhere:
             rules = [replace(r, algorithm=algorithm) if r.scheme == scheme else r for r in rules]
+        if self.setting == "alone":
+            return Recipe((*rules, replace(last, scheme=None)))
         return Recipe((*rules, replace(last, algorithm=algorithm)))
 
     def quantized(self, recipe: Recipe, temporal: str) -> tuple[Artifact, float]:
