@@ -5,8 +5,8 @@
 
 Folders of encoders are made by convert_t5.py, convert_minilm.py, convert_gguf.py, convert_nomic.py.
 An encoder is calibrated on `--prompts` of the list "general" and measured on the quarter of it that
-nothing uses: relative L2 of its states to full precision. No prompt is held out to put back what
-calibration made worse, as `tenuto quantize` does: what is measured is the algorithm. `--blocks`
+nothing uses: relative L2 of its states to full precision. What calibration made worse is not put
+back, as `tenuto quantize` does it by further prompts: what is measured is the algorithm. `--blocks`
 leaves the first ones alone, so that a large encoder is affordable. A denoiser is calibrated on
 recorded runs of "default" and measured on runs of "evaluation": relative L2 of what it returns,
 over all steps, first and last layers in 8 bits. Inputs are in 8 bits (a range a token) in w8a8 and

@@ -37,9 +37,9 @@ from tenuto.artifact import Artifact
 from tenuto.caching import SAFE, Forecast, about_db
 from tenuto.errors import TenutoError
 from tenuto.resources import asset
-from tests.app.kernels import kernel
+from tests.app.kernels import kernel, without_forecast
 
-SHIPPED = "shipped:demo-unet.w4a8-router"  # made before there were forecasts
+WITHOUT = "without"  # an artifact as of before there were forecasts
 MODEL = "demo:unet"
 
 
@@ -57,6 +57,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = Artifact.load(asset(f"artifacts/demo-unet.{source}.safetensors"))
         made.add_forecast(kernel()).header["forecast"] |= more
         made.save(folder / f"{name}.safetensors")
+    old = without_forecast(asset("artifacts/demo-unet.w8a8.safetensors"))
+    old.save(folder / f"{WITHOUT}.safetensors")
     return folder
 
 
@@ -134,7 +136,7 @@ def test_a_sampler_with_noise_of_its_own_skips_nothing(
         assert slider.interactive is False and "noise of its own" in said
 
 
-@pytest.mark.parametrize("artifacts", [SHIPPED, "", [], ["plain", SHIPPED]])
+@pytest.mark.parametrize("artifacts", [WITHOUT, "", [], ["plain", WITHOUT]])
 def test_without_a_forecast_of_its_own_the_shipped_one_is_told(
     bench: Bench, artifacts: Any
 ) -> None:
@@ -182,7 +184,7 @@ def test_a_moved_slider_computes_nothing_anew(
     usual = caching.Programme
     monkeypatch.setattr(caching, "Programme", lambda steps: made.append(steps) or usual(steps))
     for value in (1, 1.5, 2):
-        assert "data-calls" in told(bench, value, MODEL, SHIPPED, 23)[1]
+        assert "data-calls" in told(bench, value, MODEL, WITHOUT, 23)[1]
     assert len(made) == 1
 
 
@@ -191,7 +193,7 @@ def test_auto_is_as_fast_as_is_predicted_unseen(bench: Bench) -> None:
     folder = bench.places.model(MODEL)
     own, foreign = known(bench.places.artifact("plain")), shipped(MODEL)
     for names, forecasts in (
-        (["plain"], [own]), ([], [foreign]), (["plain", SHIPPED], [own, foreign]),
+        (["plain"], [own]), ([], [foreign]), (["plain", WITHOUT], [own, foreign]),
     ):  # fmt: skip
         value = safest(bench, MODEL, names, 20)
         exact = automatic(folder, [bench.places.artifact(name) for name in names], 20)
@@ -263,7 +265,7 @@ def test_a_calibration_that_is_done_shows_its_forecast(bench: Bench, tmp_path: P
         job.result = {"name": name}
         said = calibrate.seen(bench, job)[8]
         assert ("of 20 calls can be skipped: no difference" in said and "<polyline" in said) is has
-    assert not speedup_fields.forecast_of(bench, SHIPPED)
+    assert not speedup_fields.forecast_of(bench, WITHOUT)
 
 
 def test_a_damaged_forecast_is_told(bench: Bench, tmp_path: Path) -> None:
@@ -287,23 +289,23 @@ def test_a_slider_that_cannot_be_moved_counts_for_nothing(bench: Bench) -> None:
     for artifacts in ("none", ["plain", "none"]):
         assert usable(bench, MODEL, artifacts, 2) == 1
     assert usable(bench, "no model", "plain", 2) == 1
-    for artifacts in ("plain", ["plain", "preset"], SHIPPED, "", None, []):
+    for artifacts in ("plain", ["plain", "preset"], WITHOUT, "", None, []):
         assert usable(bench, MODEL, artifacts, 2) == 2
 
 
 def test_what_the_library_is_asked(bench: Bench) -> None:
     """1 is off: the cache schedule counts then, but for an artifact that skips by itself."""
-    files = {name: bench.places.artifact(name) for name in ("plain", "preset", SHIPPED)}
+    files = {name: bench.places.artifact(name) for name in ("plain", "preset", WITHOUT)}
 
     folder = bench.places.model(MODEL)
 
     def of(speedup: Any, *names: str) -> Any:
         return asked(folder, [files[name] for name in names], speedup)
 
-    assert (of(None, "preset"), of(1, "plain"), of(1, SHIPPED), of(1)) == (None,) * 4
+    assert (of(None, "preset"), of(1, "plain"), of(1, WITHOUT), of(1)) == (None,) * 4
     assert (of(1, "preset"), of(2, "plain"), of(2, "plain", "preset")) == (1, 2, 2)
-    assert (of(2, "plain", SHIPPED), of(1.5)) == (2, 1.5)
-    assert of("auto", "plain", SHIPPED) == "auto"
+    assert (of(2, "plain", WITHOUT), of(1.5)) == (2, 1.5)
+    assert of("auto", "plain", WITHOUT) == "auto"
 
 
 # --- a run ----------------------------------------------------------------------------------------

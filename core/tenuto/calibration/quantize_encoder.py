@@ -94,7 +94,7 @@ def quantize_encoder(
 
     width: "w8" or "w4" (a range per 32 columns). method: an algorithm's name, such as "gptq", or
     several with a plus between them.
-    The shipped list "general" is calibrated on too, but for a part that is held out: of calibrated
+    The shipped list "general" is calibrated on too, but for a part that checks it: of calibrated
     and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
     denoiser computes one call. max_memory, `work`, resuming and Cancelled are as in `quantize`.

@@ -93,7 +93,7 @@ def quantize_text_encoder(
     "qwen-image": whose template, padding and hidden states count. method: one of
     `ENCODER_METHODS` ("awq-gptq" is an older name of "awq+gptq"). embeddings: "bf16", or "int8"
     with a scale a row. prompts: calibrated on (none: the shipped list "captions") beside the list
-    "general", a part of which is held out. The report's `facts`, which the file's header has too,
+    "general", a part of which is left for a check. The report's `facts`, also in the file's header,
     tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
     max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
     before anything is written.
@@ -157,7 +157,7 @@ class EncoderCodes:
         notes: Mapping[str, Progress] | None = None,
         how: Mapping[str, Any] | None = None,
     ) -> EncoderCodes:
-        """Fold, round, and keep what is no worse than to nearest on what was held out.
+        """Fold, round, and keep what is no worse than to nearest on prompts left for that check.
 
         notes: of the parts "fold" and "blocks". how: further arguments of `encoder_job`.
         """

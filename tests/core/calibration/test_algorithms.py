@@ -133,7 +133,7 @@ def test_the_weights_are_of_the_scheme(cls: type, scheme: Scheme, case: Case) ->
         }
         grid, usual = q.grid(form), Grid.of(weight, form)
         if not searched:
-            assert torch.equal(grid.scale, usual.scale) and torch.equal(grid.zero, usual.zero)
+            torch.testing.assert_close((grid.scale, grid.zero), (usual.scale, usual.zero))
         columns = weight[0].numel()
         size = grid.size(columns).view(weight.shape)
         bottom, top = (t.view(weight.shape) for t in grid.limits(columns))
@@ -563,8 +563,8 @@ def test_a_stage_keeps_what_the_ones_before_found(case: Case) -> None:
     clipped = case.run(Clip(), W2, seed=1)
     found = case.run(Stages((Clip(), GPTQ())), W2, seed=1)
     for name, q in found.items():
-        assert torch.equal(q.scale, clipped[name].scale)
-        assert torch.equal(q.zero_point, clipped[name].zero_point)
+        torch.testing.assert_close(q.scale, clipped[name].scale)
+        torch.testing.assert_close(q.zero_point, clipped[name].zero_point)
     assert case.error(found) < 0.6 * case.error(clipped)
 
 
@@ -587,7 +587,8 @@ def test_scales_of_columns_go_through_a_chain() -> None:
         more = [algorithms.by_name(n, "encoder")(*given)[""] for n in ("awq+clip", "awq+clip+gptq")]
     assert first.channel is not None and first.channel.std() > 0.01
     for q in more:
-        assert q.channel is not None and torch.equal(q.channel, first.channel)
+        assert q.channel is not None
+        torch.testing.assert_close(q.channel, first.channel)
     assert error(more[0]) < error(first) and error(more[1]) < error(more[0])
 
 
@@ -632,7 +633,7 @@ def test_learnt_ranges_are_nearer_than_searched_ones(case: Case) -> None:
     rounded = case.run(Stages((OmniQuant(iterations=10), GPTQ())), scheme, before=learnt)
     again = case.run(OmniQuant(iterations=10), scheme, before=learnt)
     for name, q in rounded.items():
-        assert torch.equal(q.scale, again[name].scale), "GPTQ rounds in these ranges"
+        torch.testing.assert_close(q.scale, again[name].scale, rtol=1e-3, atol=0)  # GPTQ keeps it
 
 
 def test_ranges_stay_where_nothing_is_gained_or_can_be_learnt(case: Case) -> None:

@@ -24,10 +24,10 @@ from small_encoders import SIZES  # noqa: E402
 
 Tensors = dict[str, Tensor]
 FLOAT8 = torch.float8_e4m3fn
-POOL = 1 << 22  # values that are drawn; larger tensors repeat them
+POOL = 1 << 22  # random values; larger tensors repeat them
 
 
-class Draw:
+class RandomTensors:
     """Random tensors of the shapes of a module that has no memory."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -38,12 +38,12 @@ class Draw:
         """One: what is added to noise or multiplied with it stays of the size of one."""
         count = shape.numel()
         if len(shape) < 2:
-            drawn = 0.05 * self.pool[:count] + float(name.endswith(("weight", "scale", "gamma")))
+            values = 0.05 * self.pool[:count] + float(name.endswith(("weight", "scale", "gamma")))
         else:
             table = "embed" in name and "patch" not in name and "_embedder" not in name
-            drawn = self.pool * 0.7 * (0.1 if table else shape[1:].numel() ** -0.5)
-        drawn = drawn.to(self.dtype)
-        return drawn.repeat(-(-count // max(len(drawn), 1)))[:count].reshape(shape).clone()
+            values = self.pool * 0.7 * (0.1 if table else shape[1:].numel() ** -0.5)
+        values = values.to(self.dtype)
+        return values.repeat(-(-count // max(len(values), 1)))[:count].reshape(shape).clone()
 
     def all(self, module: nn.Module, prefix: str = "") -> Tensors:
         """Under `prefix`; whole numbers are left out, the host makes them."""
@@ -74,7 +74,7 @@ def encoder(kind: Any, file: str, name: str, **more: Any) -> nn.Module:
 def sdxl() -> Tensors:
     """All of SDXL's depth, at 320 channels on each level; both encoders, a tiny autoencoder."""
     unet = host("ldm.modules.diffusionmodules.openaimodel").UNetModel
-    made = Draw(torch.float16).all(
+    made = RandomTensors(torch.float16).all(
         built(
             unet, image_size=32, in_channels=4, out_channels=4, model_channels=320,
             channel_mult=[1, 1, 1], num_res_blocks=[2, 2, 2], use_spatial_transformer=True,
@@ -85,7 +85,7 @@ def sdxl() -> Tensors:
         ), "model.diffusion_model.",
     )  # fmt: skip
     text = host("clip_model").CLIPTextModel
-    clips = Draw(torch.float16).all(
+    clips = RandomTensors(torch.float16).all(
         encoder(text, "clip_config_bigg.json", "clip_g"), "clip_g.transformer."
     )
     clips |= {f"clip_l.transformer.{key}": value for key, value in clip_l().items()}
@@ -97,14 +97,14 @@ def sdxl() -> Tensors:
 def clip_l() -> Tensors:
     """A whole one."""
     model = host("sd1_clip").SDClipModel(device="meta", dtype=torch.float32)
-    return Draw(torch.float16).all(model.transformer)
+    return RandomTensors(torch.float16).all(model.transformer)
 
 
 def taesd(channels: int) -> Tensors:
     """A tiny autoencoder of images."""
     with torch.device("meta"):
         model = host("taesd.taesd").TAESD(latent_channels=channels)
-    found = Draw(torch.float16).all(model)
+    found = RandomTensors(torch.float16).all(model)
     return found | {
         name: torch.tensor(float(name.endswith("scale"))) for name in found if "vae_s" in name
     }
@@ -117,12 +117,12 @@ def wan_vae() -> Tensors:
             dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
             temperal_downsample=[False, True, True], dropout=0.0,
         )  # fmt: skip
-    return Draw().all(model)
+    return RandomTensors().all(model)
 
 
 def flux() -> Tensors:
     """A block of each sort."""
-    return Draw().all(
+    return RandomTensors().all(
         built(
             host("ldm.flux.model").Flux, in_channels=16, out_channels=16, patch_size=2,
             vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24,
@@ -140,13 +140,13 @@ def later(package: str, facts: dict[str, Any]) -> dict[str, Any]:
 
 def qwen_image() -> Tensors:
     """One block, in 8-bit floats as the file that it stands for."""
-    return Draw(FLOAT8).all(built(host("ldm.qwen_image.model").QwenImageTransformer2DModel,
+    return RandomTensors(FLOAT8).all(built(host("ldm.qwen_image.model").QwenImageTransformer2DModel,
                                   num_layers=1))  # fmt: skip
 
 
 def z_image() -> Tensors:
     """One layer and the four that refine."""
-    return Draw().all(
+    return RandomTensors().all(
         built(
             host("ldm.lumina.model").NextDiT, in_channels=16, dim=3840, n_layers=1, n_heads=30,
             n_kv_heads=30, qk_norm=True, cap_feat_dim=2560, axes_dims=[32, 48, 48],
@@ -159,14 +159,14 @@ def z_image() -> Tensors:
 def wan() -> Tensors:
     """Two blocks, two heads."""
     facts = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
-    return Draw().all(built(host("ldm.wan.model").WanModel, **facts))
+    return RandomTensors().all(built(host("ldm.wan.model").WanModel, **facts))
 
 
 def t5(file: str, name: str) -> Tensors:
     """One layer, and of the last of 24 what the host tells the size by."""
-    draw, seen = Draw(FLOAT8), "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
-    made = draw.all(encoder(host("text_encoders.t5").T5, file, name))
-    return made | {seen: draw(seen, torch.Size((10240, 4096)))}
+    random, seen = RandomTensors(FLOAT8), "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
+    made = random.all(encoder(host("text_encoders.t5").T5, file, name))
+    return made | {seen: random(seen, torch.Size((10240, 4096)))}
 
 
 def umt5() -> Tensors:
@@ -188,7 +188,7 @@ def umt5() -> Tensors:
 def llama(kind: str, name: str) -> Tensors:
     """Without what sees images; 8-bit floats, since the table of words is most of it."""
     made = encoder(getattr(host("text_encoders.llama"), kind), "", name)
-    found = Draw(FLOAT8).all(made)
+    found = RandomTensors(FLOAT8).all(made)
     return {key: value for key, value in found.items() if not key.startswith("visual.")}
 
 

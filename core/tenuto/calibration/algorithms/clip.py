@@ -3,7 +3,7 @@
 The search of AWQ (Lin et al. 2023, arXiv 2306.00978) as LLMC generalises it to ranges with a zero
 point (Gong et al. 2024, arXiv 2405.06001): of each range of a row, all else left alone,
     min over [low, high] of sum over tokens of (x_g . (w_g - Q(w_g; low, high)))^2,
-first both ends drawn in by the same share, 1, 0.95, ... 0.55, then each alone. With A = x^T x of
+first both ends at the same share of it, 1, 0.95, ... 0.55, then each alone. With A = x^T x of
 the columns g that error is d A d^T, d = w_g - Q(w_g), whatever the number of tokens.
 """
 
