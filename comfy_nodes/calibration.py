@@ -95,7 +95,8 @@ class Calibrate(io.ComfyNode):
                 io.Combo.Input(
                     "temporal", options=[*CHOICES], default="table",
                     tooltip="What becomes of modules that depend on the timestep alone: a table of "
-                    "their values at these steps, a reconstruction, the better one, or neither.",
+                    "their values at these steps (int8: in half the bytes), a reconstruction, what "
+                    "does least harm in half the bytes (select), the better one (auto), or none.",
                 ),
                 io.Int.Input("runs", default=2, min=1, max=64, tooltip="Sampling runs to record."),
                 io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of the first run."),

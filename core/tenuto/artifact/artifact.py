@@ -21,6 +21,7 @@ from ..model import check_weights, describe, key_map_of, parts_of
 from ..numerics import Format, Scheme, layout
 from ..sampling import OutputKernel
 from ..text import printable
+from .curve_tables import parts_needed
 from .fingerprint import fingerprint, same, versions
 from .float_codes import PARTS, in_file, in_memory
 from .forecast import joined_forecast, kernel_of
@@ -200,6 +201,9 @@ class Artifact:
             found = self.tensors.get(key)
             if found is None:
                 raise ArtifactError(f"{name} lacks {printable(key, WORDS)}.")
+            if found.dtype is torch.int8:
+                self._check_tensors(parts_needed(key, found, steps, shape), name)
+                continue
             fits = tuple(found.shape) == (steps, *shape)
             if not fits or found.dtype not in (torch.float16, torch.bfloat16, torch.float32):
                 raise ArtifactError(f"{name} is damaged: {printable(key, WORDS)} does not fit.")

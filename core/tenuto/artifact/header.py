@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ArtifactError
 from ..text import printable
 
-VERSION = "1.3"  # 1.1: groups of columns; 1.2: text encoders, a scale per column; 1.3: parts
-ALONE = "1.2"  # of a file without parts
+VERSION = "1.4"  # 1.1: groups of columns; 1.2: text encoders, a scale per column; 1.3: parts;
+# 1.4: tables of curves in int8. A file has the lowest version that knows all that it has.
+JOINED, ALONE = "1.3", "1.2"  # of a file with parts, without
 PART = re.compile(r"[a-z]\w{0,63}", re.ASCII)  # what a part is called: a component of a pipeline
 KEY = "tenuto"
 HEADER_LIMIT = 64 * 2**20  # characters of our part; that of a real artifact is far smaller

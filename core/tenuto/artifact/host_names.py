@@ -18,6 +18,7 @@ from ..errors import ArtifactError
 from ..model import KeyMap, denoiser_of, describe, key_map_of, swapped
 from .artifact import Artifact, tabled
 from .compact import expanded
+from .curve_tables import parts_of_table, with_rows
 from .fingerprint import fingerprint
 from .in_float import MARKS, check_marks
 from .sizes import check_sizes
@@ -39,11 +40,12 @@ def localized(
     keys = key_map_of(denoiser)
     if MARKS in artifact.header:
         check_marks(artifact.header, denoiser, keys, tensor)
+        artifact = with_rows(artifact)
         return artifact if keys is None else in_host(artifact, keys)
     view = denoiser if keys is None else keys.view(denoiser, tensor)
     artifact = artifact.by_denoiser(view)[""]
     artifact.check(view)
-    full = expanded(artifact, view)
+    full = with_rows(expanded(artifact, view))
     check_sizes(full, view, model)
     return full if keys is None else in_host(full, keys)
 
@@ -167,7 +169,7 @@ def _tables(artifact: Artifact, keys: KeyMap, tensors: dict[str, Tensor]) -> dic
             continue
         rows = [values[f"{name}.{number}"] for number in range(len(about["outputs"]))]
         if _is_swapped(keys, name):
-            rows = [swapped(t.mT).mT.contiguous() for t in rows]
+            rows = [_swapped_last(t) for t in rows]
         if len(hosts) == 1:
             groups = [(hosts[0], rows, about["outputs"], about["single"])]
         else:
@@ -183,6 +185,11 @@ def _is_swapped(keys: KeyMap, name: str) -> bool:
     """Whether a module is a layer whose outputs have changed places in the host."""
     place = keys.places.get(f"{name}.weight")
     return place is not None and place.swapped
+
+
+def _swapped_last(table: Tensor) -> Tensor:
+    """The outputs (T, ..., C) of such a layer, or their codes, with the halves in other order."""
+    return swapped(table.movedim(-1, 0)).movedim(0, -1).contiguous()
 
 
 class _Split:
@@ -241,19 +248,21 @@ class _Split:
             if about[0]["kind"] != "table":
                 modules[name] = about[0]
                 continue
-            rows = [values[f"{h}.{n}"] for h in hosts for n in range(len(known[h]["outputs"]))]
+            given = [f"{h}.{n}" for h in hosts for n in range(len(known[h]["outputs"]))]
             shapes = [shape for f in about for shape in f["outputs"]]
             modules[name] = about[0] | {"outputs": shapes, "single": len(hosts) == 1}
-            self.tensors |= {f"temporal/{name}.{n}": t for n, t in enumerate(rows)}
+            for n, source in enumerate(given):
+                for end, t in parts_of_table(values, source).items():
+                    self.tensors[f"temporal/{name}.{n}{end}"] = t
         for host, about in known.items():  # layers by themselves: a residual block's embedding
             name = self.keys.canonical(host)
             if host not in {h for hosts in self.keys.modules.values() for h in hosts}:
                 modules[name] = about
                 for n in range(len(about.get("outputs", ()))):
-                    rows = values[f"{host}.{n}"]
-                    if _is_swapped(self.keys, name):
-                        rows = swapped(rows.mT).mT.contiguous()
-                    self.tensors[f"temporal/{name}.{n}"] = rows
+                    for end, t in parts_of_table(values, f"{host}.{n}").items():
+                        if not end and _is_swapped(self.keys, name):
+                            t = _swapped_last(t)
+                        self.tensors[f"temporal/{name}.{n}{end}"] = t
         self.header["temporal"] = facts | {"modules": modules}
 
     @staticmethod

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .header import VERSION
+from .curve_tables import in_curves
+from .header import JOINED, VERSION
 
 PARTS, FORM = "parts", "format_version"  # a file has one version, at the top
 Content = tuple[dict[str, Any], dict[str, Tensor]]  # header and tensors
@@ -21,13 +22,16 @@ def joined(
     header: dict[str, Any], tensors: dict[str, Tensor], parts: Mapping[str, Content]
 ) -> Content:
     """Header and tensors as a file has them; those of an artifact without parts as they are."""
+    curves = any(in_curves(own) for own in (tensors, *(some for _, some in parts.values())))
+    if curves:
+        header = header | {FORM: VERSION}
     if not parts:
         return header, tensors
     kept, found = {}, dict(tensors)
     for name, (own, some) in sorted(parts.items()):
         kept[name] = {key: value for key, value in own.items() if key != FORM}
         found |= {f"{PARTS}/{name}/{key}": value for key, value in some.items()}
-    return header | {FORM: VERSION, PARTS: kept}, found
+    return header | {FORM: VERSION if curves else JOINED, PARTS: kept}, found
 
 
 def apart(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Content, dict[str, Content]]:

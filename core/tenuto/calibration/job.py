@@ -77,11 +77,11 @@ class Job:
         """The denoiser in fp32, with the codes that there are."""
         return by_block(self.denoiser, self.backbone.blocks, self.device, codes)
 
-    def maintain(self, choice: str, rounding: Tiar) -> None:
+    def maintain(self, choice: str, rounding: Tiar, budget: float = 0.5) -> None:
         """Set what becomes of the time-only modules; before anything is quantized."""
         plan = {n: rule.scheme for n, rule in self.plan.items() if rule.scheme is not None}
         names, given = self.backbone.temporal, (self.trajectory, self.device)
-        self.time = Maintenance.of(self.model, names, plan, *given, choice, rounding)
+        self.time = Maintenance.of(self.model, names, plan, *given, choice, rounding, budget)
 
     def units(self) -> Iterator[tuple[str, list[str]]]:
         """(unit, its layers): the time-only ones, then what lies outside the blocks, the blocks.

@@ -29,6 +29,7 @@ from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
 from .spared import searched, with_spared
 from .temporal.maintenance import check_choice, with_time_only
+from .temporal.selection import check_budget
 
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
 
@@ -43,6 +44,7 @@ def quantize(
     seed: int = 0,
     rounding: str | None = None,
     temporal: str = "auto",
+    table_budget: float | None = None,
     describe: Describe | None = None,
     measure: bool | None = None,
     max_memory: int | None = None,
@@ -55,13 +57,13 @@ def quantize(
     which as many are recorded as the scheme needs, with the pipeline's own steps and guidance.
     rounding: how weights below 8 bits round, where `scheme` is no recipe: an algorithm's name,
     such as "gptq"; None: as the preset does. temporal: what becomes of the modules that depend on
-    the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table" or
-    "auto"; see `maintenance.py`. describe: what the model is made of, where no family file says
-    it or says it otherwise; see `describing`. measure: whether the forecast of skipped calls is
-    measured on four images, which takes about as long as generating ten; None: where that is
-    estimated to take less than a minute. max_memory: bytes that all takes at most; None: what is
-    free. Where the recorded inputs of a block take more, they lie on disk, in `work`; without it,
-    it has no effect.
+    the timestep alone and that the recipe quantizes: "none" (like the rest), "tiar", "table",
+    "int8", "select" or "auto"; see `maintenance.py`. table_budget: of "select", bytes of all these
+    modules as a share of their tables in fp16; None: half. describe: what the model is made of,
+    where no family file says it or says it otherwise; see `describing`. measure: whether the
+    forecast of skipped calls is measured on four images, which takes as long as generating ten;
+    None: where that is estimated to take less than a minute. max_memory: bytes that all takes at
+    most; None: what is free. Where a block's recorded inputs take more, they lie in `work`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -72,14 +74,15 @@ def quantize(
     for denoiser in parts_of(model).values():
         check_free(denoiser, hooked=True)
         check_fused(denoiser)
-    choice, chosen, scheme = check_choice(temporal), effort(preset), scheme_of(scheme)
+    budget = check_budget(table_budget, check_choice(temporal))
+    chosen, scheme = effort(preset), scheme_of(scheme)
     check_recipe(model, scheme, chosen, rounding)
     check_place(work)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
-    settings = {"preset": preset, "device": device, "rounding": rounding, "choice": choice}
-    settings |= {"max_memory": max_memory}
+    settings = {"preset": preset, "device": device, "rounding": rounding, "choice": temporal}
+    settings |= {"max_memory": max_memory, "budget": budget}
     makes = {
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
@@ -106,6 +109,7 @@ def _of_denoiser(
     device: Any,
     rounding: str | None,
     choice: str,
+    budget: float,
     max_memory: int | None,
 ) -> Artifact:
     """`quantize` of one denoiser, from the recording of its calls."""
@@ -125,10 +129,10 @@ def _of_denoiser(
         "job": "quantize",
         "recipe": recipe.to_json(),
         "seed": seed,
-        "temporal": [choice, asdict(chosen.temporal)],
+        "temporal": [choice, asdict(chosen.temporal), *([budget] if choice == "select" else [])],
         "version": artifact.header,
     }
-    job.maintain(choice, chosen.temporal)
+    job.maintain(choice, chosen.temporal, budget)
     search = searched(job, scheme)
     replays = any(getattr(r.algorithm, "needs_inputs", False) for r in job.plan.values())
     share = 100 if replays else 700  # of a thousand: layers that only round are quick

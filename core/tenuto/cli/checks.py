@@ -102,10 +102,12 @@ def check_quantization(
     method: str | None = None,
     rounding: str | None = None,
     temporal: str = "auto",
+    table_budget: float | None = None,
 ) -> tuple[Scheme | None, Preset]:
     """The scheme, if any, and the preset; TenutoError where what is chosen does not fit them."""
     from ..calibration import encoder_scheme
     from ..calibration.temporal.maintenance import check_choice
+    from ..calibration.temporal.selection import check_budget
 
     if method is not None and text_encoder is None:
         raise TenutoError("--method says how text encoders are rounded: give --text-encoder too.")
@@ -115,7 +117,7 @@ def check_quantization(
     effort_of.rounding(rounding, found)
     if rounding is not None and (found is None or found.weight.bits == 8):
         raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
-    check_choice(temporal)
+    check_budget(table_budget, check_choice(temporal))
     return found, effort_of
 
 

@@ -69,6 +69,7 @@ def quantize(
     text_encoder: str | None = None,
     method: str | None = None,
     temporal: str = "auto",
+    table_budget: float | None = None,
     rounding: str | None = None,
     preset: str = "quick",
     prompts: Path | None = None,
@@ -87,10 +88,9 @@ def quantize(
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
     bars = bars or Bars()
-    wanted, effort = check_quantization(
-        scheme, preset, text_encoder=text_encoder, method=method, rounding=rounding,
-        temporal=temporal,
-    )  # fmt: skip
+    rest: dict[str, Any] = {"text_encoder": text_encoder, "method": method, "rounding": rounding}
+    rest |= {"temporal": temporal, "table_budget": table_budget}
+    wanted, effort = check_quantization(scheme, preset, **rest)
     default = check_wanted(scheme, text_encoder, speedup, reuse)
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
@@ -108,8 +108,8 @@ def quantize(
             check_kernel(default, trajectory)
             artifact = calibration.quantize(
                 pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
-                rounding=rounding, temporal=temporal, measure=measure, max_memory=max_memory,
-                work=work, on_progress=bars("Quantizing"),
+                rounding=rounding, temporal=temporal, table_budget=table_budget, measure=measure,
+                max_memory=max_memory, work=work, on_progress=bars("Quantizing"),
             )  # fmt: skip
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)

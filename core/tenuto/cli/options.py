@@ -82,8 +82,16 @@ Temporal = Annotated[
     str,
     _choice(
         "--temporal", QUANTIZATION,
-        "Modules that depend on the timestep alone: none, tiar, table or auto.",
-        ("none", "tiar", "table", "auto"), "T",
+        "Modules that depend on the timestep alone: none, tiar, table, int8, select or auto.",
+        ("none", "tiar", "table", "int8", "select", "auto"), "T",
+    ),
+]  # fmt: skip
+TableBudget = Annotated[
+    float | None,
+    Option(
+        "--table-budget", metavar="B", parser=real(0, math.inf, True),
+        rich_help_panel=QUANTIZATION,
+        help="With --temporal select: their bytes, as a share of tables in fp16 (0.5).",
     ),
 ]  # fmt: skip
 Rounding = Annotated[

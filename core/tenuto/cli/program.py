@@ -94,6 +94,7 @@ def quantize(
     text_encoder: o.TextEncoder = None,
     method: o.Method = None,
     temporal: o.Temporal = "auto",
+    table_budget: o.TableBudget = None,
     rounding: o.Rounding = None,
     preset: o.Preset = "quick",
     prompts: o.Prompts = None,

@@ -1,12 +1,14 @@
 """Number formats: schemes and recipes, grids of values, quantized tensors."""
 
 from . import float8, native
+from .curves import Curves, half
 from .grid import Grid, covering, ends, fits
 from .integer_codes import affine
 from .qtensor import QTensor, layout
 from .scheme import Format, Recipe, Rule, Scheme, known, label, named, schemes
 
 __all__ = [
+    "Curves",
     "Format",
     "Grid",
     "QTensor",
@@ -18,6 +20,7 @@ __all__ = [
     "ends",
     "fits",
     "float8",
+    "half",
     "known",
     "label",
     "layout",

@@ -461,7 +461,7 @@ def test_the_good_file_is_good(tmp_path: Path) -> None:
 
 def test_the_next_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(BAD["much later version"])
-    with pytest.raises(ArtifactError, match=r"17\.3-beta.*reads 1\.3"):
+    with pytest.raises(ArtifactError, match=r"17\.3-beta.*reads 1\.4"):
         Artifact.load(tmp_path / "new")
 
 

@@ -343,7 +343,7 @@ def test_inspect_shows_a_line_a_kind(made: Any) -> None:
 
 
 def test_a_wrong_choice_is_said(tiny: Any, recorded: Any) -> None:
-    with pytest.raises(SchemeError, match="none, tiar, table, auto"):
+    with pytest.raises(SchemeError, match="none, tiar, table, int8, select, auto"):
         quantize(tiny("dit"), schemes.W8A8, recorded("dit"), temporal="half")
 
 

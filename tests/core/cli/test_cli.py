@@ -148,7 +148,10 @@ BAD = {
         "another model",
     ),
     "nothing to compare": (("compare", "MODEL", "--artifact", "none"), "Cannot read none"),
-    "unknown temporal choice": ((*QUANTIZE, "--temporal", "half"), "none, tiar, table, auto"),
+    "unknown temporal choice": (
+        (*QUANTIZE, "--temporal", "half"),
+        "none, tiar, table, int8, select, auto",
+    ),
     "nothing to quantize": (
         ("quantize", "MODEL", "--prompts", "p.txt", "--out", "o.safetensors"),
         "--text-encoder",

@@ -87,8 +87,9 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
     found = asked("quantize", "m", "--out", "o", "--text-encoder", "w4", "--compact", *shared)
     assert found == {
         "model": "m", "out": Path("o"), "scheme": None, "text_encoder": "w4", "method": None,
-        "temporal": "auto", "rounding": None, "preset": "quick", "prompts": None, "steps": 5,
-        "guidance": 2.5, "seed": 3, "device": "cpu", "low_memory": None, "compact": True,
+        "temporal": "auto", "table_budget": None, "rounding": None, "preset": "quick",
+        "prompts": None, "steps": 5, "guidance": 2.5, "seed": 3, "device": "cpu",
+        "low_memory": None, "compact": True,
         "max_memory": None, "speedup": None, "reuse": None, "measure": None, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6

@@ -2,34 +2,39 @@
 
 none: like every other layer, by the recipe. tiar: TIAR and FSC of TFMQ-DM (arXiv 2311.16503), all
 of them as one block, before any other, against their outputs at every calibrated step; and one
-activation range a step. table: the values themselves, fp16, and no module at all. auto: a table;
-where one is further off than `ENOUGH`, the one of tiar and table with the smaller mean error
-(1 - cosine, over the steps). Reconstruction takes hours where a model's modulations are large.
+activation range a step. table: the values themselves, fp16, and no module at all. int8: the same
+in half the bytes, as sums of curves. select: each module in one of these ways, or left in float,
+within a budget of bytes; see `selection.py`. auto: a table; where one is further off than
+`ENOUGH`, the one of tiar and table with the smaller mean error (1 - cosine, over the steps).
+Reconstruction takes hours where a model's modulations are large.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError, SchemeError
 from ...model import Backbone, cache_on, frozen, private_copy
-from ...numerics import QTensor, Scheme, schemes
+from ...numerics import QTensor, Scheme, half
 from ...progress import Progress
 from ...sampling import Trajectory
 from ..algorithms.nearest import RoundToNearest
 from ..algorithms.tiar import Tiar
 from .discovery import discover
+from .disturbance import Worth, worth
+from .kept import Tables, described, per_step, unit_tensors
+from .select_unit import selected_unit
+from .selection import BUDGET, at_half, rows_of
 from .time_path import TimePath, time_path
 
 log = logging.getLogger("tenuto")
 
-CHOICES = ("none", "tiar", "table", "auto")
+CHOICES = ("none", "tiar", "table", "int8", "select", "auto")
 ENOUGH = 1e-6  # 1 - cosine: a tenth of what a reconstruction reaches; fp16 has some 1e-8
 UNIT = "temporal"  # what the unit of work is called, and what the artifact's section is
 
@@ -54,27 +59,21 @@ def with_time_only(denoiser: nn.Module, backbone: Backbone, trajectory: Trajecto
     return replace(backbone, temporal=found)
 
 
-def per_step(scheme: Scheme) -> Scheme:
-    """`scheme` with one activation range a step (FSC): the inputs are a finite set."""
-    if scheme.activation is None or scheme.activation.per_step:
-        return scheme
-    static = schemes.W8A8_STATIC.activation
-    if scheme.activation.dtype != "int":
-        static = replace(scheme.activation, granularity="tensor", per_step=True)
-    return Scheme(f"{scheme.name.removesuffix('-static')}-static", scheme.weight, static)
-
-
 @dataclass
 class Maintenance:
     """The time path of one quantization and what becomes of it.
 
     path: the time-only modules with layers that the recipe quantizes. schemes: of those layers.
+    budget: of `select`, a share of what all tables take in fp16. worth: for it, what an error of
+    each feature costs, where the modules said may compute; see `disturbance.py`.
     """
 
     choice: str
     rounding: Tiar
     path: TimePath
     schemes: dict[str, Scheme]
+    budget: float = BUDGET
+    worth: Callable[[Collection[str], Progress], Worth] | None = None
 
     @staticmethod
     def of(
@@ -85,6 +84,7 @@ class Maintenance:
         device: Any,
         choice: str,
         rounding: Tiar,
+        budget: float = BUDGET,
     ) -> Maintenance:
         """Of the modules `names` those that hold a layer of `plan`; the model is still float."""
         fixed = [layer for layer, scheme in plan.items() if scheme.of_files]  # they stay so
@@ -97,7 +97,11 @@ class Maintenance:
             log.warning("Time-only modules are not maintained: %s", error)
             path = time_path(model, (), trajectory, device)
         layers = {n: s for n, s in plan.items() if any(_inside(n, m) for m in path.names)}
-        return Maintenance(choice, rounding, path, layers)
+
+        def measured(computing: Collection[str], note: Progress) -> Worth:
+            return worth(model, path, trajectory, device, computing, note)
+
+        return Maintenance(choice, rounding, path, layers, budget, measured)
 
     def layers(self) -> list[str]:
         """The layers that are a unit of their own: none where the choice is none."""
@@ -105,19 +109,20 @@ class Maintenance:
 
     def quantized(self, seed: int, note: Progress) -> dict[str, Tensor]:
         """The tensors of the unit: weights and ranges by layer, tables and errors by module."""
-        tables = {n: tuple(map(_half, self.path.features[n])) for n in self.path.names}
+        if self.choice == "select":
+            return selected_unit(self, seed, note)
+        kept: Any = at_half if self.choice == "int8" else half
+        tables: Tables = {n: tuple(map(kept, self.path.features[n])) for n in self.path.names}
         weights: dict[str, QTensor] = {}
         ranges: dict[str, tuple[Tensor, Tensor]] = {}
         tried: dict[str, dict[str, Tensor]] = {}
         wanted = set(self.path.names)
-        if self.choice in ("table", "auto"):
-            tried["table"] = self._errors({}, {}, tables)
+        if self.choice in ("table", "int8", "auto"):
+            tried["table"] = self.errors({}, {}, tables)
             wanted = {n for n in wanted if self.choice == "auto" and _far(tried["table"][n])}
         if wanted:
-            weights = self._reconstructed(wanted, seed, note)
-            forms = {n: per_step(self.schemes[n]).activation for n in weights}
-            ranges = self.path.ranges(weights, {n: form for n, form in forms.items() if form})
-            errors = self._errors(weights, ranges, {})
+            weights, ranges = self.ranged(wanted, seed, note)
+            errors = self.errors(weights, ranges, {})
             tried["tiar"] = {n: e for n, e in errors.items() if n in wanted}
         kinds = {n: _better({k: e[n] for k, e in tried.items() if n in e}) for n in self.path.names}
         tables = {n: rows for n, rows in tables.items() if kinds[n] == "table"}
@@ -125,17 +130,14 @@ class Maintenance:
         ranges = {n: pair for n, pair in ranges.items() if n in weights}
         mixed = len(set(kinds.values())) > 1
         errors = (
-            self._errors(weights, ranges, tables) if mixed else tried[next(iter(kinds.values()))]
+            self.errors(weights, ranges, tables) if mixed else tried[next(iter(kinds.values()))]
         )
-        found = {f"error/{n}": e for n, e in errors.items()}
-        found |= {f"tried/{k}/{n}": e for k, es in tried.items() for n, e in es.items()}
-        for name, q in weights.items():
-            found |= q.tensors(name)
-        for name, (scale, zero) in ranges.items():
-            found |= {f"ranges/{name}.scale": scale, f"ranges/{name}.zero_point": zero}
-        for name, rows in tables.items():
-            found |= {f"table/{name}.{number}": t for number, t in enumerate(rows)}
-        return found
+        found = {f"tried/{k}/{n}": e for k, es in tried.items() for n, e in es.items()}
+        return found | unit_tensors(errors, weights, ranges, tables)
+
+    def header(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the artifact's header says of it; kept: what `quantized` or `plain` returned."""
+        return described(self, kept)
 
     def plain(
         self, weights: Mapping[str, QTensor], ranges: Mapping[str, tuple[Tensor, Tensor]]
@@ -144,26 +146,6 @@ class Maintenance:
         own = {n: weights[n] for n in self.schemes}
         found = self.path.errors({n: (q, self.schemes[n]) for n, q in own.items()}, ranges, {})
         return {f"error/{n}": e for n, e in found.items()}
-
-    def header(self, kept: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the artifact's header says of it; kept: what `quantized` or `plain` returned."""
-        modules = {}
-        for name in self.path.names:
-            table = f"table/{name}.0" in kept
-            kind = "none" if self.choice == "none" else "table" if table else "tiar"
-            facts: dict[str, Any] = {"kind": kind} | _summary(kept[f"error/{name}"])
-            tried = {k: kept.get(f"tried/{k}/{name}") for k in ("tiar", "table")}
-            if self.choice == "auto":
-                means = {k: _short(float(e.mean())) for k, e in tried.items() if e is not None}
-                facts["considered"] = means
-            if table:
-                facts["single"] = self.path.singles[name]
-                facts["outputs"] = [list(t.shape[1:]) for t in self.path.features[name]]
-            modules[name] = facts
-        rounding = {"name": "Tiar", **asdict(self.rounding)}
-        made = any(key.startswith("tried/tiar/") for key in kept)
-        learnt = {"rounding": rounding} if made else {}
-        return {"choice": self.choice, "modules": modules} | learnt
 
     def _reconstructed(
         self, wanted: Collection[str], seed: int, note: Progress
@@ -182,24 +164,31 @@ class Maintenance:
             found |= self.rounding(path, narrow, bank, target, **options)
         return {local[k][0]: q for k, q in found.items()}
 
-    def _errors(
+    def ranged(
+        self, wanted: Collection[str], seed: int, note: Progress
+    ) -> tuple[dict[str, QTensor], dict[str, tuple[Tensor, Tensor]]]:
+        """TIAR of the modules `wanted`, and one range a step of their layers (FSC)."""
+        weights = self._reconstructed(wanted, seed, note)
+        forms = {n: per_step(self.schemes[n]).activation for n in weights}
+        return weights, self.path.ranges(weights, {n: f for n, f in forms.items() if f})
+
+    def static(self, weights: Mapping[str, QTensor]) -> dict[str, tuple[QTensor, Scheme]]:
+        """Each weight with its scheme: one range a step for its inputs."""
+        return {n: (q, per_step(self.schemes[n])) for n, q in weights.items()}
+
+    def errors(
         self,
         weights: Mapping[str, QTensor],
         ranges: Mapping[str, tuple[Tensor, Tensor]],
-        tables: Mapping[str, tuple[Tensor, ...]],
+        tables: Tables,
     ) -> dict[str, Tensor]:
-        static = {n: (q, per_step(self.schemes[n])) for n, q in weights.items()}
-        return self.path.errors(static, ranges, tables)
+        """`TimePath.errors` of what is kept."""
+        rows = {n: tuple(map(rows_of, some)) for n, some in tables.items()}
+        return self.path.errors(self.static(weights), ranges, rows)
 
 
 def _inside(layer: str, module: str) -> bool:
     return layer == module or layer.startswith(f"{module}.")
-
-
-def _half(values: Tensor) -> Tensor:
-    """fp16, or the values as they are where that has no room for them."""
-    half = values.to(torch.float16)
-    return half if bool(half.isfinite().all()) else values
 
 
 def _far(error: Tensor) -> bool:
@@ -210,15 +199,3 @@ def _far(error: Tensor) -> bool:
 def _better(errors: Mapping[str, Tensor]) -> str:
     """The kind with the smallest mean error; the table where both are equal."""
     return min(errors, key=lambda kind: (float(errors[kind].mean()), kind != "table"))
-
-
-def _summary(error: Tensor) -> dict[str, Any]:
-    return {
-        "cosine_error": [_short(float(e)) for e in error],
-        "mean": _short(float(error.mean())),
-        "worst": _short(float(error.max())),
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")

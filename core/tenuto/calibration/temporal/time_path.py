@@ -133,16 +133,29 @@ class TimePath(nn.Module):
                 twin(*args, **kwargs)
         return {n: covering(low[n], high[n], form) for n, form in forms.items()}
 
+    def errors(self, *given: Any) -> dict[str, Tensor]:
+        """1 - cosine of each module's outputs to full precision, float64 (T,), step by step.
+
+        Of those that `answers` has.
+        """
+        found: dict[str, Tensor] = {}
+        for name, outputs in self.answers(*given).items():
+            some = (zip(*tensors, strict=True) for tensors in (outputs, self.features[name]))
+            found[name] = torch.stack(
+                [_gap(_flat(a), _flat(b)) for a, b in zip(*some, strict=True)]
+            )
+        return found
+
     @torch.no_grad()
-    def errors(
+    def answers(
         self,
         weights: Mapping[str, tuple[QTensor, Scheme]],
         ranges: Mapping[str, tuple[Tensor, Tensor]],
         tables: Mapping[str, Sequence[Tensor]],
-    ) -> dict[str, Tensor]:
-        """1 - cosine of each module's outputs to full precision, float64 (T,), step by step.
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Each module's outputs at every step, (T, ...) as `features`, on the CPU.
 
-        Measured on the very layers and tables that `attach` puts in.
+        Of the very layers and tables that `attach` puts in.
         """
         twin, clock = copy.deepcopy(self), Clock(self.timesteps)
         device, _ = device_and_dtype(twin)
@@ -155,14 +168,16 @@ class TimePath(nn.Module):
             kind: Any = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
             new = kind(layer, q, scheme, clock, ranges.get(name), True)
             Swap(twin, self.local(name), new)
-        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        found: dict[str, list[list[Tensor]]] = {name: [] for name in self.names}
         for row, timestep in enumerate(self.timesteps):
             clock.tick(timestep, (0,), device)
             args, kwargs = self.bank.rows(torch.tensor([row]), device)
             for name, out in zip(self.names, twin.run(*args, **kwargs), strict=True):
-                wanted = [t[row] for t in self.features[name]]
-                found[name].append(_gap(_flat(out), _flat(wanted)))
-        return {name: torch.stack(gaps) for name, gaps in found.items()}
+                found[name].append([t.detach()[0].cpu() for t in out])
+        return {
+            name: tuple(torch.stack(column) for column in zip(*steps, strict=True))
+            for name, steps in found.items()
+        }
 
 
 def _fed(args: Any, kwargs: Any, x: Tensor) -> tuple[Any, Any]:
@@ -190,7 +205,7 @@ def time_path(
     A module whose outputs are no tensors with the rows of its input, or not the same in every row,
     is left out, with a word in the log.
     """
-    calls = _one_a_step(trajectory)
+    calls = one_a_step(trajectory)
     visits = [_visit(denoiser, names, call, device) for call in calls]
     kept = [n for n in visits[0] if all(n in v and _is_feature(*v[n]) for v in visits)]
     for name in names:
@@ -212,7 +227,7 @@ def time_path(
     return TimePath(modules, bank, features, singles, trajectory.timesteps)
 
 
-def _one_a_step(trajectory: Trajectory) -> list[Call]:
+def one_a_step(trajectory: Trajectory) -> list[Call]:
     """A recorded call of every calibrated step, of the first run that has it."""
     found: dict[int, Call] = {}
     for call in trajectory.calls:
