@@ -65,6 +65,7 @@ def test_every_run_has_its_solver_and_steps_and_leaves_the_pipeline(
         kind = type(study.pipe.scheduler).__name__
         assert kind == other_steps.KINDS[run.solver]
         recorded = study.recorded(run)
+        assert study.pipe.scheduler.config.timestep_spacing == (run.spacing or "trailing")
         assert study.pipe.scheduler.config.prediction_type == "v_prediction"
     assert study.pipe.scheduler is before
     calls = {"HeunDiscreteScheduler": 2 * run.steps - 1}.get(kind, run.steps)
