@@ -10,11 +10,12 @@ included. States: cosine to full
 precision over all tokens that count, mean and least, and relative L2; the row bf16 is what half
 precision does. Pictures: 20 steps, equal seeds. One JSON line a row, a table at the end.
 
-    python benchmarks/encoders.py --encoder flan-t5-small --files
+    python benchmarks/encoders.py --encoder flan-t5-small --files --out encoders.jsonl
 
 The numbers of files that ComfyUI reads, as `tenuto text-encoder` makes them, on "captions" too; dB:
-how much nearer than rounded to nearest. Inputs in int8: a range a token, as ComfyUI 0.31 to 0.33
-multiplies such layers; later ones, and all of fp8 and nvfp4, leave them in float.
+how much nearer than rounded to nearest. Rows that `--out` has are not made again. Inputs in int8: a
+range a token, as ComfyUI 0.31 to 0.33 multiplies such layers; later ones, and all of fp8 and nvfp4,
+leave them in float.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
+from benchmarks.quality import emit, known
 from benchmarks.quantization import cpu_name
-from tenuto.artifact import Artifact
+from tenuto.artifact import Artifact, fingerprint
 from tenuto.calibration import (
     ENCODER_METHODS,
     ENCODER_SCHEMES,
@@ -46,6 +48,7 @@ from tenuto.calibration import (
     fill,
 )
 from tenuto.measure import compare_all, states_distance
+from tenuto.resume import digest
 from tenuto.runtime import encoder_layers
 from tenuto.sampling import Call, calls_of
 from tenuto.sampling.encoder_calls import without_cache
@@ -95,8 +98,10 @@ def encoder_of(folder: Path) -> tuple[Any, Callable[[list[str]], list[dict[str, 
     return encoder, rows
 
 
-def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a trained encoder without a denoiser: states alone."""
+def of_folder(
+    folder: Path, files: list[str] | None = None, out: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a trained encoder without a denoiser: states alone. out: of rows of files."""
     encoder, rows = encoder_of(folder)
     lines = tn.prompts("general")
     more = tn.prompts("captions") if files else []
@@ -104,7 +109,7 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
     calibration = calls_of(rows([*more, *lines[::2]]), ROWS, held_out=held, by_length=True)
     unseen = calls_of(rows(lines[3::4]), ROWS)
     if files:
-        yield from of_files(folder.name, encoder, calibration, unseen, files)
+        yield from of_files(folder.name, encoder, calibration, unseen, files, out)
         return
     for width in WIDTHS:
         for method in algorithms.names("encoder"):
@@ -119,25 +124,43 @@ def of_folder(folder: Path, files: list[str] | None = None) -> Iterator[dict[str
 
 
 def of_files(
-    name: str, encoder: Any, calibration: list[Call], unseen: list[Call], rows: list[str]
+    name: str,
+    encoder: Any,
+    calibration: list[Call],
+    unseen: list[Call],
+    rows: list[str],
+    out: Path | None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the numbers of files."""
-    for scheme, method in (row.split() for row in rows):
-        start = time.perf_counter()
-        made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES[scheme], method)
-        seconds = time.perf_counter() - start
-        (found,) = made.measured(unseen, None)
-        one, other = found["quantized"], found["nearest"]
-        row = {"model": name, "row": f"{scheme} {method}", "seconds": seconds} | one
-        row["nearest"] = other["relative_l2"]
-        row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
-        if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
-            artifact = Artifact({"encoders": {}})
-            fill(artifact, "text_encoder", encoder, made.job)
-            layers = encoder_layers(encoder, artifact, "text_encoder")
-            row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
-            row["layers"] = len(layers)
+    """The rows of the numbers of files, from `out` where it has them."""
+    done, mark = known(out), digest(fingerprint(encoder))
+    for asked in rows:
+        key = {"model": name, "weights": mark, "row": asked, "version": tn.__version__}
+        row = done.get(json.dumps(key, sort_keys=True))
+        if row is None:
+            row = {"key": key, "model": name, "row": asked, "date": str(datetime.date.today())}
+            row |= of_file(encoder, calibration, unseen, *asked.split())
+            emit(row, out)
         yield row
+
+
+def of_file(
+    encoder: Any, calibration: list[Call], unseen: list[Call], scheme: str, method: str
+) -> dict[str, Any]:
+    """What the numbers of one file come to."""
+    start = time.perf_counter()
+    made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES[scheme], method)
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    (found,) = made.measured(unseen, None)
+    one, other = found["quantized"], found["nearest"]
+    row |= one | {"nearest": other["relative_l2"]}
+    row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
+    if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
+        artifact = Artifact({"encoders": {}})
+        fill(artifact, "text_encoder", encoder, made.job)
+        layers = encoder_layers(encoder, artifact, "text_encoder")
+        row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
+        row["layers"] = len(layers)
+    return row
 
 
 def markdown_of_files(rows: list[dict[str, Any]]) -> str:
@@ -202,17 +225,21 @@ def main() -> None:
     parser.add_argument(
         "--files", nargs="*", metavar="ROW", help='ComfyUI\'s files: "w4a8 gptq" ..., or all'
     )
+    parser.add_argument(
+        "--out", type=Path, help="a file of --files' rows, which are not made again"
+    )
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
     of_models = [of_pipeline(name, args.count) for name in names]
     every = [f"{s} {m}" for s in ("w4a8", "nvfp4", "fp8", "w8a8") for m in ENCODER_METHODS]
     files = None if args.encoder is None or args.files is None else args.files or every
-    sources = [of_folder(args.encoder, files)] if args.encoder else of_models
+    sources = [of_folder(args.encoder, files, args.out)] if args.encoder else of_models
     rows = []
     for row in (row for source in sources for row in source):
         rows.append(row)
-        print(json.dumps(row), flush=True)
+        if not files:
+            print(json.dumps(row), flush=True)
     print("\n" + (markdown_of_files(rows) if files else markdown(rows)))
 
 

@@ -65,6 +65,10 @@ class Bank:
         self.forget()
         return found.squeeze(0) if self.calls else found
 
+    def length(self, index: Tensor) -> int:
+        """Tokens of each row of `index`, one part of `parts`; 1 where no row has others."""
+        return 1 if self.lengths is None else self.lengths.of(index)
+
     def answers(self, target: Tensor, index: Tensor) -> Tensor:
         """The rows `index` of what the block answered, as long as they are."""
         found = self.of(target, index)

@@ -35,6 +35,7 @@ from tenuto.calibration.compensation import (
     mirrored,
     slope_of,
 )
+from tenuto.calibration.lengths import Lengths
 from tenuto.calibration.moments import inputs_seen, patches
 from tenuto.calibration.replay import inputs_of, outputs
 from tenuto.errors import Cancelled, SchemeError
@@ -395,6 +396,35 @@ def test_asymmetric_calibration_aims_at_what_the_layer_gave_before() -> None:
         return float((now @ q.dequantize().t() - wanted).square().mean())
 
     assert error(fitted) < error(plain)
+
+
+def test_texts_of_several_lengths_are_aimed_at_as_filled_up_ones_are() -> None:
+    """What a layer gave in full precision is known of each token, however long its text is."""
+    draw = torch.Generator().manual_seed(0)
+    block = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        for layer in block:
+            torch.nn.init.normal_(layer.weight, std=0.2, generator=draw)  # type: ignore[arg-type]
+    x = torch.randn(40, 6, 32, generator=draw) @ torch.randn(32, 32, generator=draw)
+    tokens = torch.tensor([6] * 20 + [5] * 12 + [3] * 8)
+    counted = (torch.arange(6) < tokens[:, None]).long()
+    steps, rows = torch.zeros(40, dtype=torch.int64), {0: x * counted[..., None]}
+    filled = Bank(((Rows(0),), {}), rows, {}, steps, counted)
+    cut = dataclasses.replace(filled, lengths=Lengths(tokens, 6, {0: (1,)}))
+    schemes_of = {"0": W2, "1": W2}
+
+    def made(method: GPTQ, bank: Bank) -> tuple[dict[str, QTensor], float]:
+        found = method(block, schemes_of, bank)
+        now = rows[0] @ found["0"].dequantize().mT @ found["1"].dequantize().mT
+        return found, float((now - block(rows[0])).square().mean())
+
+    with frozen(block):
+        (wanted, error), (found, same) = made(GPTQ(), filled), made(GPTQ(), cut)
+        _, symmetric = made(GPTQ(asymmetric=False), filled)
+    for name, q in found.items():
+        assert (q.codes() == wanted[name].codes()).float().mean() > 0.99
+    assert same == pytest.approx(error, rel=0.02)
+    assert same < 0.95 * symmetric
 
 
 def test_what_gptq_makes_of_second_moments() -> None:

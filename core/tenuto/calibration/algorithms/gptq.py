@@ -153,7 +153,7 @@ class GPTQ:
         shares = processes().each(bank.parts(rows, CHUNK), products)
         for index, (tokens, part, parts) in zip(bank.parts(rows, CHUNK), shares, strict=True):
             if paired is not None:
-                paired.note(len(index), *tokens)
+                paired.note(len(index), *tokens, length=bank.length(index))
             if part is None:
                 continue
             gram = part if gram is None else gram.add_(part)
@@ -208,20 +208,25 @@ class GPTQ:
 
 
 class Paired:
-    """Whether two blocks' inputs of a layer have been the same tokens: so many of every row."""
+    """Whether two blocks' inputs of a layer have been the same tokens.
+
+    So they are where every row has as many of them, or texts of several lengths as many a token.
+    """
 
     def __init__(self) -> None:
-        self.share: float | None = None
-        self.holds = True
+        self.first: tuple[float, int] | None = None  # of a row, and its length
+        self.same = self.by_row = self.by_token = True
 
-    def note(self, rows: int, one: int, other: int) -> None:
+    def note(self, rows: int, one: int, other: int, *, length: int) -> None:
         """One chunk of `rows` rows with so many tokens; 0: the layer was not called."""
         share = one / rows
-        self.share = share if self.share is None else self.share
-        self.holds &= one == other and share == self.share == int(share)
+        self.first = self.first or (share, length)
+        self.same &= one == other and share == int(share)
+        self.by_row &= share == self.first[0]
+        self.by_token &= share * self.first[1] == self.first[0] * length
 
     def __bool__(self) -> bool:
-        return self.holds
+        return self.same and (self.by_row or self.by_token)
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:
