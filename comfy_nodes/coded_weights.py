@@ -99,7 +99,8 @@ class CodedWeight(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], CodedWeight) else None
         if first is not None and func in (aten.detach.default, aten.alias.default):
-            return CodedWeight(first.content, first.dtype, first.device)
+            with torch.inference_mode(first.is_inference()):  # as torch expects of an alias
+                return CodedWeight(first.content, first.dtype, first.device)
         if first is not None and func in (aten._to_copy.default, aten.clone.default):
             dtype = kwargs.get("dtype") or first.dtype
             device = kwargs.get("device") or first.device
