@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
+from tenuto.artifact import Artifact
 from tenuto.model import Attached
 from tenuto.runtime import Host, Patches, as_chosen, host_kernel, replacements_for, with_kernel
 
 from .cache import Cache
+from .coded_weights import coded
 from .own_formats import check_plain
 from .weights import Weights, unpatched
 from .wrapping import WRAPPED, Wrapped
+
+CODES = ("weights", "ranges", "temporal")  # sections of an artifact
+OF_WEIGHTS = (  # of its header
+    "layers", "schemes", "compact", "temporal", "check", "left_in_float", "kept_in_float",
+)  # fmt: skip
 
 
 class ComfyUI(Host):
@@ -26,9 +34,11 @@ class ComfyUI(Host):
     def install(self, handle: Any, patches: Patches) -> Installed:
         """A clone with the patches in it. `detach` takes them out of shared modules."""
         sampling, artifact = handle.get_model_object("model_sampling"), patches.artifact
-        coded = artifact is not None and bool(artifact.header.get("layers"))
-        if patches.weights and (patches.scheme is not None or coded):
+        codes = artifact is not None and bool(artifact.header.get("layers"))
+        if patches.weights and (patches.scheme is not None or codes):
             check_plain(self.denoiser(handle))
+        elif artifact is not None and next(coded(self.denoiser(handle)), None) is not None:
+            patches = replace(patches, artifact=without_codes(artifact))  # they are in it already
         patches = with_kernel(as_chosen(patches), lambda: host_kernel(sampling))
         plan = replacements_for(self.denoiser(handle), patches, tensor=unpatched(handle))
         parts: list[Wrapped] = [Weights(plan)] if plan else []
@@ -37,6 +47,16 @@ class ComfyUI(Host):
         elif plan.policy is not None:
             parts.append(Cache(handle, plan.policy))
         return Installed(handle, parts)
+
+
+def without_codes(artifact: Artifact) -> Artifact:
+    """What an artifact has besides quantized layers and tables: its schedule, its forecast."""
+    header = {key: value for key, value in artifact.header.items() if key not in OF_WEIGHTS}
+    tensors = {
+        key: value for key, value in artifact.tensors.items() if key.split("/", 1)[0] not in CODES
+    }
+    parts = {name: without_codes(part) for name, part in artifact.parts.items()}
+    return Artifact(header, tensors, parts)
 
 
 class Installed(Attached):

@@ -14,4 +14,13 @@ def found_by(*words: str) -> dict[str, Any]:
     return {"search_aliases": list(words)} if "search_aliases" in known else {}
 
 
-__all__ = ["ArtifactType", "ComfyExtension", "found_by", "io", "ui"]
+def folded(field: Any) -> Any:
+    """An input that a page which can folds away until somebody wants it."""
+    if hasattr(field, "advanced"):
+        field.advanced = True
+    else:
+        field.extra_dict = field.extra_dict | {"advanced": True}
+    return field
+
+
+__all__ = ["ArtifactType", "ComfyExtension", "folded", "found_by", "io", "ui"]

@@ -10,6 +10,7 @@ from .api import ComfyExtension, io
 from .artifacts import FOLDER
 from .calibration import Calibrate
 from .export import Export
+from .loader import Loader
 from .nodes import ApplyCache, LoadArtifact, QuantizeModel
 from .prompts import FOLDER as PROMPTS
 from .prompts import LoadPrompt, SavePrompt
@@ -23,8 +24,8 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node."""
         return [
-            LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate, SavePrompt,
-            LoadPrompt, Export,
+            Loader, LoadArtifact, QuantizeModel, SpeedUp, ApplyCache, Report, Calibrate,
+            SavePrompt, LoadPrompt, Export,
         ]  # fmt: skip
 
 

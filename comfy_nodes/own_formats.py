@@ -15,6 +15,8 @@ from tenuto.errors import ModelError
 from tenuto.model import Backbone, own_modules
 from tenuto.text import printable
 
+from .coded_weights import check_float
+
 FUSED = "int8"  # formats whose kernels take several layers at once, past the modules between them
 
 
@@ -35,7 +37,11 @@ def said(formats: Iterable[str]) -> str:
 
 
 def check_plain(denoiser: nn.Module) -> None:
-    """ModelError if the host quantized layers itself: those are no weights to round again."""
+    """ModelError if the host quantized layers itself, or float weights were given up.
+
+    Those are no weights to round again.
+    """
+    check_float(denoiser)
     formats = own_formats(denoiser)
     if formats:
         raise ModelError(

@@ -15,6 +15,7 @@ from tenuto.runtime import DENSE
 
 from .api import found_by, io, ui
 from .cache import Cache, Run
+from .loader import KEY as LOADED
 from .own_formats import own_formats, said
 from .weights import Weights
 
@@ -56,6 +57,8 @@ class Report(io.ComfyNode):
         weights, cache = (model.get_attachment(part.key) for part in (Weights, Cache))
         run = cache.last if cache is not None else None
         lines = [NOTHING] if weights is None and cache is None else []
+        file = model.get_attachment(LOADED)
+        lines += [] if file is None else [file.line(model.model.diffusion_model)]
         own = own_formats(model.model.diffusion_model)
         lines += [f"Quantized by ComfyUI itself: {said(own.values())}"] if own else []
         lines += [] if weights is None else [weights_line(weights)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tenuto.model import Override, layers, override_
 from tenuto.runtime import QLayer, Replacements, TemporalTable, follow_input, with_changes
 
+from .coded_weights import known
 from .wrapping import Wrapped
 
 PREFIX = "diffusion_model."
@@ -135,9 +136,8 @@ def unpatched(patcher: Any) -> Any:
         kept = patcher.backup.get(PREFIX + name)
         found = patcher.hook_backup.get(PREFIX + name)
         if found is not None:
-            return found[0]
-        return (
-            kept.weight if kept is not None else patcher.model.diffusion_model.get_parameter(name)
-        )
+            return known(found[0])
+        own = patcher.model.diffusion_model.get_parameter(name) if kept is None else kept.weight
+        return known(own)
 
     return tensor

@@ -122,10 +122,11 @@ def test_no_file_of_the_pack_imports_what_comfyui_has_not() -> None:
     import ast
     from pathlib import Path
 
-    allowed = {"torch", "numpy", "comfy", "comfy_api", "folder_paths", "latent_preview", "tenuto"}
+    allowed = {"torch", "numpy", "safetensors", "comfy", "comfy_api", "folder_paths",
+               "latent_preview", "tenuto"}  # fmt: skip
     standard = {"__future__", "collections", "contextlib", "dataclasses", "fnmatch", "functools",
-                "itertools", "logging", "math", "pathlib", "re", "time", "typing",
-                "weakref"}  # fmt: skip
+                "itertools", "logging", "math", "pathlib", "re", "time",
+                "typing", "weakref"}  # fmt: skip
     for path in (Path(__file__).parents[2] / "comfy_nodes").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []

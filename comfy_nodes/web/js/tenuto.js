@@ -2,7 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
-const SAYS = { Tenuto_Report: "text", Tenuto_Calibrate: "info", Tenuto_SavePrompt: "info", Tenuto_Export: "report" };
+const SAYS = { Tenuto_Loader: "report", Tenuto_Report: "text", Tenuto_Calibrate: "info", Tenuto_SavePrompt: "info", Tenuto_Export: "report" };
 const WIDE = 240; // pixels: a node without fields is as narrow as its slots, and its title is cut off
 const SHOWN = "shown"; // the field below; it is neither saved nor sent
 

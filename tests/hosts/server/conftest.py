@@ -87,7 +87,10 @@ class Server:
         for one in graph.values():
             if "filename_prefix" in one["inputs"]:
                 one["inputs"]["filename_prefix"] += f"-{fresh}"
-        return self.get("/prompt", {"prompt": graph})["prompt_id"]
+        try:
+            return self.get("/prompt", {"prompt": graph})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
 
     def wait(self, prompt: str, seconds: float = 240) -> dict[str, Any]:
         """Its history once it has ended, in whatever way."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from small_encoders import SIZES  # noqa: E402
+from small_encoders import SIZES, WAN22_VAE  # noqa: E402
 
 Tensors = dict[str, Tensor]
 FLOAT8 = torch.float8_e4m3fn
@@ -120,6 +120,17 @@ def wan_vae() -> Tensors:
     return RandomTensors().all(model)
 
 
+def wan22_vae() -> Tensors:
+    """That of Wan 2.2 5B, eight channels wide: small_encoders.py makes the host's so."""
+    kind = host("ldm.wan.vae2_2").WanVAE
+    with torch.device("meta"):
+        model = kind(
+            z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+            temperal_downsample=[False, True, True], dropout=0.0, **WAN22_VAE,
+        )  # fmt: skip
+    return RandomTensors().all(model)
+
+
 def flux() -> Tensors:
     """A block of each sort."""
     return RandomTensors().all(
@@ -130,6 +141,34 @@ def flux() -> Tensors:
             guidance_embed=True, **later("flux", {"txt_ids_dims": []}),
         )
     )  # fmt: skip
+
+
+def flux2() -> Tensors:
+    """A block of each sort, two heads; it reads what the 4B encoder gives."""
+    return RandomTensors().all(
+        built(
+            host("ldm.flux.model").Flux, in_channels=128, out_channels=128, patch_size=1,
+            vec_in_dim=None, context_in_dim=7680, hidden_size=256, mlp_ratio=3.0, num_heads=2,
+            depth=1, depth_single_blocks=1, axes_dim=[32, 32, 32, 32], theta=2000, qkv_bias=False,
+            guidance_embed=False, global_modulation=True, mlp_silu_act=True, ops_bias=False,
+            **later("flux", {"txt_ids_dims": [3]}),
+        )
+    )  # fmt: skip
+
+
+def flux2_vae() -> Tensors:
+    """The decoder of FLUX.2, 32 channels wide; nothing is encoded here."""
+    kind = host("ldm.modules.diffusionmodules.model").Decoder
+    with torch.device("meta"):
+        model = kind(
+            ch=32, out_ch=3, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=[],
+            in_channels=3, resolution=256, z_channels=32, double_z=True, dropout=0.0,
+        )  # fmt: skip
+    random = RandomTensors()
+    found = random.all(model, "decoder.")
+    found["post_quant_conv.weight"] = torch.eye(32)[:, :, None, None].contiguous()
+    found["post_quant_conv.bias"] = torch.zeros(32)
+    return found | {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
 
 
 def later(package: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -156,9 +195,10 @@ def z_image() -> Tensors:
     )  # fmt: skip
 
 
-def wan() -> Tensors:
+def wan(channels: int = 16) -> Tensors:
     """Two blocks, two heads."""
     facts = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
+    facts |= {"in_dim": channels, "out_dim": channels}
     return RandomTensors().all(built(host("ldm.wan.model").WanModel, **facts))
 
 
@@ -199,6 +239,8 @@ MAKERS: dict[str, Callable[[], Tensors]] = {
     "wan2.1_t2v_1.3B_fp16": wan, "umt5_xxl_fp8_e4m3fn_scaled": umt5,
     "qwen_2.5_vl_7b_fp8_scaled": lambda: llama("Qwen25_7BVLI", "qwen25_7b"),
     "qwen_3_4b": lambda: llama("Qwen3_4B", "qwen3_4b"),
+    "flux-2-klein-base-4b": flux2, "flux2-vae": flux2_vae,
+    "wan2.2_ti2v_5B_fp16": lambda: wan(48), "wan2.2_vae": wan22_vae,
     "qwen_image_vae": wan_vae, "wan_2.1_vae": wan_vae,
 }  # fmt: skip
 

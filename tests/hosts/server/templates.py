@@ -40,6 +40,20 @@ KINDS: dict[str, tuple[str, str, str, int]] = {
     "FluxGuidance": ("conditioning", "guidance:FLOAT", "CONDITIONING", 270),
     "ModelSamplingAuraFlow": ("model", "shift:FLOAT", "MODEL", 270),
     "ModelSamplingSD3": ("model", "shift:FLOAT", "MODEL", 270),
+    "EmptyFlux2LatentImage": ("", "width:INT height:INT batch_size:INT", "LATENT", 270),
+    "Wan22ImageToVideoLatent": (
+        "vae start_image:IMAGE", "width:INT height:INT length:INT batch_size:INT", "LATENT", 270,
+    ),
+    "Flux2Scheduler": ("", "steps:INT width:INT height:INT", "SIGMAS", 270),
+    "KSamplerSelect": ("", "sampler_name:COMBO", "SAMPLER", 270),
+    "RandomNoise": ("", "noise_seed:INT :SEED", "NOISE", 270),
+    "CFGGuider": (
+        "model positive:CONDITIONING negative:CONDITIONING", "cfg:FLOAT", "GUIDER", 270,
+    ),
+    "SamplerCustomAdvanced": (
+        "noise guider sampler sigmas latent_image:LATENT", "",
+        "output:LATENT denoised_output:LATENT", 270,
+    ),
     "Tenuto_SpeedUp": ("model artifact:TENUTO_ARTIFACT", "speedup:FLOAT", "MODEL", 270),
     "KSampler": (
         "model positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
@@ -54,7 +68,7 @@ KINDS: dict[str, tuple[str, str, str, int]] = {
     "PreviewAny": ("source:*", "", "", 360),
     "MarkdownNote": ("", "", "", 420),
 }  # fmt: skip
-OPTIONAL = ("artifact", "audio")
+OPTIONAL = ("artifact", "audio", "start_image")
 TALL = {"CLIPTextEncode": 150, "SaveImage": 380, "SaveVideo": 400, "PreviewAny": 170}
 
 
@@ -98,6 +112,7 @@ class Template:
     negative: str | None = None
     shift: tuple[str, float] | None = None
     guidance: float | None = None
+    scheduler: tuple[Any, ...] | None = None
     fps: int | None = None
     more: str = ""
 
@@ -219,17 +234,16 @@ def built(name: str, template: Template) -> dict[str, Any]:
         negative = flow.add("CLIPTextEncode", template.negative, clip=out["CLIP"]), 0
     if template.guidance is not None:
         positive = flow.add("FluxGuidance", template.guidance, conditioning=positive), 0
-    empty = flow.add(*template.latent), 0
+    kind, *size = template.latent
+    vae = {"vae": out["VAE"]} if "vae" in dict(slots(KINDS[kind][0])) else {}
+    empty = flow.add(kind, *size, **vae), 0
     flow.column()
     model = out["MODEL"]
     if template.shift is not None:
         model = flow.add(*template.shift, model=model), 0
     model = flow.add("Tenuto_SpeedUp", 2, model=model), 0
-    steps, *settings = template.sampler
-    latent = flow.add(
-        "KSampler", 1, "fixed", steps, *settings, 1, model=model, positive=positive,
-        negative=negative, latent_image=empty,
-    ), 0  # fmt: skip
+    given = {"model": model, "positive": positive, "negative": negative}
+    latent = sampled(flow, template, given, empty)
     report = flow.add("Tenuto_Report", model=model, samples=latent), 0
     flow.column()
     pictures = flow.add("VAEDecode", samples=latent, vae=out["VAE"]), 0
@@ -240,6 +254,21 @@ def built(name: str, template: Template) -> dict[str, Any]:
         flow.add("SaveVideo", f"video/tenuto-{name}", "auto", "auto", video=video)
     flow.add("PreviewAny", source=report)
     return flow.saved(name)
+
+
+def sampled(flow: Flow, template: Template, given: dict[str, Any], empty: Any) -> tuple[int, int]:
+    """The nodes that sample: KSampler, or those that a scheduler of a family's own wants."""
+    steps, cfg, sampler, *names = template.sampler
+    if template.scheduler is None:
+        values = 1, "fixed", steps, cfg, sampler, *names, 1
+        return flow.add("KSampler", *values, **given, latent_image=empty), 0
+    kind, *size = template.scheduler
+    parts = {
+        "noise": flow.add("RandomNoise", 1, "fixed"), "guider": flow.add("CFGGuider", cfg, **given),
+        "sampler": flow.add("KSamplerSelect", sampler), "sigmas": flow.add(kind, steps, *size),
+    }  # fmt: skip
+    links = {name: (node, 0) for name, node in parts.items()}
+    return flow.add("SamplerCustomAdvanced", **links, latent_image=empty), 0
 
 
 def written() -> Iterator[tuple[Path, str]]:

@@ -109,7 +109,7 @@ def test_a_node_that_is_missing_would_be_noticed(server: Any, tab: Any) -> None:
 def test_every_node_alone(server: Any, tab: Any) -> None:
     """At its first size the whole title is seen; no field is undefined."""
     nodes = {node["type"]: node for node in tab.evaluate(ALONE)}
-    assert len(nodes) >= 9
+    assert len(nodes) >= 10
     assert not [kind for kind, node in nodes.items() if node["width"] < node["title"]]
     assert not [kind for kind, node in nodes.items() if None in node["widgets"].values()]
     prompts = sorted(p.name for p in (server.base / "models" / "tenuto_prompts").glob("*.*"))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[3]
 IDS = (
-    "LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate", "SavePrompt",
-    "LoadPrompt", "Export",
+    "Loader", "LoadArtifact", "QuantizeModel", "SpeedUp", "ApplyCache", "Report", "Calibrate",
+    "SavePrompt", "LoadPrompt", "Export",
 )  # fmt: skip
 
 
