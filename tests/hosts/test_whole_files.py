@@ -7,6 +7,7 @@ fp8 alone, 0.31 and later the rest. `python benchmarks/check_comfy.py` runs this
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -100,6 +101,8 @@ def sliced_in_float() -> bool:
     torch takes the product for one of batches then (`bmm`), of which comfy-kitchen 0.2.40 has no
     integer form: findings/comfy_kitchen_product_of_a_slice.sh.
     """
+    if importlib.util.find_spec("comfy_kitchen") is None:
+        return False
     codes = importlib.import_module("comfy_kitchen.tensor").QuantizedTensor
     x = torch.linspace(-1, 1, 8 * 64).view(1, 8, 64)[:, :4]
     weight = codes.from_float(torch.eye(64), "TensorWiseINT8Layout", per_channel=True)

@@ -55,7 +55,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 
 def test_an_artifact_without_the_float_weights(server: Any, make: Any, artifact: str) -> None:
-    """A checkpoint with its encoders and VAE; the latents are those of the three nodes, to the bit.
+    """A checkpoint with its encoders and VAE; the latents are those of the three nodes.
 
     With calls skipped too, and with the float weights kept.
     """
@@ -66,30 +66,31 @@ def test_an_artifact_without_the_float_weights(server: Any, make: Any, artifact:
     }
     wanted = server.latent(server.run(three))
     history = server.run(by_loader(make, "sd3", **sd3))
-    assert torch.equal(server.latent(history), wanted)
+    assert gap(server.latent(history), wanted) < 1e-5
     (text,) = history["outputs"]["model"]["text"]
     assert "layers w8a16" in text and "GiB, in float" in text and "Skips nothing." in text
     (text,) = history["outputs"]["report"]["text"]
     assert f"Loaded: {sd3['model']} with {artifact}. Its weights take" in text
     kept = server.run(by_loader(make, "sd3", **sd3, weights="codes and float weights"))
-    assert torch.equal(server.latent(kept), wanted)
+    assert gap(server.latent(kept), wanted) < 1e-5
     graph = by_loader(make, "sd3", **sd3 | {"skip": "by speedup"})
     graph["sampler"]["inputs"]["steps"] = 10
     (text,) = server.run(graph)["outputs"]["report"]["text"]
     assert "Cache: 5 of 10 calls of the model skipped" in text and "Quantized layers: " in text
 
 
-def test_a_model_that_was_exported(server: Any, make: Any) -> None:
+def test_a_model_that_was_exported(server: Any, make: Any, request: pytest.FixtureRequest) -> None:
     """As the host's own loader has it."""
-    graph = make.plain("flux")
+    graph, exported = make.plain("flux"), server.base / "output" / "diffusion_models"
     export = make.node("Tenuto_Export", model=["model", 0], name="loader-fp8", scheme="comfy: fp8")
     server.run({"model": graph["model"], "export": export})
+    request.addfinalizer(lambda: [p.unlink() for p in exported.glob("loader-fp8.*")])
     name = "diffusion_models/loader-fp8.safetensors"
     history = server.run(by_loader(make, "flux", model=name, artifact=BRINGS))
     (text,) = history["outputs"]["model"]["text"]
     assert "exported as comfy" in text and "layers in float8_e4m3fn" in text
     graph["model"]["inputs"]["unet_name"] = "loader-fp8.safetensors"
-    assert torch.equal(server.latent(history), server.latent(server.run(graph)))
+    assert gap(server.latent(history), server.latent(server.run(graph))) < 1e-5
 
 
 def test_what_is_wrong_is_said_in_one_sentence(server: Any, make: Any, artifact: str) -> None:
