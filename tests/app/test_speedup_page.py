@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,32 @@ def chosen(page: Any, place: str, name: str) -> None:
     page.get_by_role("option", name=name).first.click()
 
 
+@contextmanager
+def answered(page: Any) -> Iterator[None]:
+    """Until the artifact's own settings have come, which would take the place of what is typed."""
+    waiting: set[Any] = set()
+
+    def asked(request: Any) -> None:
+        waiting.add(request)
+
+    def came(request: Any) -> None:
+        waiting.discard(request)
+
+    listeners = {"request": asked, "requestfinished": came, "requestfailed": came}
+    for name, listener in listeners.items():
+        page.on(name, listener)
+    yield
+    page.wait_for_timeout(300)
+    for _ in range(1200):
+        if not waiting:
+            break
+        page.wait_for_timeout(100)
+    assert not waiting, [request.url for request in waiting]
+    for name, listener in listeners.items():
+        page.remove_listener(name, listener)
+    page.wait_for_timeout(300)
+
+
 def speedup(page: Any, value: str, name: str = "generate") -> None:
     page.fill(f"#{name}-speedup input[type=number]", value)
     page.keyboard.press("Tab")
@@ -48,14 +76,16 @@ def test_a_speedup_is_told_used_and_restored(
     page = tab.page
     tab.show("Compare")  # the lists are read anew where a tab is chosen
     tab.show("Generate")
-    chosen(page, "#artifact", WITHOUT)
+    with answered(page):
+        chosen(page, "#artifact", WITHOUT)
     page.wait_for_selector(f"{SAID} figure svg")
     page.click("#generate-speedup-auto")  # of the one that ships
     page.wait_for_selector(f"{SAID} circle.here")
     assert "not measured on your model" in tab.text(SAID)
     assert 1.5 < float(page.input_value("#generate-speedup input[type=number]")) < 3
     speedup(page, "1")
-    chosen(page, "#artifact", forecast)
+    with answered(page):
+        chosen(page, "#artifact", forecast)
     page.wait_for_function(
         "place => document.querySelector(place).innerText.startsWith('Off: each of the 20')",
         arg=SAID,
@@ -100,7 +130,8 @@ def test_a_comparison_at_a_speedup(app: Any, visit: Any, forecast: str) -> None:
     page.wait_for_selector("#compare-call")
     for name in (WITHOUT, forecast):
         page.locator("#compare-artifacts input").fill(name)
-        page.keyboard.press("Enter")
+        with answered(page):
+            page.keyboard.press("Enter")
         page.keyboard.press("Escape")
     page.wait_for_selector(f"{said} figure")
     speedup(page, "2", "compare")
@@ -108,7 +139,8 @@ def test_a_comparison_at_a_speedup(app: Any, visit: Any, forecast: str) -> None:
         "place => document.querySelector(place).innerText.includes('not measured')", arg=said
     )
     for _ in range(2):  # the one that is chosen at first, and the one without
-        page.locator("#compare-artifacts .token-remove").first.click()
+        with answered(page):
+            page.locator("#compare-artifacts .token-remove").first.click()
     page.wait_for_function(
         "place => !document.querySelector(place).innerText.includes('not measured')", arg=said
     )
