@@ -133,7 +133,7 @@ def _warm(bench: Bench) -> None:
         if models:
             bench.studio.pipe(bench.places.model(models[0]))
     except TenutoError:
-        pass  # whoever generates with it is told
+        pass  # generating with it says why it cannot be loaded
 
 
 def _say(text: str) -> None:

@@ -357,6 +357,28 @@ def in_comfy(original: Callable[[str], nn.Module]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
+def coded_artifact() -> Callable[[nn.Module], Any]:
+    """coded_artifact(denoiser of a host): w8a16 codes of its blocks, rounded to nearest."""
+    from tenuto import Artifact, describe, schemes
+    from tenuto.artifact.host_names import canonicalized
+    from tenuto.model import layers
+    from tenuto.numerics import QTensor
+
+    def build(denoiser: nn.Module) -> Artifact:
+        scheme, blocks = schemes.W8A16, tuple(f"{block}." for block in describe(denoiser).blocks)
+        made = Artifact.new(denoiser, {"timesteps": [900.0, 500.0], "steps": 2, "guidance": 1.0})
+        made.header["schemes"], made.header["layers"] = {"s": scheme.to_json()}, {}
+        for name, layer in layers(denoiser):
+            if name.startswith(blocks):
+                codes = QTensor.nearest(layer.weight.detach(), scheme.weight)
+                made.tensors |= {f"weights/{k}": v for k, v in codes.tensors(name).items()}
+                made.header["layers"][name] = {"scheme": "s", "shape": list(layer.weight.shape)}
+        return canonicalized(made, denoiser)
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def prompts() -> Callable[[list[int]], Tensor]:
     """prompts(seeds): embeddings (B, 5, WIDTH); seed -1 is the empty prompt."""
 

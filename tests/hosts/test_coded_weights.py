@@ -10,31 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenuto import Artifact, schemes
-from tenuto.artifact.host_names import canonicalized
+from tenuto import schemes
 from tenuto.caching.interval import LateInterval
 from tenuto.errors import ArtifactError, ModelError, TenutoError
-from tenuto.model import describe, layers
+from tenuto.model import layers
 from tenuto.numerics import QTensor
 from tenuto.runtime import Patches
 
 CPU = torch.device("cpu")
 
 
-def artifact_of(denoiser: nn.Module, scheme: Any = schemes.W8A16) -> Artifact:
-    """Codes of what is inside blocks, rounded to nearest."""
-    blocks = tuple(f"{block}." for block in describe(denoiser).blocks)
-    made = Artifact.new(denoiser, {"timesteps": [900.0, 500.0], "steps": 2, "guidance": 1.0})
-    made.header["schemes"], made.header["layers"] = {"s": scheme.to_json()}, {}
-    for name, layer in layers(denoiser):
-        if name.startswith(blocks):
-            codes = QTensor.nearest(layer.weight.detach(), scheme.weight)
-            made.tensors |= {f"weights/{k}": v for k, v in codes.tensors(name).items()}
-            made.header["layers"][name] = {"scheme": "s", "shape": list(layer.weight.shape)}
-    return canonicalized(made, denoiser)
-
-
-def given_up(model: Any, made: Artifact, **options: Any) -> Any:
+def given_up(model: Any, made: Any, **options: Any) -> Any:
     """What is installed in `model`, whose float weights are given up."""
     from comfy_nodes.adapter import ComfyUI
     from comfy_nodes.coded_weights import give_up_
@@ -59,12 +45,14 @@ def image(model: Any, family: str, prompts: Any) -> Tensor:
         )
 
 
-def test_the_image_is_that_of_the_artifact(in_comfy: Any, prompts: Any, family: str) -> None:
+def test_the_image_is_that_of_the_artifact(
+    in_comfy: Any, coded_artifact: Any, prompts: Any, family: str
+) -> None:
     """No float weight of a layer with codes is left in memory, and no second codes."""
     from comfy_nodes.adapter import ComfyUI
     from comfy_nodes.coded_weights import coded, memory_of
 
-    made = artifact_of(in_comfy(family).model.diffusion_model)
+    made = coded_artifact(in_comfy(family).model.diffusion_model)
     kept = ComfyUI().install(in_comfy(family), Patches(made, execution="float"))
     wanted = image(kept.handle, family, prompts)
     model = in_comfy(family)
@@ -103,23 +91,27 @@ def test_a_weight_is_decoded_when_one_looks(dtype: torch.dtype) -> None:
     assert isinstance(own, CodedWeight) and isinstance(own, nn.Parameter)
     assert isinstance(own.detach(), CodedWeight) and isinstance(own.to("cpu"), CodedWeight)
     assert own.shape == weight.shape and own.dtype is dtype and own.nbytes == content.nbytes
-    assert type(own.to(torch.float64)) is Tensor and torch.equal(own + 0, wanted)
-    assert torch.equal(layer(torch.eye(4, dtype=dtype)), wanted.T) and content.plain is None
+    assert type(own.to(torch.float64)) is Tensor
+    torch.testing.assert_close(own + 0, wanted)
+    torch.testing.assert_close(layer(torch.eye(4, dtype=dtype)), wanted.T)
+    assert content.plain is None
     copied = own.to("cpu", copy=True)
     part = copied.narrow(0, 2, 2)
     part += 1
     changed = wanted.clone()
     changed[2:4] += 1
-    assert torch.equal(copied + 0, changed) and torch.equal(own + 0, wanted)
+    torch.testing.assert_close(copied + 0, changed)
+    torch.testing.assert_close(own + 0, wanted)
     copied *= 2
-    assert torch.equal(copied + 0, changed * 2) and content.plain is None
+    torch.testing.assert_close(copied + 0, changed * 2)
+    assert content.plain is None
     own.data.copy_(changed)
-    assert torch.equal(own + 0, changed), "who writes to the weight itself is believed"
+    torch.testing.assert_close(own + 0, changed)  # what is written to the weight itself counts
 
 
-def test_a_lora_comes_and_goes(in_comfy: Any, prompts: Any) -> None:
+def test_a_lora_comes_and_goes(in_comfy: Any, coded_artifact: Any, prompts: Any) -> None:
     """Added to what the codes stand for, in a layer with fused parts; without it, the same bits."""
-    made = artifact_of(in_comfy("sd3").model.diffusion_model)
+    made = coded_artifact(in_comfy("sd3").model.diffusion_model)
     model = in_comfy("sd3")
     found = given_up(model, made).handle
     plain = image(found, "sd3", prompts)
@@ -142,18 +134,20 @@ def test_a_lora_comes_and_goes(in_comfy: Any, prompts: Any) -> None:
     assert torch.equal(image(found, "sd3", prompts), plain)
 
 
-def test_schedules_of_the_artifact_fit_afterwards(in_comfy: Any, prompts: Any) -> None:
+def test_schedules_of_the_artifact_fit_afterwards(
+    in_comfy: Any, coded_artifact: Any, prompts: Any
+) -> None:
     """The model is still known as the artifact's, and another is not; nothing is rounded twice."""
     from comfy_nodes.adapter import ComfyUI
     from comfy_nodes.export import check as for_export
 
-    made = artifact_of(in_comfy("flux").model.diffusion_model)
+    made = coded_artifact(in_comfy("flux").model.diffusion_model)
     model = in_comfy("flux")
     found = given_up(model, made).handle
     policy = LateInterval(1, 2)
     cached = ComfyUI().install(found, Patches(made, weights=False, policy=policy)).handle
     assert not torch.equal(image(cached, "flux", prompts), image(found, "flux", prompts))
-    other = artifact_of(in_comfy("flux").model.diffusion_model)
+    other = coded_artifact(in_comfy("flux").model.diffusion_model)
     other.header["fingerprint"] = dict(other.header["fingerprint"])
     values = [value + 1 for value in other.header["fingerprint"]["values"]]
     other.header["fingerprint"]["values"] = values

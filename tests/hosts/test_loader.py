@@ -27,7 +27,6 @@ def _beside(name: str) -> Any:
 export_node = _beside("test_export_node")
 SAID, artifact_of, exported = export_node.SAID, export_node.artifact_of, export_node.exported
 folders = export_node.folders
-coded_artifact = _beside("test_coded_weights").artifact_of
 
 
 @pytest.fixture
@@ -70,7 +69,9 @@ def test_a_model_without_an_artifact(load: Any) -> None:
     assert parts(load("sd3", skip=NOTHING)[0]) == (None, None)
 
 
-def test_an_artifact_with_codes(load: Any, folders: Path, in_comfy: Any) -> None:
+def test_an_artifact_with_codes(
+    load: Any, folders: Path, in_comfy: Any, coded_artifact: Any
+) -> None:
     """Codes alone, or beside the float weights; the report says the memory of each."""
     from comfy_nodes.coded_weights import coded
     from comfy_nodes.loader import FLOATS, artifacts

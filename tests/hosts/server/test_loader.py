@@ -10,34 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenuto import Artifact, describe, schemes
-from tenuto.artifact.host_names import canonicalized
-from tenuto.model import layers
-from tenuto.numerics import QTensor
-
 NOTHING = {"skip": "nothing", "speedup": 2.0, "execution": "float"}
 BRINGS = "none, or what the model file brings"
 
 
 @pytest.fixture(scope="module")
-def artifact(server: Any, checkpoints: Path) -> Iterator[str]:
+def artifact(server: Any, checkpoints: Path, coded_artifact: Any) -> Iterator[str]:
     """The name of one with codes of the tiny SD 3, rounded to nearest."""
     from comfy import sd
 
     with torch.no_grad():
         path = str(checkpoints / "checkpoints" / "tiny_sd3.safetensors")
         found = sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)
-        denoiser, scheme = found[0].model.diffusion_model, schemes.W8A16
-        blocks = tuple(f"{block}." for block in describe(denoiser).blocks)
-        made = Artifact.new(denoiser, {"timesteps": [900.0, 500.0], "steps": 2, "guidance": 1.0})
-        made.header["schemes"], made.header["layers"] = {"s": scheme.to_json()}, {}
-        for name, layer in layers(denoiser):
-            if name.startswith(blocks):
-                codes = QTensor.nearest(layer.weight.detach(), scheme.weight)
-                made.tensors |= {f"weights/{k}": v for k, v in codes.tensors(name).items()}
-                made.header["layers"][name] = {"scheme": "s", "shape": list(layer.weight.shape)}
+        made = coded_artifact(found[0].model.diffusion_model)
     file = server.base / "models" / "tenuto" / "sd3-codes.safetensors"
-    canonicalized(made, denoiser).save(file)
+    made.save(file)
     yield file.name
     file.unlink()
 

@@ -47,7 +47,7 @@ def flow(server: Any, checkpoints: Path, request: pytest.FixtureRequest) -> Iter
     """The workflow of a template, while its files are there; they are gone afterwards (2 GB)."""
     module, kind = NEEDS.get(request.param, ("builtins", "object"))
     if not hasattr(importlib.import_module(module), kind):
-        pytest.skip(f"this ComfyUI has no {kind}: {request.param} needs a newer one, 0.33 has it")
+        pytest.skip(f"{request.param} needs a newer ComfyUI, such as 0.33: this one has no {kind}")
     template, models = templates.templates()[request.param], server.base / "models"
     wanted, made = [], []
     for file in template.files:
