@@ -31,7 +31,7 @@ from .speed import speedup_input
 from .weights import Weights
 
 FOLDERS = ("diffusion_models", "checkpoints")  # of the host's own loaders
-OF_FILE = "none, or what the model file brings"
+OF_FILE = "none or file's own"
 AS_SAID, BY_SLIDER, NOTHING = "as the artifact says", "by speedup", "nothing"
 CODES, FLOATS = "codes alone", "codes and float weights"
 KEY = "tenuto_loader"

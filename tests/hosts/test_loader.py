@@ -79,7 +79,7 @@ def test_an_artifact_with_codes(
 
     made = coded_artifact(in_comfy("flux").model.diffusion_model)
     made.save(folders / "models" / "tenuto" / "a.safetensors")
-    assert artifacts() == ["none, or what the model file brings", "a.safetensors"]
+    assert artifacts() == ["none or file's own", "a.safetensors"]
     model, _, _, text = load("flux", artifact="a.safetensors")
     assert parts(model)[0] is not None and len(list(coded(model.model.diffusion_model))) > 3
     assert "layers w8a16" in text and "GiB, in float 0.00" in text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NOTHING = {"skip": "nothing", "speedup": 2.0, "execution": "float"}
-BRINGS = "none, or what the model file brings"
+BRINGS = "none or file's own"
 
 
 @pytest.fixture(scope="module")
