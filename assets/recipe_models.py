@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
@@ -202,15 +203,20 @@ def save_half(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None 
 
 def save_pipeline(
     folder: Path, kind: Kind, vae: AutoencoderKL, denoiser: nn.Module, text_encoder: nn.Module,
-    tokenizer: Any, weights: dict[str, Tensor], settings: dict[str, object],
+    tokenizer: Any, weights: dict[str, Tensor], settings: dict[str, object], flow: bool = False,
 ) -> None:  # fmt: skip
-    """Save an ordinary diffusers folder in fp16; `weights` are those of a `TextToImage`."""
+    """Save a diffusers folder in fp16; `weights` are those of a `TextToImage`.
+
+    With `flow` its scheduler is Euler's of flow matching, which these pipelines do not call as it
+    is: `benchmarks/flow_demo.py` has one that they do.
+    """
 
     def pick(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
     def fill(new: Path) -> None:
-        scheduler = build_scheduler(kind.steps_offset)
+        noise = build_scheduler(kind.steps_offset)
+        scheduler = FlowMatchEulerDiscreteScheduler() if flow else noise
         parts = {kind.part: denoiser, "vae": vae, "scheduler": scheduler} | kind.extra
         pipeline = kind.pipeline(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
         pipeline.save_config(new)

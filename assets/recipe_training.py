@@ -13,9 +13,40 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 
-def velocity_loss(prediction: Tensor, target: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Mean squared error of the velocity, weighted min(1, 5 / (snr + 1)) (Hang et al. 2023)."""
-    weight = (5 * (1 - alpha_bar)).clamp(max=1)  # 1 / (snr + 1) = 1 - alpha_bar
+class Velocity:
+    """v of a scheduler's noise, weighted min(1, 5 / (snr + 1)) (Hang et al. 2023).
+
+    alphas: its cumulative products, (T,).
+    """
+
+    def __init__(self, alphas: Tensor) -> None:
+        self.alphas = alphas
+
+    def noised(self, clean: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+        """The noisy latents (B, 4, H, W) at `share` (B,) of the way to noise, and what is learned.
+
+        Returns (noisy, timestep (B,), target, weight of each row's error (B,)).
+        """
+        last = len(self.alphas) - 1
+        time = (share * len(self.alphas)).long().clamp(max=last)
+        a = self.alphas[time]
+        signal, sigma = a.sqrt()[:, None, None, None], (1 - a).sqrt()[:, None, None, None]
+        target = signal * noise - sigma * clean
+        weight = (5 * (1 - a)).clamp(max=1)  # 1 / (snr + 1) = 1 - a
+        return signal * clean + sigma * noise, time, target, weight
+
+
+class Flow:
+    """The velocity of flow matching (Lipman et al. 2022, Liu et al. 2022), evenly over its time."""
+
+    def noised(self, clean: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+        """As of `Velocity`; the timestep is 1000 times the share of noise."""
+        s = share[:, None, None, None]
+        return (1 - s) * clean + s * noise, 1000 * share, noise - clean, torch.ones_like(share)
+
+
+def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of (B, 4, H, W), rows weighted by (B,)."""
     return (weight * ((prediction.float() - target) ** 2).mean((1, 2, 3))).mean()
 
 

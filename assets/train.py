@@ -58,10 +58,12 @@ from recipe_models import (
 )
 from recipe_training import (
     Average,
+    Flow,
     Log,
     Pace,
+    Velocity,
     optimizers,
-    velocity_loss,
+    weighted_error,
 )
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -176,7 +178,8 @@ def denoiser(args: Arguments) -> None:
     names, folder = class_names(args.data), args.out / f"demo-{args.model}"
     tokenizer = tokenizer_of(args, accelerator)
     table = CaptionTable(tokenizer, names, device, args.drop, kind.masked)
-    vae = AutoencoderKL.from_pretrained(args.out / "autoencoder").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(args.autoencoder or args.out / "autoencoder")
+    vae = vae.to(device).eval()
     if args.init:
         text_encoder = kind.read_text(args.init / "text_encoder", dtype="float32")
         network = kind.build(args.size)  # in its memory format
@@ -194,13 +197,14 @@ def denoiser(args: Arguments) -> None:
     average = Average(inner, args.average)
     model = accelerator.prepare(inner)
     set_seed(args.seed, device_specific=True)
-    alphas = build_scheduler().alphas_cumprod.to(device)
+    learned = Flow() if args.flow else Velocity(build_scheduler().alphas_cumprod.to(device))
     stack = optimizers(inner, args.lr, args.matrix_lr)
 
     def save() -> None:
         settings = {"guidance": args.guidance, "steps": 20}
         weights = average.weights()
-        save_pipeline(folder, kind, vae, network, text_encoder, tokenizer, weights, settings)
+        parts = vae, network, text_encoder, tokenizer
+        save_pipeline(folder, kind, *parts, weights, settings, args.flow)
 
     pace = Pace(accelerator, args.seconds, args.warmup)
     log, saved, step = Log(accelerator, pace, args.batch, args.log), 0.0, 0
@@ -208,12 +212,10 @@ def denoiser(args: Arguments) -> None:
     while (rate := pace.rate(step)) > 0:
         index = torch.randint(len(labels), (args.batch,), device=device)
         clean, noise = latents[index].float(), torch.randn(args.batch, 4, 16, 16, device=device)
-        time = (strata + torch.rand(args.batch, device=device)) / args.batch
-        time = (time * len(alphas)).long().clamp(max=len(alphas) - 1)
-        a = alphas[time]
-        signal, sigma = a.sqrt()[:, None, None, None], (1 - a).sqrt()[:, None, None, None]
-        prediction = model(signal * clean + sigma * noise, time, *table.draw(labels[index]))
-        loss = velocity_loss(prediction, signal * noise - sigma * clean, a)
+        share = (strata + torch.rand(args.batch, device=device)) / args.batch
+        noisy, time, target, weight = learned.noised(clean, noise, share)
+        prediction = model(noisy, time, *table.draw(labels[index]))
+        loss = weighted_error(prediction, target, weight)
         loss.backward()
         norm = clip_grad_norm_(average.live, 1.0)
         for optimizer in stack:
@@ -289,12 +291,14 @@ def smoke(args: Arguments) -> None:
         tiny = [*common, "--size", "tiny", "--batch", "8", "--seconds", "3", "--log", "1"]
         tiny += ["--no-compile", "--warmup", "5", "--save", "2"]
         again = ["--init", str(out / "autoencoder"), "--frozen-encoder"]
+        other = ["--out", str(out / "flow"), "--autoencoder", str(out / "autoencoder")]
         for stage in (
             ["autoencoder", *tiny, "--pictures", "64"],
             ["autoencoder", *tiny, "--pictures", "64", *again],
             ["denoiser", *tiny],
             ["denoiser", *tiny, "--init", str(out / "demo-transformer")],
             ["denoiser", *tiny, "--model", "unet"],
+            ["denoiser", *tiny, "--flow", *other],
             ["evaluate", *common, "--steps", "2", "--guidances", "2", "--model", "unet"],
             ["evaluate", *common, "--steps", "2", "--guidances", "2"],
         ):
@@ -345,6 +349,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--matrix-lr", type=float, default=2e-3, help="of Muon; 0: AdamW for all")
     p.add_argument("--warmup", type=int, default=300, help="steps")
     p.add_argument("--drop", type=float, default=0.1, help="share of empty prompts")
+    p.add_argument("--autoencoder", type=Path, help="of latents (default: WORK/autoencoder)")
+    p.add_argument("--flow", action="store_true", help="learn flow matching in place of v")
     p = stage("evaluate", evaluate)
     p.add_argument("--features", type=Path, help="weights of benchmarks/convert_inception.py")
     p.add_argument("--guidances", type=float, nargs="+", default=[1.5, 2, 2.5, 3, 4])

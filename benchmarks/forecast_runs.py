@@ -6,8 +6,9 @@
 The kernel is of `--recorded` images at the model's own steps, guidance and sampler. Each row is a
 run of another kind at the same speedup, with that kernel and with one that was recorded in that
 very run: PSNR to the full run at equal seeds, median over `--count` evaluation prompts. "flow" is
-the demo U-Net as a flow model (benchmarks/flow_demo.py), recorded at shift 1. Image to image starts
-from the model's own images. One JSON line a row as it goes, a Markdown table at the end; a row that
+the demo U-Net as a flow model (benchmarks/flow_demo.py), recorded at shift 1; `--flow FOLDER` has
+rows of a flow model that was trained (assets/train.py denoiser --flow). Image to image starts from
+the model's own images. One JSON line a row as it goes, a Markdown table at the end; a row that
 OUT already has is not made again.
 """
 
@@ -46,6 +47,10 @@ SOLVERS = {
 }
 
 
+TRAINED = "trained flow"
+FLOWS = "flow", TRAINED
+
+
 @dataclass(frozen=True)
 class Run:
     """A kind of run; None: the model's own. models: those that have it."""
@@ -56,7 +61,7 @@ class Run:
     solver: str | None = None
     shift: float | None = None
     strength: float | None = None
-    models: tuple[str, ...] = (*MODELS, "flow")
+    models: tuple[str, ...] = (*MODELS, *FLOWS)
 
 
 TO_IMAGE = 40  # steps, of which strength .3 does 12
@@ -65,9 +70,9 @@ RUNS = (
     *(Run(f"{steps} steps", steps=steps) for steps in (10, 30, 50)),
     *(Run(f"guidance {g:g}", guidance=g) for g in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)),
     *(Run(name, solver=solver, models=MODELS) for name, solver in SOLVERS.items()),
-    *(Run(f"shift {x:g}, {n} steps", steps=n, shift=x, models=("flow",))
+    *(Run(f"shift {x:g}, {n} steps", steps=n, shift=x, models=FLOWS)
       for x in (1.0, 3.0) for n in (20, 50)),
-    Run("Heun, two calls a step", solver="FlowMatchHeun", models=("flow",)),
+    Run("Heun, two calls a step", solver="FlowMatchHeun", models=FLOWS),
     *(Run(f"image to image, strength {x:g}", steps=TO_IMAGE, strength=x, models=("unet", "flow"))
       for x in (0.3, 0.6, 0.9)),
 )  # fmt: skip
@@ -80,6 +85,9 @@ class Runs:
         self.args, self.model = args, model
         if model == "flow":
             self.pipe, self.own = flow_demo.flow_pipeline(args.device), defaults("demo:unet")
+        elif model == TRAINED:
+            self.pipe = flow_demo.trained_flow(args.flow, args.device)
+            self.own = defaults(str(args.flow))
         else:
             self.pipe, self.own = load(f"demo:{model}", args.device), defaults(f"demo:{model}")
         self.lines = tuple(tn.prompts("evaluation"))
@@ -201,7 +209,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="all", choices=["all", *MODELS, "flow"])
+    parser.add_argument("--model", default="all", choices=["all", *MODELS, *FLOWS])
+    parser.add_argument("--flow", type=Path, help="a folder of assets/train.py denoiser --flow")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--speedup", type=float, default=2.0)
     parser.add_argument("--count", type=int, default=32)
@@ -210,12 +219,15 @@ def main() -> None:
     parser.add_argument("--device", help="cpu (the default), cuda, cuda:1")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
+    if args.model == TRAINED and args.flow is None:
+        parser.error("a trained flow model needs --flow.")
     torch.backends.cudnn.allow_tf32 = False
     rows = []
     if args.out and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     done = {row["key"] for row in rows}
-    for model in (*MODELS, "flow") if args.model == "all" else (args.model,):
+    every = (*MODELS, "flow", *([TRAINED] if args.flow else []))
+    for model in every if args.model == "all" else (args.model,):
         for row in Runs(args, model).rows(done):
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -122,4 +123,6 @@ def test_every_stage_of_the_recipe_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "demo-transformer" / "model_index.json").is_file()
     assert (tmp_path / "grid-transformer.jpg").is_file()
+    flow = json.loads((tmp_path / "flow" / "demo-transformer" / "model_index.json").read_text())
+    assert flow["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     assert '"grid": true' in done.stdout
