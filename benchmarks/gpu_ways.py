@@ -106,6 +106,24 @@ def fused(then: Way) -> Way:
     return way
 
 
+def in_fp32(tf32: bool) -> Way:
+    """The model in fp32, called with what bf16 has; its products in TF32 or not."""
+
+    def widened(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: widened(value) for name, value in x.items()}
+        return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        hook: Any = lambda module, args, kwargs: (args, widened(kwargs))  # noqa: E731
+        denoiser.float().register_forward_pre_hook(hook, with_kwargs=True)
+        return denoiser
+
+    return way
+
+
 def compiled(mode: str | None) -> Any:
     """torch.compile of the whole model."""
 
@@ -168,6 +186,8 @@ def cache_dit(then: Way | None = None) -> Way:
 
 WAYS: dict[str, Way] = {
     BASE: lambda denoiser: denoiser,
+    "fp32 eager": in_fp32(False),
+    "tf32 eager": in_fp32(True),
     "bf16 compile": compiled(None),
     "bf16 reduce-overhead": compiled("reduce-overhead"),
     "bf16 graph": plain(False, True),
