@@ -154,7 +154,7 @@ def _more_than_one(times: Any, chain: list[fx.Node]) -> tuple[Any, bool]:
     return times, False
 
 
-def _act(node: Any) -> str | None:
+def activation(node: Any) -> str | None:
     """The name of an activation of diffusers' feed-forwards, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
@@ -185,13 +185,13 @@ def _acted(node: fx.Node) -> Match | None:
         chain.append(last)
         made = ((_before(one, trial := []), other, trial) for one, other in pairs(last))
         found = next(
-            ((n, g, c) for n, g, c in made if _act(n) and shape_of(n) == shape_of(g)), None
+            ((n, g, c) for n, g, c in made if activation(n) and shape_of(n) == shape_of(g)), None
         )
         if found is None:
             return None
         last, gate = found[0], found[1]
         chain += found[2]
-    act = _act(last)
+    act = activation(last)
     if act is None or last is None or not shape_of(last):
         return None
     args = (before, last.args[0], gate, act, node.args[1])

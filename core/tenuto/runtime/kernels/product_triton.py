@@ -53,16 +53,10 @@ def _product(
         total = _sums(x, weight, row, column, m, n, k, M, N, K, EVEN, TMA, WHOLE)
         rows, columns = row + tl.arange(0, M), column + tl.arange(0, N)
         there, inside = rows < m, columns < n
-        if ZERO:
-            sums = tl.load(sums_ptr + columns, mask=inside, other=0)
-            total -= (tl.load(zero_ptr) - 128) * sums[None, :]
-        y = total.to(tl.float32) * tl.load(column_ptr + columns, mask=inside, other=0.0)[None, :]
-        if PER_ROW:
-            y *= tl.load(row_ptr + rows, mask=there, other=0.0)[:, None]
-        else:
-            y *= tl.load(row_ptr)
-        if BIAS:
-            y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y = scaled(
+            total, rows, columns, there, inside, row_ptr, column_ptr, sums_ptr, zero_ptr, bias_ptr,
+            PER_ROW, ZERO, BIAS,
+        )  # fmt: skip
         both = there[:, None] & inside[None, :]
         if GATE == "row":  # a tile is of one image: fewer registers
             place = gate_ptr + (row // each).to(tl.int64) * gate_stride + columns
@@ -78,6 +72,25 @@ def _product(
         else:
             at = rows.to(tl.int64)[:, None] * n + columns[None, :]
             tl.store(out + at, y.to(out.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def scaled(
+    total, rows, columns, there, inside, row_ptr, column_ptr, sums_ptr, zero_ptr, bias_ptr,
+    PER_ROW: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """fp32: sums of codes times their scales, and the bias; the zero point is taken out first."""
+    if ZERO:
+        sums = tl.load(sums_ptr + columns, mask=inside, other=0)
+        total -= (tl.load(zero_ptr) - 128) * sums[None, :]
+    y = total.to(tl.float32) * tl.load(column_ptr + columns, mask=inside, other=0.0)[None, :]
+    if PER_ROW:
+        y *= tl.load(row_ptr + rows, mask=there, other=0.0)[:, None]
+    else:
+        y *= tl.load(row_ptr)
+    if BIAS:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def _sigmoid(x, QUICK: tl.constexpr):
 
 
 @triton.jit
-def _act(x, ACT: tl.constexpr, QUICK: tl.constexpr):
+def activated(x, ACT: tl.constexpr, QUICK: tl.constexpr):
     if ACT == "silu":
         x = x * _sigmoid(x, QUICK)
     elif ACT == "gelu":
@@ -64,7 +64,7 @@ def _made(
     mine = inside & (column >= first)[None, :] if BEFORE else inside
     at = (column - first)[None, :] if BEFORE else column[None, :]
     x = tl.load(x_ptr + far * x_stride + at, mask=mine, other=0.0).to(tl.float32)
-    x = _act(x, ACT, QUICK)
+    x = activated(x, ACT, QUICK)
     if GATED:
         x *= tl.load(gate_ptr + far * gate_stride + at, mask=mine, other=0.0).to(tl.float32)
     if BEFORE:
