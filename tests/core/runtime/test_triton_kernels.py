@@ -644,6 +644,21 @@ def test_tiles_with_other_numbers_are_left_out(
 
 
 @needs_triton
+def test_long_trials_are_explained_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Short ones are not; a card's name is said."""
+    from tenuto.runtime.kernels import tiles_triton as tiles
+
+    monkeypatch.setattr(tiles, "_spent", 0.0)
+    monkeypatch.setattr(tiles, "card", lambda _: "Some Card")
+    for seconds, said in ((3.0, 0), (1.0, 0), (2.5, 1), (60.0, 1)):
+        tiles._explain(seconds, torch.device("cuda", 0))
+        assert len(caplog.records) == said
+    assert "Some Card" in caplog.text
+
+
+@needs_triton
 def test_numbers_of_rows_that_are_near_share_their_tiles() -> None:
     from tenuto.runtime.kernels.tiles_triton import bucket
 

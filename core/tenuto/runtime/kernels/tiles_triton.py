@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ log = logging.getLogger("tenuto")
 
 FILE = "tenuto-tiles.json"
 WARM, REPEAT = 5, 20  # ms of each candidate
+LONG = 5.0  # seconds of trials, after which somebody who waits is told what for
 
 
 class Tiles(NamedTuple):
@@ -44,6 +46,7 @@ class Tiles(NamedTuple):
 
 
 _known: dict[tuple[Any, ...], Tiles] = {}
+_spent = 0.0  # seconds of trials in this process
 
 
 def bucket(rows: int) -> int:
@@ -86,13 +89,26 @@ def _kept(
             return Tiles(*json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, RuntimeError, ValueError, TypeError) as error:  # no folder, or it is broken
         log.debug("The choice of tiles cannot be read: %s.", error)
+    start = time.perf_counter()
     found = fastest(candidates, run)
+    _explain(time.perf_counter() - start, device)
     try:
         if found is not None:
             get_cache_manager(name).put(json.dumps(found), FILE, binary=False)
     except (OSError, RuntimeError) as error:
         log.debug("The choice of tiles is not kept: %s.", error)
     return found
+
+
+def _explain(seconds: float, device: torch.device) -> None:
+    """Say once, when trials have taken long, what the time goes into."""
+    global _spent
+    before, _spent = _spent, _spent + seconds
+    if before < LONG <= _spent:
+        log.warning(
+            "Kernels are tried for this model's layers on %s: up to some minutes for a large one, "
+            "the first time. The choices are kept.", card(device),
+        )  # fmt: skip
 
 
 def fastest(candidates: Sequence[Tiles], run: Callable[[Tiles], Any]) -> Tiles | None:
