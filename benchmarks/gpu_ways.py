@@ -124,6 +124,16 @@ def in_fp32(tf32: bool) -> Way:
     return way
 
 
+def channels_last(then: Way) -> Way:
+    """Convolutions' weights with channels last, as cuDNN's kernels want them, and then `then`."""
+
+    def way(denoiser: nn.Module) -> nn.Module:
+        form: Any = torch.channels_last
+        return then(denoiser.to(memory_format=form))
+
+    return way
+
+
 def compiled(mode: str | None) -> Any:
     """torch.compile of the whole model."""
 
@@ -214,6 +224,10 @@ WAYS: dict[str, Way] = {
     "fp8 auto blocks, graph": attached("fp8", "auto", True, True),
     "fp8-static blocks": stored(True, False),
     "fp8-static blocks, graph": stored(True, True),
+    "channels last: bf16 reduce-overhead": channels_last(compiled("reduce-overhead")),
+    "channels last: bf16 blocks, graph": channels_last(plain(True, True)),
+    "channels last: fp8 auto blocks, graph": channels_last(attached("fp8", "auto", True, True)),
+    "channels last: w8a8 auto blocks, graph": channels_last(attached("w8a8", "auto", True, True)),
     "torchao fp8 compile": torchao("fp8", compiled(None)),
     "torchao fp8 blocks, graph": torchao("fp8", plain(True, True)),
     "torchao int8 compile": torchao("int8", compiled(None)),
