@@ -1,7 +1,7 @@
 """The numbers of files that other programs read: rounded to nearest, and calibrated, side by side.
 
     python benchmarks/native_formats.py [--count 64] [--preset quick] [--rows "comfy-w4a8*"]
-    python benchmarks/native_formats.py --model demo:unet --device cuda --batch 32 --out rows.jsonl \
+    python benchmarks/native_formats.py --model demo:unet --device cuda --batch 32 --out r.jsonl \
         --fid 10000 --data DATA --features inception.safetensors
     python benchmarks/native_formats.py --model FOLDER     # of assets/train.py denoiser --flow
 
