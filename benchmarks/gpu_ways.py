@@ -106,20 +106,31 @@ def fused(then: Way) -> Way:
     return way
 
 
-def in_fp32(tf32: bool) -> Way:
-    """The model in fp32, called with what bf16 has; its products in TF32 or not."""
+class _Widened(nn.Module):
+    """A model in fp32, called with what bf16 has."""
 
-    def widened(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {name: widened(value) for name, value in x.items()}
-        return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser.float()
+
+    def forward(self, **kwargs: Any) -> Any:
+        """The call."""
+        return self.denoiser(**{name: _wide(x) for name, x in kwargs.items()})
+
+
+def _wide(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {name: _wide(value) for name, value in x.items()}
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def in_fp32(tf32: bool) -> Way:
+    """The model in fp32; its products in TF32 or not."""
 
     def way(denoiser: nn.Module) -> nn.Module:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-        hook: Any = lambda module, args, kwargs: (args, widened(kwargs))  # noqa: E731
-        denoiser.float().register_forward_pre_hook(hook, with_kwargs=True)
-        return denoiser
+        return _Widened(denoiser)
 
     return way
 
@@ -128,8 +139,8 @@ def channels_last(then: Way) -> Way:
     """Convolutions' weights with channels last, as cuDNN's kernels want them, and then `then`."""
 
     def way(denoiser: nn.Module) -> nn.Module:
-        form: Any = torch.channels_last
-        return then(denoiser.to(memory_format=form))
+        move: Any = denoiser.to
+        return then(move(memory_format=torch.channels_last))
 
     return way
 

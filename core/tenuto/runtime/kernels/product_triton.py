@@ -76,9 +76,10 @@ def _product(
 
 @triton.jit
 def scaled(
-    total, rows, columns, there, inside, row_ptr, column_ptr, sums_ptr, zero_ptr, bias_ptr,
+    total: tl.tensor, rows: tl.tensor, columns: tl.tensor, there: tl.tensor, inside: tl.tensor,
+    row_ptr: tl.tensor, column_ptr: tl.tensor, sums_ptr: Any, zero_ptr: Any, bias_ptr: Any,
     PER_ROW: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """fp32: sums of codes times their scales, and the bias; the zero point is taken out first."""
     if ZERO:
         sums = tl.load(sums_ptr + columns, mask=inside, other=0)

@@ -43,7 +43,8 @@ def _sigmoid(x, QUICK: tl.constexpr):
 
 
 @triton.jit
-def activated(x, ACT: tl.constexpr, QUICK: tl.constexpr):
+def activated(x: tl.tensor, ACT: tl.constexpr, QUICK: tl.constexpr) -> tl.tensor:
+    """ACT of x, fp32: "silu", "gelu" or "gelu tanh"; else x. QUICK: see `_sigmoid`."""
     if ACT == "silu":
         x = x * _sigmoid(x, QUICK)
     elif ACT == "gelu":
