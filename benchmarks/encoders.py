@@ -99,17 +99,21 @@ def encoder_of(folder: Path) -> tuple[Any, Callable[[list[str]], list[dict[str, 
 
 
 def of_folder(
-    folder: Path, files: list[str] | None = None, out: Path | None = None
+    folder: Path, files: list[str] | None = None, out: Path | None = None, most: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a trained encoder without a denoiser: states alone. out: of rows of files."""
+    """The rows of a trained encoder without a denoiser: states alone.
+
+    out: of rows of files. most: how many captions these are calibrated on, beside the general ones.
+    """
     encoder, rows = encoder_of(folder)
     lines = tn.prompts("general")
-    more = tn.prompts("captions") if files else []
+    more = tn.prompts("captions")[:most] if files else []
     held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
     calibration = calls_of(rows([*more, *lines[::2]]), ROWS, held_out=held, by_length=True)
     unseen = calls_of(rows(lines[3::4]), ROWS)
     if files:
-        yield from of_files(folder.name, encoder, calibration, unseen, files, out)
+        about = {"model": folder.name, "prompts": 1 + len(more) + len(lines[::2])}
+        yield from of_files(about, encoder, calibration, unseen, files, out)
         return
     for width in WIDTHS:
         for method in algorithms.names("encoder"):
@@ -124,7 +128,7 @@ def of_folder(
 
 
 def of_files(
-    name: str,
+    about: dict[str, Any],
     encoder: Any,
     calibration: list[Call],
     unseen: list[Call],
@@ -134,10 +138,11 @@ def of_files(
     """The rows of the numbers of files, from `out` where it has them."""
     done, mark = known(out), digest(fingerprint(encoder))
     for asked in rows:
-        key = {"model": name, "weights": mark, "row": asked, "version": tn.__version__}
+        key = about | {"weights": mark, "row": asked, "version": tn.__version__}
         row = done.get(json.dumps(key, sort_keys=True))
         if row is None:
-            row = {"key": key, "model": name, "row": asked, "date": str(datetime.date.today())}
+            row = {"key": key, "row": asked, "date": str(datetime.date.today())}
+            row["model"] = f"{about['model']}, {about['prompts']} prompts"
             row |= of_file(encoder, calibration, unseen, *asked.split())
             emit(row, out)
         yield row
@@ -257,13 +262,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="a file of --files' rows, which are not made again"
     )
+    parser.add_argument("--captions", type=int, help="how many --files are calibrated on (all)")
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
     of_models = [of_pipeline(name, args.count) for name in names]
     every = [f"{s} {m}" for s in ("w4a8", "nvfp4", "fp8", "w8a8") for m in ENCODER_METHODS]
     files = None if args.encoder is None or args.files is None else args.files or every
-    folders = [of_folder(folder, files, args.out) for folder in args.encoder or ()]
+    folders = [of_folder(f, files, args.out, args.captions) for f in args.encoder or ()]
     sources = folders or of_models
     rows = []
     for row in (row for source in sources for row in source):
