@@ -31,7 +31,7 @@ import tenuto as tn
 from benchmarks.encoders import ROWS, codes_in_int8, encoder_of
 from benchmarks.quantization import cpu_name
 from tenuto.calibration import ENCODER_SCHEMES, EncoderCodes
-from tenuto.model.patches import Swap
+from tenuto.model import Swap, watched
 from tenuto.sampling import calls_of
 
 LISTS = ("general", "captions", "default", "evaluation")
@@ -75,18 +75,15 @@ def main() -> None:
         ("a range a token", linears, lambda _, x: x.abs().amax(-1, keepdim=True)),
     ]
     for what, layers, size in ways:
-        with in_int8(layers, size):
+        with put_in(encoder, {n: Rounded(n, m, size) for n, m in layers.items()}):
             row(what, len(layers), {name: states(encoder, calls) for name, calls in asked.items()})
+    held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
+    calibration = calls_of(seen, ROWS, held_out=held, by_length=True)
     for method in ("rtn", "gptq"):
-        calibration = calls_of(
-            seen, ROWS, held_out=rows(["", *lines[1::4]])[-len(lines[1::4]) :], by_length=True
-        )
         made = EncoderCodes.of(encoder, calibration, ENCODER_SCHEMES["w8a8"], method)
         layers = codes_in_int8(made)
-        swaps = [Swap(encoder, *pair) for pair in layers.items()]
-        found = {name: states(encoder, calls) for name, calls in asked.items()}
-        for swap in reversed(swaps):
-            swap.remove()
+        with put_in(encoder, layers):
+            found = {name: states(encoder, calls) for name, calls in asked.items()}
         row(f"the file of `w8a8`, {method}", len(layers), found)
 
 
@@ -109,43 +106,44 @@ def sizes(
     """By layer: the largest size of each column of its inputs, (K,)."""
     found: dict[str, Tensor] = {}
 
-    def seen(name: str) -> Any:
-        def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            size = given[0].flatten(0, -2).abs().amax(0)
-            found[name] = torch.maximum(found.get(name, size), size)
+    def note(name: str, given: tuple[Any, ...], _: dict[str, Any]) -> None:
+        size = given[0].flatten(0, -2).abs().amax(0)
+        found[name] = torch.maximum(found[name], size) if name in found else size
 
-        return note
-
-    hooks = [m.register_forward_pre_hook(seen(n)) for n, m in linears.items()]
-    for call in calls:
-        encoder(**call)
-    for hook in hooks:
-        hook.remove()
+    with watched(encoder, linears, before=note):
+        for call in calls:
+            encoder(**call)
     return found
 
 
-@contextmanager
-def in_int8(layers: Mapping[str, Any], size: Range) -> Iterator[None]:
-    """Within, layers have weights and inputs on a grid of 8 bits."""
+class Rounded(nn.Module):
+    """A Linear without a bias whose weight and inputs lie on grids of 8 bits."""
 
+    def __init__(self, name: str, layer: nn.Linear, size: Range) -> None:
+        super().__init__()
+        self.name, self.size, weight = name, size, layer.weight.data
+        self.weight = nn.Parameter(self.rounded(weight, weight.abs().amax(1, keepdim=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) to (..., N)."""
+        return nn.functional.linear(self.rounded(x, self.size(self.name, x)), self.weight)
+
+    @staticmethod
     def rounded(x: Tensor, most: Tensor) -> Tensor:
+        """On the grid whose level 127 is `most`."""
         step = (most / 127).clamp_min(1e-12)
         return (x / step).round().clamp(-127, 127) * step
 
-    def ranged(name: str) -> Any:
-        return lambda _, given: (rounded(given[0], size(name, given[0])),)
 
-    before = {name: m.weight.data for name, m in layers.items()}
-    hooks = [m.register_forward_pre_hook(ranged(n)) for n, m in layers.items()]
-    for name, w in before.items():
-        layers[name].weight.data = rounded(w, w.abs().amax(1, keepdim=True))
+@contextmanager
+def put_in(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, `encoder` has these layers in place of its own."""
+    swaps = [Swap(encoder, *pair) for pair in layers.items()]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for name, w in before.items():
-            layers[name].weight.data = w
+        for swap in reversed(swaps):
+            swap.remove()
 
 
 def distance(full: list[Tensor], low: list[Tensor]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.encoders import codes_in_int8, markdown_of_files, of_file
-from benchmarks.outliers import in_int8, sizes, states
+from benchmarks.outliers import Rounded, put_in, sizes, states
 from tenuto.calibration import ENCODER_SCHEMES, EncoderCodes
 from tenuto.measure import states_distance
 from tenuto.sampling import calls_of
@@ -51,7 +51,8 @@ def test_a_range_a_tensor_loses_what_outliers_leave_no_levels_for() -> None:
     for name, size in most.items():
         assert (size.max() > 1000 * size.median()) == name.endswith(".wo"), name
     before, full = copy.deepcopy(encoder.state_dict()), torch.cat(states(encoder, unseen))
-    with in_int8(linears, lambda name, _: most[name].max()):
+    naive = {n: Rounded(n, m, lambda name, _: most[name].max()) for n, m in linears.items()}
+    with put_in(encoder, naive):
         low = torch.cat(states(encoder, unseen))
     assert (low - full).norm() > 0.5 * full.norm()
     assert torch.equal(torch.cat(states(encoder, unseen)), full)
