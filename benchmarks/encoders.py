@@ -139,10 +139,11 @@ def of_files(
     done, mark = known(out), digest(fingerprint(encoder))
     for asked in rows:
         key = about | {"weights": mark, "row": asked, "version": tn.__version__}
+        key |= {"prompts": 0} if asked.endswith(" rtn") else {}
         row = done.get(json.dumps(key, sort_keys=True))
         if row is None:
-            row = {"key": key, "row": asked, "date": str(datetime.date.today())}
-            row["model"] = f"{about['model']}, {about['prompts']} prompts"
+            row = {"key": key, "model": key["model"], "prompts": key["prompts"], "row": asked}
+            row["date"] = str(datetime.date.today())
             row |= of_file(encoder, calibration, unseen, *asked.split())
             emit(row, out)
         yield row
@@ -183,26 +184,27 @@ COLUMNS = {  # of the table: the file, and the number of its row
 
 
 def markdown_of_files(rows: list[dict[str, Any]]) -> str:
-    """The rows of files as one table: a line a model and method, relative L2 in per cent."""
-    known = {(row["model"], *row["row"].split()): row for row in rows}
+    """The rows of files as one table: a line a model, method and count of prompts; per cent."""
+    known = {(row["model"], *row["row"].split(), row["prompts"]): row for row in rows}
     text = [
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today()}",
         "",
-        f"| model | method | {' | '.join(COLUMNS)} | s |",
-        "| --- " * (len(COLUMNS) + 3) + "|",
+        f"| model | method | prompts | {' | '.join(COLUMNS)} | s |",
+        "| --- " * (len(COLUMNS) + 4) + "|",
     ]
+    lines = {(m, ENCODER_METHODS.index(method), -prompts) for m, _, method, prompts in known}
     for model in dict.fromkeys(row["model"] for row in rows):
-        for method in ENCODER_METHODS:
-            own = [
-                row for row in rows if row["model"] == model and row["row"].endswith(f" {method}")
-            ]
+        for _, place, less in sorted(line for line in lines if line[0] == model):
+            line = ENCODER_METHODS[place], -less
             cells = [
-                cell(known.get((model, scheme, method)), known.get((model, scheme, "rtn")), number)
-                for scheme, number in COLUMNS.values()
+                cell(known.get((model, scheme, *line)), known.get((model, scheme, "rtn", 0)), n)
+                for scheme, n in COLUMNS.values()
             ]
-            spent = sum(row["seconds"] for row in own) / max(1, len(own))
-            text += [f"| {model} | {method} | {' | '.join(cells)} | {spent:.0f} |"] if own else []
+            own = [row for key, row in known.items() if (key[0], *key[2:]) == (model, *line)]
+            spent = sum(row["seconds"] for row in own) / len(own)
+            count = line[1] or ""
+            text.append(f"| {model} | {line[0]} | {count} | {' | '.join(cells)} | {spent:.0f} |")
     return "\n".join(text)
 
 

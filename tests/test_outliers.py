@@ -84,12 +84,16 @@ def test_codes_of_a_folded_encoder_have_inputs_in_int8_too() -> None:
 
 
 def test_the_table_has_a_line_a_method_and_decibels_to_nearest() -> None:
-    given = [("w4a8 rtn", 0.2, 0.4), ("w4a8 gptq", 0.1, 0.1), ("fp8 gptq", 0.05, 0.0)]
-    rows = [{"model": "t5", "row": name, "relative_l2": error, "int8": int8, "seconds": 7.0}
-            for name, error, int8 in given]  # fmt: skip
+    given = [("w4a8 rtn", 0, 0.2, 0.4), ("w4a8 gptq", 33, 0.1, 0.1), ("fp8 gptq", 33, 0.05, 0.0),
+             ("w4a8 gptq", 129, 0.02, 0.04)]  # fmt: skip
+    rows = [{"model": "t5", "prompts": prompts, "row": name, "relative_l2": error, "int8": int8,
+             "seconds": 7.0} for name, prompts, error, int8 in given]  # fmt: skip
     lines = markdown_of_files(rows).splitlines()
-    assert lines[2] == "| model | method | W4A16 | W4A8 | nvfp4 | fp8 | W8A16 | W8A8 | s |"
+    assert (
+        lines[2] == "| model | method | prompts | W4A16 | W4A8 | nvfp4 | fp8 | W8A16 | W8A8 | s |"
+    )
     assert lines[4:] == [
-        "| t5 | rtn | 20.00 | 40.00 |  |  |  |  | 7 |",
-        "| t5 | gptq | 10.00 (+6.0) | 10.00 (+12.0) |  | 5.00 |  |  | 7 |",
+        "| t5 | rtn |  | 20.00 | 40.00 |  |  |  |  | 7 |",
+        "| t5 | gptq | 129 | 2.00 (+20.0) | 4.00 (+20.0) |  |  |  |  | 7 |",
+        "| t5 | gptq | 33 | 10.00 (+6.0) | 10.00 (+12.0) |  | 5.00 |  |  | 7 |",
     ]
