@@ -10,12 +10,12 @@ included. States: cosine to full
 precision over all tokens that count, mean and least, and relative L2; the row bf16 is what half
 precision does. Pictures: 20 steps, equal seeds. One JSON line a row, a table at the end.
 
-    python benchmarks/encoders.py --encoder flan-t5-small --files --out encoders.jsonl
+    python benchmarks/encoders.py --encoder flan-t5-small minilm --files --out encoders.jsonl
 
-The numbers of files that ComfyUI reads, as `tenuto text-encoder` makes them, on "captions" too; dB:
-how much nearer than rounded to nearest. Rows that `--out` has are not made again. Inputs in int8: a
-range a token, as ComfyUI 0.31 to 0.33 multiplies such layers; later ones, and all of fp8 and nvfp4,
-leave them in float.
+The numbers of files that ComfyUI reads, as `tenuto text-encoder` makes them, on "captions" too: one
+table of relative L2, in brackets how many dB nearer than rounded to nearest. Rows that `--out` has
+are not made again. The files of W4A8 and W8A8 have two columns. A16: inputs in float, as hosts
+encode a text. A8: in int8 with a range a token, as ComfyUI 0.31 to 0.33 multiplies these layers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tenuto.calibration import (
 )
 from tenuto.measure import compare_all, states_distance
 from tenuto.resume import digest
-from tenuto.runtime import encoder_layers
+from tenuto.runtime import QLayer, encoder_layers
 from tenuto.sampling import Call, calls_of
 from tenuto.sampling.encoder_calls import without_cache
 from tenuto.sampling.loading import defaults
@@ -99,17 +99,21 @@ def encoder_of(folder: Path) -> tuple[Any, Callable[[list[str]], list[dict[str, 
 
 
 def of_folder(
-    folder: Path, files: list[str] | None = None, out: Path | None = None
+    folder: Path, files: list[str] | None = None, out: Path | None = None, most: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a trained encoder without a denoiser: states alone. out: of rows of files."""
+    """The rows of a trained encoder without a denoiser: states alone.
+
+    out: of rows of files. most: how many captions these are calibrated on, beside the general ones.
+    """
     encoder, rows = encoder_of(folder)
     lines = tn.prompts("general")
-    more = tn.prompts("captions") if files else []
+    more = tn.prompts("captions")[:most] if files else []
     held = rows(["", *lines[1::4]])[-len(lines[1::4]) :]
     calibration = calls_of(rows([*more, *lines[::2]]), ROWS, held_out=held, by_length=True)
     unseen = calls_of(rows(lines[3::4]), ROWS)
     if files:
-        yield from of_files(folder.name, encoder, calibration, unseen, files, out)
+        about = {"model": folder.name, "prompts": 1 + len(more) + len(lines[::2])}
+        yield from of_files(about, encoder, calibration, unseen, files, out)
         return
     for width in WIDTHS:
         for method in algorithms.names("encoder"):
@@ -124,7 +128,7 @@ def of_folder(
 
 
 def of_files(
-    name: str,
+    about: dict[str, Any],
     encoder: Any,
     calibration: list[Call],
     unseen: list[Call],
@@ -134,10 +138,12 @@ def of_files(
     """The rows of the numbers of files, from `out` where it has them."""
     done, mark = known(out), digest(fingerprint(encoder))
     for asked in rows:
-        key = {"model": name, "weights": mark, "row": asked, "version": tn.__version__}
+        key = about | {"weights": mark, "row": asked, "version": tn.__version__}
+        key |= {"prompts": 0} if asked.endswith(" rtn") else {}
         row = done.get(json.dumps(key, sort_keys=True))
         if row is None:
-            row = {"key": key, "model": name, "row": asked, "date": str(datetime.date.today())}
+            row = {"key": key, "model": key["model"], "prompts": key["prompts"], "row": asked}
+            row["date"] = str(datetime.date.today())
             row |= of_file(encoder, calibration, unseen, *asked.split())
             emit(row, out)
         yield row
@@ -154,33 +160,61 @@ def of_file(
     one, other = found["quantized"], found["nearest"]
     row |= one | {"nearest": other["relative_l2"]}
     row["db"] = 20 * math.log10(other["relative_l2"] / max(1e-9, one["relative_l2"]))
-    if ENCODER_SCHEMES[scheme].activation and made.encoder is encoder:
-        artifact = Artifact({"encoders": {}})
-        fill(artifact, "text_encoder", encoder, made.job)
-        layers = encoder_layers(encoder, artifact, "text_encoder")
-        row["int8"] = states_distance(encoder, unseen, layers)["relative_l2"]
+    if ENCODER_SCHEMES[scheme].activation:
+        layers = codes_in_int8(made)
+        row["int8"] = states_distance(made.encoder, unseen, layers)["relative_l2"]
         row["layers"] = len(layers)
     return row
 
 
+def codes_in_int8(made: EncoderCodes) -> dict[str, QLayer]:
+    """Layers with such codes that round their inputs to int8; of `made.encoder`, not put in."""
+    artifact = Artifact({"encoders": {}})
+    fill(artifact, "text_encoder", made.encoder, made.job)
+    for layer, codes in made.codes.items():  # nearest ones, where a fold gained nothing
+        own = codes.tensors(layer).items()
+        artifact.tensors |= {f"encoder/text_encoder.{key}": value for key, value in own}
+    return encoder_layers(made.encoder, artifact, "text_encoder")
+
+
+COLUMNS = {  # of the table: the file, and the number of its row
+    "W4A16": ("w4a8", "relative_l2"), "W4A8": ("w4a8", "int8"), "nvfp4": ("nvfp4", "relative_l2"),
+    "fp8": ("fp8", "relative_l2"), "W8A16": ("w8a8", "relative_l2"), "W8A8": ("w8a8", "int8"),
+}  # fmt: skip
+
+
 def markdown_of_files(rows: list[dict[str, Any]]) -> str:
-    """The rows of files as a table."""
+    """The rows of files as one table: a line a model, method and count of prompts; per cent."""
+    known = {(row["model"], *row["row"].split(), row["prompts"]): row for row in rows}
     text = [
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today()}",
         "",
-        "| model | file | cosine, mean (least) | relative L2 | rounded to nearest | dB nearer "
-        "| inputs in int8 | s |",
-        "| --- " * 8 + "|",
+        f"| model | method | prompts | {' | '.join(COLUMNS)} | s |",
+        "| --- " * (len(COLUMNS) + 4) + "|",
     ]
-    for row in rows:
-        inputs = f"{row['int8']:.4f}" if "int8" in row else ""
-        text.append(
-            f"| {row['model']} | {row['row']} | {row['cosine']:.5f} ({row['least']:.4f}) "
-            f"| {row['relative_l2']:.4f} | {row['nearest']:.4f} | {row['db']:.1f} "
-            f"| {inputs} | {row['seconds']:.0f} |"
-        )
+    lines = {(m, ENCODER_METHODS.index(method), -prompts) for m, _, method, prompts in known}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for _, place, less in sorted(line for line in lines if line[0] == model):
+            line = ENCODER_METHODS[place], -less
+            cells = [
+                cell(known.get((model, scheme, *line)), known.get((model, scheme, "rtn", 0)), n)
+                for scheme, n in COLUMNS.values()
+            ]
+            own = [row for key, row in known.items() if (key[0], *key[2:]) == (model, *line)]
+            spent = sum(row["seconds"] for row in own) / len(own)
+            count = line[1] or ""
+            text.append(f"| {model} | {line[0]} | {count} | {' | '.join(cells)} | {spent:.0f} |")
     return "\n".join(text)
+
+
+def cell(row: dict[str, Any] | None, plain: dict[str, Any] | None, number: str) -> str:
+    """A number of a row in per cent, and how much nearer it is than `plain`'s."""
+    if row is None:
+        return ""
+    if plain is None or row is plain:
+        return f"{100 * row[number]:.2f}"
+    return f"{100 * row[number]:.2f} ({20 * math.log10(plain[number] / row[number]):+.1f})"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -221,20 +255,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="all", choices=("all", *MODELS))
-    parser.add_argument("--encoder", type=Path, help="a folder with an encoder: that alone")
+    parser.add_argument(
+        "--encoder", type=Path, nargs="+", help="folders with an encoder each: those alone"
+    )
     parser.add_argument(
         "--files", nargs="*", metavar="ROW", help='ComfyUI\'s files: "w4a8 gptq" ..., or all'
     )
     parser.add_argument(
         "--out", type=Path, help="a file of --files' rows, which are not made again"
     )
+    parser.add_argument("--captions", type=int, help="how many --files are calibrated on (all)")
     parser.add_argument("--count", type=int, default=64, help="pictures compared")
     args = parser.parse_args()
     names = MODELS if args.model == "all" else (args.model,)
     of_models = [of_pipeline(name, args.count) for name in names]
     every = [f"{s} {m}" for s in ("w4a8", "nvfp4", "fp8", "w8a8") for m in ENCODER_METHODS]
     files = None if args.encoder is None or args.files is None else args.files or every
-    sources = [of_folder(args.encoder, files, args.out)] if args.encoder else of_models
+    folders = [of_folder(f, files, args.out, args.captions) for f in args.encoder or ()]
+    sources = folders or of_models
     rows = []
     for row in (row for source in sources for row in source):
         rows.append(row)

@@ -102,8 +102,11 @@ class _Block:
 
     def _subset(self, linears: tuple[str, ...], place: str) -> None:
         weights = {name: _weight(self.root, name) for name in linears}
+        scales = list(self._scales(linears[0]))
+        if not scales or not self._folds(place, linears, scales[-1]):
+            return  # whatever is found could not be folded
         best, least = None, self._error()
-        for scale in self._scales(linears[0]):
+        for scale in scales:
             for name, weight in weights.items():
                 rounded = QTensor.nearest(weight * scale, self.form).dequantize()
                 _weight(self.tried, name).copy_(rounded / scale)
@@ -124,6 +127,16 @@ class _Block:
         size = mean_size(self.root, layer, self.bank, self.rows, self.device)
         if size is not None:
             yield from (scale_of(size, step / RATIOS) for step in range(1, RATIOS))
+
+    def _folds(self, place: str, linears: tuple[str, ...], scale: Tensor) -> bool:
+        """Whether such a scale can be folded into `place`; nothing is changed."""
+        state = self.root.state_dict()
+        touched = [key for key in state if key.rpartition(".")[0] in (place, *linears)]
+        before, known = {key: state[key].clone() for key in touched}, dict(self.scales)
+        exact = self._folded(place, linears, scale)
+        self.root.load_state_dict(before, strict=False)
+        self.scales = known
+        return exact
 
     def _folded(self, place: str, linears: tuple[str, ...], scale: Tensor) -> bool:
         """Fold a scale into `place`; undone where the block does not compute the same after it.

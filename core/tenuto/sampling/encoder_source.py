@@ -21,8 +21,8 @@ from ..model.encoder_names import TOKENS, EncoderNames, check_read, names_of
 from ..text import first_line, printable
 from .encoder_on_disk import is_too_large, on_disk
 from .libraries import imported, quiet_loading
+from .low_memory import CODES
 
-CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "I32")
 MARKS = (".comfy_quant", ".scale_weight", ".weight_scale", ".qweight", "scaled_fp8", ".SCB")
 KINDS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 

@@ -191,14 +191,9 @@ def load_denoisers(model: str) -> Any:
     path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
     folder = path if path.is_dir() else _downloaded(model)
     with _one_sentence(folder, local=True), quiet_loading():
-        from .low_memory import parts_of, parts_on_disk
+        from .low_memory import check_in_float, parts_on_disk
 
-        for name in parts_of(folder):
-            config = folder / name / "config.json"
-            if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
-                raise ModelError(
-                    f"{folder / name} is already quantized: export the model that it was made of."
-                )
+        check_in_float(folder)
         import_parts(folder)
         found = parts_on_disk(folder, torch.device("cpu"), torch.float32, encoders=False)
     if not found:

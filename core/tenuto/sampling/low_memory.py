@@ -27,24 +27,28 @@ from .processes import processes
 SHARE = 0.5  # of the free memory that a model may take
 LARGE = 2**30  # bytes of a text encoder that is read layer by layer
 DENOISERS = ("transformer", "unet")  # what the names of parts begin with
+CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "I32")  # types of weights that are quantized
 
 
 class Shards(Mapping[str, Tensor]):
     """The tensors in the safetensors files of a folder by name, each read anew, in `dtype`.
 
-    wide: parts of names whose tensors are in fp32. ModelError if no file can be read.
+    wide: parts of names whose tensors are in fp32. coded: a weight that is quantized, or "".
+    ModelError if no file can be read.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, wide: tuple[str, ...] = ()) -> None:
         self.dtype, self.wide = dtype, wide
         self.files: dict[str, Path] = {}
-        self.size = 0  # bytes of all tensors in `dtype`
+        self.size, self.coded = 0, ""  # bytes of all tensors in `dtype`
         for file in _files(folder):
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     self.files[name] = file
-                    shape = opened.get_slice(name).get_shape()
-                    self.size += prod(shape) * self.dtype.itemsize
+                    tensor = opened.get_slice(name)
+                    self.size += prod(tensor.get_shape()) * self.dtype.itemsize
+                    if tensor.get_dtype() in CODES and name.endswith("weight"):
+                        self.coded = self.coded or name
         if not self.files:
             raise ModelError(f"{folder} has no safetensors file to read block by block.")
 
@@ -83,6 +87,19 @@ def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
         for name, value in facts.items()
         if isinstance(value, list) and len(value) == 2 and _files(folder / name)
     }
+
+
+def check_in_float(folder: Path) -> None:
+    """ModelError where a denoiser in a pipeline's folder is quantized, by its config or weights."""
+    for name, (library, _) in parts_of(folder).items():
+        if library != "diffusers" or not name.startswith(DENOISERS):
+            continue
+        config = folder / name / "config.json"
+        facts = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        if "quantization_config" in facts or Shards(folder / name, torch.float32).coded:
+            raise ModelError(
+                f"{folder / name} is already quantized: export the model that it was made of."
+            )
 
 
 def is_too_large(folder: Path, dtype: torch.dtype) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tenuto
 from tenuto.artifact.export.comfy_reader import comfy_file
 from tenuto.artifact.export.report import Report
+from tenuto.calibration import fold
 from tenuto.calibration.fold import folded
 from tenuto.calibration.text_encoder import FP8, UNSEEN
 from tenuto.errors import Cancelled
@@ -287,6 +288,39 @@ def test_what_something_else_reads_is_not_folded(gated: bool, tmp_path: Path) ->
     calls = calls_for(row, encoder, source.tokenizer(), 3, ["a cat", "two dogs in a park"])
     twin: Any = folded(encoder, calls, schemes.NVFP4.weight)
     assert torch.equal(twin.layers[0].post_attention_layernorm.weight, norm.weight) == gated
+
+
+@pytest.mark.parametrize("consumer", ["flux", "z-image"])
+def test_no_scale_is_searched_for_that_cannot_be_folded(
+    consumer: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A look before the search changes no scale; where norms follow the sums there is no search."""
+    source = source_of(encoder_folder(tmp_path / "e", consumer), consumer)
+    encoder, row = source.load(), CONSUMERS[consumer]
+    blocks = len(describe(encoder).blocks)
+    calls = calls_for(row, encoder, source.tokenizer(), blocks, ["a cat", "two dogs in a park"])
+    found, tried = folded(encoder, calls, schemes.NVFP4.weight), list[str]()
+
+    def error(self: Any) -> float:
+        tried.append(self.name)
+        return known(self)
+
+    known = fold._Block._error
+    monkeypatch.setattr(fold._Block, "_error", error)
+    again = folded(encoder, calls, schemes.NVFP4.weight)
+    assert len(tried) > 10
+    tried.clear()
+    monkeypatch.setattr(fold._Block, "_folded", lambda *_: False)
+    none = folded(encoder, calls, schemes.NVFP4.weight)
+    assert not tried
+    monkeypatch.undo()
+    monkeypatch.setattr(fold._Block, "_folds", lambda *_: True)
+    without = folded(encoder, calls, schemes.NVFP4.weight).state_dict()
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+        assert torch.equal(value, without[name]), name
+        assert torch.equal(none.state_dict()[name], encoder.state_dict()[name])
+    assert any(not torch.equal(v, encoder.state_dict()[n]) for n, v in without.items())
 
 
 # --- one scale for a whole weight of 8-bit floats -------------------------------------------------
