@@ -23,13 +23,20 @@ from ..runtime import check_free
 from ..sampling import Trajectory, processes, work_in
 from .by_denoiser import joined, part_seed, recordings, weights_of
 from .forecast_scores import images_of, measurable, with_scores
-from .given import check_place, check_recipe, prompts_needed, scheme_of, trajectory_of
+from .given import (
+    check_place,
+    check_recipe,
+    prompts_needed,
+    scheme_of,
+    trajectory_of,
+)
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
 from .spared import searched, with_spared
 from .temporal.maintenance import check_choice, with_time_only
 from .temporal.selection import check_budget
+from .under_cache import UnderCache, check_under, mark_of, under_cache
 
 __all__ = ["PRESETS", "Job", "effort", "quantize", "recipe_for"]
 
@@ -48,6 +55,7 @@ def quantize(
     describe: Describe | None = None,
     measure: bool | None = None,
     max_memory: int | None = None,
+    under: UnderCache | Trajectory | None = None,
     work: str | Path | None = None,
     on_progress: Progress | None = None,
 ) -> Artifact:
@@ -63,7 +71,10 @@ def quantize(
     where no family file says it or says it otherwise; see `describing`. measure: whether the
     forecast of skipped calls is measured on four images, which takes as long as generating ten;
     None: where that is estimated to take less than a minute. max_memory: bytes that all takes at
-    most; None: what is free. Where a block's recorded inputs take more, they lie in `work`.
+    most; None: what is free. Where a block's recorded inputs take more, they lie in `work`. under:
+    what is skipped where the model will be used, a speedup or a cache schedule: blocks and ranges
+    see calls of such runs, made for it, and each step counts by its weight for the result; or such
+    a recording, of `under_cache`.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -78,11 +89,14 @@ def quantize(
     chosen, scheme = effort(preset), scheme_of(scheme)
     check_recipe(model, scheme, chosen, rounding)
     check_place(work)
+    if under is not None:
+        check_under(under, scheme, chosen, rounding)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
     settings = {"preset": preset, "device": device, "rounding": rounding, "choice": temporal}
-    settings |= {"max_memory": max_memory, "budget": budget}
+    seen = _seen(model, trajectory, under, on_progress)
+    settings |= {"max_memory": max_memory, "budget": budget, "seen": seen}
     makes = {
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
@@ -94,6 +108,22 @@ def quantize(
     notes = parts(told, sizes)
     made = joined(makes, weights_of(model), work, notes["layers"])
     return with_scores(model, made, trajectory, notes["forecast"])
+
+
+def _seen(
+    model: Any,
+    trajectory: Trajectory,
+    under: UnderCache | Trajectory | None,
+    on_progress: Progress | None,
+) -> Trajectory | None:
+    """The calls that blocks and ranges see, where those are others than the recorded ones."""
+    if under is None:
+        return None
+    if isinstance(under, Trajectory):
+        if under.timesteps != trajectory.timesteps or not under.under:
+            raise TenutoError("Under a cache is a recording of under_cache, of the same steps.")
+        return under
+    return under_cache(model, trajectory, under, on_progress=on_progress)
 
 
 def _of_denoiser(
@@ -111,6 +141,7 @@ def _of_denoiser(
     choice: str,
     budget: float,
     max_memory: int | None,
+    seen: Trajectory | None,
 ) -> Artifact:
     """`quantize` of one denoiser, from the recording of its calls."""
     denoiser, chosen = parts_of(model)[part], effort(preset)
@@ -120,15 +151,17 @@ def _of_denoiser(
     else:
         recipe = recipe_for(scheme, backbone, chosen.rounding(rounding, scheme))
     job = Job(denoiser, backbone, recipe, trajectory, device, part_seed(seed, part))
-    job.max_memory = max_memory
+    job.max_memory, job.seen = max_memory, seen
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
     made = {"seed": seed, "device": job.device.type, "calibration": trajectory.about()}
+    made |= {} if seen is None else {"under": seen.under}
     artifact = Artifact.new(model, trajectory.schedule(), made, part)
     inputs = {
         "job": "quantize",
         "recipe": recipe.to_json(),
         "seed": seed,
+        **({} if seen is None else {"under": mark_of(seen)}),
         "temporal": [choice, asdict(chosen.temporal), *([budget] if choice == "select" else [])],
         "version": artifact.header,
     }

@@ -135,6 +135,18 @@ def check_wanted(
     return None if asked is None else check_speedup(asked)
 
 
+def check_under_cache(
+    speedup: Speedup | None, scheme: Scheme | None, effort: Preset, rounding: str | None
+) -> Speedup:
+    """The speedup under which is calibrated; TenutoError where that is none, or changes nothing."""
+    from ..calibration import check_under
+
+    if speedup is None or speedup == 1 or scheme is None:
+        raise TenutoError("--under-cache needs what is skipped: give --speedup or --reuse too.")
+    check_under(speedup, scheme, effort, rounding)
+    return speedup
+
+
 def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> None:
     """TenutoError where a speedup is to be stored and nothing was recorded that it needs."""
     if speedup not in (None, 1) and recorded.kernel is None:

@@ -33,6 +33,7 @@ from .checks import (
     check_kernel,
     check_out,
     check_quantization,
+    check_under_cache,
     check_wanted,
     comparison_prompts,
     how_called,
@@ -83,6 +84,7 @@ def quantize(
     compact: bool = False,
     speedup: Speedup | None = None,
     reuse: float | None = None,
+    under_cache: bool = False,
     measure: bool | None = None,
     bars: Bars | None = None,
 ) -> Answer:
@@ -92,6 +94,7 @@ def quantize(
     rest |= {"temporal": temporal, "table_budget": table_budget}
     wanted, effort = check_quantization(scheme, preset, **rest)
     default = check_wanted(scheme, text_encoder, speedup, reuse)
+    under = check_under_cache(default, wanted, effort, rounding) if under_cache else None
     check_model(model)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
@@ -109,7 +112,7 @@ def quantize(
             artifact = calibration.quantize(
                 pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
                 rounding=rounding, temporal=temporal, table_budget=table_budget, measure=measure,
-                max_memory=max_memory, work=work, on_progress=bars("Quantizing"),
+                max_memory=max_memory, under=under, work=work, on_progress=bars("Quantizing"),
             )  # fmt: skip
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)
