@@ -33,6 +33,7 @@ from .given import (
 from .job import Job
 from .presets import PRESETS, effort, recipe_for
 from .result_check import with_result
+from .rounding_errors import with_rounding
 from .spared import searched, with_spared
 from .temporal.maintenance import check_choice, with_time_only
 from .temporal.selection import check_budget
@@ -69,8 +70,9 @@ def quantize(
     "int8", "select" or "auto"; see `maintenance.py`. table_budget: of "select", bytes of all these
     modules as a share of their tables in fp16; None: half. describe: what the model is made of,
     where no family file says it or says it otherwise; see `describing`. measure: whether the
-    forecast of skipped calls is measured on four images, which takes as long as generating ten;
-    None: where that is estimated to take less than a minute. max_memory: bytes that all takes at
+    forecast of skipped calls is measured on four images, which takes as long as generating ten, and
+    what rounding adds to each step in two runs more, with which forecasts are then planned; None:
+    where the images are estimated to take less than a minute. max_memory: bytes that all takes at
     most; None: what is free. Where a block's recorded inputs take more, they lie in `work`. under:
     what is skipped where the model will be used, a speedup or a cache schedule: blocks and ranges
     see calls of such runs, made for it, and each step counts by its weight for the result; or such
@@ -105,9 +107,11 @@ def quantize(
     if not measurable(model, trajectory, measure):
         return joined(makes, weights_of(model), work, told)
     sizes = {"layers": len(trajectory.calls) * trajectory.batch, "forecast": images_of(trajectory)}
+    sizes["rounding"] = 2 * len(trajectory.timesteps) * trajectory.batch
     notes = parts(told, sizes)
     made = joined(makes, weights_of(model), work, notes["layers"])
-    return with_scores(model, made, trajectory, notes["forecast"])
+    made = with_scores(model, made, trajectory, notes["forecast"])
+    return with_rounding(model, made, trajectory, notes["rounding"])
 
 
 def _seen(

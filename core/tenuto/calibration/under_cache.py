@@ -76,7 +76,7 @@ def under_cache(
     sample, told = trajectory.rollout(), processes().told(on_progress)
     counts = _counts(trajectory, skipped)
     computed = [row for row, count in enumerate(counts) if count is not None]
-    denoiser, starts = denoiser_of(model), _starts(trajectory)
+    denoiser, starts = denoiser_of(model), starts_of(trajectory)
     facts = Signature(denoiser)
 
     def run(place: int) -> list[tuple[float, dict[str, Any]]]:
@@ -159,7 +159,7 @@ def _kernel(trajectory: Trajectory) -> OutputKernel:
     return trajectory.kernel
 
 
-def _starts(trajectory: Trajectory) -> list[tuple[int, int]]:
+def starts_of(trajectory: Trajectory) -> list[tuple[int, int]]:
     """(seed, images) of each run."""
     batch, runs, count = trajectory.batch, trajectory.runs, len(trajectory.prompts)
     left = count if (runs - 1) * batch < count <= runs * batch else runs * batch
