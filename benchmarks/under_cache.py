@@ -15,6 +15,8 @@ forecast; the `late interval` of branches):
     joint, alike       the same, with every step counting the same
     joint, again       as joint, on runs of the model that joint has quantized
     weighted           calibrated on full runs, each step by what it counts there
+    planned            as naive, the forecast planned with what rounding adds to each step
+    joint, planned     both
 Ranges that are found on the fly, with weights to nearest (`w8a8`), see no recorded call: joint is
 naive there. PSNR to the full-precision run of all calls at equal seeds over `--count` evaluation
 prompts, in int8; `gain` is the mean difference to naive of each image, and its standard error.
@@ -41,8 +43,10 @@ import tenuto as tn
 from benchmarks.default_kernels import images
 from benchmarks.joint import bare, far
 from benchmarks.schedules import MODELS, chip, surroundings
+from tenuto.artifact import kernel_of
 from tenuto.caching import CacheSchedule
 from tenuto.caching.at_share import unmeasured
+from tenuto.calibration.rounding_errors import with_rounding
 from tenuto.calibration.router.rollout import intercepted
 from tenuto.calibration.under_cache import under_cache
 from tenuto.measure import psnr
@@ -53,8 +57,9 @@ from tenuto.sampling import Trajectory
 from tenuto.sampling.loading import defaults, load
 
 FORECAST, LATE, ALL = "forecast", "late interval", "nothing"
-JOINT = ("joint", "joint, alike", "joint, again")
-HOWS = (*JOINT, "weighted")
+JOINT = ("joint", "joint, alike", "joint, again", "joint, planned")
+PLANNED = ("planned", "joint, planned")
+HOWS = (*JOINT, "weighted", "planned")
 FIRST = 4  # steps that the late interval computes, at least
 
 
@@ -85,6 +90,7 @@ class Setting:
 
     def artifact(self, scheme: str, how: str, work: str) -> tn.Artifact:
         """Made, or read from `--work`."""
+        how = {"planned": "naive", "joint, planned": "joint"}.get(how, how)
         args, of = self.args, work if how in JOINT else ALL
         name = f"{self.model}.{scheme}.{how}.{of}.{args.preset}.{args.recorded}.safetensors"
         file = args.work / name.replace(", ", "-").replace(" ", "-")
@@ -104,13 +110,13 @@ class Setting:
         return tn.Artifact.load(file)
 
     @contextmanager
-    def attached(self, artifact: tn.Artifact | None, work: str) -> Iterator[None]:
+    def attached(self, artifact: tn.Artifact | None, how: str, work: str) -> Iterator[None]:
         """The pipeline as a row has it."""
-        speedup = 2.0 if work == FORECAST else 1.0
+        speedup, kernel = 2.0 if work == FORECAST else 1.0, self.recorded.kernel
+        if artifact is not None and how in PLANNED:
+            kernel = kernel_of(with_rounding(self.pipe, artifact, self.recorded))
         made = None if artifact is None else bare(artifact)
-        patches = Patches(
-            made, route=False, execution="int8", kernel=self.recorded.kernel, speedup=speedup
-        )
+        patches = Patches(made, route=False, execution="int8", kernel=kernel, speedup=speedup)
         with ExitStack() as stack:
             stack.enter_context(install(self.pipe, patches))
             if work == LATE:
@@ -130,8 +136,10 @@ def kinds(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
             yield scheme, "weighted", ALL
         for work in args.skip:
             yield scheme, "naive", work
-            for how in args.hows if scheme != "w8a8" else ():
-                yield scheme, how, work
+            for how in args.hows:
+                seen = scheme != "w8a8" or how == "planned"
+                if seen and (work == FORECAST or how not in PLANNED):
+                    yield scheme, how, work
 
 
 def rows(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
@@ -150,7 +158,7 @@ def rows(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
             calibrated = "naive" if how == "quantized" else how
             made = None if scheme == "none" else setting.artifact(scheme, calibrated, work)
             wanted = setting.reference
-            with setting.attached(made, work):
+            with setting.attached(made, how, work):
                 found = images(setting.pipe, args)
                 distance = far(setting.pipe, args) if args.fid else {}
             db = [round(x, 3) for x in psnr(wanted, found).tolist()]
@@ -191,7 +199,7 @@ def main() -> None:
     parser.add_argument("--model", default="all", choices=["all", *MODELS])
     parser.add_argument("--schemes", nargs="+", default=["w4a8", "w8a8", "w8a8-static"])
     parser.add_argument("--skip", nargs="+", default=[FORECAST, LATE], choices=[FORECAST, LATE])
-    parser.add_argument("--hows", nargs="*", default=["joint"], choices=HOWS)
+    parser.add_argument("--hows", nargs="*", default=["joint", "planned"], choices=HOWS)
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--recorded", type=int, default=16, help="prompts of the calibration")
     parser.add_argument("--count", type=int, default=16)
