@@ -78,11 +78,9 @@ class Bank:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be written, in files where the bank is."""
-        return (
-            torch.empty(shape, dtype=dtype)
-            if self.files is None
-            else self.files.empty(shape, dtype)
-        )
+        if self.files is None:
+            return torch.empty(shape, dtype=dtype)
+        return self.files.empty(shape, dtype)
 
     def forget(self) -> None:
         """See `BankFiles.forget`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -70,13 +70,11 @@ def quantize(
     "int8", "select" or "auto"; see `maintenance.py`. table_budget: of "select", bytes of all these
     modules as a share of their tables in fp16; None: half. describe: what the model is made of,
     where no family file says it or says it otherwise; see `describing`. measure: whether the
-    forecast of skipped calls is measured on four images, which takes as long as generating ten, and
-    what rounding adds to each step in two runs more, with which forecasts are then planned; None:
-    where the images are estimated to take less than a minute. max_memory: bytes that all takes at
-    most; None: what is free. Where a block's recorded inputs take more, they lie in `work`. under:
-    what is skipped where the model will be used, a speedup or a cache schedule: blocks and ranges
-    see calls of such runs, made for it, and each step counts by its weight for the result; or such
-    a recording, of `under_cache`.
+    forecast is measured: on four images, which takes as long as generating ten, and what rounding
+    adds to its steps, in two runs; None: where that is estimated to take less than a minute.
+    max_memory: bytes that all takes at most; None: what is free. Where a block's recorded inputs
+    take more, they lie in `work`. under: what is skipped in use, a speedup or a cache schedule, or
+    a recording of `under_cache`: blocks and ranges see the calls of runs that skip it.
 
     Blocks are taken in order: their inputs come from the already quantized prefix, their targets
     from the full-precision model. `work` names a folder in which finished blocks are kept; after
@@ -91,8 +89,7 @@ def quantize(
     chosen, scheme = effort(preset), scheme_of(scheme)
     check_recipe(model, scheme, chosen, rounding)
     check_place(work)
-    if under is not None:
-        check_under(under, scheme, chosen, rounding)
+    check_under(under, scheme, chosen, rounding)
     if not isinstance(trajectory, Trajectory):
         count = prompts_needed(scheme, chosen, rounding)
         trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
@@ -103,14 +100,24 @@ def quantize(
         name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
         for name, own in recordings(model, trajectory).items()
     }
-    told = processes().told(on_progress)
-    if not measurable(model, trajectory, measure):
-        return joined(makes, weights_of(model), work, told)
+    make = partial(joined, makes, weights_of(model), work)
+    return _measured(model, trajectory, measure, make, processes().told(on_progress))
+
+
+def _measured(
+    model: Any,
+    trajectory: Trajectory,
+    wanted: bool | None,
+    make: Callable[[Progress | None], Artifact],
+    on_progress: Progress | None,
+) -> Artifact:
+    """What `make` gives, its forecast measured where that is wanted and can be."""
+    if not measurable(model, trajectory, wanted):
+        return make(on_progress)
     sizes = {"layers": len(trajectory.calls) * trajectory.batch, "forecast": images_of(trajectory)}
     sizes["rounding"] = 2 * len(trajectory.timesteps) * trajectory.batch
-    notes = parts(told, sizes)
-    made = joined(makes, weights_of(model), work, notes["layers"])
-    made = with_scores(model, made, trajectory, notes["forecast"])
+    notes = parts(on_progress, sizes)
+    made = with_scores(model, make(notes["layers"]), trajectory, notes["forecast"])
     return with_rounding(model, made, trajectory, notes["rounding"])
 
 
@@ -155,7 +162,7 @@ def _of_denoiser(
     else:
         recipe = recipe_for(scheme, backbone, chosen.rounding(rounding, scheme))
     job = Job(denoiser, backbone, recipe, trajectory, device, part_seed(seed, part))
-    job.max_memory, job.seen = max_memory, seen
+    job.max_memory, job.seen = max_memory, seen or trajectory
     if not job.plan:
         raise TenutoError("No layer of the model matches the recipe.")
     made = {"seed": seed, "device": job.device.type, "calibration": trajectory.about()}

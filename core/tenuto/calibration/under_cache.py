@@ -50,6 +50,7 @@ from .given import needs_every_prompt
 from .presets import Preset
 
 UnderCache: TypeAlias = "Speedup | CacheSchedule"
+Kept: TypeAlias = "tuple[float, dict[str, Any]]"  # the timestep and the arguments of a call
 
 
 def under_cache(
@@ -73,32 +74,15 @@ def under_cache(
         raise TenutoError("A model of several denoisers is calibrated on full runs alone.")
     if not isinstance(skipped, CacheSchedule) and trajectory.kernel is None:
         raise TenutoError("The recording has no forecast, under which it could be run again.")
-    sample, told = trajectory.rollout(), processes().told(on_progress)
+    told = processes().told(on_progress)
     counts = _counts(trajectory, skipped)
     computed = [row for row, count in enumerate(counts) if count is not None]
-    denoiser, starts = denoiser_of(model), starts_of(trajectory)
-    facts = Signature(denoiser)
+    starts = starts_of(trajectory)
 
-    def run(place: int) -> list[tuple[float, dict[str, Any]]]:
+    def run(place: int) -> list[Kept]:
         if told is not None:
             told(place, len(starts), "recording with calls skipped")
-        kept = list[tuple[float, dict[str, Any]]]()
-        seed, batch = starts[place]
-        with ExitStack() as stack, all_frozen([denoiser]), torch.no_grad(), untold():
-            how: Any = {"route": False, "speedup": 1, "execution": "int8", "graphs": False}
-            stack.enter_context(
-                nullcontext() if artifact is None else attach(model, artifact, **how)
-            )
-            clock = Clock(trajectory.timesteps)
-            patches = [Follow(model, clock), override_(denoiser, _noting(facts, kept))]
-            stack.callback(lambda: [patch.remove() for patch in reversed(patches)])
-            if isinstance(skipped, CacheSchedule):
-                patches += apply_schedule_(denoiser, skipped, clock)
-            else:
-                forecast = Forecast(_kernel(trajectory), skipped)
-                patches.append(override_(denoiser, ForecastCalls(clock, forecast, denoiser)))
-            sample(denoiser, seed, batch)
-        return kept
+        return _run(model, trajectory, skipped, artifact, *starts[place])
 
     calls = list[Call]()
     for number, kept in enumerate(processes().each(range(len(starts)), run)):
@@ -116,13 +100,40 @@ def under_cache(
     return replace(trajectory, calls=calls, under=about)
 
 
+def _run(
+    model: Any,
+    trajectory: Trajectory,
+    skipped: UnderCache,
+    artifact: Artifact | None,
+    seed: int,
+    batch: int,
+) -> list[Kept]:
+    """The calls of one run that are computed."""
+    denoiser, sample, kept = denoiser_of(model), trajectory.rollout(), list[Kept]()
+    facts, clock = Signature(denoiser), Clock(trajectory.timesteps)
+    with ExitStack() as stack, all_frozen([denoiser]), torch.no_grad(), untold():
+        how: Any = {"route": False, "speedup": 1, "execution": "int8", "graphs": False}
+        stack.enter_context(nullcontext() if artifact is None else attach(model, artifact, **how))
+        patches = [Follow(model, clock), override_(denoiser, _noting(facts, kept))]
+        stack.callback(lambda: [patch.remove() for patch in reversed(patches)])
+        if isinstance(skipped, CacheSchedule):
+            patches += apply_schedule_(denoiser, skipped, clock)
+        else:
+            forecast = Forecast(_kernel(trajectory), skipped)
+            patches.append(override_(denoiser, ForecastCalls(clock, forecast, denoiser)))
+        sample(denoiser, seed, batch)
+    return kept
+
+
 def check_under(
-    under: UnderCache | Trajectory,
+    under: UnderCache | Trajectory | None,
     scheme: Scheme | Recipe,
     effort: Preset,
     rounding: str | None = None,
 ) -> None:
-    """TenutoError where no call that is recorded under a cache would be looked at."""
+    """TenutoError where no call that is recorded under a cache would be looked at; None is none."""
+    if under is None:
+        return
     if not isinstance(under, CacheSchedule | Trajectory):
         check_speedup(under)
     if not needs_every_prompt(scheme, effort, rounding):
@@ -142,7 +153,7 @@ def mark_of(trajectory: Trajectory) -> list[Any]:
     return [trajectory.under, found.hexdigest()[:16]]
 
 
-def _noting(facts: Signature, kept: list[tuple[float, dict[str, Any]]]) -> Any:
+def _noting(facts: Signature, kept: list[Kept]) -> Any:
     """A forward that keeps the arguments of each call which comes to it."""
 
     def forward(original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

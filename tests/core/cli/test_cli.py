@@ -161,7 +161,10 @@ BAD = {
     "method alone": ((*QUANTIZE, "--method", "awq"), "--text-encoder"),
     "unknown rounding": ((*QUANTIZE, "--rounding", "up"), "adaround, clip, gptq, nearest"),
     "rounding of 8 bits": ((*QUANTIZE, "--rounding", "gptq"), "weights below 8 bits"),
-    "under no cache": ((*QUANTIZE, "--under-cache"), "give --speedup or --reuse"),
+    "under no cache": (
+        (*QUANTIZE, "--scheme", "w4a8", "--under-cache"),
+        "give --speedup or --reuse",
+    ),
     "nothing under a cache": (
         (*QUANTIZE, "--under-cache", "--speedup", "2"),
         "see no recorded call",
