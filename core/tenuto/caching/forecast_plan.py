@@ -9,6 +9,9 @@ the final sample / alpha, errors of one stretch of skipped calls added up as vec
 same way. It counts on three taps, of which there are few enough combinations, so that the error
 that it predicts is rather too large. The weights of all taps then make up for the drift that
 earlier forecasts left.
+
+Where outputs are of a quantized model, each has an error of its own, as if those of two steps had
+nothing in common: a large weight costs. The weights are those of the least error in all.
 """
 
 from __future__ import annotations
@@ -145,6 +148,11 @@ class Programme:
         self.outputs = vectors[:, kept] * found[kept].sqrt()  # (T, R): K = outputs @ outputs.T
         self.ridge = RIDGE * float(kernel.values.diagonal().mean())
         self.times = torch.tensor(kernel.timesteps, dtype=torch.float64)
+        self.right = self.given = self.outputs
+        if kernel.rounding:  # (T, R + T): beside what an output is to be, what rounding adds to it
+            added = torch.tensor(kernel.rounding, dtype=torch.float64).sqrt().diag()
+            self.given = torch.cat([self.outputs, added], dim=1)
+            self.right = torch.cat([self.outputs, torch.zeros_like(added)], dim=1)
 
     @cached_property
     def errors(self) -> dict[int, float]:
@@ -259,25 +267,26 @@ class Programme:
         """(taps, weights) of every step, the drift of earlier forecasts made up for."""
         taps: list[tuple[int, ...]] = []
         weights: list[tuple[float, ...]] = []
-        drift = torch.zeros(self.outputs.shape[1], dtype=torch.float64)
+        right, drift = self.right, torch.zeros_like(self.right[0])
         fading, newest = FADING ** (20 / self.steps), list[int]()
         for step, computes in enumerate(computed):
+            gain = float(self.gains[step])
             if computes:
-                drift, newest = drift * fading, [step, *newest][:TAPS]
+                drift = drift * fading + gain * (self.given[step] - right[step])
+                newest = [step, *newest][:TAPS]
                 taps.append(())
                 weights.append(())
                 continue
-            gain = float(self.gains[step])
-            aim = self.outputs[step] - (drift / gain if gain else 0 * drift)
+            aim = right[step] - (drift / gain if gain else 0 * drift)
             found = self._toward(newest, step, aim)
-            drift = drift + gain * (found @ self.outputs[newest] - self.outputs[step])
+            drift = drift + gain * (found @ self.given[newest] - right[step])
             taps.append(tuple(newest))
             weights.append(tuple(found.tolist()))
         return tuple(taps), tuple(weights)
 
     def _toward(self, taps: list[int], step: int, aim: Tensor) -> Tensor:
-        """Weights of these taps whose combination is nearest to `aim` (R,)."""
-        rows = self.outputs[taps]
+        """Weights of these taps whose combination is nearest to `aim`, a row like `right`."""
+        rows = self.given[taps]
         slope = float(
             (self.times[step] - self.times[taps[0]]) / (self.times[taps[0]] - self.times[taps[1]])
         )

@@ -15,6 +15,7 @@ from .text_encoder import (
     quantize_text_encoder,
 )
 from .train_router import PRESETS, train_router
+from .under_cache import check_under, under_cache
 
 __all__ = [
     "ENCODERS",
@@ -31,6 +32,7 @@ __all__ = [
     "algorithms",
     "check",
     "check_text_encoder",
+    "check_under",
     "effort",
     "encoder_job",
     "encoder_scheme",
@@ -42,4 +44,5 @@ __all__ = [
     "quantize_text_encoder",
     "recipe_for",
     "train_router",
+    "under_cache",
 ]

@@ -31,6 +31,7 @@ class Bank:
     a whole call, with its own template here and tensors (R, rows of the call, ...).
     files: where the tensors are, and what the block answers is to be; None: in memory.
     lengths: of the rows, where they have several: those of a part (`parts`) have one.
+    weights: float32 (R,), what the errors of each row count, 1 in the mean; None: all the same.
     """
 
     template: Template
@@ -42,6 +43,7 @@ class Bank:
     inner: tuple[int, ...] = ()
     files: BankFiles | None = None
     lengths: Lengths | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -76,11 +78,9 @@ class Bank:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor to be written, in files where the bank is."""
-        return (
-            torch.empty(shape, dtype=dtype)
-            if self.files is None
-            else self.files.empty(shape, dtype)
-        )
+        if self.files is None:
+            return torch.empty(shape, dtype=dtype)
+        return self.files.empty(shape, dtype)
 
     def forget(self) -> None:
         """See `BankFiles.forget`."""
@@ -102,6 +102,7 @@ class Bank:
             counted=None if self.counted is None else self.counted[index.cpu()],
             calls=tuple(self.calls[i] for i in index.tolist()) if self.calls else (),
             lengths=self.lengths and self.lengths.part(index),
+            weights=None if self.weights is None else self.weights[index.cpu()],
         )
 
     def chunks(self, size: int) -> Iterator[Tensor]:

@@ -44,6 +44,7 @@ class Job:
     model: that copy, in which a block has its weights when it is called, see `by_block`. weights:
     the codes of the layers that are done, read from the work when they are asked for. max_memory:
     bytes that it is kept to; recorded inputs that would take more lie on disk, see `BankFiles`.
+    seen: the calls that blocks and ranges see, where those are others than all of the trajectory.
     """
 
     compares = False
@@ -59,7 +60,7 @@ class Job:
         seed: int,
     ) -> None:
         self.backbone, self.recipe, self.trajectory, self.seed = backbone, recipe, trajectory, seed
-        usual, _ = device_and_dtype(denoiser)
+        self.seen, (usual, _) = trajectory, device_and_dtype(denoiser)
         self.device = usual if device is None else torch.device(device)
         self.weights, self.denoiser = Codes(), denoiser
         self.values = Values(denoiser, self.device, self.weights)
@@ -104,7 +105,7 @@ class Job:
         units = [(unit, names) for unit, names in self.units() if names]
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
-        calls, rules = self.trajectory.calls, self.plan.values()
+        calls, rules = self.seen.calls, self.plan.values()
         whole = any(_needs(r) and getattr(r.algorithm, "needs_target", True) for r in rules)
         wanted = [c for c in calls if whole or (self.compares and c.row == HELD_OUT)]
         plain = self.plain_copy if wanted else None
@@ -224,9 +225,8 @@ class Job:
     def _find_ranges(self, work: Work) -> None:
         """Stored activation ranges, of the layers that have none yet."""
         schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
-        forms = {n: s.activation for n, s in schemes.items() if s.activation is not None}
-        forms = {n: form for n, form in forms.items() if not form.dynamic}
-        self.ranges |= activation_ranges(self.model, forms, self.trajectory, self.device, work)
+        forms = {n: s.activation for n, s in schemes.items() if s.activation and s.stored}
+        self.ranges |= activation_ranges(self.model, forms, self.seen, self.device, work)
         for name in forms.keys() - self.ranges.keys():  # never called: they stay as they are
             self.weights.drop(name)
             self.plan.pop(name)

@@ -85,10 +85,18 @@ def inputs_of(
     given = module, block, found, device, by_call is None
     bank = None if by_call else _by_row(*given, files, texts)
     bank = bank or banked_by_call(found, files)
+    bank.weights = _weights(bank.steps, calls)
     if texts and sum(map(len, rows)) == len(bank):  # and no call was left out
         most = max(t.shape[1] for t in rows)
         bank.counted = torch.cat([widened(t, (1,), most) for t in rows])
     return bank
+
+
+def _weights(steps: Tensor, calls: Sequence[Call]) -> Tensor | None:
+    """What the errors of rows of these steps count, (R,), 1 in the mean; None: all the same."""
+    known = {call.row: call.weight for call in calls}
+    found = torch.tensor([known[step] for step in steps.tolist()])
+    return None if bool((found == found[:1]).all()) else found / found.mean()
 
 
 def _by_row(

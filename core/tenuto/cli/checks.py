@@ -103,9 +103,10 @@ def check_quantization(
     rounding: str | None = None,
     temporal: str = "auto",
     table_budget: float | None = None,
+    under_cache: bool = False,
 ) -> tuple[Scheme | None, Preset]:
     """The scheme, if any, and the preset; TenutoError where what is chosen does not fit them."""
-    from ..calibration import encoder_scheme
+    from ..calibration import check_under, encoder_scheme
     from ..calibration.temporal.maintenance import check_choice
     from ..calibration.temporal.selection import check_budget
 
@@ -118,13 +119,22 @@ def check_quantization(
     if rounding is not None and (found is None or found.weight.bits == 8):
         raise TenutoError("Only weights below 8 bits can round otherwise: take w4a8 or w4a16.")
     check_budget(table_budget, check_choice(temporal))
+    if under_cache and found is not None:
+        check_under(2.0, found, effort_of, rounding)
     return found, effort_of
 
 
 def check_wanted(
-    scheme: str | None, text_encoder: str | None, speedup: Speedup | None, reuse: float | None
-) -> Speedup | None:
-    """The budget that an artifact is to have by default, None for none; what it is to be of."""
+    scheme: str | None,
+    text_encoder: str | None,
+    speedup: Speedup | None,
+    reuse: float | None,
+    under_cache: bool = False,
+) -> tuple[Speedup | None, Speedup | None]:
+    """The budget that an artifact is to have by default and that under which it is calibrated.
+
+    None for none. TenutoError where they do not go with what it is to be of.
+    """
     if scheme is None and text_encoder is None:
         raise TenutoError("Say what to quantize: --scheme, --text-encoder or both.")
     if speedup is not None and reuse is not None:
@@ -132,16 +142,20 @@ def check_wanted(
     asked = speedup if reuse is None else 1 / (1 - reuse)
     if asked is not None and scheme is None:
         raise TenutoError("Text encoders alone have no forecast: --speedup needs --scheme.")
-    return None if asked is None else check_speedup(asked)
+    if under_cache and asked in (None, 1):
+        raise TenutoError("--under-cache needs what is skipped: give --speedup or --reuse too.")
+    default = None if asked is None else check_speedup(asked)
+    return default, default if under_cache else None
 
 
-def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> None:
-    """TenutoError where a speedup is to be stored and nothing was recorded that it needs."""
+def check_kernel(speedup: Speedup | None, recorded: Trajectory) -> Trajectory:
+    """`recorded`; TenutoError where a speedup is to be stored and it has not what that needs."""
     if speedup not in (None, 1) and recorded.kernel is None:
         raise TenutoError(
             "This pipeline has no forecast: --speedup needs one denoiser, and a sampler that adds "
             "no noise of its own."
         )
+    return recorded
 
 
 def how_called(compile: bool, graphs: bool | None, attached: bool = True) -> dict[str, Any]:

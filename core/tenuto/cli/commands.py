@@ -83,17 +83,18 @@ def quantize(
     compact: bool = False,
     speedup: Speedup | None = None,
     reuse: float | None = None,
+    under_cache: bool = False,
     measure: bool | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
     bars = bars or Bars()
     rest: dict[str, Any] = {"text_encoder": text_encoder, "method": method, "rounding": rounding}
-    rest |= {"temporal": temporal, "table_budget": table_budget}
+    rest |= {"temporal": temporal, "table_budget": table_budget, "under_cache": under_cache}
     wanted, effort = check_quantization(scheme, preset, **rest)
-    default = check_wanted(scheme, text_encoder, speedup, reuse)
+    default, under = check_wanted(scheme, text_encoder, speedup, reuse, under_cache)
     check_model(model)
-    work, lines = check_out(out), calibration_prompts(model, prompts)
+    work, lines, made = check_out(out), calibration_prompts(model, prompts), list[Artifact]()
     sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     pipe = pipeline(
@@ -101,15 +102,14 @@ def quantize(
         effort={"preset": preset, "rounding": rounding, "prompts": used}, max_memory=max_memory,
         low_memory=low_memory, encoders=text_encoder is None,
     )  # fmt: skip
-    made = list[Artifact]()
     with work_kept_until_done(work, out):
         if wanted is not None:
-            trajectory = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
-            check_kernel(default, trajectory)
+            known = recorded(pipe, used, sampling, seed, effort.batch, work, bars)
             artifact = calibration.quantize(
-                pipe, wanted, trajectory, preset=preset, device=sampling.device, seed=seed,
+                pipe, wanted, check_kernel(default, known), preset=preset, seed=seed,
                 rounding=rounding, temporal=temporal, table_budget=table_budget, measure=measure,
-                max_memory=max_memory, work=work, on_progress=bars("Quantizing"),
+                max_memory=max_memory, under=under, device=sampling.device, work=work,
+                on_progress=bars("Quantizing"),
             )  # fmt: skip
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)

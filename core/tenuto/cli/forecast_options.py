@@ -33,6 +33,13 @@ ReuseByDefault = Annotated[
         help="The same as a share of the calls to skip, in place of --speedup.",
     ),
 ]  # fmt: skip
+UnderCache = Annotated[
+    bool,
+    Option(
+        "--under-cache", rich_help_panel=FORECAST,
+        help="Calibrate on the calls that are left at --speedup, each step by what it counts.",
+    ),
+]  # fmt: skip
 Measure = Annotated[
     bool | None,
     Option(

@@ -114,6 +114,7 @@ def quantize(
     compact: o.Compact = False,
     speedup: f.SkipByDefault = None,
     reuse: f.ReuseByDefault = None,
+    under_cache: f.UnderCache = False,
     measure: f.Measure = None,
 ) -> int:
     """Quantize a model and write one artifact; the same command resumes."""

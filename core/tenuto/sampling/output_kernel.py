@@ -39,7 +39,8 @@ class OutputKernel:
     are those of u + guidance * (c - u); None where outputs are not guided so.
     noise_between: (timestep, alpha, sigma) at further timesteps, for runs at other ones.
     remaining: how much of what an error in each step's output does to the sample is left at the end
-    of a run, where it was measured.
+    of a run, where it was measured. rounding: the mean squared error of each step's output (guided)
+    that a quantized model adds, where it was measured; the kernel itself is of full precision.
     """
 
     values: Tensor
@@ -52,6 +53,7 @@ class OutputKernel:
     guidance: float | None = field(default=None, kw_only=True)
     noise_between: tuple[tuple[float, float, float], ...] = field(default=(), kw_only=True)
     remaining: tuple[float, ...] = field(default=(), kw_only=True)
+    rounding: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -73,6 +75,8 @@ class OutputKernel:
             raise TenutoError("The halves of a kernel are three tables, of a known guidance.")
         if len(self.remaining) not in (0, steps) or not all(0 < x < 1e9 for x in self.remaining):
             raise TenutoError("What remains of an error is a positive number of every step.")
+        if len(self.rounding) not in (0, steps) or not all(0 <= x < 1e9 for x in self.rounding):
+            raise TenutoError("What rounding adds is a squared error of every step.")
         finite = bool(self.values.isfinite().all()) and all(0 <= x <= 1 for x in shares)
         if not finite or float(self.values.diagonal().amin()) < 0:
             raise TenutoError("A kernel of outputs has finite numbers, and noise from 0 to 1.")
@@ -93,6 +97,7 @@ class OutputKernel:
             stored, times, alpha, sigma, str(about["prediction"]), int(about["images"]),
             halves=halves, guidance=guidance, noise_between=noise,
             remaining=tuple(float(x) for x in about.get("remaining", ())),
+            rounding=tuple(float(x) for x in about.get("rounding", ())),
         )  # fmt: skip
 
     @property
@@ -120,6 +125,7 @@ class OutputKernel:
             "guidance": self.guidance,
             "noise": [list(row) for row in self.noise_between],
             "remaining": list(self.remaining),
+            "rounding": list(self.rounding),
         }
         return {
             "timesteps": list(self.timesteps),
@@ -138,15 +144,17 @@ class OutputKernel:
         alpha, sigma = self._noise(times)
         values = between(self.values, depth(*self._noise(self.timesteps)), depth(alpha, sigma))
         shares = tuple(alpha.tolist()), tuple(sigma.tolist())
-        left = self._remaining(times)
-        return OutputKernel(values, times, *shares, self.prediction, self.images, remaining=left)
+        left, rounding = (self._moved(of, times) for of in (self.remaining, self.rounding))
+        return OutputKernel(
+            values, times, *shares, self.prediction, self.images, remaining=left, rounding=rounding
+        )
 
-    def _remaining(self, times: Sequence[float]) -> tuple[float, ...]:
-        """What remains of an error at other steps: in proportion between the nearest two."""
-        if not self.remaining:
+    def _moved(self, of_steps: tuple[float, ...], times: Sequence[float]) -> tuple[float, ...]:
+        """Such a number of each step at other steps: in proportion between the nearest two."""
+        if not of_steps:
             return ()
         places = places_of(times, self.timesteps)
-        known = torch.tensor(self.remaining, dtype=torch.float64).log()
+        known = torch.tensor(of_steps, dtype=torch.float64).clamp_min(1e-30).log()
         low = places.floor().long().clamp(0, len(known) - 2)
         return tuple(known[low].lerp(known[low + 1], (places - low).clamp(0, 1)).exp().tolist())
 

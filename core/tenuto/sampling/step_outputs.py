@@ -7,7 +7,7 @@ answers, in one call or in two, that is seen, and both halves count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -177,6 +177,15 @@ class StepOutputs:
             if noise is not None:
                 found.append((times[0] + slope * (time - own[0]), *noise))
         return found
+
+
+class GuidedOutputs(StepOutputs):
+    """What a pipeline hands to its scheduler in one run, by the denoiser's timestep."""
+
+    outputs: Mapping[float, Tensor] = {}
+
+    def _add(self, outputs: dict[float, Step]) -> None:
+        self.outputs = {time: step.output for time, step in outputs.items()}
 
 
 def step_seen(own: float, output: Tensor, answers: Sequence[Tensor]) -> Step:

@@ -21,7 +21,8 @@ class Call:
 
     counted: (B, L), 1 where a token is looked at by what follows; None: all are. read: what the
     pipeline reads of a text encoder: numbers of hidden states, names of entries; (): the first.
-    denoiser: which of a pipeline's, "" for the main one (`parts_of`).
+    denoiser: which of a pipeline's, "" for the main one (`parts_of`). weight: what its errors count
+    beside those of other calls.
     """
 
     run: int
@@ -31,6 +32,7 @@ class Call:
     counted: Tensor | None = None
     read: tuple[int | str, ...] = ()
     denoiser: str = ""
+    weight: float = 1.0
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Trajectory:
     seed, batch)` runs one trajectory and returns the images, float (batch, C, H, W) in [-1, 1], a
     video as its frames (batch * F, C, H, W); latent: the same, but final latents. kernel: of the
     outputs, where a pipeline was recorded whose scheduler says what it takes them for. whole: the
-    timesteps of the run, where these are those of one of its denoisers alone.
+    timesteps of the run, where these are those of one of its denoisers alone. under: of calls that
+    were made with others skipped (`under_cache`), how; they are not of every timestep.
     """
 
     timesteps: tuple[float, ...]
@@ -59,6 +62,7 @@ class Trajectory:
     call: dict[str, Any] = field(default_factory=dict)
     kernel: OutputKernel | None = field(default=None, repr=False)
     whole: tuple[float, ...] = ()
+    under: dict[str, Any] = field(default_factory=dict)
 
     def of(self, name: str, others: Mapping[str, nn.Module] | None = None) -> Trajectory:
         """The part of one denoiser, as `parts_of` names it: its calls and the timesteps of these.

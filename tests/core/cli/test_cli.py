@@ -161,6 +161,14 @@ BAD = {
     "method alone": ((*QUANTIZE, "--method", "awq"), "--text-encoder"),
     "unknown rounding": ((*QUANTIZE, "--rounding", "up"), "adaround, clip, gptq, nearest"),
     "rounding of 8 bits": ((*QUANTIZE, "--rounding", "gptq"), "weights below 8 bits"),
+    "under no cache": (
+        (*QUANTIZE, "--scheme", "w4a8", "--under-cache"),
+        "give --speedup or --reuse",
+    ),
+    "nothing under a cache": (
+        (*QUANTIZE, "--under-cache", "--speedup", "2"),
+        "see no recorded call",
+    ),
     "unknown demo": (("quantize", "demo:nothing", *QUANTIZE[2:]), "no demo model 'nothing'"),
     "unknown demo to show": (("demo", "--model", "nothing"), "no demo model 'nothing'"),
     "no such folder": (("generate", "./none", "--prompt", "a"), "There is no folder ./none"),

@@ -90,7 +90,8 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
         "temporal": "auto", "table_budget": None, "rounding": None, "preset": "quick",
         "prompts": None, "steps": 5, "guidance": 2.5, "seed": 3, "device": "cpu",
         "low_memory": None, "compact": True,
-        "max_memory": None, "speedup": None, "reuse": None, "measure": None, "call": {},
+        "max_memory": None, "speedup": None, "reuse": None, "under_cache": False,
+        "measure": None, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6
     for given, wanted in (("1.6", 1.6), ("auto", "auto")):

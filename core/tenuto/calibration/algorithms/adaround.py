@@ -193,7 +193,11 @@ class _Fit:
             rounding.soften()
         args, kwargs = self.bank.rows(rows, device)
         wanted = self.bank.of(self.target, rows).to(device)
-        return (first_tensor(self.block(*args, **kwargs)) - wanted).pow(2).sum(1).mean()
+        gap = (first_tensor(self.block(*args, **kwargs)) - wanted).pow(2).sum(1)
+        if self.bank.weights is not None:
+            share = self.bank.weights[rows].to(gap)
+            gap = gap * (share if self.bank.calls else share.view(-1, *[1] * (gap.ndim - 1)))
+        return gap.mean()
 
 
 def with_soft_weight(layer: Any) -> Callable[..., Tensor]:

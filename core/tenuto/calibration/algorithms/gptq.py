@@ -142,6 +142,9 @@ class GPTQ:
                 return tokens, None, {}
             x = patches(first, new)  # (G, R, K)
             lost = patches(first, old) - x if old is not None and tokens[0] == tokens[1] else None
+            share = _roots(bank, index, new, x.shape[1])
+            if share is not None:
+                x, lost = x * share, None if lost is None else lost * share
             if bank.counted is not None:  # tokens that do not count are zeros
                 kept = (x != 0).any(-1).any(0)
                 x, lost = x[:, kept], None if lost is None else lost[:, kept]
@@ -227,6 +230,17 @@ class Paired:
 
     def __bool__(self) -> bool:
         return self.same and (self.by_row or self.by_token)
+
+
+def _roots(bank: Bank, index: Tensor, given: Tensor, tokens: int) -> Tensor | None:
+    """The roots of what the `tokens` of a layer's input count (tokens, 1); None: all the same.
+
+    given: that input, of the rows `index`. What an expert gets does not say whose it is.
+    """
+    if bank.weights is None or not (bank.calls or len(given) == len(index)):
+        return None
+    found = bank.weights[index.cpu()].to(given.device).sqrt()
+    return found.repeat_interleave(tokens // len(found))[:, None]
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:
