@@ -26,6 +26,7 @@ def build(bench: Bench) -> Any:
     import gradio as gr
 
     from . import api, calibrate, checking, compare, generate, opening
+    from .answers import filling
     from .page import Page
     from .viewer import QUIET
 
@@ -43,9 +44,10 @@ def build(bench: Bench) -> Any:
                 comparison = compare.tab(bench, first)
         watch = calibration.watch
         checking.follow(bench, calibration.fields, calibration.check, calibrating, watch.checked)
-        watch.use.click(
-            lambda key: calibrate.used(bench, key), watch.key,
-            [generation.model, generation.artifact, generation.chosen, tabs], **QUIET,
+        into = [generation.model, generation.artifact, generation.chosen, tabs]
+        filling(
+            watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
+            [generation.model, *generation.filled], **QUIET,
         )  # fmt: skip
         tabs.select(
             lambda one, two: _artifacts(bench, one, two), [generation.model, comparison.model],

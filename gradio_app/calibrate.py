@@ -204,11 +204,13 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
 
 
 def used(bench: Bench, key: str) -> list[Any]:
-    """For the tab Generate: the model and the artifact of a calibration that is done."""
+    """For the tab Generate: the model and the artifact of a calibration that is done.
+
+    The artifact is not yet among what was seen last: its own settings follow.
+    """
     job = bench.desk.job(key, "calibrate")
     if job is None or job.state != DONE:
         return [gr.skip()] * 4
     model, name = job.request["shown_model"], job.result["name"]
-    choices = artifact_choices(bench, model)
-    artifact = gr.Dropdown(choices=choices, value=name)
-    return [model, artifact, (model, name), gr.Tabs(selected="generate")]
+    artifact = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
+    return [model, artifact, [model, None], gr.Tabs(selected="generate")]

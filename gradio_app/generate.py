@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import gradio as gr
 
 from tenuto.errors import Cancelled, TenutoError
 
+from .answers import filling, seen_last
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import CallFields, call_fields, given, watch
 from .fields import artifact_choices, noticed, optional, shown_number
@@ -19,28 +19,30 @@ from .restore import aside
 from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
 from .studio import defaults_of
 from .view import card, notice
-from .viewer import AUDIBLE, QUIET, Pair, show, viewer
+from .viewer import CHOICE, QUIET, Pair, show, viewer
 
 IDLE = card("idle", "No image yet.", "Write a prompt and press Generate.")
 WORKING = 76  # pixels of the place where progress is shown
 PROMPT = "a golden retriever"
 FULL = "full precision"
+ANY_SEED = "() => Math.floor(Math.random() * 2 ** 32)"  # in the page: it comes at once
 
 
 @dataclass(frozen=True)
 class Generate:
     """The components that the app wires. chosen: the model and artifact that were seen last.
 
-    A dropdown that takes free text tells of input when it is left, too: only what differs from
-    `chosen` was chosen.
+    What the app itself fills in changes a dropdown, too: only what differs from `chosen` was
+    chosen. filled: what a choice fills in or leaves waiting, after `answers.filling`.
     """
 
     model: gr.Dropdown
     artifact: gr.Dropdown
-    chosen: gr.State
+    chosen: gr.JSON
     own: CallFields
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
+    filled: list[Any]
 
 
 def tab(bench: Bench) -> Generate:
@@ -71,15 +73,16 @@ def tab(bench: Bench) -> Generate:
             speedup = speedup_fields("generate")
             with gr.Row():
                 seed = gr.Number(7, label="Seed (empty: any)", minimum=0, elem_id="seed")
-                dice = gr.Button("New seed", size="sm", min_width=80)
+                dice = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
             with gr.Row():
                 steps_of = gr.Number(steps, label="Steps", step=1, elem_id="steps")
                 guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
-            chosen = gr.State((model_name, choices[-1][1]))
+            chosen = seen_last(model_name, choices[-1][1])
             own = call_fields("generate")
+            settings = [steps_of, guidance_of, speedup.slider]
+            filled = [artifact, *settings, speedup.auto, go]
             fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, chosen]
-            fields += own.outputs
-            aside(bench, model, artifact, chosen, fields)
+            aside(bench, model, artifact, [*fields, *own.outputs], filled)
         with gr.Column(scale=3, min_width=320):
             view = viewer("generate", "Image")
             numbers = gr.HTML(IDLE, elem_id="numbers")
@@ -92,15 +95,19 @@ def tab(bench: Bench) -> Generate:
     outputs = [view.pair, numbers, infotext, *view.outputs]
     _wire(bench, [go, stop, working], prompt, [*inputs, *own.fields], outputs)
     watch(bench, model, own)
-    dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
-    told, asked = (
-        [steps_of, guidance_of, speedup.slider, chosen, refused],
-        [model, artifact, chosen],
-    )
-    model.input(lambda *now: _model_chosen(bench, *now), asked, [artifact, *told], **AUDIBLE)
-    artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told, **AUDIBLE)
-    follow(bench, speedup, [model, artifact, steps_of, on])
-    return Generate(model, artifact, chosen, own, speedup, [model, artifact, steps_of, on])
+    dice.click(None, None, seed, js=ANY_SEED, api_visibility="private")
+    told, asked = [*settings, chosen, refused], [model, artifact, chosen]
+    filling(
+        model.change, lambda *now: _model_chosen(bench, *now), asked, [artifact, *told], filled,
+        chosen=True, **CHOICE,
+    )  # fmt: skip
+    filling(
+        artifact.change, lambda *now: _artifact_chosen(bench, *now), asked, told, filled[1:],
+        chosen=True, **CHOICE,
+    )  # fmt: skip
+    speeds = [model, artifact, steps_of, on]
+    follow(bench, speedup, speeds)
+    return Generate(model, artifact, chosen, own, speedup, speeds, filled)
 
 
 def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outputs: Any) -> None:
@@ -163,23 +170,23 @@ def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any
 
 def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
     """Artifacts, steps and guidance for a model, if it is another than before."""
-    if before and name == before[0]:
+    if before and before[0] == name:
         return [gr.skip()] * 6
     try:
         steps, guidance = defaults_of(bench.places.model(name))
     except TenutoError as error:
         return [*[gr.skip()] * 5, notice("This model cannot be used.", str(error))]
     new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
-    return [new, steps, shown_number(guidance), OFF, (name, NO_ARTIFACT), ""]
+    return [new, steps, shown_number(guidance), OFF, [name, NO_ARTIFACT], ""]
 
 
 def _artifact_chosen(bench: Bench, model: str, name: str, before: Any) -> list[Any]:
     """Steps, guidance and speedup that an artifact was made for, if it is another than before."""
-    if before and (model, name) == tuple(before):
+    if before == [model, name]:
         return [gr.skip()] * 5
     try:
         file = bench.places.artifact(name) if name else None
         steps, guidance = defaults_of(bench.places.model(model), file)
-        return [steps, shown_number(guidance), default_for(bench, name), (model, name), ""]
+        return [steps, shown_number(guidance), default_for(bench, name), [model, name], ""]
     except TenutoError as error:
         return [*[gr.skip()] * 4, notice("This artifact cannot be used.", str(error))]

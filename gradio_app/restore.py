@@ -9,6 +9,7 @@ import gradio as gr
 
 from tenuto.errors import TenutoError
 
+from .answers import filling
 from .bench import Bench
 from .call import as_fields
 from .call_fields import filled
@@ -25,9 +26,9 @@ FIELDS = 16  # those of `NAMES`, the model that was seen last, the pipeline's ow
 
 
 def aside(
-    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, chosen: gr.State, fields: list[Any]
+    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any], filled: list[Any]
 ) -> None:
-    """The components. fields: what is restored."""
+    """The components. fields: what is restored. filled: what an artifact's choice fills."""
     with gr.Accordion("Restore settings, add an artifact", open=False):
         dropped = gr.File(
             label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
@@ -38,9 +39,15 @@ def aside(
             elem_id="add-artifact",
         )  # fmt: skip
         said = gr.HTML("", elem_id="aside-said")
-    new = [upload, said, artifact, chosen]
-    dropped.upload(lambda path: _restored(bench, path), dropped, [dropped, said, *fields], **QUIET)
-    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
+    places = {field.elem_id: field for field in (*fields, *filled) if field.elem_id}
+    filling(
+        dropped.upload, lambda path: _restored(bench, path), dropped, [dropped, said, *fields],
+        [*places.values()], **QUIET,
+    )  # fmt: skip
+    filling(
+        upload.upload, lambda path, kind: _added(bench, path, kind), [upload, model],
+        [upload, said, artifact], filled, **QUIET,
+    )  # fmt: skip
 
 
 def _restored(bench: Bench, path: str | None) -> list[Any]:
@@ -68,22 +75,19 @@ def _restored(bench: Bench, path: str | None) -> list[Any]:
         values[5] = gr.Dropdown(
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
         )
-    chosen = (found["model"], found.get("artifact", "")) if "model" in found else gr.skip()
+    chosen = [found["model"], found.get("artifact", "")] if "model" in found else gr.skip()
     return [None, card("done", "Restored.", said), *values, chosen, *filled(own)]
 
 
 def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
     if path is None:
-        return [None, "", gr.skip(), gr.skip()]
+        return [None, "", gr.skip()]
     try:
         name = bench.added(path, path)
     except TenutoError as error:
-        return [
-            None,
-            card("failed", f"{Path(path).name} is not added.", str(error)),
-            *[gr.skip()] * 2,
-        ]
+        said = card("failed", f"{Path(path).name} is not added.", str(error))
+        return [None, said, gr.skip()]
     finally:
         drop(Path(path))
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
-    return [None, card("done", "Added.", f"{name} is chosen."), new, (model, name)]
+    return [None, card("done", "Added.", f"{name} is chosen."), new]

@@ -280,8 +280,8 @@ def test_a_damaged_forecast_is_told(bench: Bench, tmp_path: Path) -> None:
 def test_where_the_slider_begins(bench: Bench) -> None:
     assert default_for(bench, "preset") == 1.5 and default_for(bench, ["plain", "preset"]) == 1.5
     assert default_for(bench, "plain") == default_for(bench, "none") == default_for(bench, "") == 1
-    changed = generate._artifact_chosen(bench, MODEL, "preset", (MODEL, "plain"))
-    assert changed[2] == 1.5 and changed[3] == (MODEL, "preset")
+    changed = generate._artifact_chosen(bench, MODEL, "preset", [MODEL, "plain"])
+    assert changed[2] == 1.5 and changed[3] == [MODEL, "preset"]
 
 
 def test_a_slider_that_cannot_be_moved_counts_for_nothing(bench: Bench) -> None:
