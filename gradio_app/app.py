@@ -25,7 +25,7 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with the three tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, checking, compare, generate, opening
+    from . import api, calibrate, checking, compare, generate, machine, opening
     from .answers import filling
     from .page import Page
     from .viewer import QUIET
@@ -34,7 +34,8 @@ def build(bench: Bench) -> Any:
     first = models[0] if models else ""
     with Page(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         api.add(bench)
-        gr.HTML(HEAD)
+        gr.HTML(HEAD, padding=False)
+        machine.machine(bench)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generation = generate.tab(bench)

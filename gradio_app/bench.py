@@ -21,7 +21,7 @@ from .jobs import DONE, FAILED, Desk, Job
 from .memory import give_back
 from .pictures import saved
 from .places import SHIPPED, Places, checked_name
-from .requests import CHOSEN, HOW, LINES, calibration, refuse
+from .requests import CHOSEN, HOW, LINES, calibration, expected
 from .settings import Settings
 from .speedup import asked
 from .studio import OnCall, Studio, Wanted
@@ -164,7 +164,7 @@ class Bench:
     @disk_told()
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
-        refuse(self.places, request, self.settings.device)
+        times = expected(self.places, request, self.settings.device)
         lines = request["prompts_text"]
         file = self.places.aside(name, ".prompts.txt") if lines else None
         files = {
@@ -172,7 +172,7 @@ class Bench:
             "prompts": None if file is None else str(file), "device": self.settings.device,
             "inputs": str(self.places.inputs),
         }  # fmt: skip
-        job = Job("calibrate", request | files, self.places.aside(name, ".log"))
+        job = Job("calibrate", request | files, self.places.aside(name, ".log"), times)
         self.places.keep_request(name, request)
         if file is not None:
             write_text(file, lines + "\n")

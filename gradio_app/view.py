@@ -98,6 +98,8 @@ def bar(job: Job) -> str:
     """How far the part is, and how long it may still take."""
     share = min(1.0, job.done / job.total) if job.total else 0.0
     left = f"about {lasting(job.left)} left in this part" if job.left else ""
+    if job.left_in_all is not None and job.part < job.parts:
+        left += f", {lasting(job.left_in_all)} in all"
     words = " · ".join(filter(None, [job.note, f"{lasting(job.seconds)} so far", left]))
     return (
         f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(job.stage)}" '

@@ -601,14 +601,15 @@ def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_that_fails_while_it_generates_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gradio_app.generate import generated_now
+    from gradio_app.making import made_now
 
     def out_of_memory(*args: Any) -> Any:
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
-    card = generated_now(bench, lambda *args, **options: None, "demo:unet", *["x"] * 9, *OWN)[1]
+    values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, *OWN]
+    ((_, card, *_),) = made_now(bench, lambda *args, **options: None, *values)
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 
