@@ -22,10 +22,10 @@ HEAD = (
 
 
 def build(bench: Bench) -> Any:
-    """The page: `gr.Blocks` with the three tabs and the API."""
+    """The page: `gr.Blocks` with its tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, checking, compare, generate, machine, opening
+    from . import api, calibrate, checking, compare, elsewhere, generate, machine, opening
     from .answers import filling
     from .page import Page
     from .viewer import QUIET
@@ -43,6 +43,8 @@ def build(bench: Bench) -> Any:
                 calibration = calibrate.tab(bench, first)
             with gr.Tab("Compare", id="compare"):
                 comparison = compare.tab(bench, first)
+            with gr.Tab("Export", id="export"):
+                exporting = elsewhere.tab(bench, first)
         watch = calibration.watch
         checking.follow(bench, calibration.fields, calibration.check, calibrating, watch.checked)
         into = [generation.model, generation.artifact, generation.chosen, tabs]
@@ -50,22 +52,32 @@ def build(bench: Bench) -> Any:
             watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
             [generation.model, *generation.filled], **QUIET,
         )  # fmt: skip
-        tabs.select(
-            lambda one, two: _artifacts(bench, one, two), [generation.model, comparison.model],
-            [generation.artifact, comparison.artifacts], **QUIET,
+        watch.compare.click(
+            lambda key: compare.used(bench, key), watch.key,
+            [comparison.model, comparison.artifacts, comparison.chosen, tabs], **QUIET,
         )  # fmt: skip
-        opening.wire(page, bench, generation, calibration, comparison)
+        watch.export.click(
+            lambda key: elsewhere.chosen(bench, key), watch.key,
+            [exporting.model, exporting.artifact, tabs], **QUIET,
+        )  # fmt: skip
+        tabs.select(
+            lambda *models: _artifacts(bench, *models),
+            [generation.model, comparison.model, exporting.model],
+            [generation.artifact, comparison.artifacts, exporting.artifact], **QUIET,
+        )  # fmt: skip
+        opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page
 
 
-def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
-    """What there is by now to generate with and to compare: a calibration may have ended."""
+def _artifacts(bench: Bench, one: str, two: str, three: str) -> list[Any]:
+    """What there is by now in the lists of artifacts: a calibration may have ended."""
     import gradio as gr
 
     from .compare import refreshed
     from .fields import artifact_choices
 
-    return [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
+    made = [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
+    return [*made, refreshed(bench, three)]
 
 
 def serve(settings: Settings) -> None:

@@ -240,3 +240,19 @@ def plain(text: str) -> str:
 def refreshed(bench: Bench, model: str) -> Any:
     """The artifacts that there are by now."""
     return gr.Dropdown(choices=bench.places.artifacts(model))
+
+
+def used(bench: Bench, key: Any) -> list[Any]:
+    """The model and the artifact of a calibration that is done, what was seen last, and this tab.
+
+    The artifact is not yet among what was seen last: its speedup follows.
+    """
+    job = bench.desk.job(key, "calibrate")
+    if job is None or job.state != DONE:
+        return [gr.skip()] * 4
+    model, name = job.request["shown_model"], job.result["name"]
+    artifacts = gr.Dropdown(
+        choices=bench.places.artifacts(model), value=[name], multiselect=True,
+        allow_custom_value=True,
+    )  # fmt: skip
+    return [model, artifacts, [model, None], gr.Tabs(selected="compare")]

@@ -212,7 +212,8 @@ class Desk:
             if busy == "image":
                 raise TenutoError("An image is being generated: wait until it is done.")
             name = NAMES.get(busy, busy)
-            raise TenutoError(f"A {name} is being made: wait until it is done, or stop it.")
+            name = f"{'An' if name[0] in 'aeiou' else 'A'} {name}"
+            raise TenutoError(f"{name} is being made: wait until it is done, or stop it.")
 
     def give(self) -> None:
         """The desk is free again."""
@@ -239,4 +240,4 @@ def _newer(last: Job | None) -> bool:
     return last is not None and last.alive
 
 
-NAMES = {"calibrate": "calibration", "compare": "comparison"}
+NAMES = {"calibrate": "calibration", "compare": "comparison", "export": "export"}

@@ -76,6 +76,8 @@ def what_of(job: Job) -> str:
         if asked.get("speedup"):
             speedup = asked["speedup"]
             parts.append(f"speedup {speedup if isinstance(speedup, str) else f'{speedup:g}'}")
+    elif job.kind == "export":
+        parts += [asked["shown_artifact"], f"to {Path(asked['out']).name}"]
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
         if asked["reuse"] is not None:
