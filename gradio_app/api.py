@@ -29,13 +29,7 @@ def add(bench: Bench) -> None:
 
     def about() -> dict[str, Any]:
         """Models, artifacts and unfinished calibrations."""
-        places = bench.places
-        models = places.models()
-        return facts(bench.settings) | {
-            "models": models,
-            "artifacts": {model: places.artifacts(model) for model in models},
-            "unfinished": places.unfinished(),
-        }
+        return _about(bench)
 
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
@@ -82,6 +76,16 @@ def add(bench: Bench) -> None:
         if function is generate:
             limit = {"concurrency_id": "machine"}
         gr.api(told(function), api_name=function.__name__, **limit)
+
+
+def _about(bench: Bench) -> dict[str, Any]:
+    places = bench.places
+    models = places.models()
+    return facts(bench.settings) | {
+        "models": models,
+        "artifacts": {model: places.artifacts(model) for model in models},
+        "unfinished": places.unfinished(),
+    }
 
 
 JOBS = ("calibrate", "compare", "export", "generate")

@@ -61,9 +61,12 @@ def build(bench: Bench) -> Any:
             [exporting.model, exporting.artifact, tabs], **QUIET,
         )  # fmt: skip
         tabs.select(
-            lambda *models: _artifacts(bench, *models),
+            lambda *models: [*_artifacts(bench, *models), *_models(bench, 4)],
             [generation.model, comparison.model, exporting.model],
-            [generation.artifact, comparison.artifacts, exporting.artifact], **QUIET,
+            [
+                generation.artifact, comparison.artifacts, exporting.artifact, generation.model,
+                calibration.model, comparison.model, exporting.model,
+            ], **QUIET,
         )  # fmt: skip
         opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page
@@ -78,6 +81,13 @@ def _artifacts(bench: Bench, one: str, two: str, three: str) -> list[Any]:
 
     made = [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
     return [*made, refreshed(bench, three)]
+
+
+def _models(bench: Bench, count: int) -> list[Any]:
+    """The models that there are by now, for so many lists: a folder may have been added."""
+    import gradio as gr
+
+    return [gr.Dropdown(choices=bench.places.models())] * count
 
 
 def serve(settings: Settings) -> None:

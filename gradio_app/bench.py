@@ -13,6 +13,7 @@ from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 from tenuto.files import clear_parts, whole_file, write_text
 
+from . import folders
 from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST
@@ -20,7 +21,7 @@ from .inputs import bounded
 from .jobs import DONE, FAILED, Desk, Job
 from .memory import give_back
 from .pictures import saved
-from .places import SHIPPED, Places, checked_name
+from .places import SHIPPED, Places, checked_name, hub_cache
 from .requests import CHOSEN, HOW, LINES, calibration, expected
 from .settings import Settings
 from .speedup import asked
@@ -41,7 +42,8 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.places = Places(settings.out, settings.roots)
+        added = [] if settings.listen else folders.kept(settings.out)
+        self.places = Places(settings.out, settings.roots, hub_cache(), added)
         self.desk, self.studio = Desk(), Studio(settings)
 
     # --- generate -------------------------------------------------------------------------------

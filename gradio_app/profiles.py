@@ -80,5 +80,7 @@ def follow(profile: gr.Radio, fields: Sequence[Any]) -> None:
     fields: in the order of `Profile.chosen`.
     """
     private: dict[str, Any] = {"api_visibility": "private"}
-    profile.input(None, [profile, *fields], [*fields], js=CHOSEN, **private)
+    profile.input(
+        None, [profile, *fields], [*fields], js=CHOSEN, trigger_mode="always_last", **private
+    )  # fmt: skip
     gr.on([field.change for field in fields], None, [*fields], profile, js=FOUND, **private)

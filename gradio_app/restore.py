@@ -14,11 +14,12 @@ from .bench import Bench
 from .call import as_fields
 from .call_fields import filled
 from .fields import artifact_choices, shown_number
+from .folders import added
 from .guard import drop
 from .pictures import restored
 from .speedup import MOST
 from .speedup_fields import OFF
-from .view import card
+from .view import card, counted
 from .viewer import QUIET
 
 NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact", "speedup")
@@ -29,7 +30,7 @@ def aside(
     bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any], filled: list[Any]
 ) -> None:
     """The components. fields: what is restored. filled: what an artifact's choice fills."""
-    with gr.Accordion("Restore settings, add an artifact", open=False):
+    with gr.Accordion("Restore settings, add an artifact or a folder of models", open=False):
         dropped = gr.File(
             label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
             elem_id="restore",
@@ -38,7 +39,16 @@ def aside(
             label="Add an artifact to the output folder", file_types=[".safetensors"], height=110,
             elem_id="add-artifact",
         )  # fmt: skip
+        folder = gr.Textbox(
+            "", label="Add a folder with models in diffusers format", max_lines=1,
+            placeholder="its path on this machine", elem_id="add-folder",
+        )  # fmt: skip
+        add = gr.Button("Add the folder", size="sm", elem_id="add-folder-now")
         said = gr.HTML("", elem_id="aside-said")
+    gr.on(
+        [add.click, folder.submit], lambda name: _folder(bench, name), folder, [said, model],
+        **QUIET,
+    )  # fmt: skip
     places = {field.elem_id: field for field in (*fields, *filled) if field.elem_id}
     filling(
         dropped.upload, lambda path: _restored(bench, path), dropped, [dropped, said, *fields],
@@ -91,3 +101,15 @@ def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
         drop(Path(path))
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
     return [None, card("done", "Added.", f"{name} is chosen."), new]
+
+
+def _folder(bench: Bench, name: str) -> list[Any]:
+    """The models that there are with those of another folder; other tabs have them when loaded."""
+    try:
+        count = added(bench, name)
+    except TenutoError as error:
+        return [card("failed", "The folder is not added.", str(error)), gr.skip()]
+    said = (
+        f"{counted(count, 'model', 'models')} can be chosen by now; the other tabs have them, too."
+    )
+    return [card("done", "Added.", said), gr.Dropdown(choices=bench.places.models())]

@@ -99,7 +99,8 @@ def start(
         with (base / "log").open("wb") as log:
             began = time.monotonic()
             process = subprocess.Popen(
-                command, cwd=base, env=environment | {"TMPDIR": str(base)}, stdout=log,
+                command, cwd=base, stdout=log,
+                env=environment | {"TMPDIR": str(base), "HF_HUB_CACHE": str(base / "hub")},
                 stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
