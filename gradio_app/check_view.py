@@ -8,7 +8,7 @@ from html import escape
 from tenuto.calibration import ENCODERS, QUANTIZE, ROUTER, Check
 from tenuto.calibration.check.report import duration, gib
 
-from .view import card, table
+from .view import card, on_the_page, table
 
 NAMES = {
     "model": "Model", "family": "Family", "quantized": "Quantized", "in float": "Full precision",
@@ -72,7 +72,7 @@ def _costs(found: Check, uses: Sequence[str]) -> str:
 def _listed(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    return f"<ul>{''.join(f'<li>{escape(one)}</li>' for one in sentences)}</ul>"
+    return f"<ul>{''.join(f'<li>{escape(on_the_page(one))}</li>' for one in sentences)}</ul>"
 
 
 def _facts(found: Check, uses: Sequence[str]) -> str:

@@ -13,6 +13,14 @@ from tenuto.text import printable
 from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
 
 TITLES = 4000  # cells of a map that still get a tooltip each
+HERE = {  # what the library says for the command, and how the page says it
+    ", --low-memory,": ",",
+    " (call=, or --image, --mask, --set NAME=@FILE)": ", under “The pipeline's own settings”",
+    "--method says": "The setting below says",
+    "give --text-encoder too": "choose their bits too",
+    "for any --speedup": "for any speedup",
+    "unless --speedup says": "unless another one is chosen",
+}
 CELL, ROW, GAP = 12, 9, 4  # pixels of a map: a step, a branch, between blocks
 
 
@@ -29,9 +37,16 @@ def counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
+def on_the_page(text: str) -> str:
+    """A sentence of the library without options of the command, where the page has fields."""
+    for of_the_command, here in HERE.items():
+        text = text.replace(of_the_command, here)
+    return text
+
+
 def card(state: str, title: str, text: str, more: str = "") -> str:
     """A box in the look of a state; what it says is read out when it changes."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    said = f"<strong>{escape(title)}</strong> <span>{escape(on_the_page(text))}</span>"
     return (
         f'<div class="tenuto-card tenuto-{escape(state)}" data-state="{escape(state)}">'
         f'<div role="status" aria-live="polite">{said}</div>{more}</div>'
@@ -40,7 +55,7 @@ def card(state: str, title: str, text: str, more: str = "") -> str:
 
 def notice(title: str, text: str) -> str:
     """Why something that was asked for is refused, beside what was pressed; read out at once."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    said = f"<strong>{escape(title)}</strong> <span>{escape(on_the_page(text))}</span>"
     return f'<div class="tenuto-card tenuto-failed" data-state="refused" role="alert">{said}</div>'
 
 
@@ -93,7 +108,11 @@ def what_of(job: Job) -> str:
 def report(result: dict[str, Any]) -> str:
     """The words of the command that did the work."""
     text = result.get("text")
-    return f"<pre tabindex=0>{escape(text)}</pre>" if isinstance(text, str) and text else ""
+    return (
+        f"<pre tabindex=0>{escape(on_the_page(text))}</pre>"
+        if isinstance(text, str) and text
+        else ""
+    )
 
 
 def bar(job: Job) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import tenuto
 from gradio_app import jobs, view
 from gradio_app.bench import Bench
 from gradio_app.given import given, real, whole
@@ -655,3 +657,15 @@ def test_only_a_tick_stops_what_watches_a_job() -> None:
     on = gr.Timer(active=True)
     assert goes_on([on, "said"]) == [on, "said"]
     assert goes_on([gr.Timer(active=False), "said"]) == [gr.skip(), "said"]
+
+
+def test_the_page_names_no_options_of_the_command() -> None:
+    """Where the library says one, the page says its own; each of these is still said there."""
+    from gradio_app.view import HERE, card, notice, on_the_page
+
+    library = "".join(p.read_text("utf-8") for p in Path(tenuto.__file__).parent.rglob("*.py"))
+    library = re.sub(r'"\n\s*f?"', "", library)
+    for sentence, here in HERE.items():
+        assert sentence in library, sentence
+        assert "--" not in on_the_page(f"a {sentence} b") and here in on_the_page(sentence)
+        assert "--" not in card("idle", "a", sentence) + notice("a", sentence)
