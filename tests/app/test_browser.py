@@ -74,7 +74,7 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(
     page.wait_for_selector("#generate")
     tab.show("Calibrate")
     wait(tab, "running")
-    assert page.is_disabled("#calibrate-start")
+    page.wait_for_selector("#calibrate-start:disabled")
     first = share(tab)
     page.wait_for_function(
         "before => Number(document.querySelector('#calibrate-status [role=progressbar]')"
@@ -86,7 +86,7 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(
     other = visit(app)  # another tab of the browser sees it, and may not start a second one
     other.show("Calibrate")
     wait(other, "running")
-    assert other.page.is_disabled("#calibrate-start")
+    other.page.wait_for_selector("#calibrate-start:disabled")
     other.page.close()
 
     began = time.monotonic()
@@ -282,7 +282,8 @@ def test_every_job_by_the_keyboard_alone(app: Any, visit: Any) -> None:
 
     press(page, "[data-tab-id=export]")
     reach(page, "#export-to")
-    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")  # Gradio's radios are reached one by one
+    page.keyboard.press("Space")
     press(page, "#export-start")
     wait(tab, "running", "#export-status")
     press(page, "#export-stop")

@@ -49,7 +49,8 @@ def test_a_profile_sets_its_fields(app: Any, visit: Any) -> None:
     )
     page.focus("#calibrate-profile input:checked")
     for name in ("balanced", "best"):
-        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Space")
         shows(name)
     page.fill("#calibrate-reuse input[type=number]", "5")
     page.keyboard.press("Tab")
