@@ -176,6 +176,7 @@ def _wire_discard(bench: Bench, watch: Watch, yes: gr.Button, no: gr.Button) -> 
 
     watch.discard.click(lambda: gr.Row(visible=True), None, watch.sure, **QUIET)
     no.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
+    yes.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
     yes.click(discarded, watch.unfinished, watch.refused, **AUDIBLE).then(
         look, watch.key, watch.outputs, **QUIET
     )
@@ -198,7 +199,7 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=job is not None and job.state == "running"),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
-        gr.Row(visible=False),
+        gr.Row(visible=False) if alive else gr.skip(),  # a late look hides no question
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
         step_map(found, done) + (forecast_of(bench, job.result["name"]) if job and done else ""),
         loss_curve(job.loss if job else []),

@@ -221,7 +221,7 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
         page = context.new_page()
         page.set_viewport_size({"width": width, "height": height})
         tab = Tab(page, [], [])
-        page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        page.on("pageerror", lambda error: tab.complaints.append(f"{error}\n{error.stack}"))
         page.on(
             "console",
             lambda m: tab.complaints.append(m.text) if m.type == "error" else None,

@@ -669,3 +669,13 @@ def test_the_page_names_no_options_of_the_command() -> None:
         assert sentence in library, sentence
         assert "--" not in on_the_page(f"a {sentence} b") and here in on_the_page(sentence)
         assert "--" not in card("idle", "a", sentence) + notice("a", sentence)
+
+
+def test_a_late_look_hides_no_question(tmp_path: Path) -> None:
+    """Whether to discard is asked until it is answered, or until something runs."""
+    from gradio_app.calibrate import seen
+
+    bench, job = Bench(Settings(tmp_path)), Job("calibrate", {"out": "a.safetensors"}, Path("log"))
+    assert seen(bench, job)[6].visible is False
+    job.state = jobs.STOPPED
+    assert seen(bench, job)[6] == seen(bench, None)[6] == {"__type__": "update"}
