@@ -15,6 +15,7 @@ from tenuto.errors import Cancelled, TenutoError
 from tenuto.text import printable
 
 from .bench import Bench
+from .exports import begun
 from .page import refusal
 from .settings import facts
 
@@ -28,13 +29,7 @@ def add(bench: Bench) -> None:
 
     def about() -> dict[str, Any]:
         """Models, artifacts and unfinished calibrations."""
-        places = bench.places
-        models = places.models()
-        return facts(bench.settings) | {
-            "models": models,
-            "artifacts": {model: places.artifacts(model) for model in models},
-            "unfinished": places.unfinished(),
-        }
+        return _about(bench)
 
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
@@ -62,8 +57,13 @@ def add(bench: Bench) -> None:
         bench.compare(**known(options, COMPARE))
         return bench.facts(None, "compare")
 
+    def export(model: str, artifact: str, to: str) -> dict[str, Any]:
+        """Start an export: to is "comfy", "gguf" or "diffusers"."""
+        begun(bench, model, artifact, to)
+        return bench.facts(None, "export")
+
     def job(kind: str) -> dict[str, Any]:
-        """How far the last job is: kind is "calibrate" or "compare"; of "generate", if it runs."""
+        """How far the last job is: kind is one of `JOBS`; of "generate", if it runs."""
         return bench.facts(None, _kind(kind))
 
     def stop(kind: str) -> dict[str, Any]:
@@ -71,14 +71,24 @@ def add(bench: Bench) -> None:
         bench.stop(None, _kind(kind))
         return bench.facts(None, kind)
 
-    for function in (about, generate, calibrate, resume, compare, job, stop):
+    for function in (about, generate, calibrate, resume, compare, export, job, stop):
         limit: dict[str, Any] = {"queue": False} if function in (job, stop, about) else {}
         if function is generate:
             limit = {"concurrency_id": "machine"}
         gr.api(told(function), api_name=function.__name__, **limit)
 
 
-JOBS = ("calibrate", "compare", "generate")
+def _about(bench: Bench) -> dict[str, Any]:
+    places = bench.places
+    models = places.models()
+    return facts(bench.settings) | {
+        "models": models,
+        "artifacts": {model: places.artifacts(model) for model in models},
+        "unfinished": places.unfinished(),
+    }
+
+
+JOBS = ("calibrate", "compare", "export", "generate")
 KINDS = {str: "a text", bool: "true or false", dict: "an object of options"}
 CALIBRATE = {
     "model": "demo:transformer", "name": "my-artifact", "scheme": "w8a8", "preset": "quick",

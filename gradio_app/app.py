@@ -22,10 +22,11 @@ HEAD = (
 
 
 def build(bench: Bench) -> Any:
-    """The page: `gr.Blocks` with the three tabs and the API."""
+    """The page: `gr.Blocks` with its tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, checking, compare, generate, opening
+    from . import api, calibrate, checking, compare, elsewhere, generate, machine, opening
+    from .answers import filling
     from .page import Page
     from .viewer import QUIET
 
@@ -33,7 +34,8 @@ def build(bench: Bench) -> Any:
     first = models[0] if models else ""
     with Page(title="Tenuto", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         api.add(bench)
-        gr.HTML(HEAD)
+        gr.HTML(HEAD, padding=False)
+        machine.machine(bench)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generation = generate.tab(bench)
@@ -41,28 +43,51 @@ def build(bench: Bench) -> Any:
                 calibration = calibrate.tab(bench, first)
             with gr.Tab("Compare", id="compare"):
                 comparison = compare.tab(bench, first)
+            with gr.Tab("Export", id="export"):
+                exporting = elsewhere.tab(bench, first)
         watch = calibration.watch
         checking.follow(bench, calibration.fields, calibration.check, calibrating, watch.checked)
-        watch.use.click(
-            lambda key: calibrate.used(bench, key), watch.key,
-            [generation.model, generation.artifact, generation.chosen, tabs], **QUIET,
+        into = [generation.model, generation.artifact, generation.chosen, tabs]
+        filling(
+            watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
+            [generation.model, *generation.filled], **QUIET,
+        )  # fmt: skip
+        watch.compare.click(
+            lambda key: compare.used(bench, key), watch.key,
+            [comparison.model, comparison.artifacts, comparison.chosen, tabs], **QUIET,
+        )  # fmt: skip
+        watch.export.click(
+            lambda key: elsewhere.chosen(bench, key), watch.key,
+            [exporting.model, exporting.artifact, tabs], **QUIET,
         )  # fmt: skip
         tabs.select(
-            lambda one, two: _artifacts(bench, one, two), [generation.model, comparison.model],
-            [generation.artifact, comparison.artifacts], **QUIET,
+            lambda *models: [*_artifacts(bench, *models), *_models(bench, 4)],
+            [generation.model, comparison.model, exporting.model],
+            [
+                generation.artifact, comparison.artifacts, exporting.artifact, generation.model,
+                calibration.model, comparison.model, exporting.model,
+            ], **QUIET,
         )  # fmt: skip
-        opening.wire(page, bench, generation, calibration, comparison)
+        opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page
 
 
-def _artifacts(bench: Bench, one: str, two: str) -> list[Any]:
-    """What there is by now to generate with and to compare: a calibration may have ended."""
+def _artifacts(bench: Bench, one: str, two: str, three: str) -> list[Any]:
+    """What there is by now in the lists of artifacts: a calibration may have ended."""
     import gradio as gr
 
     from .compare import refreshed
     from .fields import artifact_choices
 
-    return [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
+    made = [gr.Dropdown(choices=artifact_choices(bench, one)), refreshed(bench, two)]
+    return [*made, refreshed(bench, three)]
+
+
+def _models(bench: Bench, count: int) -> list[Any]:
+    """The models that there are by now, for so many lists: a folder may have been added."""
+    import gradio as gr
+
+    return [gr.Dropdown(choices=bench.places.models())] * count
 
 
 def serve(settings: Settings) -> None:

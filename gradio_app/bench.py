@@ -13,6 +13,7 @@ from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 from tenuto.files import clear_parts, whole_file, write_text
 
+from . import folders
 from .call import checked, kept, prompted
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST
@@ -20,8 +21,8 @@ from .inputs import bounded
 from .jobs import DONE, FAILED, Desk, Job
 from .memory import give_back
 from .pictures import saved
-from .places import SHIPPED, Places, checked_name
-from .requests import CHOSEN, HOW, LINES, calibration, refuse
+from .places import SHIPPED, Places, checked_name, hub_cache
+from .requests import CHOSEN, HOW, LINES, calibration, expected
 from .settings import Settings
 from .speedup import asked
 from .studio import OnCall, Studio, Wanted
@@ -41,7 +42,8 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.places = Places(settings.out, settings.roots)
+        added = [] if settings.listen else folders.kept(settings.out)
+        self.places = Places(settings.out, settings.roots, hub_cache(), added)
         self.desk, self.studio = Desk(), Studio(settings)
 
     # --- generate -------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class Bench:
     @disk_told()
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
-        refuse(self.places, request, self.settings.device)
+        times = expected(self.places, request, self.settings.device)
         lines = request["prompts_text"]
         file = self.places.aside(name, ".prompts.txt") if lines else None
         files = {
@@ -172,7 +174,7 @@ class Bench:
             "prompts": None if file is None else str(file), "device": self.settings.device,
             "inputs": str(self.places.inputs),
         }  # fmt: skip
-        job = Job("calibrate", request | files, self.places.aside(name, ".log"))
+        job = Job("calibrate", request | files, self.places.aside(name, ".log"), times)
         self.places.keep_request(name, request)
         if file is not None:
             write_text(file, lines + "\n")

@@ -40,6 +40,8 @@ class Watch:
     map: gr.HTML
     loss: gr.HTML
     use: gr.Button
+    compare: gr.Button
+    export: gr.Button
     download: gr.DownloadButton
     log: gr.DownloadButton
     refused: gr.HTML
@@ -51,7 +53,8 @@ class Watch:
         """What `seen` fills."""
         return [
             self.timer, self.status, self.start, self.stop, self.resume, self.discard,
-            self.sure, self.unfinished, self.map, self.loss, self.use, self.download, self.log,
+            self.sure, self.unfinished, self.map, self.loss, self.use, self.compare, self.export,
+            self.download, self.log,
             self.before,
         ]  # fmt: skip
 
@@ -96,6 +99,11 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
                 check = gr.Button("Check again", size="sm", elem_id="calibrate-check")
             with gr.Row():
                 use = gr.Button("Use it in Generate", visible=False, elem_id="calibrate-use")
+                compare = gr.Button("Compare it", visible=False, elem_id="calibrate-compare")
+                export = gr.Button(
+                    "Use it in ComfyUI or Forge, export it", visible=False,
+                    elem_id="calibrate-export",
+                )  # fmt: skip
                 download = gr.DownloadButton(
                     "Download the artifact", visible=False, elem_id="calibrate-download"
                 )
@@ -104,7 +112,7 @@ def tab(bench: Bench, model_name: str) -> Calibrate:
             loss = gr.HTML("", elem_id="calibrate-loss")
     watch = Watch(
         key, timer, said, start, stop, resume, discard, sure, unfinished, shown, loss, use,
-        download, log, refused, checked, before,
+        compare, export, download, log, refused, checked, before,
     )  # fmt: skip
     _wire(bench, watch, fields)
     _wire_discard(bench, watch, yes, no)
@@ -168,6 +176,7 @@ def _wire_discard(bench: Bench, watch: Watch, yes: gr.Button, no: gr.Button) -> 
 
     watch.discard.click(lambda: gr.Row(visible=True), None, watch.sure, **QUIET)
     no.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
+    yes.click(lambda: gr.Row(visible=False), None, watch.sure, **QUIET)
     yes.click(discarded, watch.unfinished, watch.refused, **AUDIBLE).then(
         look, watch.key, watch.outputs, **QUIET
     )
@@ -190,11 +199,11 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
         gr.Button(interactive=job is not None and job.state == "running"),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
-        gr.Row(visible=False),
+        gr.Row(visible=False) if alive else gr.skip(),  # a late look hides no question
         gr.Dropdown(choices=names, value=None if alive else chosen, interactive=not alive),
         step_map(found, done) + (forecast_of(bench, job.result["name"]) if job and done else ""),
         loss_curve(job.loss if job else []),
-        gr.Button(visible=done),
+        *[gr.Button(visible=done)] * 3,
         gr.DownloadButton(value=file, visible=done) if done else gr.DownloadButton(visible=False),
         gr.DownloadButton(value=str(job.log), visible=True)
         if job and failed
@@ -204,11 +213,13 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
 
 
 def used(bench: Bench, key: str) -> list[Any]:
-    """For the tab Generate: the model and the artifact of a calibration that is done."""
+    """For the tab Generate: the model and the artifact of a calibration that is done.
+
+    The artifact is not yet among what was seen last: its own settings follow.
+    """
     job = bench.desk.job(key, "calibrate")
     if job is None or job.state != DONE:
         return [gr.skip()] * 4
     model, name = job.request["shown_model"], job.result["name"]
-    choices = artifact_choices(bench, model)
-    artifact = gr.Dropdown(choices=choices, value=name)
-    return [model, artifact, (model, name), gr.Tabs(selected="generate")]
+    artifact = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
+    return [model, artifact, [model, None], gr.Tabs(selected="generate")]

@@ -16,6 +16,7 @@ from .call_fields import CallFields, call_fields, given, watch
 from .call_fields import filled as own_filled
 from .fields import optional
 from .jobs import Job
+from .profiles import follow, profile_field
 
 SCHEMES = [
     *((label(scheme), name) for name, scheme in known().items()),
@@ -40,6 +41,7 @@ def calibration_fields(bench: Bench, model_name: str) -> tuple[list[Any], CallFi
         "my-artifact", label="Name of the artifact", max_lines=1, elem_id="calibrate-name",
         info="A file NAME.safetensors in the output folder",
     )  # fmt: skip
+    profile = profile_field()
     scheme = gr.Dropdown(SCHEMES, value="w8a8", label="Scheme", elem_id="calibrate-scheme")
     preset = gr.Radio(
         [(EFFORTS.get(name, name), name) for name in PRESETS], value="quick", label="Preset",
@@ -54,6 +56,7 @@ def calibration_fields(bench: Bench, model_name: str) -> tuple[list[Any], CallFi
         info="Their weights alone, beside the rest or by themselves",
     )  # fmt: skip
     *rest, method, rounding = _options()
+    follow(profile, [scheme, preset, reuse, encoder])
     own = call_fields("calibrate")
     watch(bench, model, own)
     chosen = [model, name, scheme, preset, reuse, *rest, encoder, method, rounding]

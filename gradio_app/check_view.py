@@ -8,16 +8,17 @@ from html import escape
 from tenuto.calibration import ENCODERS, QUANTIZE, ROUTER, Check
 from tenuto.calibration.check.report import duration, gib
 
-from .view import card, table
+from .view import card, on_the_page, table
 
 NAMES = {
     "model": "Model", "family": "Family", "quantized": "Quantized", "in float": "Full precision",
     "time-only": "Time path", "can be reused": "Can be reused", "text encoder": "Text encoder",
     "stays as it is": "Stays as it is", "in hosts": "In ComfyUI and the WebUIs", "memory": "Memory",
+    "file": "File",
     QUANTIZE: "Quantizing", ROUTER: "Cache schedule", "estimated": "Estimated",
 }  # fmt: skip
 OF = {
-    QUANTIZE: ("quantized", "in float", "time-only", QUANTIZE),
+    QUANTIZE: ("quantized", "in float", "time-only", "file", QUANTIZE),
     ROUTER: ("can be reused", ROUTER), ENCODERS: ("text encoder",),
 }  # rows that matter where this is wanted alone  # fmt: skip
 UNKNOWN = "Only loading the model tells: it is checked when the calibration begins."
@@ -58,6 +59,9 @@ def _costs(found: Check, uses: Sequence[str]) -> str:
     seconds = sum(times[use]["seconds"] for use in uses if use in times)
     if seconds:
         said.append(f"At least {duration(seconds)}.")
+    if QUANTIZE in uses and found.size.get("codes"):
+        codes, whole = found.size["codes"], found.size["in 16 bits"]
+        said.append(f"A file of about {gib(codes)}: the model has {gib(whole)} in 16 bits.")
     if found.memory and QUANTIZE in uses:
         free = found.memory["free"]
         left = "" if free is None else f", {gib(free)} free"
@@ -68,7 +72,7 @@ def _costs(found: Check, uses: Sequence[str]) -> str:
 def _listed(sentences: Sequence[str]) -> str:
     if not sentences:
         return ""
-    return f"<ul>{''.join(f'<li>{escape(one)}</li>' for one in sentences)}</ul>"
+    return f"<ul>{''.join(f'<li>{escape(on_the_page(one))}</li>' for one in sentences)}</ul>"
 
 
 def _facts(found: Check, uses: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from tenuto.errors import TenutoError
 from tenuto.measure import BF16, FIRST_SEED, FULL
 from tenuto.runtime import EXECUTIONS
 
+from .answers import filling, seen_last
 from .bench import COUNT, Bench
 from .calibrate import STEADY
 from .call import OPTIONS, as_fields
@@ -31,7 +32,7 @@ from .speedup_fields import (
     usable,
 )
 from .view import notice, status
-from .viewer import AUDIBLE, QUIET, Viewer, show, viewer
+from .viewer import AUDIBLE, CHOICE, QUIET, Viewer, show, viewer
 
 CHOSEN = 9  # fields before those of the pipeline's own settings
 IDLE = "Choose a model, artifacts or a speedup, and press Compare."
@@ -39,14 +40,17 @@ IDLE = "Choose a model, artifacts or a speedup, and press Compare."
 
 @dataclass(frozen=True)
 class Compare:
-    """The components that the app wires to other tabs. chosen: the model that was seen last."""
+    """The components that the app wires to other tabs.
+
+    chosen: the model and the artifacts that were seen last, as in `Generate`.
+    """
 
     key: gr.BrowserState
     model: gr.Dropdown
     artifacts: gr.Dropdown
     outputs: list[Any]
     fields: list[Any]
-    chosen: gr.State
+    chosen: gr.JSON
     own: CallFields
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
@@ -93,12 +97,11 @@ def tab(bench: Bench, model_name: str) -> Compare:
     looks = [view.pair, prompt, *view.outputs]
     fields = [model, artifacts, count, *rest, speedup.slider, *own.fields]
     speeds = [model, artifacts, rest[0]]
-    chosen = gr.State(model_name)
+    chosen = seen_last(model_name, choices[-1:])
     made = Compare(key, model, artifacts, outputs, fields, chosen, own, speedup, speeds)
     _wire(bench, made, (timer, go, stop, refused))
     watch(bench, model, own)
     follow(bench, speedup, speeds)
-    artifacts.input(lambda names: default_for(bench, names), artifacts, speedup.slider, **QUIET)
     _pictures(bench, key, which, number, view, looks)
     return made
 
@@ -132,17 +135,37 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
     def look(key: str) -> list[Any]:
         return seen(bench.desk.job(key, "compare"))
 
-    def chosen(name: str, before: str) -> list[Any]:
-        if name == before:  # it was only looked at
-            return [gr.skip(), gr.skip()]
-        return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), name]
-
     ticked: dict[str, Any] = {"fn": look, "inputs": made.key, "outputs": made.outputs} | QUIET
     shown: dict[str, Any] = ticked | {"fn": lambda key: goes_on(look(key))}
     go.click(start, made.fields, [made.key, refused], **AUDIBLE).then(**shown)
     stop.click(lambda key: bench.stop(key, "compare"), made.key, None, **QUIET).then(**shown)
     timer.tick(**ticked)
-    made.model.input(chosen, [made.model, made.chosen], [made.artifacts, made.chosen], **QUIET)
+    _wire_choices(bench, made, go)
+
+
+def _wire_choices(bench: Bench, made: Compare, go: gr.Button) -> None:
+    """What a model and artifacts bring along, if they are others than before."""
+
+    def model_chosen(name: str, _: Any, before: Any) -> list[Any]:
+        if before and before[0] == name:
+            return [gr.skip(), gr.skip()]
+        return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), [name, []]]
+
+    def artifacts_chosen(model: str, names: Any, before: Any) -> list[Any]:
+        if before == [model, names]:
+            return [gr.skip(), gr.skip()]
+        return [default_for(bench, names), [model, names]]
+
+    slider, auto = made.speedup.slider, made.speedup.auto
+    asked = [made.model, made.artifacts, made.chosen]
+    filling(
+        made.model.change, model_chosen, asked, [made.artifacts, made.chosen],
+        [made.artifacts, slider, auto, go], chosen=True, **CHOICE,
+    )  # fmt: skip
+    filling(
+        made.artifacts.change, artifacts_chosen, asked, [slider, made.chosen], [slider, auto, go],
+        chosen=True, **CHOICE,
+    )  # fmt: skip
 
 
 def filled(bench: Bench, job: Job | None) -> list[Any]:
@@ -161,7 +184,7 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
     auto = isinstance(speedup, str)  # by the API
     rest.append(safest(bench, model, names, asked["steps"]) if auto else min(speedup, MOST))
     own = as_fields(asked["call"], bench.places.inputs)
-    return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), model]
+    return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), [model, names]]
 
 
 def seen(job: Job | None) -> list[Any]:
@@ -217,3 +240,19 @@ def plain(text: str) -> str:
 def refreshed(bench: Bench, model: str) -> Any:
     """The artifacts that there are by now."""
     return gr.Dropdown(choices=bench.places.artifacts(model))
+
+
+def used(bench: Bench, key: Any) -> list[Any]:
+    """The model and the artifact of a calibration that is done, what was seen last, and this tab.
+
+    The artifact is not yet among what was seen last: its speedup follows.
+    """
+    job = bench.desk.job(key, "calibrate")
+    if job is None or job.state != DONE:
+        return [gr.skip()] * 4
+    model, name = job.request["shown_model"], job.result["name"]
+    artifacts = gr.Dropdown(
+        choices=bench.places.artifacts(model), value=[name], multiselect=True,
+        allow_custom_value=True,
+    )  # fmt: skip
+    return [model, artifacts, [model, None], gr.Tabs(selected="compare")]

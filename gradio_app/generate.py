@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-import random
-import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from tenuto.errors import Cancelled, TenutoError
+from tenuto.errors import TenutoError
 
+from .answers import filling, seen_last
 from .bench import NO_ARTIFACT, Bench
-from .call_fields import CallFields, call_fields, given, watch
+from .call_fields import CallFields, call_fields, watch
 from .fields import artifact_choices, noticed, optional, shown_number
-from .measured import compared, generated
+from .making import image_side, made_now
 from .restore import aside
-from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields, usable
+from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields
 from .studio import defaults_of
-from .view import card, notice
-from .viewer import AUDIBLE, QUIET, Pair, show, viewer
+from .view import notice
+from .viewer import CHOICE, QUIET
 
-IDLE = card("idle", "No image yet.", "Write a prompt and press Generate.")
-WORKING = 76  # pixels of the place where progress is shown
 PROMPT = "a golden retriever"
-FULL = "full precision"
+ANY_SEED = "() => Math.floor(Math.random() * 2 ** 32)"  # in the page: it comes at once
 
 
 @dataclass(frozen=True)
 class Generate:
     """The components that the app wires. chosen: the model and artifact that were seen last.
 
-    A dropdown that takes free text tells of input when it is left, too: only what differs from
-    `chosen` was chosen.
+    What the app itself fills in changes a dropdown, too: only what differs from `chosen` was
+    chosen. filled: what a choice fills in or leaves waiting, after `answers.filling`.
     """
 
     model: gr.Dropdown
     artifact: gr.Dropdown
-    chosen: gr.State
+    chosen: gr.JSON
     own: CallFields
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
+    filled: list[Any]
 
 
 def tab(bench: Bench) -> Generate:
@@ -54,8 +53,8 @@ def tab(bench: Bench) -> Generate:
             prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Stop", interactive=False, elem_id="generate-stop")
-            working = gr.HTML("", visible=False, elem_id="generate-working", min_height=WORKING)
+                stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="generate-stop")
+            working = gr.HTML("", visible=False, elem_id="generate-working")
             model = gr.Dropdown(
                 models, value=model_name, label="Model", allow_custom_value=True,
                 info="A model that ships, or a folder in diffusers' format", elem_id="model",
@@ -69,117 +68,85 @@ def tab(bench: Bench) -> Generate:
                 on = gr.Checkbox(True, label="Artifact on", elem_id="artifact-on")
                 beside = gr.Checkbox(True, label="Beside full precision", elem_id="beside")
             speedup = speedup_fields("generate")
-            with gr.Row():
-                seed = gr.Number(7, label="Seed (empty: any)", minimum=0, elem_id="seed")
-                dice = gr.Button("New seed", size="sm", min_width=80)
+            seed, count = _seed_and_count()
             with gr.Row():
                 steps_of = gr.Number(steps, label="Steps", step=1, elem_id="steps")
                 guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
-            chosen = gr.State((model_name, choices[-1][1]))
+            chosen = seen_last(model_name, choices[-1][1])
             own = call_fields("generate")
+            settings = [steps_of, guidance_of, speedup.slider]
+            filled = [artifact, *settings, speedup.auto, go]
             fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, chosen]
-            fields += own.outputs
-            aside(bench, model, artifact, chosen, fields)
-        with gr.Column(scale=3, min_width=320):
-            view = viewer("generate", "Image")
-            numbers = gr.HTML(IDLE, elem_id="numbers")
-            infotext = gr.Textbox(
-                label="Settings, as in the PNG", lines=2, interactive=False, visible=False,
-                buttons=["copy"], elem_id="infotext",
-            )  # fmt: skip
-    inputs = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside, view.mode]
-    inputs.append(speedup.slider)
-    outputs = [view.pair, numbers, infotext, *view.outputs]
-    _wire(bench, [go, stop, working], prompt, [*inputs, *own.fields], outputs)
+            aside(bench, model, artifact, [*fields, *own.outputs], filled)
+        seen = image_side()
+    values = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside]
+    values += [seen.view.mode, count, seen.made, speedup.slider, *own.fields]
+    _wire(bench, [go, stop, working], prompt, values, seen.outputs)
     watch(bench, model, own)
-    dice.click(lambda: random.randrange(2**32), None, seed, **QUIET)
-    told, asked = (
-        [steps_of, guidance_of, speedup.slider, chosen, refused],
-        [model, artifact, chosen],
-    )
-    model.input(lambda *now: _model_chosen(bench, *now), asked, [artifact, *told], **AUDIBLE)
-    artifact.input(lambda *now: _artifact_chosen(bench, *now), asked, told, **AUDIBLE)
-    follow(bench, speedup, [model, artifact, steps_of, on])
-    return Generate(model, artifact, chosen, own, speedup, [model, artifact, steps_of, on])
+    told, asked = [*settings, chosen, refused], [model, artifact, chosen]
+    filling(
+        model.change, lambda *now: _model_chosen(bench, *now), asked, [artifact, *told], filled,
+        chosen=True, **CHOICE,
+    )  # fmt: skip
+    filling(
+        artifact.change, lambda *now: _artifact_chosen(bench, *now), asked, told, filled[1:],
+        chosen=True, **CHOICE,
+    )  # fmt: skip
+    speeds = [model, artifact, steps_of, on]
+    follow(bench, speedup, speeds)
+    return Generate(model, artifact, chosen, own, speedup, speeds, filled)
+
+
+def _seed_and_count() -> tuple[gr.Number, gr.Number]:
+    """The seed of the first image, and how many there are to be."""
+    with gr.Row():
+        seed = gr.Number(7, label="Seed", placeholder="any", min_width=90, elem_id="seed")
+        count = gr.Number(1, label="Images", step=1, min_width=90, elem_id="count")
+        dice = gr.Button("New seed", size="sm", min_width=80, elem_id="new-seed")
+    dice.click(None, None, seed, js=ANY_SEED, api_visibility="private")
+    return seed, count
 
 
 def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outputs: Any) -> None:
     """Generate and Stop: one of them is always there to be pressed. Progress is below them."""
     go, stop, working = parts
 
-    def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        return generated_now(bench, progress, *values)
+    def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
+        yield from made_now(bench, progress, *values)
 
     def buttons(generating: bool) -> list[Any]:
         pressed = [gr.Button(interactive=not generating), gr.Button(interactive=generating)]
         return [*pressed, gr.HTML(visible=generating)]
 
-    gr.on([go.click, prompt.submit], lambda: buttons(True), None, parts, **QUIET).then(
+    pressed = gr.on([go.click, prompt.submit], lambda: buttons(True), None, parts, **QUIET)
+    made = pressed.then(
         on_generate, inputs, outputs, api_visibility="private", concurrency_id="machine",
         show_progress_on=[working],
-    ).then(lambda: buttons(False), None, parts, **QUIET)  # fmt: skip
+    )  # fmt: skip
+    for over in (made.then, made.failure):  # Gradio 6.31 runs `then` after an answer alone
+        over(lambda: buttons(False), None, parts, **QUIET)
     stop.click(bench.studio.stop, None, None, **QUIET)
-
-
-def generated_now(bench: Bench, progress: gr.Progress, *values: Any) -> list[Any]:
-    """What the image side shows after a press of Generate: generated, stopped or failed."""
-    from tenuto.cli.checks import device_of
-
-    model, prompt, seed, steps, guidance, artifact, on, beside, mode, speedup, *own = values
-    used = artifact if on else NO_ARTIFACT
-
-    def on_call(done: int, total: int) -> None:
-        progress((done, total), desc="Generating", unit="calls")
-
-    nothing: list[Any] = [gr.skip()] * 7
-    try:
-        progress(0, desc="Loading the model")
-        found = bench.generate(
-            model, prompt, seed, steps, guidance, used, beside, on_call, given(bench, model, own),
-            usable(bench, model, artifact, speedup, on),
-        )  # fmt: skip
-    except Cancelled:
-        return [nothing[0], card("stopped", "Stopped.", "Nothing was saved."), *nothing[1:]]
-    except TenutoError as error:
-        return [nothing[0], card("failed", "It cannot be generated.", str(error)), *nothing[1:]]
-    except Exception as error:  # of the model itself: no memory left, say
-        traceback.print_exc()
-        said = f"{type(error).__name__}: {error}"[:300]
-        return [nothing[0], card("failed", "Generating failed.", said), *nothing[1:]]
-    pictures, said = found["pictures"], found["numbers"]
-    if len(pictures) == 2:
-        names = [FULL, found["artifact"]]
-        pair: Pair = {"a": pictures["full"], "b": pictures["artifact"], "names": names}
-        numbers = compared({found["artifact"]: said})
-    else:
-        ((which, path),) = pictures.items()
-        pair = {"a": path, "names": [FULL if which == "full" else found["artifact"]]}
-        device = str(device_of(bench.settings.device))
-        numbers = generated(said, found["seconds"], found["steps"], device)
-    pair["frames"] = found["frames"]
-    info = gr.Textbox(found["infotext"], visible=True)
-    return [pair, numbers, info, *show(pair, mode)]
 
 
 def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
     """Artifacts, steps and guidance for a model, if it is another than before."""
-    if before and name == before[0]:
+    if before and before[0] == name:
         return [gr.skip()] * 6
     try:
         steps, guidance = defaults_of(bench.places.model(name))
     except TenutoError as error:
         return [*[gr.skip()] * 5, notice("This model cannot be used.", str(error))]
     new = gr.Dropdown(choices=artifact_choices(bench, name), value=NO_ARTIFACT)
-    return [new, steps, shown_number(guidance), OFF, (name, NO_ARTIFACT), ""]
+    return [new, steps, shown_number(guidance), OFF, [name, NO_ARTIFACT], ""]
 
 
 def _artifact_chosen(bench: Bench, model: str, name: str, before: Any) -> list[Any]:
     """Steps, guidance and speedup that an artifact was made for, if it is another than before."""
-    if before and (model, name) == tuple(before):
+    if before == [model, name]:
         return [gr.skip()] * 5
     try:
         file = bench.places.artifact(name) if name else None
         steps, guidance = defaults_of(bench.places.model(model), file)
-        return [steps, shown_number(guidance), default_for(bench, name), (model, name), ""]
+        return [steps, shown_number(guidance), default_for(bench, name), [model, name], ""]
     except TenutoError as error:
         return [*[gr.skip()] * 4, notice("This artifact cannot be used.", str(error))]

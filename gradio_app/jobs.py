@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tenuto
 from tenuto.errors import TenutoError
+
+from .time_left import in_all, use_of
 
 REMEMBERED = 20  # jobs that can be asked for by their id
 PATIENCE = 0.25  # seconds that a worker has to stop by itself
@@ -35,7 +37,14 @@ SAID = {  # what a worker says, and of which type
 class Job:
     """One calibration or comparison: its process, and all that is known of how far it is."""
 
-    def __init__(self, kind: str, request: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self,
+        kind: str,
+        request: dict[str, Any],
+        log: Path,
+        expected: Sequence[tuple[int, float | None]] = (),
+    ) -> None:
+        self.expected = expected
         self.id, self.kind, self.request, self.log = uuid.uuid4().hex[:12], kind, request, log
         self.state, self.error = RUNNING, ""
         self.stage, self.note, self.part, self.parts = "Starting", "", 0, 0
@@ -44,6 +53,7 @@ class Job:
         self.map: dict[str, Any] | None = None
         self.result: dict[str, Any] = {}
         self.began = self.stage_began = self.ended = time.monotonic()
+        self.use_began = self.began  # of the parts that belong together, such as recording first
         self.stage_first = 0  # where the stage was when it began: resumed work starts further on
         self._process: subprocess.Popen[str] | None = None
         self.over = threading.Event()
@@ -65,6 +75,12 @@ class Job:
         if self.state != RUNNING or moved <= 0 or gone < 1:
             return None
         return gone * (self.total - self.done) / moved
+
+    @property
+    def left_in_all(self) -> float | None:
+        """Seconds until everything is done: an estimate, or None where the check had none."""
+        gone = time.monotonic() - self.use_began
+        return in_all(self.expected, self.part, self.left, gone)
 
     def start(self, when_over: Callable[[], None]) -> None:
         """Start the process; `when_over` is called when it has ended, however it ends."""
@@ -124,6 +140,8 @@ class Job:
         }
         if event.get("stage", self.stage) != self.stage or event.get("part", 0) > self.part:
             self.stage_began, self.stage_first = time.monotonic(), event.get("done", 0)
+            if use_of(self.expected, event.get("part", 0)) != use_of(self.expected, self.part):
+                self.use_began = self.stage_began
         self.result |= event.pop("result", {})
         for name, value in event.items():
             setattr(self, name, value)
@@ -194,7 +212,8 @@ class Desk:
             if busy == "image":
                 raise TenutoError("An image is being generated: wait until it is done.")
             name = NAMES.get(busy, busy)
-            raise TenutoError(f"A {name} is being made: wait until it is done, or stop it.")
+            name = f"{'An' if name[0] in 'aeiou' else 'A'} {name}"
+            raise TenutoError(f"{name} is being made: wait until it is done, or stop it.")
 
     def give(self) -> None:
         """The desk is free again."""
@@ -221,4 +240,4 @@ def _newer(last: Job | None) -> bool:
     return last is not None and last.alive
 
 
-NAMES = {"calibrate": "calibration", "compare": "comparison"}
+NAMES = {"calibrate": "calibration", "compare": "comparison", "export": "export"}

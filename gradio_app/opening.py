@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import calibrate, calibrate_fields, compare
+from . import calibrate, calibrate_fields, compare, elsewhere
 from .bench import Bench
 from .call_fields import shown
 from .fields import goes_on
@@ -27,14 +27,17 @@ CLOSED = """() => {{
 ANSWERED = "() => { window.tenutoAnswered(); }"
 
 
-def wire(page: Any, bench: Bench, generation: Any, calibration: Any, comparison: Any) -> None:
+def wire(
+    page: Any, bench: Bench, generation: Any, calibration: Any, comparison: Any, exporting: Any
+) -> None:
     """What `page` (gr.Blocks) asks for when it is loaded; until it is answered nothing can be used.
 
     Else what is typed into fields that an answer may fill is shown but not sent (Gradio 6.31), and
     a late answer would be of the job before the one that was begun meanwhile.
     """
     parts = (generation, calibration, comparison)
-    asks = [*_lists(bench, *parts), *_jobs(bench, calibration, comparison), *_fill(bench, *parts)]
+    asks = [*_lists(bench, *parts, exporting), *_jobs(bench, calibration, comparison, exporting)]
+    asks += _fill(bench, *parts)
     script = CLOSED.format(count=len(asks), ready=READY, longest=LONGEST)
     page.load(None, None, None, js=script, api_visibility="private")
     for ask in asks:
@@ -51,8 +54,8 @@ def _lists(bench: Bench, *parts: Any) -> list[dict[str, Any]]:
     return [{"fn": found, "inputs": None, "outputs": models} | QUIET]
 
 
-def _jobs(bench: Bench, calibration: Any, comparison: Any) -> list[dict[str, Any]]:
-    """The calibration and the comparison that run, or ran last, with what they were asked for."""
+def _jobs(bench: Bench, calibration: Any, comparison: Any, exporting: Any) -> list[dict[str, Any]]:
+    """The jobs that run, or ran last, with what they were asked for."""
 
     def calibrated(key: Any) -> list[Any]:
         job = bench.desk.job(key, "calibrate")
@@ -62,6 +65,9 @@ def _jobs(bench: Bench, calibration: Any, comparison: Any) -> list[dict[str, Any
         job = bench.desk.job(key, "compare")
         return [*goes_on(compare.seen(job)), *compare.filled(bench, job)]
 
+    def exported(key: Any) -> list[Any]:
+        return goes_on(elsewhere.seen(bench.desk.job(key, "export")))
+
     watch, own = calibration.watch, calibration.own
     outputs = [*watch.outputs, *calibration.fields, own.accordion]
     others = [
@@ -70,6 +76,7 @@ def _jobs(bench: Bench, calibration: Any, comparison: Any) -> list[dict[str, Any
     return [
         {"fn": calibrated, "inputs": watch.key, "outputs": outputs} | QUIET,
         {"fn": compared, "inputs": comparison.key, "outputs": others} | QUIET,
+        {"fn": exported, "inputs": exporting.key, "outputs": exporting.outputs} | QUIET,
     ]
 
 

@@ -33,7 +33,7 @@ def saved(places: Places, found: Generated) -> dict[str, Any]:
     frames = max(map(len, found.pictures.values()))
     return {
         "pictures": paths, "frames": frames, "numbers": found.numbers, "seconds": found.seconds,
-        "infotext": info, "steps": wanted.steps,
+        "infotext": info, "steps": wanted.steps, "seed": wanted.seed,
         "artifact": wanted.artifact_name or (DEFAULT_FORECAST if wanted.changes else ""),
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tenuto.errors import ArtifactError, ModelError, TenutoError
 from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
-from tenuto.sampling.loading import PREFIX, check_model
+from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
 from tenuto.text import printable
 
 from .given import words
@@ -45,6 +45,8 @@ def inside(path: Path, folder: Path) -> bool:
 class Places:
     """The output folder and the roots of models.
 
+    added: roots that were added on the page. hub: where models of the Hugging Face hub lie that
+    were downloaded; they are called by their id.
     out/NAME.safetensors are artifacts, out/pictures what was generated, out/inputs the images that
     this was made from, out/comparisons what was compared; out/unfinished has the request of every
     calibration that is not done.
@@ -52,6 +54,8 @@ class Places:
 
     out: Path
     roots: tuple[Path, ...] = ()
+    hub: Path | None = None
+    added: list[Path] = field(default_factory=list)
 
     @property
     def inputs(self) -> Path:
@@ -61,7 +65,7 @@ class Places:
     # --- models ---------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """The shipped models, then the diffusers folders under the roots, by relative name."""
+        """The shipped models, the diffusers folders under the roots, those of the hub, by name."""
         found = []
         for name in DEMOS:
             try:
@@ -69,9 +73,9 @@ class Places:
                 found.append(name)
             except ModelError:
                 continue
-        for root in self.roots:
+        for root in (*self.roots, *self.added):
             found += [name for name in _models_in(root) if name not in found]
-        return found
+        return [*found, *(name for name in downloaded(self.hub) if name not in found)]
 
     def model(self, name: str) -> str:
         """What `load` takes for the model called `name`; ModelError unless it is under a root."""
@@ -79,25 +83,35 @@ class Places:
         if name.startswith(PREFIX):
             check_model(name)
             return name
-        found = self._model(name) if name else None
+        found = (self._model(name) or downloaded(self.hub).get(name)) if name else None
         if found is None:
-            where = "in the folders" if self.roots else "here, and no folder of models"
-            raise ModelError(
-                f"There is no model '{printable(name)}' {where} that the app was started with."
-            )
+            raise ModelError(f"There is no model '{printable(name)}' {self._where(name)}")
         check_model(found)
         return found
+
+    def _where(self, name: str) -> str:
+        """Where a model was looked for, and what to do."""
+        if name.endswith((ENDING, ".ckpt", ".gguf")):
+            return (
+                "that the app can open: it takes folders in diffusers format. The node Tenuto "
+                "Calibrate in ComfyUI takes a single file."
+            )
+        if self.hub is not None and HUB_ID.fullmatch(name) and "\\" not in name:
+            return (
+                "in the folders of the app, and none with that id was downloaded from the hub: "
+                "hf download does that."
+            )
+        here = "in the folders" if self.roots or self.added else "here, and no folder of models"
+        return f"{here} that the app was started with."
 
     def _model(self, name: str) -> str | None:
         """The folder of that name under a root, links followed."""
         try:
             given = Path(name).expanduser()
-            tries = [given] if given.is_absolute() else [root / given for root in self.roots]
+            roots = [*self.roots, *self.added]
+            tries = [given] if given.is_absolute() else [root / given for root in roots]
             for path in (path.resolve() for path in tries):
-                if (
-                    any(path.is_relative_to(root.resolve()) for root in self.roots)
-                    and path.is_dir()
-                ):
+                if any(path.is_relative_to(root.resolve()) for root in roots) and path.is_dir():
                     return str(path)
         except (OSError, ValueError, RuntimeError):
             pass  # no such home, a zero in the name, links in a circle
@@ -202,3 +216,26 @@ def _models_in(root: Path) -> list[str]:
         if len(found) >= MANY or seen >= 20 * MANY:
             break
     return found
+
+
+def downloaded(hub: Path | None) -> dict[str, str]:
+    """Folders of the models that were downloaded from the hub, by their ids."""
+    found = {}
+    for folder in sorted(hub.glob("models--*--*")) if hub is not None and hub.is_dir() else ():
+        try:
+            commit = (folder / "refs" / "main").read_text("ascii").strip()
+        except (OSError, ValueError):
+            continue
+        snapshot = folder / "snapshots" / commit
+        if commit and (snapshot / "model_index.json").is_file():
+            found["/".join(folder.name.split("--")[1:])] = str(snapshot)
+    return found
+
+
+def hub_cache() -> Path | None:
+    """Where the hub's own program keeps what it downloads."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return None
+    return Path(HF_HUB_CACHE)

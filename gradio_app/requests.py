@@ -14,6 +14,7 @@ from .places import Places
 
 LINES = 2**20  # characters of a list of prompts
 CHOSEN = ("scheme", "preset", "text_encoder", "method", "rounding")
+PARTS = {QUANTIZE: 2, ROUTER: 2}  # each records first; see `worker.calibrate`
 HOW = ("reuse", "steps", "guidance", "seed", "iterations", "prompts_text")
 
 
@@ -86,10 +87,21 @@ def check_of(
     )  # fmt: skip
 
 
-def refuse(places: Places, request: Mapping[str, Any], device: str | None) -> None:
-    """TenutoError with what makes a calibration impossible, as far as that can be told now."""
+def expected(
+    places: Places, request: Mapping[str, Any], device: str | None
+) -> list[tuple[int, float | None]]:
+    """The parts of the work of each use in turn, and the seconds that the check expects, if known.
+
+    TenutoError with what makes a calibration impossible, as far as that can be told now.
+    """
     call = recalled(request["call"], places.inputs)
     *_, found = check_of(request, call, device)
+    times: dict[str, Any] = {}
     if found is not None:
         for use in uses(request):
             found.refuse(use)
+        times = found.time.get("uses", {})
+    return [
+        (PARTS.get(use, 1), times[use]["seconds"] if use in times else None)
+        for use in uses(request)
+    ]

@@ -9,15 +9,17 @@ import gradio as gr
 
 from tenuto.errors import TenutoError
 
+from .answers import filling
 from .bench import Bench
 from .call import as_fields
 from .call_fields import filled
 from .fields import artifact_choices, shown_number
+from .folders import added
 from .guard import drop
 from .pictures import restored
 from .speedup import MOST
 from .speedup_fields import OFF
-from .view import card
+from .view import card, counted
 from .viewer import QUIET
 
 NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact", "speedup")
@@ -25,10 +27,10 @@ FIELDS = 16  # those of `NAMES`, the model that was seen last, the pipeline's ow
 
 
 def aside(
-    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, chosen: gr.State, fields: list[Any]
+    bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any], filled: list[Any]
 ) -> None:
-    """The components. fields: what is restored."""
-    with gr.Accordion("Restore settings, add an artifact", open=False):
+    """The components. fields: what is restored. filled: what an artifact's choice fills."""
+    with gr.Accordion("Restore settings, add an artifact or a folder of models", open=False):
         dropped = gr.File(
             label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
             elem_id="restore",
@@ -37,10 +39,25 @@ def aside(
             label="Add an artifact to the output folder", file_types=[".safetensors"], height=110,
             elem_id="add-artifact",
         )  # fmt: skip
+        folder = gr.Textbox(
+            "", label="Add a folder with models in diffusers format", max_lines=1,
+            placeholder="its path on this machine", elem_id="add-folder",
+        )  # fmt: skip
+        add = gr.Button("Add the folder", size="sm", elem_id="add-folder-now")
         said = gr.HTML("", elem_id="aside-said")
-    new = [upload, said, artifact, chosen]
-    dropped.upload(lambda path: _restored(bench, path), dropped, [dropped, said, *fields], **QUIET)
-    upload.upload(lambda path, kind: _added(bench, path, kind), [upload, model], new, **QUIET)
+    gr.on(
+        [add.click, folder.submit], lambda name: _folder(bench, name), folder, [said, model],
+        **QUIET,
+    )  # fmt: skip
+    places = {field.elem_id: field for field in (*fields, *filled) if field.elem_id}
+    filling(
+        dropped.upload, lambda path: _restored(bench, path), dropped, [dropped, said, *fields],
+        [*places.values()], **QUIET,
+    )  # fmt: skip
+    filling(
+        upload.upload, lambda path, kind: _added(bench, path, kind), [upload, model],
+        [upload, said, artifact], filled, **QUIET,
+    )  # fmt: skip
 
 
 def _restored(bench: Bench, path: str | None) -> list[Any]:
@@ -68,22 +85,31 @@ def _restored(bench: Bench, path: str | None) -> list[Any]:
         values[5] = gr.Dropdown(
             choices=artifact_choices(bench, found["model"]), value=found.get("artifact", "")
         )
-    chosen = (found["model"], found.get("artifact", "")) if "model" in found else gr.skip()
+    chosen = [found["model"], found.get("artifact", "")] if "model" in found else gr.skip()
     return [None, card("done", "Restored.", said), *values, chosen, *filled(own)]
 
 
 def _added(bench: Bench, path: str | None, model: str) -> list[Any]:
     if path is None:
-        return [None, "", gr.skip(), gr.skip()]
+        return [None, "", gr.skip()]
     try:
         name = bench.added(path, path)
     except TenutoError as error:
-        return [
-            None,
-            card("failed", f"{Path(path).name} is not added.", str(error)),
-            *[gr.skip()] * 2,
-        ]
+        said = card("failed", f"{Path(path).name} is not added.", str(error))
+        return [None, said, gr.skip()]
     finally:
         drop(Path(path))
     new = gr.Dropdown(choices=artifact_choices(bench, model), value=name)
-    return [None, card("done", "Added.", f"{name} is chosen."), new, (model, name)]
+    return [None, card("done", "Added.", f"{name} is chosen."), new]
+
+
+def _folder(bench: Bench, name: str) -> list[Any]:
+    """The models that there are with those of another folder; other tabs have them when loaded."""
+    try:
+        count = added(bench, name)
+    except TenutoError as error:
+        return [card("failed", "The folder is not added.", str(error)), gr.skip()]
+    said = (
+        f"{counted(count, 'model', 'models')} can be chosen by now; the other tabs have them, too."
+    )
+    return [card("done", "Added.", said), gr.Dropdown(choices=bench.places.models())]

@@ -13,6 +13,7 @@ import gradio as gr
 from tenuto.caching import DEFAULT_FORECAST, predicted
 from tenuto.errors import TenutoError
 
+from .answers import filling
 from .bench import STEPS, Bench
 from .curve import curve
 from .given import given, whole
@@ -75,7 +76,10 @@ def follow(bench: Bench, made: SpeedupFields, inputs: list[Any]) -> None:
     for part in inputs:
         part.change(now, [made.slider, *inputs], made.outputs, **LATEST)
     made.slider.change(lambda *values: now(*values)[1], [made.slider, *inputs], made.said, **LATEST)
-    made.auto.click(lambda *values: safest(bench, *values), inputs, made.slider, **QUIET)
+    filling(
+        made.auto.click, lambda *values: safest(bench, *values), inputs, made.slider,
+        [made.slider], **QUIET,
+    )  # fmt: skip
 
 
 def default_for(bench: Bench, artifacts: Any) -> float:

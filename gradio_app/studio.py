@@ -97,10 +97,12 @@ class Studio:
         self._loading = threading.Lock()
         self._model, self._pipe = "", None
         self._stop = threading.Event()
+        self.stops = 0  # how often it was asked to stop: for who generates several images
         self.prompts = PromptCache(most=STATES)
 
     def stop(self) -> None:
         """Stop the image that is being generated, at its next denoiser call."""
+        self.stops += 1
         self._stop.set()
 
     def pipe(self, model: str) -> Any:

@@ -13,6 +13,14 @@ from tenuto.text import printable
 from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
 
 TITLES = 4000  # cells of a map that still get a tooltip each
+HERE = {  # what the library says for the command, and how the page says it
+    ", --low-memory,": ",",
+    " (call=, or --image, --mask, --set NAME=@FILE)": ", under “The pipeline's own settings”",
+    "--method says": "The setting below says",
+    "give --text-encoder too": "choose their bits too",
+    "for any --speedup": "for any speedup",
+    "unless --speedup says": "unless another one is chosen",
+}
 CELL, ROW, GAP = 12, 9, 4  # pixels of a map: a step, a branch, between blocks
 
 
@@ -29,9 +37,16 @@ def counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
+def on_the_page(text: str) -> str:
+    """A sentence of the library without options of the command, where the page has fields."""
+    for of_the_command, here in HERE.items():
+        text = text.replace(of_the_command, here)
+    return text
+
+
 def card(state: str, title: str, text: str, more: str = "") -> str:
     """A box in the look of a state; what it says is read out when it changes."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    said = f"<strong>{escape(title)}</strong> <span>{escape(on_the_page(text))}</span>"
     return (
         f'<div class="tenuto-card tenuto-{escape(state)}" data-state="{escape(state)}">'
         f'<div role="status" aria-live="polite">{said}</div>{more}</div>'
@@ -40,7 +55,7 @@ def card(state: str, title: str, text: str, more: str = "") -> str:
 
 def notice(title: str, text: str) -> str:
     """Why something that was asked for is refused, beside what was pressed; read out at once."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(text)}</span>"
+    said = f"<strong>{escape(title)}</strong> <span>{escape(on_the_page(text))}</span>"
     return f'<div class="tenuto-card tenuto-failed" data-state="refused" role="alert">{said}</div>'
 
 
@@ -76,6 +91,8 @@ def what_of(job: Job) -> str:
         if asked.get("speedup"):
             speedup = asked["speedup"]
             parts.append(f"speedup {speedup if isinstance(speedup, str) else f'{speedup:g}'}")
+    elif job.kind == "export":
+        parts += [asked["shown_artifact"], f"to {Path(asked['out']).name}"]
     else:
         parts.append(asked["scheme"] or "the denoiser keeps its weights")
         if asked["reuse"] is not None:
@@ -91,13 +108,19 @@ def what_of(job: Job) -> str:
 def report(result: dict[str, Any]) -> str:
     """The words of the command that did the work."""
     text = result.get("text")
-    return f"<pre tabindex=0>{escape(text)}</pre>" if isinstance(text, str) and text else ""
+    return (
+        f"<pre tabindex=0>{escape(on_the_page(text))}</pre>"
+        if isinstance(text, str) and text
+        else ""
+    )
 
 
 def bar(job: Job) -> str:
     """How far the part is, and how long it may still take."""
     share = min(1.0, job.done / job.total) if job.total else 0.0
     left = f"about {lasting(job.left)} left in this part" if job.left else ""
+    if job.left_in_all is not None and job.part < job.parts:
+        left += f", {lasting(job.left_in_all)} in all"
     words = " · ".join(filter(None, [job.note, f"{lasting(job.seconds)} so far", left]))
     return (
         f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(job.stage)}" '

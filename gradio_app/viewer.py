@@ -14,6 +14,7 @@ SLIDER, A, B, DIFFERENCE = "Slider", "A", "B", "Difference"
 GAIN = 8
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 AUDIBLE: dict[str, Any] = QUIET | {"queue": True}  # a failure is shown of what is queued alone
+CHOICE: dict[str, Any] = AUDIBLE | {"trigger_mode": "always_last"}
 Pair = dict[str, Any]  # "a", "b": paths, b may be missing; "names": of both; "frames": of a video
 
 

@@ -195,6 +195,19 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     return data | {"folder": str(folder)}
 
 
+def export(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
+    """Write the model as a file, or a folder, of another program."""
+    from tenuto.cli.export import export as exported
+
+    out = Path(request["out"])
+    bars.plan = ["Exporting"]
+    answer = exported(
+        request["model"], to=request["to"], out=out, artifact=Path(request["artifact"]), bars=bars
+    )
+    text = f"{answer.text}\n\nNext: {answer.next}"
+    return {"text": text.replace(str(out), out.name), "out": str(out)}
+
+
 def _saved(
     request: dict[str, Any], generated: Any, lines: Sequence[str], sampling: Any,
     speedups: Mapping[str, float | None],
@@ -245,4 +258,4 @@ def _path(value: str | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-WORK = {"calibrate": calibrate, "compare": compare}
+WORK = {"calibrate": calibrate, "compare": compare, "export": export}

@@ -99,7 +99,8 @@ def start(
         with (base / "log").open("wb") as log:
             began = time.monotonic()
             process = subprocess.Popen(
-                command, cwd=base, env=environment | {"TMPDIR": str(base)}, stdout=log,
+                command, cwd=base, stdout=log,
+                env=environment | {"TMPDIR": str(base), "HF_HUB_CACHE": str(base / "hub")},
                 stderr=subprocess.STDOUT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
@@ -220,7 +221,7 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
         page = context.new_page()
         page.set_viewport_size({"width": width, "height": height})
         tab = Tab(page, [], [])
-        page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        page.on("pageerror", lambda error: tab.complaints.append(f"{error}\n{error.stack}"))
         page.on(
             "console",
             lambda m: tab.complaints.append(m.text) if m.type == "error" else None,

@@ -17,7 +17,7 @@ from gradio_app.api import CALIBRATE, COMPARE
 
 pytestmark = pytest.mark.slow
 
-NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/job", "/stop"}
+NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/export", "/job", "/stop"}
 TINY = "mine/tiny"
 GENERATE = {
     "model": TINY, "prompt": "a red dog", "seed": 3, "steps": 1, "guidance": 2.0, "artifact": "",
@@ -27,6 +27,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "generate": GENERATE, "resume": {"name": "none"}, "job": {"kind": "compare"},
     "stop": {"kind": "compare"}, "calibrate": {"options": {"model": "none"}},
     "compare": {"options": {"model": "none"}},
+    "export": {"model": TINY, "artifact": "none", "to": "comfy"},
 }  # fmt: skip
 OPTIONS = {"calibrate": CALIBRATE, "compare": COMPARE}
 WRONG: list[Any] = [
@@ -217,7 +218,7 @@ def test_listeners_of_the_page_get_wrong_values_too(app: Any, client: Any) -> No
             answered = told(app, listener, [value] * len(listener["inputs"]))
             said = answered.get("error", "none")
             assert said and "Traceback" not in said and len(said) <= 300, (listener, value, said)
-    for kind in ("calibrate", "compare", "generate"):
+    for kind in ("calibrate", "compare", "export", "generate"):
         client.predict(kind, api_name="/stop")
         over(client, kind)
     assert "Traceback" not in app.log.read_text()[before:], app.log.read_text()[before:][-3000:]

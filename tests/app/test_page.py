@@ -14,10 +14,11 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TABS = ("Generate", "Calibrate", "Compare")
+TABS = ("Generate", "Calibrate", "Compare", "Export")
 LISTS = (
     "#model", "#artifact", "#calibrate-model", "#calibrate-scheme", "#calibrate-rounding",
     "#calibrate-method", "#unfinished", "#compare-model", "#compare-artifacts",
+    "#export-model", "#export-artifact",
 )  # fmt: skip
 VALUES = """
 () => [...document.querySelectorAll('input, textarea')].filter(e => e.offsetParent !== null

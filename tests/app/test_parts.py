@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import tenuto
 from gradio_app import jobs, view
 from gradio_app.bench import Bench
 from gradio_app.given import given, real, whole
@@ -409,7 +411,7 @@ def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb", 1.0]
     job = bench.compare(*values[:-1], speedup=values[-1])
     model, artifacts, *rest, _, chosen = compare.filled(bench, job)
-    assert [model, artifacts.value, *rest] == [*values, *OWN] and chosen == "demo:unet"
+    assert [model, artifacts.value, *rest] == [*values, *OWN] and chosen == values[:2]
     bench.desk.close()
 
 
@@ -601,14 +603,15 @@ def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_that_fails_while_it_generates_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gradio_app.generate import generated_now
+    from gradio_app.making import made_now
 
     def out_of_memory(*args: Any) -> Any:
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
-    card = generated_now(bench, lambda *args, **options: None, "demo:unet", *["x"] * 9, *OWN)[1]
+    values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, *OWN]
+    ((_, card, *_),) = made_now(bench, lambda *args, **options: None, *values)
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 
@@ -654,3 +657,25 @@ def test_only_a_tick_stops_what_watches_a_job() -> None:
     on = gr.Timer(active=True)
     assert goes_on([on, "said"]) == [on, "said"]
     assert goes_on([gr.Timer(active=False), "said"]) == [gr.skip(), "said"]
+
+
+def test_the_page_names_no_options_of_the_command() -> None:
+    """Where the library says one, the page says its own; each of these is still said there."""
+    from gradio_app.view import HERE, card, notice, on_the_page
+
+    library = "".join(p.read_text("utf-8") for p in Path(tenuto.__file__).parent.rglob("*.py"))
+    library = re.sub(r'"\n\s*f?"', "", library)
+    for sentence, here in HERE.items():
+        assert sentence in library, sentence
+        assert "--" not in on_the_page(f"a {sentence} b") and here in on_the_page(sentence)
+        assert "--" not in card("idle", "a", sentence) + notice("a", sentence)
+
+
+def test_a_late_look_hides_no_question(tmp_path: Path) -> None:
+    """Whether to discard is asked until it is answered, or until something runs."""
+    from gradio_app.calibrate import seen
+
+    bench, job = Bench(Settings(tmp_path)), Job("calibrate", {"out": "a.safetensors"}, Path("log"))
+    assert seen(bench, job)[6].visible is False
+    job.state = jobs.STOPPED
+    assert seen(bench, job)[6] == seen(bench, None)[6] == {"__type__": "update"}

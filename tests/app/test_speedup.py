@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradio_app import calibrate, compare, generate, measured, speedup_fields, worker
+from gradio_app import calibrate, compare, generate, making, measured, speedup_fields, worker
 from gradio_app.bench import Bench
 from gradio_app.curve import curve
 from gradio_app.infotext import parsed
@@ -167,9 +167,8 @@ def test_off_is_off(bench: Bench) -> None:
     bench.generate = taken  # type: ignore[method-assign]
     own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
     for on in (True, False):
-        generate.generated_now(
-            bench, lambda *_, **__: None, MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 2, *own
-        )
+        values = [MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 1, [], 2, *own]
+        assert list(making.made_now(bench, lambda *_, **__: None, *values))
     assert [given[5] for given in passed] == ["plain", ""]
     assert [given[-1] for given in passed] == [2, 1]
 
@@ -280,8 +279,8 @@ def test_a_damaged_forecast_is_told(bench: Bench, tmp_path: Path) -> None:
 def test_where_the_slider_begins(bench: Bench) -> None:
     assert default_for(bench, "preset") == 1.5 and default_for(bench, ["plain", "preset"]) == 1.5
     assert default_for(bench, "plain") == default_for(bench, "none") == default_for(bench, "") == 1
-    changed = generate._artifact_chosen(bench, MODEL, "preset", (MODEL, "plain"))
-    assert changed[2] == 1.5 and changed[3] == (MODEL, "preset")
+    changed = generate._artifact_chosen(bench, MODEL, "preset", [MODEL, "plain"])
+    assert changed[2] == 1.5 and changed[3] == [MODEL, "preset"]
 
 
 def test_a_slider_that_cannot_be_moved_counts_for_nothing(bench: Bench) -> None:
@@ -327,7 +326,7 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
     assert restored(bench.places, path)["speedup"] == 2
     assert "speedup" not in restored(bench.places, made["pictures"]["full"])
     *values, chosen = _restored(bench, str(path))[2:10]
-    assert values[6].value == 2 and chosen == (MODEL, "plain")
+    assert values[6].value == 2 and chosen == [MODEL, "plain"]
     path.write_bytes(path.read_bytes().replace(b"Tenuto speedup: 2", b"Tenuto speedup: 9"))
     fast = _restored(bench, str(path))
     assert "at a speedup of 9." in fast[1] and fast[8].value == 4

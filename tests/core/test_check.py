@@ -19,6 +19,7 @@ import tenuto as tn
 from tenuto.calibration.check import estimates
 from tenuto.calibration.check.layers import weighted
 from tenuto.calibration.check.problems import of_machine
+from tenuto.calibration.check.report import gib
 from tenuto.errors import SchemeError, TenutoError
 from tenuto.model import Backbone, Branch, denoiser_of, watched
 from tenuto.sampling import skeleton
@@ -413,3 +414,16 @@ def test_a_folder_that_cannot_be_built_says_why(tmp_path: Path, tiny_pixart_fold
     assert skeleton("some/model") is None
     with pytest.raises(TenutoError, match="only loading it tells"):
         tn.check("some/model")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_the_file_is_about_as_large_as_was_said(scheme: str, tmp_path: Path) -> None:
+    """Its codes are; what else is in it is small beside those of a model of usual size."""
+    pipe, prompts, call = asked(tiny.KINDS[0])
+    found = checked(pipe, prompts=prompts or (), call=call, steps=2, scheme=scheme)
+    taken = tn.record(pipe, prompts=prompts or ("a",), steps=2, call=call)
+    made = tn.quantize(pipe, scheme, taken, temporal="none")
+    codes = sum(x.nbytes for name, x in made.tensors.items() if name.startswith("weights/"))
+    assert found.size["codes"] == pytest.approx(codes, rel=0.1)
+    assert found.size["in 16 bits"] == 2 * found.weights["all"]
+    assert f"about {gib(found.size['codes'])} for the denoiser" in str(found)

@@ -204,4 +204,4 @@ def device_of(name: str | None) -> torch.device:
 def check_encoders(pipe: Any, width: str | None) -> None:
     """TenutoError if text encoders are to be quantized and the pipeline has none."""
     if width is not None and not encoders_of(pipe):
-        raise TenutoError(f"{type(pipe).__name__} has no text encoder: leave --text-encoder out.")
+        raise TenutoError(f"{type(pipe).__name__} has no text encoder to quantize.")

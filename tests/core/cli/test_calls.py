@@ -207,7 +207,7 @@ def test_a_pipeline_without_prompts(
     refused = answer(
         capfd, "quantize", folder, "--text-encoder", "w8", *call, "--out", "b.safetensors"
     )
-    assert refused[0] == 2 and "has no text encoder: leave --text-encoder out" in refused[2]
+    assert refused[0] == 2 and "has no text encoder to quantize." in refused[2]
     code, out, err = answer(
         capfd, "compare", folder, "--artifact", "a.safetensors", "--count", "2", "--json",
         "--image", "mine/photo.png",

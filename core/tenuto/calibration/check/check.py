@@ -42,6 +42,7 @@ from ..route_job import DEFAULT_REUSE, SPREADS
 from ..router.effort import PRESETS, calls_of_search
 from ..spared import USUAL
 from . import estimates, problems
+from .file_size import size_of
 from .layers import Sorted, parameters
 from .peak import peaks
 from .report import QUANTIZE, ROUTER, USES, Check, Problem
@@ -179,11 +180,11 @@ def _checked(asked: Asked, text_encoder: bool, complaints: Sequence[str]) -> Che
         problems.further(asked.pipe, denoiser),
         hosts_of(denoiser),
         estimates.memory(asked.pipe, asked.device, asked.stored) | _peaks(asked, text_encoder),
+        size=size_of(denoiser, backbone, asked.scheme),
     )
     wrong = [*(Problem(sentence, USES) for sentence in complaints), *_problems(asked, found)]
     if text_encoder:
-        able = any(facts["quantizable"] for facts in found.encoders.values())
-        loaded = asked.stored is None
+        able, loaded = any(f["quantizable"] for f in found.encoders.values()), asked.stored is None
         wrong += problems.of_encoders(_title(asked.pipe), asked.pipe, able, loaded)
     found = replace(found, problems=tuple(wrong))
     if found.stopping(QUANTIZE) and found.stopping(ROUTER):
@@ -193,9 +194,8 @@ def _checked(asked: Asked, text_encoder: bool, complaints: Sequence[str]) -> Che
 
 
 def _peaks(asked: Asked, encoders: bool) -> dict[str, int]:
-    given = asked.scheme, asked.effort, asked.rounding
+    given, some = (asked.scheme, asked.effort, asked.rounding), [p for p in asked.prompts if p]
     count = prompts_needed(*given)
-    some = [prompt for prompt in asked.prompts if prompt]
     rows = min(count, len(some) or count) * asked.steps * _halves(asked)
     return peaks(
         asked.pipe, asked.denoiser, asked.backbone, asked.call, rows, asked.stored, asked.device,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model import describe, layers, map_tensors, tensors_in, watched
-from ...numerics import Scheme, layout
+from ...model import Backbone, describe, layers, map_tensors, tensors_in, watched
+from ...numerics import Recipe, Scheme, layout
 from ...runtime import quantizable
 from ..presets import recipe_for
 
@@ -52,31 +52,46 @@ def file_size(
     inputs: keywords of one call, on the device of `denoiser`, which makes it: the tables' widths.
     """
     backbone = describe(denoiser)
-    recipe, known = recipe_for(scheme, backbone), dict(layers(denoiser))
-    chosen: dict[str, Scheme] = {}
+    codes, weights, modules = codes_of(denoiser, backbone, recipe_for(scheme, backbone))
+    tables = steps * _row(denoiser, modules, inputs) * torch.float16.itemsize
+    every = sum(p.numel() for p in denoiser.parameters())
+    return FileSize(2 * every, codes, tables, 2 * weights["left"], weights)
+
+
+def size_of(denoiser: nn.Module, backbone: Backbone, wanted: Scheme | Recipe) -> dict[str, int]:
+    """Bytes of the denoiser "in 16 bits", and of its "codes" in an artifact: most of the file."""
+    recipe = wanted if isinstance(wanted, Recipe) else recipe_for(wanted, backbone)
+    codes, *_ = codes_of(denoiser, backbone, recipe)
+    whole = 2 * sum(p.numel() for p in denoiser.parameters())
+    return {"in 16 bits": whole, "codes": sum(codes.values())}
+
+
+def codes_of(
+    denoiser: nn.Module, backbone: Backbone, recipe: Recipe
+) -> tuple[dict[int, int], dict[int | str, int], list[str]]:
+    """`codes` and `weights` of a `FileSize`, and the time-only modules that become tables."""
+    known, chosen = dict(layers(denoiser)), dict[str, Scheme]()
     for name, layer in known.items():
         rule = recipe.rule(name)
         if rule is not None and rule.scheme is not None and quantizable(layer, rule.scheme):
             chosen[name] = rule.scheme
     modules = [n for n in backbone.temporal if any(f"{c}.".startswith(f"{n}.") for c in chosen)]
     inside = tuple(f"{name}." for name in modules)
-    every = {n: p.numel() for n, p in denoiser.named_parameters()}
     weights: dict[int | str, int] = {"tables": 0, "left": 0}
     codes: dict[int, int] = {}
-    for name, count in every.items():
+    for name, parameter in denoiser.named_parameters():
         owner, _, kind = name.rpartition(".")
         if name.startswith(inside):
-            weights["tables"] += count
+            weights["tables"] += parameter.numel()
         elif owner in chosen and kind == "weight":
             form = chosen[owner].weight
             parts = layout(owner, tuple(known[owner].weight.shape), form).values()
             size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
             codes[form.bits] = codes.get(form.bits, 0) + size
-            weights[form.bits] = weights.get(form.bits, 0) + count
+            weights[form.bits] = weights.get(form.bits, 0) + parameter.numel()
         else:
-            weights["left"] += count
-    tables = steps * _row(denoiser, modules, inputs) * torch.float16.itemsize
-    return FileSize(2 * sum(every.values()), codes, tables, 2 * weights["left"], weights)
+            weights["left"] += parameter.numel()
+    return codes, weights, modules
 
 
 def _row(denoiser: nn.Module, modules: list[str], inputs: Mapping[str, Any]) -> int:

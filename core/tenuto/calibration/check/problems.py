@@ -68,7 +68,7 @@ def of_model(denoiser: nn.Module, loaded: bool) -> Iterator[Problem]:
 def of_encoders(title: str, model: Any, quantizable: bool, loaded: bool) -> Iterator[Problem]:
     """What makes it impossible to quantize the text encoders of a pipeline."""
     if not quantizable:
-        yield Problem(f"{title} has no text encoder: leave --text-encoder out.", (ENCODERS,))
+        yield Problem(f"{title} has no text encoder to quantize.", (ENCODERS,))
     for encoder in encoders_of(model).values() if loaded else ():
         yield from refused((ENCODERS,), check_weights, encoder)
 

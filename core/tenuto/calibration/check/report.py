@@ -39,7 +39,8 @@ class Check:
     encoders: {name: {"class", "weights", "quantizable", "why"}}. further: {name: class} of other
     networks that are called at every step and stay as they are. hosts: classes of ComfyUI and the
     WebUIs that take an artifact of the model. memory: bytes; see `estimates.memory` and `peaks`.
-    time: seconds and calls; see `estimates.time_of`.
+    time: seconds and calls; see `estimates.time_of`. size: bytes of the denoiser "in 16 bits" and
+    of its "codes" in an artifact.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Check:
     hosts: tuple[str, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
     time: Mapping[str, Any] = field(default_factory=dict)
+    size: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
 
     def stopping(self, *uses: str) -> list[str]:
@@ -132,6 +134,9 @@ class Check:
         return f"the artifact fits {' and '.join(self.hosts)}"
 
     def _costs(self) -> Iterator[tuple[str, str]]:
+        if self.size.get("codes"):
+            codes, whole = self.size["codes"], self.size["in 16 bits"]
+            yield "file", f"about {gib(codes)} for the denoiser, which has {gib(whole)} in 16 bits"
         if self.memory:
             free = self.memory["free"]
             known = "" if free is None else f"; {gib(free)} are free"
