@@ -179,6 +179,17 @@ def compare(pages: dict[str, Any]) -> None:
     kept(other, "compare-dark")
 
 
+def export(page: Any) -> None:
+    """The artifact that was just made, as a file that ComfyUI reads by itself."""
+    show(page, "Export")
+    page.locator("#export-artifact input").fill("my-artifact")
+    page.keyboard.press("Enter")
+    page.get_by_role("radio", name="A model file for ComfyUI").click()
+    page.click("#export-start")
+    page.wait_for_selector("#export-status [data-state=done]", timeout=600_000)
+    kept(page, "export-light")
+
+
 def main() -> None:
     """All of them."""
     from playwright.sync_api import sync_playwright
@@ -201,6 +212,7 @@ def main() -> None:
         call(pages, Path(folder))
         calibrate(pages)
         compare(pages)
+        export(pages["light"])
         browser.close()
 
 
