@@ -43,6 +43,11 @@ def seen_last(*values: Any) -> gr.JSON:
     return gr.JSON([*values], visible=False)
 
 
+def same_model(before: Any, name: str) -> bool:
+    """Whether a model is the one that was seen last; `before` comes from a page: it may be any."""
+    return isinstance(before, (list, tuple)) and len(before) > 0 and before[0] == name
+
+
 def filling(
     event: Callable[..., Any],
     answer: Callable[..., Any],

@@ -58,15 +58,16 @@ def build(bench: Bench) -> Any:
         )  # fmt: skip
         watch.export.click(
             lambda key: elsewhere.chosen(bench, key), watch.key,
-            [exporting.model, exporting.artifact, tabs], **QUIET,
+            [exporting.model, exporting.artifact, exporting.chosen, tabs], **QUIET,
         )  # fmt: skip
-        tabs.select(
-            lambda *models: [*_artifacts(bench, *models), *_models(bench, 4)],
-            [generation.model, comparison.model, exporting.model],
-            [
-                generation.artifact, comparison.artifacts, exporting.artifact, generation.model,
-                calibration.model, comparison.model, exporting.model,
-            ], **QUIET,
+        lists = [generation.artifact, comparison.artifacts, exporting.artifact]
+        filling(  # an answer closes a list that was opened meanwhile
+            tabs.select, lambda *models: _artifacts(bench, *models),
+            [generation.model, comparison.model, exporting.model], lists, lists, **QUIET,
+        )  # fmt: skip
+        generation.added.change(  # not by looking at a tab: an answer would come while one types
+            lambda: _models(bench, 3), None,
+            [calibration.model, comparison.model, exporting.model], **QUIET,
         )  # fmt: skip
         opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page

@@ -12,7 +12,7 @@ from tenuto.errors import TenutoError
 from tenuto.measure import BF16, FIRST_SEED, FULL
 from tenuto.runtime import EXECUTIONS
 
-from .answers import filling, seen_last
+from .answers import filling, same_model, seen_last
 from .bench import COUNT, Bench
 from .calibrate import STEADY
 from .call import OPTIONS, as_fields
@@ -147,7 +147,7 @@ def _wire_choices(bench: Bench, made: Compare, go: gr.Button) -> None:
     """What a model and artifacts bring along, if they are others than before."""
 
     def model_chosen(name: str, _: Any, before: Any) -> list[Any]:
-        if before and before[0] == name:
+        if same_model(before, name):
             return [gr.skip(), gr.skip()]
         return [gr.Dropdown(choices=bench.places.artifacts(name), value=[]), [name, []]]
 

@@ -12,7 +12,7 @@ import gradio as gr
 from tenuto.errors import TenutoError
 from tenuto.sampling.loading import PREFIX
 
-from .answers import filling
+from .answers import filling, same_model, seen_last
 from .bench import Bench
 from .calibrate import STEADY
 from .exports import AS_IT_IS, FORMS, HOSTS, NO_HOST, begun
@@ -31,6 +31,7 @@ class Export:
     key: gr.BrowserState
     model: gr.Dropdown
     artifact: gr.Dropdown
+    chosen: gr.JSON  # the model that was seen last
     outputs: list[Any]
 
 
@@ -65,7 +66,8 @@ def tab(bench: Bench, model_name: str) -> Export:
             said = gr.HTML(status(None, IDLE), elem_id="export-status")
             file = gr.DownloadButton("Download the file", visible=False, elem_id="export-file")
             log = gr.DownloadButton("Download the log", visible=False)
-    made = Export(key, model, artifact, [timer, said, go, stop, file, log])
+    seen = seen_last(model_name)
+    made = Export(key, model, artifact, seen, [timer, said, go, stop, file, log])
     _wire(bench, made, (to, how, refused))
     return made
 
@@ -83,9 +85,11 @@ def _wire(bench: Bench, made: Export, parts: tuple[Any, ...]) -> None:
         except TenutoError as error:
             return [gr.skip(), notice("It is not exported.", str(error))]
 
-    def chosen(name: str) -> Any:
+    def model_chosen(name: str, before: Any) -> list[Any]:
+        if same_model(before, name):  # it was only looked at
+            return [gr.skip(), gr.skip()]
         found = bench.places.artifacts(name)
-        return gr.Dropdown(choices=found, value=found[0] if found else None)
+        return [gr.Dropdown(choices=found, value=found[0] if found else None), [name]]
 
     asked = [made.model, made.artifact, to]
     ticked: dict[str, Any] = {"fn": look, "inputs": [made.key, to], "outputs": made.outputs}
@@ -94,7 +98,10 @@ def _wire(bench: Bench, made: Export, parts: tuple[Any, ...]) -> None:
     stop.click(lambda key: bench.stop(key, "export"), made.key, None, **QUIET).then(**shown)
     timer.tick(**ticked | QUIET)
     to.input(**shown)
-    filling(made.model.input, chosen, made.model, made.artifact, [made.artifact, go], **CHOICE)
+    filling(
+        made.model.change, model_chosen, [made.model, made.chosen], [made.artifact, made.chosen],
+        [made.artifact, go], chosen=True, **CHOICE,
+    )  # fmt: skip
     for part in (made.model, made.artifact):
         part.change(lambda *now: how_to(bench, *now), [made.model, made.artifact], how, **QUIET)
 
@@ -136,10 +143,10 @@ def how_to(bench: Bench, model: Any, artifact: Any) -> str:
 
 
 def chosen(bench: Bench, key: Any) -> list[Any]:
-    """The model and the artifact of a calibration that is done, and this tab."""
+    """The model and the artifact of a calibration that is done, what was seen, and this tab."""
     job = bench.desk.job(key, "calibrate")
     if job is None or job.state != DONE:
-        return [gr.skip()] * 3
+        return [gr.skip()] * 4
     model, name = job.request["shown_model"], job.result["name"]
     artifact = gr.Dropdown(choices=bench.places.artifacts(model), value=name)
-    return [model, artifact, gr.Tabs(selected="export")]
+    return [model, artifact, [model], gr.Tabs(selected="export")]

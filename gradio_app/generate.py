@@ -10,7 +10,7 @@ import gradio as gr
 
 from tenuto.errors import TenutoError
 
-from .answers import filling, seen_last
+from .answers import filling, same_model, seen_last
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import CallFields, call_fields, watch
 from .fields import artifact_choices, noticed, optional, shown_number
@@ -40,6 +40,7 @@ class Generate:
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
     filled: list[Any]
+    added: gr.HTML  # changes when a folder of models, say, was added
 
 
 def tab(bench: Bench) -> Generate:
@@ -77,7 +78,7 @@ def tab(bench: Bench) -> Generate:
             settings = [steps_of, guidance_of, speedup.slider]
             filled = [artifact, *settings, speedup.auto, go]
             fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, chosen]
-            aside(bench, model, artifact, [*fields, *own.outputs], filled)
+            added = aside(bench, model, artifact, [*fields, *own.outputs], filled)
         seen = image_side()
     values = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside]
     values += [seen.view.mode, count, seen.made, speedup.slider, *own.fields]
@@ -94,7 +95,7 @@ def tab(bench: Bench) -> Generate:
     )  # fmt: skip
     speeds = [model, artifact, steps_of, on]
     follow(bench, speedup, speeds)
-    return Generate(model, artifact, chosen, own, speedup, speeds, filled)
+    return Generate(model, artifact, chosen, own, speedup, speeds, filled, added)
 
 
 def _seed_and_count() -> tuple[gr.Number, gr.Number]:
@@ -130,7 +131,7 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
 
 def _model_chosen(bench: Bench, name: str, artifact: str, before: Any) -> list[Any]:
     """Artifacts, steps and guidance for a model, if it is another than before."""
-    if before and before[0] == name:
+    if same_model(before, name):
         return [gr.skip()] * 6
     try:
         steps, guidance = defaults_of(bench.places.model(name))

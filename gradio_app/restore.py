@@ -28,8 +28,11 @@ FIELDS = 16  # those of `NAMES`, the model that was seen last, the pipeline's ow
 
 def aside(
     bench: Bench, model: gr.Dropdown, artifact: gr.Dropdown, fields: list[Any], filled: list[Any]
-) -> None:
-    """The components. fields: what is restored. filled: what an artifact's choice fills."""
+) -> gr.HTML:
+    """The components. fields: what is restored. filled: what an artifact's choice fills.
+
+    Returns what is said of what was added or restored.
+    """
     with gr.Accordion("Restore settings, add an artifact or a folder of models", open=False):
         dropped = gr.File(
             label="Drop a PNG: its settings come back", file_types=[".png"], height=110,
@@ -58,6 +61,7 @@ def aside(
         upload.upload, lambda path, kind: _added(bench, path, kind), [upload, model],
         [upload, said, artifact], filled, **QUIET,
     )  # fmt: skip
+    return said
 
 
 def _restored(bench: Bench, path: str | None) -> list[Any]:

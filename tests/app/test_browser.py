@@ -273,10 +273,10 @@ def test_every_job_by_the_keyboard_alone(app: Any, visit: Any) -> None:
     press(page, "#calibrate-sure-yes")
     page.wait_for_selector("#calibrate-sure-yes", state="hidden")
     for _ in range(100):  # the question goes at once, files by another answer
-        if not list(app.out.glob("**/by-keyboard*")):
+        if not list(app.out.glob("**/by-keyboard*.json")):
             break
         page.wait_for_timeout(100)
-    assert not list(app.out.glob("**/by-keyboard*"))
+    assert not list(app.out.glob("**/by-keyboard*.json"))
 
     press(page, "[data-tab-id=compare]")
     press(page, "#compare-start")
