@@ -64,10 +64,11 @@ def image_side() -> ImageSide:
     return side
 
 
-def _again(made: list[dict[str, Any]], mode: str, chosen: gr.SelectData) -> list[Any]:
-    """An image of the list, as it was shown when it was made."""
-    index = chosen.index if isinstance(chosen.index, int) else 0
-    if not 0 <= index < len(made):
+def _again(made: list[dict[str, Any]], mode: str, chosen: gr.EventData) -> list[Any]:
+    """An image of the list, as it was shown when it was made; a call without a place shows none."""
+    place = chosen._data
+    index = place.get("index") if isinstance(place, dict) else None
+    if type(index) is not int or not 0 <= index < len(made):
         return [gr.skip()] * 8
     one = made[index]
     info = gr.Textbox(one["infotext"], visible=True)
