@@ -30,6 +30,7 @@ QUIET = (
 )  # fmt: skip
 STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
 PATIENCE = 120_000  # milliseconds: the machine may be busy with other work
+ANSWERED = "!document.querySelector('[inert]')"  # no field waits for an answer
 TOLERATED = {"nested-interactive"}  # Gradio's own, on toasts
 MAIN = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
 
@@ -166,6 +167,7 @@ class Tab:
             self.page.click(".overflow-menu > button")
             self.page.locator(".overflow-dropdown button", has_text=name).click()
         self.page.wait_for_timeout(300)
+        self.page.wait_for_function(ANSWERED)
 
     def text(self, place: str) -> str:
         """What is read at a place."""
@@ -261,6 +263,7 @@ def findings(axe: str) -> Callable[[Any], list[str]]:
     """findings(page): what axe finds serious or worse, once a button has its colour."""
 
     def found(page: Any) -> list[str]:
+        page.wait_for_function(ANSWERED)  # what waits for an answer is paler, and cannot be used
         page.wait_for_function(
             "document.getAnimations().every(a => !(a.transitionProperty || '').includes('color'))"
         )
