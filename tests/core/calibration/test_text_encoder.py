@@ -317,10 +317,11 @@ def test_no_scale_is_searched_for_that_cannot_be_folded(
     monkeypatch.setattr(fold._Block, "_folds", lambda *_: True)
     without = folded(encoder, calls, schemes.NVFP4.weight).state_dict()
     for name, value in found.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
-        assert torch.equal(value, without[name]), name
+        assert torch.allclose(value, again.state_dict()[name], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(value, without[name], rtol=1e-4, atol=1e-6), name
         assert torch.equal(none.state_dict()[name], encoder.state_dict()[name])
-    assert any(not torch.equal(v, encoder.state_dict()[n]) for n, v in without.items())
+    plain = encoder.state_dict()
+    assert any(not torch.allclose(v, plain[n], rtol=1e-2) for n, v in without.items())
 
 
 # --- one scale for a whole weight of 8-bit floats -------------------------------------------------

@@ -65,7 +65,7 @@ def test_calls_are_those_that_a_forecast_leaves(
     first = next(row for row in range(STEPS) if row not in rows)
     for row in rows:
         pairs = list(zip(at(found, row), at(runs, row), strict=True))
-        assert all(torch.equal(x, y) for x, y in pairs) == (row < first)
+        assert all((x - y).norm() < 1e-4 * y.norm() for x, y in pairs) == (row < first)
         assert all((x - y).norm() < 0.7 * y.norm() for x, y in pairs)
 
 
@@ -75,7 +75,8 @@ def test_nothing_skipped_is_the_recording_again(
     found = under_cache(tiny("pixart"), runs, 1.0, weighted=False)
     assert [c.row for c in found.calls] == [c.row for c in runs.calls]
     for one, other in zip(found.calls, runs.calls, strict=True):
-        assert torch.equal(one.inputs["hidden_states"], other.inputs["hidden_states"])
+        x, y = one.inputs["hidden_states"], other.inputs["hidden_states"]
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
         assert one.weight == other.weight == 1
 
 
@@ -93,7 +94,7 @@ class Blind(nn.Module):
         return 0.1 * self.blocks[0](wave).view(1, 4, 1, 1).expand_as(x) + self.off.get(time, 0.0)
 
 
-def drawn(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
+def sampled(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
     """DDIM of a model of noise, to the very end."""
     times = torch.linspace(999, 0, STEPS + 1)[:-1].round()
     x = torch.randn(batch, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
@@ -107,7 +108,7 @@ def test_a_step_counts_what_its_error_does_to_the_result() -> None:
     """The square of what an error of 1 in a computed output, and all made of it, moves."""
     torch.manual_seed(0)
     model = Blind()
-    known = record(model, sample=drawn, prediction="eps", noise=level, batch=1, runs=1)
+    known = record(model, sample=sampled, prediction="eps", noise=level, batch=1, runs=1)
     assert known.kernel is not None
     known = replace(known, kernel=replace(known.kernel, remaining=()))
     found = under_cache(model, known, 2.0)
@@ -119,7 +120,7 @@ def test_a_step_counts_what_its_error_does_to_the_result() -> None:
             seen = list[Tensor]()
 
             def kept(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
-                seen.append(drawn(denoiser, seed, batch))  # noqa: B023
+                seen.append(sampled(denoiser, seed, batch))  # noqa: B023
                 return seen[-1]  # noqa: B023
 
             under_cache(model, replace(known, sample=kept), 2.0)

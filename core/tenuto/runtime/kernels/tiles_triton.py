@@ -25,7 +25,7 @@ log = logging.getLogger("tenuto")
 
 FILE = "tenuto-tiles.json"
 WARM, REPEAT = 5, 20  # ms of each candidate
-LONG = 5.0  # seconds of trials, after which somebody who waits is told what for
+LONG = 5.0  # seconds of trials, after which a warning says what takes the time
 
 
 class Tiles(NamedTuple):
