@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tenuto as tn
 from benchmarks.default_kernels import images
+from benchmarks.resumable import resumed
 from benchmarks.schedules import MODELS, chip, surroundings
 from tenuto.calibration import effort
 from tenuto.measure import psnr
@@ -127,16 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    if args.out and args.out.exists():
-        found = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
-    for row in rows(args, {row["key"] for row in found}):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    print("\n" + markdown(found))
+    resumed(args.out, partial(rows, args), markdown)
 
 
 if __name__ == "__main__":

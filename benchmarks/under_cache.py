@@ -29,7 +29,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tenuto as tn
 from benchmarks.default_kernels import images
 from benchmarks.joint import bare, far
+from benchmarks.resumable import resumed
 from benchmarks.schedules import MODELS, chip, surroundings
 from tenuto.artifact import kernel_of
 from tenuto.caching import CacheSchedule
@@ -215,16 +216,7 @@ def main() -> None:
     if args.fid and None in (args.data, args.features):
         parser.error("FID needs --data and --features.")
     torch.backends.cudnn.allow_tf32 = False
-    found = []
-    if args.out and args.out.exists():
-        found = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
-    for row in rows(args, {row["key"] for row in found}):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    print("\n" + markdown(found))
+    resumed(args.out, partial(rows, args), markdown)
 
 
 if __name__ == "__main__":
