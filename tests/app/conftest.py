@@ -14,7 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ MAIN = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 @dataclass
 class App:
-    """A running app. began: when its process was started, by the monotonic clock."""
+    """A running app. began: when its process was started, by the monotonic clock.
+
+    pages: what a browser shows of it, closed before it ends.
+    """
 
     url: str
     out: Path
@@ -45,6 +48,7 @@ class App:
     log: Path
     process: subprocess.Popen[bytes]
     began: float
+    pages: list[Any] = field(default_factory=list)
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a GET, whatever the status."""
@@ -116,6 +120,8 @@ def start(
                 except OSError:
                     time.sleep(0.1)
             yield app
+            for page in app.pages:  # one that asks an app that has ended complains
+                page.close()
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -218,10 +224,13 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
     context = browser.new_context()
     context.set_default_timeout(PATIENCE)
     tabs: list[Tab] = []
+    apps: list[App] = []
 
     def opened(app: App, dark: bool = False, width: int = 1280, height: int = 900) -> Tab:
         page = context.new_page()
         page.set_viewport_size({"width": width, "height": height})
+        app.pages.append(page)
+        apps.append(app)
         tab = Tab(page, [], [])
         page.on("pageerror", lambda error: tab.complaints.append(f"{error}\n{error.stack}"))
         page.on(
@@ -245,6 +254,8 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
     if ("failed", True) in request.node.user_properties:
         print(*(seen(tab.page) for tab in tabs), sep="\n\n")
     context.close()
+    for app in apps:
+        app.pages.clear()
     for tab in tabs:
         assert not tab.strange, "a request left the machine"
         assert not tab.complaints
