@@ -17,6 +17,8 @@ forecast; the `late interval` of branches):
     weighted           calibrated on full runs, each step by what it counts there
     planned            as naive, the forecast planned with what rounding adds to each step
     joint, planned     both
+    errors             alone, no images: how the rounding errors of neighbouring steps correlate,
+                       and what each step counts for the result with half of the calls skipped
 Ranges that are found on the fly, with weights to nearest (`w8a8`), see no recorded call: joint is
 naive there. PSNR to the full-precision run of all calls at equal seeds over `--count` evaluation
 prompts, in int8; `gain` is the mean difference to naive of each image, and its standard error.
@@ -30,6 +32,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -47,9 +50,9 @@ from benchmarks.schedules import MODELS, chip, surroundings
 from tenuto.artifact import kernel_of
 from tenuto.caching import CacheSchedule
 from tenuto.caching.at_share import unmeasured
-from tenuto.calibration.rounding_errors import with_rounding
+from tenuto.calibration.rounding_errors import added_errors, with_rounding
 from tenuto.calibration.router.rollout import intercepted
-from tenuto.calibration.under_cache import under_cache
+from tenuto.calibration.under_cache import counts_of, under_cache
 from tenuto.measure import psnr
 from tenuto.model import denoiser_of, describe
 from tenuto.runtime import Patches, percentile
@@ -60,7 +63,7 @@ from tenuto.sampling.loading import defaults, load
 FORECAST, LATE, ALL = "forecast", "late interval", "nothing"
 JOINT = ("joint", "joint, alike", "joint, again", "joint, planned")
 PLANNED = ("planned", "joint, planned")
-HOWS = (*JOINT, "weighted", "planned")
+HOWS = (*JOINT, "weighted", "planned", "errors")
 FIRST = 4  # steps that the late interval computes, at least
 
 
@@ -110,6 +113,18 @@ class Setting:
             made.save(file)
         return tn.Artifact.load(file)
 
+    def errors(self, artifact: tn.Artifact) -> dict[str, Any]:
+        """How what rounding adds to neighbouring steps correlates, and what each step counts."""
+        found = [e.double().flatten() for e in self.added(artifact)]
+        alike = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairwise(found)]
+        counts = [None if c is None else round(c, 4) for c in counts_of(self.recorded, 2.0)]
+        return {"correlations": [round(c, 3) for c in alike], "counts": counts}
+
+    def added(self, artifact: tn.Artifact) -> list[Tensor]:
+        """What it adds to the output of each step of the first recorded run."""
+        found = added_errors(self.pipe, artifact, self.recorded)
+        return [found[t] for t in self.recorded.timesteps]
+
     @contextmanager
     def attached(self, artifact: tn.Artifact | None, how: str, work: str) -> Iterator[None]:
         """The pipeline as a row has it."""
@@ -129,6 +144,9 @@ class Setting:
 
 def kinds(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """(scheme, how, what is skipped) of each row of a model."""
+    if args.hows == ["errors"]:
+        yield from ((scheme, "errors", ALL) for scheme in args.schemes)
+        return
     for work in args.skip:
         yield "none", "full precision", work
     for scheme in args.schemes:
@@ -156,8 +174,11 @@ def rows(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
             if key in done:
                 continue
             setting = setting or Setting(model, args)
-            calibrated = "naive" if how == "quantized" else how
+            calibrated = "naive" if how in ("quantized", "errors") else how
             made = None if scheme == "none" else setting.artifact(scheme, calibrated, work)
+            if how == "errors" and made is not None:
+                yield {"key": key} | about | setting.errors(made) | surroundings()
+                continue
             wanted = setting.reference
             with setting.attached(made, how, work):
                 found = images(setting.pipe, args)
@@ -185,7 +206,13 @@ def markdown(found: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     head = "| model | scheme | skipped | calibrated | PSNR (5th) | gain | FID |"
     lines = [head, "|" + " --- |" * 7]
-    for r in found:
+    for r in (r for r in found if r["how"] == "errors"):
+        alike, counts = r["correlations"], [c for c in r["counts"] if c is not None]
+        print(
+            f"{r['model']} {r['scheme']}: errors of neighbouring steps correlate by {min(alike)} "
+            f"to {max(alike)}, median {median(alike)}; steps count {min(counts)} to {max(counts)}"
+        )
+    for r in (r for r in found if "each" in r):
         fid = f"{r['fid']:.2f}" if "fid" in r else "-"
         lines.append(
             f"| {r['model']} | {r['scheme']} | {r['skipped']} | {r['how']} | {r['psnr']:.1f} "

@@ -71,7 +71,7 @@ def quantize(
     modules as a share of their tables in fp16; None: half. describe: what the model is made of,
     where no family file says it or says it otherwise; see `describing`. measure: whether the
     forecast is measured: on four images, which takes as long as generating ten, and what rounding
-    adds to its steps, in two runs; None: where that is estimated to take less than a minute.
+    adds to its steps, in two runs; None: for a model of few products, as `forecast_scores` says.
     max_memory: bytes that all takes at most; None: what is free. Where a block's recorded inputs
     take more, they lie in `work`. under: what is skipped in use, a speedup or a cache schedule, or
     a recording of `under_cache`: blocks and ranges see the calls of runs that skip it.

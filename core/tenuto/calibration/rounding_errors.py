@@ -33,7 +33,25 @@ def with_rounding(
     kernel, sample = trajectory.kernel, trajectory.latent
     if kernel is None or not isinstance(sample, Sampler) or "forecast" not in artifact.header:
         return artifact
-    count = len(kernel.timesteps)
+    found = added_errors(model, artifact, trajectory, on_progress)
+    if any(t not in found for t in kernel.timesteps):
+        return artifact
+    errors = [float(found[t].double().square().mean()) for t in kernel.timesteps]
+    if all(0 <= error < 1e9 for error in errors):
+        rounded = [float(f"{error:.4g}") for error in errors]
+        artifact.header["forecast"] = artifact.header["forecast"] | {"rounding": rounded}
+    return artifact
+
+
+def added_errors(
+    model: Any, artifact: Artifact, trajectory: Trajectory, on_progress: Progress | None = None
+) -> dict[float, Tensor]:
+    """What quantization adds to the output of each timestep, as guidance makes it of both halves.
+
+    model: a pipeline of one denoiser, which answers to the recorded calls of the first run whatever
+    it was made to answer before. Tensors are of the shape of a step's output.
+    """
+    count = len(trajectory.timesteps)
 
     def note(done: int) -> None:
         if on_progress is not None:
@@ -46,13 +64,7 @@ def with_rounding(
     with attach(model, artifact, **how):
         found = _handed(model, trajectory)
     note(2 * count)
-    if any(t not in right or t not in found for t in kernel.timesteps):
-        return artifact
-    errors = [float((found[t] - right[t]).double().square().mean()) for t in kernel.timesteps]
-    if all(0 <= error < 1e9 for error in errors):
-        rounded = [float(f"{error:.4g}") for error in errors]
-        artifact.header["forecast"] = artifact.header["forecast"] | {"rounding": rounded}
-    return artifact
+    return {t: found[t] - right[t] for t in right if t in found}
 
 
 def _handed(model: Any, trajectory: Trajectory) -> dict[float, Tensor]:

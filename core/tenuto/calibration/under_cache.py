@@ -75,7 +75,7 @@ def under_cache(
     if not isinstance(skipped, CacheSchedule) and trajectory.kernel is None:
         raise TenutoError("The recording has no forecast, under which it could be run again.")
     told = processes().told(on_progress)
-    counts = _counts(trajectory, skipped)
+    counts = counts_of(trajectory, skipped)
     computed = [row for row, count in enumerate(counts) if count is not None]
     starts = starts_of(trajectory)
 
@@ -177,8 +177,11 @@ def starts_of(trajectory: Trajectory) -> list[tuple[int, int]]:
     return [(trajectory.seed + i * batch, min(batch, left - i * batch)) for i in range(runs)]
 
 
-def _counts(trajectory: Trajectory, skipped: UnderCache) -> list[float | None]:
-    """What each step counts for the result, 1 in the mean over those computed; None: it is not."""
+def counts_of(trajectory: Trajectory, skipped: UnderCache) -> list[float | None]:
+    """What each step counts for the result, 1 in the mean over those computed; None: it is not.
+
+    The square of what its error does to the sample, by itself and in all that is forecast of it.
+    """
     times, kernel = trajectory.timesteps, trajectory.kernel
     known = kernel if kernel is not None and kernel.timesteps == times else None
     gains = torch.ones(len(times), dtype=torch.float64) if known is None else known.gains()

@@ -44,6 +44,6 @@ Measure = Annotated[
     bool | None,
     Option(
         "--measure/--no-measure", rich_help_panel=FORECAST, show_default=False,
-        help="Measure the forecast on four images (where that takes less than about a minute).",
+        help="Measure the forecast on four images (where that takes about a minute at most).",
     ),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import tenuto as tn
 from tenuto.artifact import Artifact, default_speedup, kernel_of, set_default
 from tenuto.caching import Forecast, about_db, about_defaults, calls_for, default_kernel
 from tenuto.caching.forecast_budget import SAFE, check_speedup
+from tenuto.calibration.check import estimates
 from tenuto.calibration.forecast_scores import measurable, with_scores
 from tenuto.errors import ArtifactError, ModelError, TenutoError
 from tenuto.model import denoiser_of
@@ -244,6 +245,18 @@ def test_the_default_of_an_artifact(flux: Any, trajectory: Any, tmp_path: Any) -
         found.validate()
     with pytest.raises(TenutoError, match="by default"):
         set_default(Artifact(dict(plain.header) | {"forecast": None}), 2)
+
+
+def test_what_is_measured_goes_by_sizes_not_by_the_clock(
+    flux: Any, trajectory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was killed and resumed ends in the same artifact, in spite of other work."""
+    monkeypatch.setattr(estimates, "products_per_second", lambda *_: 1e-9)
+    monkeypatch.setattr(estimates, "_timed", lambda *_: 1e9)
+    assert measurable(flux, trajectory)
+    monkeypatch.setattr(estimates, "products_per_second", lambda *_: 1e30)
+    big = replace(trajectory, call={"height": 1 << 20, "width": 1 << 20})
+    assert not measurable(flux, big) and measurable(flux, big, True)
 
 
 def test_three_budgets_are_measured(flux: Any, trajectory: Any) -> None:

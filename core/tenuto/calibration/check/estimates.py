@@ -91,6 +91,11 @@ def tokens(model: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> float:
     return places / (LEVELS if "down_block_types" in config else PACKED**2)
 
 
+def products(model: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> float:
+    """About how many multiply-adds a denoiser takes for one image, by its sizes alone."""
+    return sum(p.numel() for p in denoiser.parameters()) * tokens(model, denoiser, call)
+
+
 def _number(value: Any) -> float | None:
     value = value[-1] if isinstance(value, list | tuple) and value else value
     return float(value) if isinstance(value, int | float) and value > 0 else None
@@ -133,8 +138,7 @@ def time_of(
     _, dtype = device_and_dtype(denoiser)
     if any(p.is_meta for p in denoiser.parameters()):
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    count = sum(p.numel() for p in denoiser.parameters())
-    row = count * tokens(model, denoiser, call) / products_per_second(device, dtype)
+    row = products(model, denoiser, call) / products_per_second(device, dtype)
     how = "from parameters x places of the image, and the speed of a large product here"
     return spread(row, calls, f"{how}; --run or run=True times a call")
 
