@@ -16,7 +16,7 @@ from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
 from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
-from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint, pointed, weight_files
+from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint, weight_files
 from tenuto.sampling.single_file_folder import opened_folder
 from tenuto.text import printable
 
@@ -97,9 +97,8 @@ class Places:
         if Path(found).is_file():
             return str(opened_folder(Path(found), self.out / OPENED, self._donors()))
         check_model(found)
-        single = pointed(Path(found))
-        if single is not None and not self._may(single.file):
-            raise ModelError(f"'{printable(name)}' has its weights elsewhere: it is not opened.")
+        if (Path(found) / NOTE).exists():  # it may lead anywhere
+            raise ModelError(f"'{printable(name)}' has its weights elsewhere: choose their file.")
         return found
 
     def _donors(self) -> Iterator[Path]:
@@ -107,10 +106,6 @@ class Places:
         yield from (Path(place) for place in downloaded(self.hub).values())
         for root in (*self.roots, *self.added):
             yield from (root / name for name in _models_in(root) if not name.endswith(ENDING))
-
-    def _may(self, file: Path) -> bool:
-        """Whether a file lies under a root, links followed."""
-        return any(inside(file, root) for root in (*self.roots, *self.added))
 
     def _where(self, name: str) -> str:
         """Where a model was looked for, and what to do."""
@@ -241,7 +236,7 @@ def _models_in(root: Path) -> list[str]:
                 found.append(path.relative_to(root).as_posix() if depth else str(root))
             below.clear()
         else:
-            single = (path / name for name in sorted(files) if name.endswith(ENDING))
+            single = [path / name for name in sorted(files) if name.endswith(ENDING)][:MANY]
             single = (file for file in single if inside(file, root) and is_checkpoint(file))
             found += [file.relative_to(root).as_posix() for file in single]
         below[:] = sorted(d for d in below if not d.startswith(".") and depth < DEPTH)
