@@ -1,7 +1,8 @@
 # make demo    installs Tenuto into .venv and runs the main job on a model that ships: pictures in demo-out/
 # make test    installs what the tests need, then format, lint, types and every test, those of the hosts last
 # make hosts   the tests inside the hosts alone: real ComfyUI modules and server, real ldm U-Net, in .venv-comfy
-# make check   format, lint and types alone        make fmt   formats and fixes
+# make site    the pages of docs/ as a site to read in a browser: build/site/index.html
+# make check   format, lint, types and site alone        make fmt   formats and fixes
 # make venv    installs and stops                  make clean deletes .venv* and what the commands wrote
 #
 # PYTHON picks the interpreter. TORCH picks torch's build: the constraints fix its version, and the index that pip asks
@@ -18,7 +19,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-
 unexport PYTHONDONTWRITEBYTECODE
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
-.PHONY: demo test hosts check fmt venv clean
+.PHONY: demo test hosts check fmt venv site clean
 
 demo: .venv/.base
 	$(BIN)/tenuto demo --model transformer --out demo-out
@@ -38,12 +39,21 @@ check: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(MAKE) site
 
 fmt: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 venv: .venv/.test
+
+# A link to a file of the repository is plain text there: the site has the pages and their pictures alone.
+site: .venv/.test
+	rm -rf build/pages build/site && mkdir -p build/pages/example_workflows
+	cp docs/* build/pages && cp example_workflows/*.j* build/pages/example_workflows
+	for page in docs/*.md; do sed -E -e 's#\]\(\.\./example_workflows/#](example_workflows/#g' \
+	  -e 's#\[([^]]*)\]\(\.\./[^)]*\)#\1#g' "$$page" >"build/pages/$${page##*/}"; done
+	$(BIN)/zensical build --clean --strict
 
 clean:
 	rm -rf .venv .venv-comfy build dist demo-out .pytest_cache .ruff_cache core/tenuto.egg-info
