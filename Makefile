@@ -1,5 +1,6 @@
 # make demo    installs Tenuto into .venv and runs the main job on a model that ships: pictures in demo-out/
 # make test    installs what the tests need, then format, lint, types and every test, those of the hosts last
+# make app     installs the app too and opens it in a browser: generate, calibrate, compare, export
 # make hosts   the tests inside the hosts alone: real ComfyUI modules and server, real ldm U-Net, in .venv-comfy
 # make site    the pages of docs/ as a site to read in a browser: build/site/index.html
 # make check   format, lint, types and site alone        make fmt   formats and fixes
@@ -19,11 +20,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-
 unexport PYTHONDONTWRITEBYTECODE
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
-.PHONY: demo test hosts check fmt venv site clean
+.PHONY: demo app test hosts check fmt venv site clean
 
 demo: .venv/.base
 	$(BIN)/tenuto demo --model transformer --out demo-out
 	@echo "Pictures: $(CURDIR)/demo-out/demo.png    Numbers: $(CURDIR)/demo-out/demo.json"
+
+app: .venv/.app
+	$(BIN)/tenuto app
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(AT_ONCE)
@@ -65,6 +69,10 @@ clean:
 	$(PIP) $(TORCH)
 	$(PIP) 'setuptools>=77'
 	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.app: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[app]'
 	@touch $@
 
 .venv/.test: .venv/.base
