@@ -132,7 +132,8 @@ def begin(folder: Path, dynamic: bool) -> None:
         raise SystemExit("comfy-aimdo does not work here: there is no dynamic VRAM.")
     patchers: Any = importlib.import_module("comfy.model_patcher")
     patchers.CoreModelPatcher = patchers.ModelPatcherDynamic
-    importlib.import_module("comfy.memory_management").aimdo_enabled = True
+    held: Any = importlib.import_module("comfy.memory_management")
+    held.aimdo_enabled = True
 
 
 def write(shape: dict[str, Any], file: Path, lora: Path) -> None:
