@@ -66,8 +66,8 @@ def outcomes(report: ElementTree.Element) -> dict[str, Counter[str]]:
         end = "failed" if ends & {"failure", "error"} else "skipped" if "skipped" in ends else ""
         suite = case.get("classname", "").removeprefix("tests.hosts.").partition(".")[0]
         name, _, inside = case.get("name", "").partition("[")
-        family = re.search(r"neo (\w+)|^(\w+)", inside)
-        kind = next(filter(None, family.groups())) if family is not None else name
+        family = re.search(r"neo (\w+)", inside) or re.search(r"([a-z]\w*)", inside)
+        kind = family[1] if family is not None else name
         found.setdefault(f"{suite}: {kind}", Counter())[end or "passed"] += 1
     return dict(sorted(found.items()))
 

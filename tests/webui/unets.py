@@ -30,7 +30,7 @@ class CastingLinear(nn.Linear):
 
     weight_function: tuple[Any, ...] = ()  # a list where there is one
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
         return F.linear(x, self.weight, self.bias)
 
 

@@ -190,15 +190,23 @@ def test_its_own_int8_is_refused_and_the_cache_works(
         assert torch.equal(picture(family, handle, text), plain) and not strip(denoiser)
 
 
-def test_what_is_not_known_is_refused_in_a_sentence(in_neo: Any) -> None:
-    """Krea, Anima, Ernie: whole calls may be skipped, and nothing else."""
-    kind = importlib.import_module("backend.nn.krea")
-    names = [n for n, c in vars(kind).items() if isinstance(c, type) and n.startswith("SingleS")]
-    assert names, "Neo's class of Krea 2"
-    for name in names:
-        other = type(name, (nn.Module,), {})()
-        other.block = nn.Linear(2, 2)
-        said = hosts.objection(other)
-        assert said == f"Precision is off: Tenuto does not know the parts of a {name} yet."
-        with pytest.raises(ModelError, match="does not know the parts"):
-            branches_of(other)
+def test_what_is_not_known_skips_whole_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Krea 2, of Neo's own class: nothing in it is quantized or reused, in a sentence."""
+    known = ("krea", "SingleStreamDiT", "Krea2")
+    monkeypatch.setitem(forge_neo.CLASSES, "krea", known)
+    facts = {
+        "features": 32, "tdim": 16, "txtdim": 24, "heads": 2, "kvheads": 1, "layers": 1,
+        "txtlayers": 2, "txtheads": 2, "txtkvheads": 1,
+    }  # fmt: skip
+    handle = forge_neo.sd_model_of("krea", forge_neo.model_of("krea", facts))
+    denoiser = hosts.denoiser_of(handle)
+    said = hosts.objection(denoiser)
+    assert said == "Precision is off: Tenuto does not know the parts of a SingleStreamDiT yet."
+    with pytest.raises(ModelError, match="does not know the parts"):
+        branches_of(denoiser)
+    with pytest.raises(ModelError, match="does not know the parts"):
+        installed(handle, REUSE)
+    made = installed(handle, AUTO)
+    assert made.skips is not None and made.cache is None
+    made.detach()
+    assert not strip(denoiser)
