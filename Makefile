@@ -1,7 +1,9 @@
 # make demo    installs Tenuto into .venv and runs the main job on a model that ships: pictures in demo-out/
 # make test    installs what the tests need, then format, lint, types and every test, those of the hosts last
+# make app     installs the app too and opens it in a browser: generate, calibrate, compare, export
 # make hosts   the tests inside the hosts alone: real ComfyUI modules and server, real ldm U-Net, in .venv-comfy
-# make check   format, lint and types alone        make fmt   formats and fixes
+# make site    the pages of docs/ as a site to read in a browser: build/site/index.html
+# make check   format, lint, types and site alone        make fmt   formats and fixes
 # make venv    installs and stops                  make clean deletes .venv* and what the commands wrote
 #
 # PYTHON picks the interpreter. TORCH picks torch's build: the constraints fix its version, and the index that pip asks
@@ -18,11 +20,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-
 unexport PYTHONDONTWRITEBYTECODE
 TOO_OLD := Tenuto's make needs Python 3.11 or newer: make PYTHON=/path/to/python3.11
 
-.PHONY: demo test hosts check fmt venv clean
+.PHONY: demo app test hosts check fmt venv site clean
 
 demo: .venv/.base
 	$(BIN)/tenuto demo --model transformer --out demo-out
 	@echo "Pictures: $(CURDIR)/demo-out/demo.png    Numbers: $(CURDIR)/demo-out/demo.json"
+
+app: .venv/.app
+	$(BIN)/tenuto app
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(AT_ONCE)
@@ -38,12 +43,21 @@ check: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(MAKE) site
 
 fmt: .venv/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 venv: .venv/.test
+
+# A link to a file of the repository is plain text there: the site has the pages and their pictures alone.
+site: .venv/.test
+	rm -rf build/pages build/site && mkdir -p build/pages/example_workflows
+	cp docs/* build/pages && cp example_workflows/*.j* build/pages/example_workflows
+	for page in docs/*.md; do sed -E -e 's#\]\(\.\./example_workflows/#](example_workflows/#g' \
+	  -e 's#\[([^]]*)\]\(\.\./[^)]*\)#\1#g' "$$page" >"build/pages/$${page##*/}"; done
+	$(BIN)/zensical build --clean --strict
 
 clean:
 	rm -rf .venv .venv-comfy build dist demo-out .pytest_cache .ruff_cache core/tenuto.egg-info
@@ -55,6 +69,10 @@ clean:
 	$(PIP) $(TORCH)
 	$(PIP) 'setuptools>=77'
 	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.app: .venv/.base
+	$(PIP) --no-build-isolation --editable '.[app]'
 	@touch $@
 
 .venv/.test: .venv/.base

@@ -107,12 +107,12 @@ def rows(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """The rows as a table."""
-    lines = ["| model | how | recording, s | quantizing, s | PSNR (5th) |", "|" + " --- |" * 5]
+    head = "| model | how | recording, CPU s | quantizing, CPU s | both by the clock | PSNR (5th) |"
+    lines = [head, "|" + " --- |" * 6]
     for r in found:
-        lines.append(
-            f"| {r['model']} | {r['how']} | {r['cpu_recording']:.0f} | {r['cpu_quantizing']:.0f} "
-            f"| {r['psnr']:.1f} ({r['psnr_5']:.1f}) |"
-        )
+        taken = f"{r['cpu_recording']:.0f} | {r['cpu_quantizing']:.0f} | {sum(r['wall']):.0f}"
+        db = f"{r['psnr']:.1f} ({r['psnr_5']:.1f})"
+        lines.append(f"| {r['model']} | {r['how']} | {taken} | {db} |")
     return "\n".join(lines)
 
 

@@ -9,9 +9,10 @@ attention in fp32 and bf16, in turn, at shapes of the demo models and of known o
 
 Queries have a range a token, keys a range a head, after the mean key is taken out (no softmax sees
 it; SageAttention, arXiv 2410.02367, does that). Weights are whole numbers up to 127, the largest of
-a row, and are divided by their own sum; values have a range a channel. On a CPU and on CUDA the
-products are `torch._int_mm`, of one head at a time. Where the package `sageattention` is installed
-on a GPU, its kernel (scores in int8, values in half precision) is timed beside them.
+a row, or two of them (127ths of the first; a product each), and are divided by their own sum;
+values have a range a channel. On a CPU and on CUDA products are `torch._int_mm`, a head at a time.
+Where the package `sageattention` is installed on a GPU, its kernel (scores in int8, values in half
+precision) is timed beside them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from tenuto.model import denoiser_of, override_
 from tenuto.runtime import percentile
 from tenuto.sampling.loading import defaults, load
 
+STEP = 127  # of the second number of a weight, to one of the first
 ROWS = 256  # of queries at a time: their scores stay in the cache of a core
 SHAPES = {  # images x guidance, heads, places, keys, channels
     "demo transformer": (2, 6, 64, 64, 64), "DiT-XL/2 256": (2, 16, 256, 256, 72),
@@ -53,8 +55,11 @@ SHAPES = {  # images x guidance, heads, places, keys, channels
 }  # fmt: skip
 
 
-def in_int8(q: Tensor, k: Tensor, v: Tensor, values: bool, mask: Tensor | None = None) -> Tensor:
-    """`attention` of (B, H, N, D). values: their product in int8 too. mask: bool, or added."""
+def in_int8(q: Tensor, k: Tensor, v: Tensor, terms: int, mask: Tensor | None = None) -> Tensor:
+    """`attention` of (B, H, N, D). mask: bool, or added.
+
+    terms: of how many whole numbers a weight is made, for the product with the values; 0: float.
+    """
     count, k = k.shape[2], k - k.mean(2, keepdim=True)
     k, v = (pad(x, (0, 0, 0, -count % 8)) for x in (k, v))  # what cuBLAS takes
     if mask is not None and mask.dtype == torch.bool:
@@ -75,11 +80,16 @@ def in_int8(q: Tensor, k: Tensor, v: Tensor, values: bool, mask: Tensor | None =
                 scores[:, count:] = -math.inf
                 if mask is not None:
                     scores[:, :count] += mask[at]
-                if not values:
+                if not terms:
                     out[at] = scores.softmax(-1).to(v.dtype) @ v[b, h]
                     continue
                 scores -= scores.amax(1, keepdim=True) - math.log(127)
-                whole = torch._int_mm(scores.exp_().round_().to(torch.int8), counted[b, h])
+                weights, whole = scores.exp_(), scores.new_zeros(())
+                for term in range(terms):
+                    rest = weights.round()
+                    part = torch._int_mm(rest.to(torch.int8), counted[b, h])
+                    whole = whole + part / STEP**term
+                    weights = (weights - rest) * STEP
                 out[at] = whole[:, : v.shape[-1]] / whole[:, -1:] * v_scale[b, h]
     return out
 
@@ -94,9 +104,9 @@ def _rounded(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 class Int8Attention(TorchFunctionMode):
     """What is called within: `in_int8` in place of attention. taken: how many calls were."""
 
-    def __init__(self, values: bool) -> None:
+    def __init__(self, terms: int) -> None:
         super().__init__()
-        self.values, self.taken = values, 0
+        self.terms, self.taken = terms, 0
 
     def within(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A denoiser's call within this: not the autoencoder's."""
@@ -112,10 +122,12 @@ class Int8Attention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.taken += 1
         q, k, v = given["query"], given["key"], given["value"]
-        return in_int8(q, k, v, self.values, given.get("attn_mask")).to(q.dtype)
+        return in_int8(q, k, v, self.terms, given.get("attn_mask")).to(q.dtype)
 
 
-WAYS: dict[str, bool | None] = {"float": None, "scores": False, "scores and values": True}
+WAYS: dict[str, int | None] = {
+    "float": None, "scores": 0, "scores and values, one term": 1, "scores and values": 2,
+}  # fmt: skip
 
 
 def quality(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
@@ -125,10 +137,10 @@ def quality(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]
         known, lines = defaults(pipe), tn.prompts("default")[:16]
         wanted, made = None, None
         for scheme in ("none", "w8a8"):
-            for way, values in WAYS.items():
+            for way, terms in WAYS.items():
                 about = {"model": model, "scheme": scheme, "attention": way, "count": args.count}
                 key = json.dumps(about)
-                if key in done or (scheme == "none" and values is None):
+                if key in done or (scheme == "none" and terms is None):
                     continue
                 if wanted is None:
                     wanted = images(pipe, args)
@@ -140,7 +152,7 @@ def quality(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]
                         assert made is not None
                         how: Any = {"route": False, "speedup": 1, "execution": "int8"}
                         stack.enter_context(tn.attach(pipe, made, **how))
-                    mode = Int8Attention(values) if values is not None else None
+                    mode = Int8Attention(terms) if terms is not None else None
                     if mode is not None:
                         stack.callback(override_(denoiser_of(pipe), mode.within).remove)
                     found = images(pipe, args)
@@ -166,8 +178,7 @@ def times(args: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
         half = [x.bfloat16() for x in (q, k, v)]
         ways: dict[str, Callable[[], Tensor]] = {
             "fp32": partial(attention, q, k, v), "bf16": partial(attention, *half),
-            "scores": partial(in_int8, q, k, v, False),
-            "scores and values": partial(in_int8, q, k, v, True),
+            **{name: partial(in_int8, q, k, v, n) for name, n in WAYS.items() if n is not None},
         } | sage(*half)  # fmt: skip
         found: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(args.repeats + 1):

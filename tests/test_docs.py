@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import tenuto as tn
 from tenuto.calibration.algorithms.nearest import RoundToNearest
@@ -103,6 +104,14 @@ def test_a_page_is_short_and_linked(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and len(lines) <= 200
     assert f"](docs/{page.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_site_has_every_page_once() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    grouped = [part for part in nav if isinstance(part, dict)]
+    below = [page for part in grouped for pages in part.values() for page in pages]
+    listed = ["index.md", *(file for page in below for file in page.values())]
+    assert sorted(listed) == [page.name for page in DOCS]
 
 
 def test_the_table_of_the_contract_is_the_list_of_its_cases() -> None:

@@ -1,8 +1,9 @@
-"""A1111, Forge and reForge as a host: the `Host` protocol on the host's `sd_model`."""
+"""A1111, Forge, Forge Neo and reForge as a host: the `Host` protocol on the host's `sd_model`."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from tenuto.runtime import (
     replacements_for,
     with_kernel,
 )
-from tenuto.sampling import OutputKernel
+from tenuto.sampling import OutputKernel, host_noise
 
 from . import hosts
 from .cache import Cache, Limits, Plan
@@ -71,14 +72,14 @@ class WebUI(Host):
         weights = self._weights(handle, chosen, shipped)
         forecast, denoiser = weights.plan.forecast, self.denoiser(handle)
         if forecast is None or chosen.speedup is None:
-            plan = plan_of(denoiser, chosen, weights.plan)
+            plan = plan_of(denoiser, chosen, weights.plan, grid_of(handle))
             return Installed(handle, weights, plan, why=why)
         kernel = shipped or forecast.kernel  # hosts change a checkpoint's schedule by an option
         forecast = replace(forecast, speedup=chosen.speedup, kernel=kernel)
         plan = None
         if chosen.fallback:
             with suppress(ModelError):  # of a class whose branches have no names here
-                plan = plan_of(denoiser, chosen, weights.plan)
+                plan = plan_of(denoiser, chosen, weights.plan, grid_of(handle))
         return Installed(handle, weights, plan, forecast)
 
     def forget(self) -> None:
@@ -169,21 +170,30 @@ _branches: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakK
 def branches_of(denoiser: nn.Module) -> tuple[str, ...]:
     """What can be reused, by the denoiser's own names; ModelError if the class is not known."""
     if denoiser not in _branches:  # it takes a moment, and every image asks
-        if key_map_of(denoiser) is None and not hasattr(denoiser, "config"):
+        if not hosts.known_parts(denoiser):
             raise ModelError(f"Tenuto does not know the parts of a {type(denoiser).__name__} yet.")
         _branches[denoiser] = tuple(b.name for b in describe(denoiser).branches)
     return _branches[denoiser]
 
 
-def plan_of(denoiser: nn.Module, chosen: Chosen, made: Replacements) -> Plan | None:
-    """The plan of a run; None where nothing is ever reused."""
+def grid_of(handle: Any) -> Sequence[float]:
+    """`GRID` as the network of this host counts time: some flows have it on 0 to 1."""
+    noise = host_noise(hosts.sampling_of(handle))
+    short = noise is not None and noise.times[-1] <= 1
+    return tuple(t / 1000 for t in GRID) if short else GRID
+
+
+def plan_of(
+    denoiser: nn.Module, chosen: Chosen, made: Replacements, grid: Sequence[float] = GRID
+) -> Plan | None:
+    """The plan of a run; None where nothing is ever reused. grid: timesteps of a rule's table."""
     policy = chosen.policy or (made.policy if chosen.route else None)
     if policy is None:
         return None
     branches = branches_of(denoiser)
     if chosen.by_step:
         return Plan(branches, policy=policy, limits=chosen.limits)
-    schedule = policy if isinstance(policy, CacheSchedule) else policy(GRID, branches)
+    schedule = policy if isinstance(policy, CacheSchedule) else policy(grid, branches)
     schedule = chosen.limit(schedule) if chosen.limit is not None else schedule
     if bool(schedule.table.all()):
         return None

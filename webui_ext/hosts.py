@@ -1,8 +1,9 @@
-"""What differs between A1111, Forge and reForge: features are tested, versions are not."""
+"""What differs between A1111, Forge, Forge Neo and reForge: features are tested, not versions."""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tenuto.errors import ModelError
-from tenuto.model import computes_as_torch
+from tenuto.model import computes_as_torch, describe, names_in_host
 
 PREFIX = "diffusion_model."
+NUNCHAKU = ("Nunchaku", "SVDQ")  # Forge Neo's classes round its kernels
+_known: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def detect() -> str:
-    """ "a1111", "forge", "forge-legacy" (reForge and old Forge) or "sdnext"."""
+    """ "a1111", "forge" (Neo too), "forge-legacy" (reForge and old Forge) or "sdnext"."""
     if _there("modules.sd_offload") or _there("modules.sdnq"):
         return "sdnext"
     if not _there("modules_forge"):
@@ -86,11 +89,35 @@ def objection(denoiser: nn.Module) -> str | None:
     modules = sys.modules.get("modules.sd_unet")
     if getattr(modules, "current_unet", None) is not None:
         return "Precision is off: an SD-Unet stands in for the model."
-    for _, layer in layers(denoiser):
-        kind = _stored_low(layer)
+    for layer in denoiser.modules():
+        known = isinstance(layer, nn.Conv2d) or is_linear(layer)
+        known = known or type(layer).__name__ == "Linear"  # Neo's for gguf does not tell its size
+        kind = _stored_low(layer) if known and getattr(layer, "weight", None) is not None else None
         if kind is not None:
             return f"Precision is off: the host stores the weights in {kind}."
+    if any(kind.__name__.startswith(NUNCHAKU) for kind in type(denoiser).__mro__):
+        return "Precision is off: the host stores the weights in Nunchaku's 4 bits."
+    if not known_parts(denoiser):
+        return f"Precision is off: Tenuto does not know the parts of a {_kind(denoiser)} yet."
     return None
+
+
+def known_parts(denoiser: nn.Module) -> bool:
+    """Whether a family says what `denoiser` is made of: else nothing in it is quantized or reused.
+
+    A class that a host derives from a known one, with parts of its own, is not.
+    """
+    if denoiser not in _known:  # it takes a moment, and every image asks
+        try:
+            named = names_in_host(denoiser) is not None
+            _known[denoiser] = named or describe(denoiser).family != "generic"
+        except (ModelError, AttributeError):  # the second where gguf has no sizes
+            _known[denoiser] = False
+    return _known[denoiser]
+
+
+def _kind(denoiser: nn.Module) -> str:
+    return type(denoiser).__name__.removeprefix("Integrated")
 
 
 def replaced() -> bool:
@@ -101,6 +128,8 @@ def replaced() -> bool:
 def _stored_low(layer: Any) -> str | None:
     """What a layer's weight is stored in, if in fewer than 16 bits."""
     weight = layer.weight
+    if getattr(layer, "layout_type", None) is not None:  # of a checkpoint that says `comfy_quant`
+        return str(getattr(layer, "quant_format", None) or layer.layout_type)
     if getattr(layer, "quant_state", None) is not None or hasattr(weight, "bnb_quantized"):
         return "nf4 or fp4"
     if getattr(weight, "quant_state", None) is not None:

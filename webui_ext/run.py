@@ -61,7 +61,8 @@ class Run:
         if not self.on:
             return
         self.call += 1
-        times = kwargs["timesteps"] if "timesteps" in kwargs else args[1]
+        names = (name for name in ("timesteps", "timestep") if name in kwargs)
+        times = kwargs[next(names)] if len(args) < 2 else args[1]
         options = kwargs.get("transformer_options") or {}
         self.tag = tuple(options.get("cond_or_uncond") or ()), patches_on(options)
         flat = torch.as_tensor(times).detach().reshape(-1)

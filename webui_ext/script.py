@@ -1,4 +1,4 @@
-"""The script that A1111, Forge and reForge run: attach, detach, report."""
+"""The script that A1111, Forge, Forge Neo and reForge run: attach, detach, report."""
 
 from __future__ import annotations
 

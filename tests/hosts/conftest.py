@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "hosts"))  # forge_neo.py lies there
+import forge_neo  # noqa: E402
+
 COMFYUI = os.environ.get("TENUTO_COMFYUI")
 FAMILIES = ("unet", "pixart", "sd3", "flux")
 NEWER = (
@@ -32,12 +35,16 @@ CHANNELS = {"unet": 4, "pixart": 4, "sd3": 16, "flux": 16}
 WIDTH = 24  # of the prompt's embedding
 
 if COMFYUI is None:
-    collect_ignore_glob = ["test_*.py", "*/test_*.py"]
+    collect_ignore_glob = ["test_*.py", "server/test_*.py"]
+    if forge_neo.FORGE is None:
+        collect_ignore_glob += ["contract/test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """ComfyUI reads the command line when it is imported, if told to; without, it asks CUDA."""
     if COMFYUI is None:
+        if forge_neo.FORGE is not None:
+            forge_neo.start(forge_neo.FORGE)
         return
     sys.path.insert(0, COMFYUI)
     given, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
@@ -112,6 +119,17 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("WanTransformer3DModel", WAN),
     "wan_vace": ("WanVACETransformer3DModel", WAN | {
         "vace_layers": [0, 1], "vace_in_channels": 16,
+    }),
+    "sdxl": ("UNet2DConditionModel", {
+        "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "attention_head_dim": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": WIDTH,
+        "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 48 + WIDTH,
+    }),
+    "qwen_image": ("QwenImageTransformer2DModel", HEADS | {
+        "in_channels": 64, "out_channels": 16, "num_layers": 2, "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (4, 6, 6),
     }),
     "lumina2": ("Lumina2Transformer2DModel", {
         "sample_size": 8, "in_channels": 16, "hidden_size": 32, "num_layers": 2,
@@ -242,7 +260,7 @@ def take_over_(host: nn.Module, source: nn.Module) -> nn.Module:
     from tenuto.model import families
     from tenuto.model.key_map import swapped
 
-    keys = families.key_map_of(host)
+    keys = families.names_in_host(host)
     assert keys is not None
     values, theirs = dict(source.named_parameters()), dict(host.named_parameters())
     assert values.keys() == keys.places.keys(), "a canonical name has no place, or a wrong one"
@@ -353,6 +371,29 @@ def in_comfy(original: Callable[[str], nn.Module]) -> Callable[[str], Any]:
     return build
 
 
+def facts_in_neo(family: str) -> dict[str, Any]:
+    """The sizes of Forge Neo's tiny models."""
+    return forge_neo.facts_of(family, COMFY.get(family, ("", {}))[1], WIDTH)
+
+
+@pytest.fixture(scope="session")
+def neo_facts() -> Callable[[str], dict[str, Any]]:
+    """neo_facts(family)."""
+    return facts_in_neo
+
+
+@pytest.fixture(scope="session")
+def in_neo(original: Callable[[str], nn.Module]) -> Callable[..., Any]:
+    """in_neo(family): the part of Forge Neo's engine that holds a denoiser of the same weights."""
+
+    def build(family: str) -> Any:
+        made = forge_neo.model_of(family, facts_in_neo(family))
+        model = take_over_(made, original(family))
+        return forge_neo.sd_model_of(family, model)
+
+    return build
+
+
 # --- calls of the bare denoisers ------------------------------------------------------------------
 
 
@@ -392,7 +433,7 @@ def prompts() -> Callable[[list[int]], Tensor]:
 def call(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """One call of a bare denoiser, of diffusers or of a host; `t` (B,) on 0..1000."""
     pooled = text[:, 0]
-    if family in NEWER:
+    if family in (*NEWER, "sdxl", "qwen_image"):
         there = hasattr(denoiser, "config")
         return (
             in_place(family, denoiser, x, t, text)
@@ -438,6 +479,17 @@ def in_place(family: str, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tenso
     if family == "z_image":
         rows = [image[:, None] for image in x]
         return -torch.stack(denoiser(rows, 1 - t / 1000, list(text)).sample)[:, :, 0]
+    if family == "sdxl":
+        more = {"text_embeds": text[:, 0], "time_ids": torch.zeros(count, 6)}
+        return denoiser(x, t, encoder_hidden_states=text, added_cond_kwargs=more).sample
+    if family == "qwen_image":
+        side = x.shape[-1] // 2
+        out = denoiser(
+            nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+            encoder_hidden_states=text, encoder_hidden_states_mask=mask.long(),
+            timestep=t / 1000, img_shapes=[[(1, side, side)]] * count,
+        ).sample.transpose(1, 2)  # fmt: skip
+        return nn.functional.pixel_shuffle(out.unflatten(2, (side, side)), 2)
     if family == "lumina2":
         return -denoiser(
             x, timestep=1 - t / 1000, encoder_hidden_states=text,

@@ -1,4 +1,4 @@
-"""The extension in three stub hosts, each made of what the contract says of it."""
+"""The extension in four stub hosts, each made of what the contract says of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("a1111", "forge", "reforge")
+KINDS = ("a1111", "forge", "reforge", "neo")
 
 
 def _load(name: str) -> Any:

@@ -1,17 +1,20 @@
-"""contract_table.py CONTRACT: writes contract.json, the signatures of what the extension calls.
+"""contract_table.py CONTRACT NEO: writes contract.json, signatures of what the extension calls.
 
-CONTRACT has all signatures of the three hosts, {file: {host: {function: signature, "class X":
-{method: signature, "__fields__": [...]}}}}. They are facts; of the hosts' code there is nothing.
+CONTRACT has all signatures of three hosts, {file: {host: {function: signature, "class X": {method:
+signature, "__fields__": [...]}}}}; NEO is a folder of Forge Neo, which is read and not run. These
+are facts; of the hosts' code there is nothing.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 HOSTS = ("a1111-1.10.1", "forge-dfdcbab", "reforge-3b56b26")
+NEO = "neo-2.26"
 SCRIPT = (
     "title", "show", "ui", "elem_id", "before_process", "process", "process_before_every_sampling",
     "post_sample", "postprocess",
@@ -62,17 +65,37 @@ def found(functions: dict[str, Any], name: str) -> Any:
     return [f for f in known if f in FIELDS[holder]] if method == "__fields__" else known
 
 
-def table(contract: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+def read(file: Path) -> dict[str, Any]:
+    """What CONTRACT has of one file, from its source: signatures, and what a class assigns."""
+    made: dict[str, Any] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            made[node.name] = f"({ast.unparse(node.args)})"
+        elif isinstance(node, ast.ClassDef):
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            known: dict[str, Any] = {n.name: f"({ast.unparse(n.args)})" for n in methods}
+            inside = [n for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+            known["__fields__"] = list(dict.fromkeys(
+                n.attr for n in inside if ast.unparse(n.value) == "self"
+                and isinstance(n.ctx, ast.Store)
+            ))  # fmt: skip
+            made[f"class {node.name}"] = known
+    return made
+
+
+def table(contract: dict[str, Any], neo: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """{file: {symbol: {host: signature or fields}}}, for the hosts that have the file."""
     made: dict[str, dict[str, dict[str, Any]]] = {}
     contract = MORE | contract
     for file, names in USED.items():
-        hosts = [host for host in HOSTS if host in contract[file]]
-        made[file] = {n: {h: found(contract[file][h], n) for h in hosts} for n in names}
+        known = {host: contract[file][host] for host in HOSTS if host in contract[file]}
+        if (neo / file).is_file():
+            known[NEO] = read(neo / file)
+        made[file] = {n: {h: found(has, n) for h, has in known.items()} for n in names}
     return made
 
 
 if __name__ == "__main__":
     whole = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    text = json.dumps(table(whole), indent=1)
+    text = json.dumps(table(whole, Path(sys.argv[2])), indent=1)
     Path(__file__).with_name("contract.json").write_text(text + "\n", encoding="utf-8")

@@ -59,7 +59,8 @@ class Host(Modules):
             timestep=lambda sigmas: timestep_of(sigmas).round(), prediction_type="epsilon",
             sigmas=torch.arange(1000) / 99.92,
         )  # fmt: skip
-        setattr(inner, "predictor" if self.kind == "forge" else "model_sampling", rounded)
+        known = "predictor" if self.kind in ("forge", "neo") else "model_sampling"
+        setattr(inner, known, rounded)
         if self.kind == "forge":
             inner.lora_loader = SimpleNamespace(backup={}, loaded_hash="[]")
             patcher = SimpleNamespace(model=inner, lora_loader=inner.lora_loader)
@@ -109,7 +110,7 @@ class Host(Modules):
 
     def pictures(self, p: Any) -> Tensor:
         """`process_images`: (B, 4, H, W)."""
-        with torch.inference_mode(self.kind == "forge"), torch.no_grad():
+        with torch.inference_mode(self.kind in ("forge", "neo")), torch.no_grad():
             return self._pictures(p)
 
     def _pictures(self, p: Any) -> Tensor:

@@ -16,7 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-NAMES = {"a1111": "a1111-1.10.1", "forge": "forge-dfdcbab", "reforge": "reforge-3b56b26"}
+NAMES = {
+    "a1111": "a1111-1.10.1", "forge": "forge-dfdcbab", "reforge": "reforge-3b56b26",
+    "neo": "neo-2.26",
+}  # fmt: skip
 CONTRACT = json.loads(Path(__file__).with_name("contract.json").read_text(encoding="utf-8"))
 
 
@@ -119,7 +122,7 @@ class Modules:
                Warning=self.warnings.append)  # fmt: skip
         if self.kind != "a1111":
             module("modules_forge", __path__=[])
-        if self.kind == "forge":
+        if self.kind in ("forge", "neo"):
             module("backend", __path__=[])
             module("backend.patcher", __path__=[])
         return made

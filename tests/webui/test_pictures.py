@@ -238,7 +238,7 @@ def test_the_denoiser_is_found_where_the_host_has_it(host: Any) -> None:
     import sys
 
     hosts = sys.modules["tenuto_webui.hosts"]
-    kinds = {"a1111": "a1111", "forge": "forge", "reforge": "forge-legacy"}
+    kinds = {"a1111": "a1111", "forge": "forge", "reforge": "forge-legacy", "neo": "forge"}
     assert hosts.detect() == kinds[host.kind]
     assert hosts.denoiser_of(host.sd_model) is host.unet
     with pytest.raises(Exception, match="finds no denoiser"):

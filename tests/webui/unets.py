@@ -25,6 +25,18 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class CastingLinear(nn.Linear):
+    """What Forge Neo has there: a subclass with a forward of its own, in a module of the host's."""
+
+    weight_function: tuple[Any, ...] = ()  # a list where there is one
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
+        return F.linear(x, self.weight, self.bias)
+
+
+CastingLinear.forward.__module__ = "backend.operations"
+
+
 class Sequence(nn.Sequential):
     """A block: its layers take what they need."""
 
@@ -199,6 +211,7 @@ def unet(kind: str) -> nn.Module:
         made = {
             "a1111": lambda: UNetModel(), "reforge": lambda: WalkingUNetModel(),
             "forge": lambda: IntegratedUNet2DConditionModel(Linear),
+            "neo": lambda: IntegratedUNet2DConditionModel(CastingLinear),
         }[kind]()  # fmt: skip
         draw = torch.Generator().manual_seed(1)
         for _, p in sorted(made.named_parameters()):

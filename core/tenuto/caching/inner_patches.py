@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -18,21 +17,26 @@ def inner_patch(denoiser: nn.Module) -> str:
     A hook, as of self-attention guidance, or an attention processor of another library's or of a
     pipeline's own: both may keep what they see for the rest of the step.
     """
-    if not any(_reads(m, m is not denoiser) for m in _inside(denoiser)):  # without names: quick
+    if not _quickly(denoiser):
         return ""
-    return next(name for name, m in denoiser.named_modules() if _reads(m, bool(name)))
+    return next((name for name, m in denoiser.named_modules() if _reads(m, bool(name))), "")
 
 
-def _inside(denoiser: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a denoiser, itself too."""
+def _quickly(denoiser: nn.Module) -> bool:
+    """Whether any module may read along; asked once a run, which a GPU may wait for."""
     waiting: list[Any] = [denoiser]
     seen: set[int] = set()
     while waiting:
         module = waiting.pop()
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            waiting.extend(module._modules.values())
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        waiting.extend(own["_modules"].values())
+        odd = own["_forward_hooks"] or own["_forward_pre_hooks"] or "processor" in own
+        if odd and _reads(module, module is not denoiser):
+            return True
+    return False
 
 
 def _reads(module: nn.Module, hooked: bool) -> bool:

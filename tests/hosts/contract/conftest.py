@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import forge_neo
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ BENCHES = (
     "diffusers unet", "ldm unet", "webui unet", "comfy unet", "comfy pixart", "comfy sd3",
     "comfy flux",
 )  # fmt: skip
+if forge_neo.FORGE is not None:  # one of the hosts' folders at a time
+    BENCHES = tuple(f"neo {family}" for family in forge_neo.FAMILIES)
+EPS = ("unet", "pixart", "sdxl")  # they predict the noise; the others are flows
+UNIT = ("flux", "flux2", "chroma", "qwen_image", "lumina2", "z_image")  # whose time is on 0..1
+RISING = ("lumina2", "z_image")  # in diffusers
 Step = Callable[[int], None]
 
 
@@ -70,12 +76,16 @@ class Bench:
         self.make, self.prompts = make, prompts
         self.size = 36 if self.family == "pixart" else 8
         self.dtype = torch.float32
-        self.tells = self.kind in ("webui", "comfy")  # the steps of a run before its first call
+        self.tells = self.kind in (
+            "webui",
+            "comfy",
+            "neo",
+        )  # the steps of a run before its first call
         if self.kind == "comfy":
             from comfy_nodes.adapter import ComfyUI
 
             self.host: Any = ComfyUI()
-        elif self.kind == "webui":
+        elif self.kind in ("webui", "neo"):
             from webui_ext.adapter import WebUI
 
             self.host = WebUI()
@@ -88,7 +98,9 @@ class Bench:
             return self.make["ldm"]()
         if self.kind == "webui":  # where A1111's `sd_model` has it
             return SimpleNamespace(model=SimpleNamespace(diffusion_model=self.make["ldm"]()))
-        made = self.make["comfy" if self.kind == "comfy" else "diffusers"](self.family)
+        made = self.make[self.kind](self.family)
+        if self.kind == "neo":
+            made.forge_objects.unet.model.computation_dtype = self.dtype
         denoiser = self.host.denoiser(made).to(self.dtype)
         if self.kind == "comfy":
             denoiser.dtype = self.dtype
@@ -130,18 +142,20 @@ class Bench:
         """What the quantized layers go by."""
         if self.kind == "comfy":
             return attached.parts[0].clock
-        return attached.weights.plan.clock if self.kind == "webui" else attached.clock
+        there = self.kind in ("webui", "neo")
+        return attached.weights.plan.clock if there else attached.clock
 
     def run(self, handle: Any, settings: Settings) -> Tensor:
         """One sampling run by the host's own sampler."""
         with torch.no_grad():
             runs = {"diffusers": _diffusers, "ldm": _ldm, "webui": _webui, "comfy": _comfy}
+            runs["neo"] = _neo
             return runs[self.kind](self, handle, settings)
 
     def noise(self, settings: Settings) -> Tensor:
         """(B, C, H, W); image i has the noise of seed + i."""
         side = settings.size or self.size
-        channels = 16 if self.family in ("sd3", "flux") else 4
+        channels = 4 if self.family in EPS else 16
         draws = [torch.Generator().manual_seed(settings.seed + i) for i in range(settings.batch)]
         return torch.stack([torch.randn(channels, side, side, generator=g) for g in draws])
 
@@ -233,6 +247,32 @@ class _Evaluation(nn.Module):
         return self.guided(x, sigma)
 
 
+def _neo(bench: Bench, handle: Any, settings: Settings) -> Tensor:
+    """Forge Neo's KModel, predictor and samplers, and the extension's hooks round them."""
+    from k_diffusion import sampling
+
+    from webui_ext.forecast import Skips, Watched
+
+    denoiser, predictor = bench.host.denoiser(handle), handle.forge_objects.unet.model.predictor
+    flow, family = bench.family not in EPS, bench.family
+    times = settings.times[settings.start :]
+    known = torch.tensor(times) / 1000 if flow else predictor.sigmas[list(times)]
+    sigmas = torch.cat([known, torch.zeros(1)])
+    guided = _Guided(bench, settings, lambda x, s, c: forge_neo.denoised(family, handle, x, s, c))
+    noise = bench.noise(settings)
+    x = noise * sigmas[0] if flow else noise * (1 + sigmas[0] ** 2) ** 0.5
+    function = getattr(sampling, f"sample_{settings.sampler}")
+    sampler = SimpleNamespace(func=function)
+    skips = getattr(patch_of(vars(denoiser).get("forward")), "call", None)
+    watched = Watched(handle, sampler, skips.begins) if isinstance(skips, Skips) else None
+    try:
+        return sampler.func(_Evaluation(denoiser, guided), x, sigmas=sigmas, disable=True)
+    finally:
+        if watched is not None:
+            watched.remove()
+        assert sampler.func is function
+
+
 def _webui(bench: Bench, handle: Any, settings: Settings) -> Tensor:
     """As for ldm's bare U-Net, with a WebUI's callback and its sampler's function."""
     from webui_ext.forecast import Skips, Watched
@@ -311,10 +351,11 @@ def _comfy(bench: Bench, handle: Any, settings: Settings) -> Tensor:
 
 @pytest.fixture(params=BENCHES)
 def bench(
-    request: pytest.FixtureRequest, original: Any, in_ldm: Any, in_comfy: Any, prompts: Any
-) -> Bench:
+    request: pytest.FixtureRequest, original: Any, in_ldm: Any, in_comfy: Any, in_neo: Any,
+    prompts: Any,
+) -> Bench:  # fmt: skip
     """Each adapter in turn."""
-    make = {"diffusers": original, "ldm": in_ldm, "comfy": in_comfy}
+    make = {"diffusers": original, "ldm": in_ldm, "comfy": in_comfy, "neo": in_neo}
     return Bench(request.param, make, prompts)
 
 
@@ -355,7 +396,7 @@ def artifact(original: Any, call_as: Any, prompts: Any) -> Callable[..., Artifac
 
     def seen(family: str) -> Any:
         side = 36 if family == "pixart" else 8
-        channels = 16 if family in ("sd3", "flux") else 4
+        channels = 4 if family in EPS else 16
 
         def sample(denoiser: nn.Module, seed: int, batch: int) -> Tensor:
             draw = torch.Generator().manual_seed(seed)
@@ -392,7 +433,7 @@ def artifact(original: Any, call_as: Any, prompts: Any) -> Callable[..., Artifac
 
 def kernel(family: str, times: tuple[int, ...] = LONG, width: float = 0.7) -> OutputKernel:
     """Of smooth random outputs, at the timesteps that a family's denoiser gets."""
-    unit, flow = (1000 if family == "flux" else 1), family in ("sd3", "flux")
+    unit, flow = (1000 if family in UNIT else 1), family not in EPS
     share = torch.tensor(times, dtype=torch.float64) / 1000
     kept = _alphas()[list(times)]
     alpha, sigma = (1 - share, share) if flow else (kept.sqrt(), (1 - kept).sqrt())
@@ -400,6 +441,7 @@ def kernel(family: str, times: tuple[int, ...] = LONG, width: float = 0.7) -> Ou
     values = torch.exp(-(place[:, None] - place).square() / width)
     values = values + 1e-3 * torch.eye(len(times), dtype=torch.float64)
     steps = tuple(t / unit for t in times)
+    steps = tuple(1 - t for t in steps) if family in RISING else steps
     kind = "flow" if flow else "eps"
     return OutputKernel(values, steps, tuple(alpha.tolist()), tuple(sigma.tolist()), kind, 2)
 

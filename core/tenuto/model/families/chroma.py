@@ -1,4 +1,4 @@
-"""Chroma (diffusers; ComfyUI by key map)."""
+"""Chroma (diffusers; ComfyUI and Forge Neo by key map)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..stand_in import StandIn, standing
 from ..streams import ENDS, stream_layers, streams
 
 CLASSES = ("ChromaTransformer2DModel",)
-HOSTS = ("Chroma",)
+HOSTS = ("Chroma", "IntegratedChromaTransformer2DModel")  # the second is Forge Neo's
 TIME = "distilled_guidance_layer"
 SHARED = (
     ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),

@@ -1,4 +1,4 @@
-"""FLUX.2 dev and klein (diffusers; ComfyUI by key map)."""
+"""FLUX.2 dev and klein (diffusers; ComfyUI and Forge Neo by key map)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..stand_in import StandIn, size_of, standing
 from ..streams import SINGLE_NORMS, double_block, norms
 
 CLASSES = ("Flux2Transformer2DModel",)
-HOSTS = ("Flux",)
+HOSTS = ("Flux", "IntegratedFluxTransformer2DModel")
 SHARED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
