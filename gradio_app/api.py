@@ -44,23 +44,19 @@ def add(bench: Bench) -> None:
 
     def calibrate(options: dict[str, Any]) -> dict[str, Any]:
         """Start a calibration: model, name, scheme, preset, reuse and what `Calibrate` has more."""
-        bench.calibrate(**known(options, CALIBRATE))
-        return bench.facts(None, "calibrate")
+        return bench.calibrate(**known(options, CALIBRATE)).facts()
 
     def resume(name: str) -> dict[str, Any]:
         """Go on with an unfinished calibration."""
-        bench.resume(name)
-        return bench.facts(None, "calibrate")
+        return bench.resume(name).facts()
 
     def compare(options: dict[str, Any]) -> dict[str, Any]:
         """Start a comparison: model, artifacts, count and what `Compare` has more."""
-        bench.compare(**known(options, COMPARE))
-        return bench.facts(None, "compare")
+        return bench.compare(**known(options, COMPARE)).facts()
 
     def export(model: str, artifact: str, to: str) -> dict[str, Any]:
         """Start an export: to is "comfy", "gguf" or "diffusers"."""
-        begun(bench, model, artifact, to)
-        return bench.facts(None, "export")
+        return begun(bench, model, artifact, to).facts()
 
     def job(kind: str) -> dict[str, Any]:
         """How far the last job is: kind is one of `JOBS`; of "generate", if it runs."""

@@ -25,7 +25,7 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with its tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, checking, compare, elsewhere, generate, machine, opening
+    from . import api, calibrate, checking, compare, elsewhere, generate, line, machine, opening
     from .answers import filling
     from .page import Page
     from .viewer import QUIET
@@ -36,6 +36,7 @@ def build(bench: Bench) -> Any:
         api.add(bench)
         gr.HTML(HEAD, padding=False)
         machine.machine(bench)
+        line.line(bench)
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generation = generate.tab(bench)

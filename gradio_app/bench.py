@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from tenuto.files import clear_parts, whole_file, write_text
 
 from . import folders
 from .call import checked, kept, prompted
+from .desk import Desk
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST
 from .inputs import bounded
-from .jobs import DONE, FAILED, Desk, Job
+from .jobs import DONE, FAILED, STOPPED, WAITING, Job
 from .memory import give_back
 from .pictures import saved
 from .places import SHIPPED, Places, checked_name, hub_cache
@@ -60,8 +60,12 @@ class Bench:
         on_call: OnCall,
         call: Any = None,
         speedup: Any = None,
+        on_wait: Callable[[int], None] = lambda place: None,
     ) -> dict[str, Any]:
-        """Generate and save. Returns paths of "full" and "artifact", numbers, seconds and infotext.
+        """Generate and save, when it is its turn: on_wait(place) is called while it is in line.
+
+        Stopped while it waits it raises Cancelled. Returns paths of "full" and "artifact",
+        numbers, seconds and infotext.
 
         seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
         the artifact's forecast, or by the one that ships; "auto": as many as are predicted unseen;
@@ -81,12 +85,13 @@ class Bench:
             checked(folder, call, self.places.inputs), self.places.inputs,
             asked(folder, [file] if file else (), speedup),
         )  # fmt: skip
-        self.desk.take("image")
-        try:
-            found = self.studio.generate(wanted, on_call)
-        finally:
-            self.desk.give()
-            give_back()
+        stops = self.studio.stops
+        text = f"{model}, {prompt}"
+        with self.desk.turn(text, on_wait, lambda: self.studio.stops != stops):
+            try:
+                found = self.studio.generate(wanted, on_call)
+            finally:
+                give_back()
         made = saved(self.places, found)
         bounded(self.places, self.desk.requests)
         return made
@@ -166,6 +171,7 @@ class Bench:
     @disk_told()
     def _started(self, name: str, request: dict[str, Any]) -> Job:
         out, before = self.places.new_artifact(name), self.places.request(name)
+        self.desk.check_free(str(out))
         times = expected(self.places, request, self.settings.device)
         lines = request["prompts_text"]
         file = self.places.aside(name, ".prompts.txt") if lines else None
@@ -180,14 +186,17 @@ class Bench:
             write_text(file, lines + "\n")
         bounded(self.places, [job.request, *self.desk.requests])
         try:
-            return self.desk.start(job, lambda job: self._over(name, job))
+            return self.desk.start(job, lambda job: self._over(name, job, before is not None))
         except TenutoError:
             if before is None:
                 self.places.forget(name)
             raise
 
-    def _over(self, name: str, job: Job) -> None:
-        """Forget what is done, and what was refused before anything of it was finished."""
+    def _over(self, name: str, job: Job, known: bool) -> None:
+        """Forget what is done, and what was refused before anything of it was finished.
+
+        known: whether it was unfinished before; else it is forgotten when it leaves the line.
+        """
         clear_parts(self.places.out / f"{name}.safetensors")  # of a killed worker
         works = [
             folder / f"{name}.work"
@@ -196,18 +205,16 @@ class Bench:
         begun = (
             any(work.exists() for work in works) or self.places.aside(name, ".safetensors").exists()
         )
-        if job.state == DONE or (job.state == FAILED and not begun):
+        left = job.state == STOPPED and not job.begun and not known
+        if job.state == DONE or ((job.state == FAILED or left) and not begun):
             self.places.forget(name)
 
     @disk_told()
     def discard(self, name: str) -> None:
         """Give up an unfinished calibration; what was finished of it is gone."""
         name = checked_name(name)
-        self.desk.take("calibrate")
-        try:
-            self.places.forget(name, whole=True)
-        finally:
-            self.desk.give()
+        self.desk.check_free(str(self.places.out / f"{name}.safetensors"))
+        self.places.forget(name, whole=True)
 
     # --- compare --------------------------------------------------------------------------------
 
@@ -267,11 +274,16 @@ class Bench:
             raise
 
     def stop(self, key: Any, kind: str) -> None:
-        """Stop a job, if it runs, or an image; it has stopped when this returns, or is about to."""
+        """Stop a job, if it runs, or an image; it has stopped when this returns, or is about to.
+
+        What stands in line leaves it; what is next begins.
+        """
         if kind == GENERATE:
             self.studio.stop()
         job = self.desk.job(key, kind)
-        if job is not None and job.alive:
+        if job is not None and job.state == WAITING:
+            self.desk.remove(job.id)
+        elif job is not None and job.alive:
             job.stop()
             job.over.wait(1)
 
@@ -279,11 +291,5 @@ class Bench:
         """A job as plain data, for the API."""
         job = self.desk.job(key, kind)
         if job is None:  # an image is no job
-            generating = kind == GENERATE and self.desk.busy == "image"
-            return {"state": "running" if generating else "none"}
-        return {
-            "id": job.id, "state": job.state, "stage": job.stage, "part": job.part,
-            "parts": job.parts, "done": job.done, "total": job.total, "note": job.note,
-            "seconds": round(job.seconds, 3), "loss": job.loss, "error": job.error,
-            "result": job.result, "at": time.time(),
-        }  # fmt: skip
+            return {"state": self.desk.image if kind == GENERATE else "none"}
+        return job.facts()

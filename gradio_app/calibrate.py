@@ -15,9 +15,9 @@ from .calibrate_fields import asked, calibration_fields
 from .call_fields import CallFields
 from .check_view import asking
 from .fields import artifact_choices, goes_on, noticed
-from .jobs import DONE, FAILED, Job
+from .jobs import DONE, FAILED, RUNNING, WAITING, Job
 from .speedup_fields import forecast_of
-from .view import loss_curve, notice, status, step_map
+from .view import in_line, loss_curve, notice, status, step_map
 from .viewer import AUDIBLE, QUIET
 
 IDLE = "Choose a model and how to calibrate it, name the artifact and press Start."
@@ -133,7 +133,8 @@ def _wire(bench: Bench, watch: Watch, fields: list[Any]) -> None:
 
     def started(begin: Callable[[], Job]) -> list[Any]:
         try:
-            return [begin().id, ""]
+            job = begin()
+            return [job.id, in_line(job)]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]
 
@@ -195,8 +196,8 @@ def seen(bench: Bench, job: Job | None) -> list[Any]:
     return [
         gr.Timer(active=alive),
         status(job, IDLE),
-        gr.Button(interactive=not alive),
-        gr.Button(interactive=job is not None and job.state == "running"),
+        gr.Button(interactive=True),
+        gr.Button(interactive=job is not None and job.state in (WAITING, RUNNING)),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Button(interactive=not alive and chosen is not None),
         gr.Row(visible=False) if alive else gr.skip(),  # a late look hides no question

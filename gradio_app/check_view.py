@@ -44,10 +44,13 @@ def impossible(sentence: str) -> str:
     return card("failed", "It cannot be calibrated.", sentence)
 
 
-def report(found: Check, uses: Sequence[str]) -> str:
-    """All that matters to `uses`, which are what the calibration is to do."""
+def report(found: Check, uses: Sequence[str], quality: Sequence[tuple[str, str]] = ()) -> str:
+    """All that matters to `uses`, which are what the calibration is to do.
+
+    quality: rows on the quality to expect.
+    """
     stops, worth = found.stopping(*uses), found.warnings(*uses)
-    more = f"{_listed(stops[1:])}{_listed(worth)}{_facts(found, uses)}"
+    more = f"{_listed(stops[1:])}{_listed(worth)}{_facts(found, uses, quality)}"
     if stops:
         return card("failed", "It cannot be calibrated.", stops[0], more)
     return card("stopped" if worth else "done", "It can be calibrated.", _costs(found, uses), more)
@@ -75,8 +78,8 @@ def _listed(sentences: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(on_the_page(one))}</li>' for one in sentences)}</ul>"
 
 
-def _facts(found: Check, uses: Sequence[str]) -> str:
-    return f'<div class="tenuto-facts">{table([*_rows(found, uses)])}</div>'
+def _facts(found: Check, uses: Sequence[str], quality: Sequence[tuple[str, str]]) -> str:
+    return f'<div class="tenuto-facts">{table([*quality, *_rows(found, uses)])}</div>'
 
 
 def _rows(found: Check, uses: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from tenuto.errors import TenutoError
 from . import check_view
 from .bench import Bench
 from .calibrate_fields import asked
+from .quality import expected_quality
 from .requests import CHOSEN, HOW, calibration, check_of, uses
 from .viewer import QUIET
 
@@ -58,6 +59,9 @@ def looked_at(bench: Bench, *values: Any) -> Iterator[str]:
                 yield check_view.working(str(model))
                 if bench.desk.busy == "calibrate":  # it was checked when it began
                     return
-        yield check_view.unknown() if found is None else check_view.report(found, uses(request))
+        if found is None:
+            yield check_view.unknown()
+            return
+        yield check_view.report(found, uses(request), [*expected_quality(request)])
     except TenutoError as error:
         yield check_view.impossible(str(error))

@@ -19,7 +19,7 @@ from .call import OPTIONS, as_fields
 from .call_fields import CallFields, call_fields, given, watch
 from .call_fields import filled as own_filled
 from .fields import goes_on, noticed, optional
-from .jobs import DONE, FAILED, Job
+from .jobs import DONE, FAILED, RUNNING, WAITING, Job
 from .measured import compared
 from .speedup import MOST
 from .speedup_fields import (
@@ -31,7 +31,7 @@ from .speedup_fields import (
     speedup_fields,
     usable,
 )
-from .view import notice, status
+from .view import in_line, notice, status
 from .viewer import AUDIBLE, CHOICE, QUIET, Viewer, show, viewer
 
 CHOSEN = 9  # fields before those of the pipeline's own settings
@@ -128,7 +128,8 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
         try:
             call = given(bench, chosen[0], values[CHOSEN:])
             faster = usable(bench, chosen[0], chosen[1], speedup)
-            return [bench.compare(*chosen, call=call, speedup=faster).id, ""]
+            job = bench.compare(*chosen, call=call, speedup=faster)
+            return [job.id, in_line(job)]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]
 
@@ -197,8 +198,8 @@ def seen(job: Job | None) -> list[Any]:
     return [
         gr.Timer(active=alive),
         status(job, IDLE),
-        gr.Button(interactive=not alive),
-        gr.Button(interactive=job is not None and job.state == "running"),
+        gr.Button(interactive=True),
+        gr.Button(interactive=job is not None and job.state in (WAITING, RUNNING)),
         compared(result["numbers"]) if done else "",
         gr.Row(visible=done),
         gr.Dropdown(choices=names, value=names[0]) if done else gr.skip(),

@@ -17,8 +17,8 @@ from .bench import Bench
 from .calibrate import STEADY
 from .exports import AS_IT_IS, FORMS, HOSTS, NO_HOST, begun
 from .fields import goes_on, noticed
-from .jobs import DONE, FAILED, Job
-from .view import card, notice, status
+from .jobs import DONE, FAILED, RUNNING, WAITING, Job
+from .view import card, in_line, notice, status
 from .viewer import AUDIBLE, CHOICE, QUIET
 
 IDLE = "Choose what it is for and press Export. The artifact itself needs no export."
@@ -81,7 +81,8 @@ def _wire(bench: Bench, made: Export, parts: tuple[Any, ...]) -> None:
 
     def start(*values: Any) -> list[Any]:
         try:
-            return [begun(bench, *values).id, ""]
+            job = begun(bench, *values)
+            return [job.id, in_line(job)]
         except TenutoError as error:
             return [gr.skip(), notice("It is not exported.", str(error))]
 
@@ -114,8 +115,8 @@ def seen(job: Job | None, to: str = AS_IT_IS) -> list[Any]:
     return [
         gr.Timer(active=alive),
         status(job, IDLE),
-        gr.Button(interactive=not alive and to != AS_IT_IS),
-        gr.Button(interactive=job is not None and job.state == "running"),
+        gr.Button(interactive=to != AS_IT_IS),
+        gr.Button(interactive=job is not None and job.state in (WAITING, RUNNING)),
         gr.DownloadButton(value=str(file), visible=True)
         if file is not None and file.is_file()
         else gr.DownloadButton(visible=False),

@@ -51,6 +51,7 @@ def begun(bench: Bench, model: str, artifact: str, to: str) -> Job:
     out = exported(bench, artifact, to)
     if out.exists():
         raise TenutoError(f"There is {out.name} in the folder exports already: remove it first.")
+    bench.desk.check_free(str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     request = {
         "model": place, "shown_model": model, "artifact": str(file), "shown_artifact": artifact,

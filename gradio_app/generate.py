@@ -58,7 +58,8 @@ def tab(bench: Bench) -> Generate:
             working = gr.HTML("", visible=False, elem_id="generate-working")
             model = gr.Dropdown(
                 models, value=model_name, label="Model", allow_custom_value=True,
-                info="A model that ships, or a folder in diffusers' format", elem_id="model",
+                info="A model that ships, a folder in diffusers' format, or a single file",
+                elem_id="model",
             )  # fmt: skip
             refused = noticed("model-refused")
             artifact = gr.Dropdown(

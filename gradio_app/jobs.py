@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import tenuto
-from tenuto.errors import TenutoError
 
 from .time_left import in_all, use_of
 
-REMEMBERED = 20  # jobs that can be asked for by their id
 PATIENCE = 0.25  # seconds that a worker has to stop by itself
-RUNNING, STOPPING, STOPPED, FAILED, DONE = "running", "stopping", "stopped", "failed", "done"
+WAITING, RUNNING, STOPPING = "waiting", "running", "stopping"
+STOPPED, FAILED, DONE = "stopped", "failed", "done"
 WORKER = "import sys; from tenuto.cli.app import module; sys.exit(module('worker').main())"
 
 SAID = {  # what a worker says, and of which type
@@ -46,7 +45,7 @@ class Job:
     ) -> None:
         self.expected = expected
         self.id, self.kind, self.request, self.log = uuid.uuid4().hex[:12], kind, request, log
-        self.state, self.error = RUNNING, ""
+        self.state, self.error, self.place = WAITING, "", 0  # place: in line, from 1 on
         self.stage, self.note, self.part, self.parts = "Starting", "", 0, 0
         self.done, self.total = 0, 0
         self.loss: list[float] = []
@@ -60,12 +59,19 @@ class Job:
 
     @property
     def alive(self) -> bool:
-        """Whether the work goes on."""
-        return self.state in (RUNNING, STOPPING)
+        """Whether the work goes on, or is to begin."""
+        return self.state in (WAITING, RUNNING, STOPPING)
+
+    @property
+    def begun(self) -> bool:
+        """Whether its process was started."""
+        return self._process is not None
 
     @property
     def seconds(self) -> float:
         """How long it has run."""
+        if self.state == WAITING:
+            return 0.0
         return (time.monotonic() if self.alive else self.ended) - self.began
 
     @property
@@ -82,8 +88,19 @@ class Job:
         gone = time.monotonic() - self.use_began
         return in_all(self.expected, self.part, self.left, gone)
 
+    def facts(self) -> dict[str, Any]:
+        """All that is known, as plain data. place: in line, from 1 on; 0 where it has begun."""
+        return {
+            "id": self.id, "state": self.state, "place": self.place, "stage": self.stage,
+            "part": self.part, "parts": self.parts, "done": self.done, "total": self.total,
+            "note": self.note, "seconds": round(self.seconds, 3), "loss": self.loss,
+            "error": self.error, "result": self.result, "at": time.time(),
+        }  # fmt: skip
+
     def start(self, when_over: Callable[[], None]) -> None:
         """Start the process; `when_over` is called when it has ended, however it ends."""
+        self.state = RUNNING
+        self.began = self.stage_began = self.ended = self.use_began = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(tenuto.__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -163,81 +180,6 @@ def _event(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-class Desk:
-    """One thing at a time: a job, or an image that is being generated. It knows the last jobs."""
-
-    def __init__(self) -> None:
-        self._free, self._jobs = threading.Lock(), {}
-        self._last: dict[str, Job] = {}
-
-    def start(self, job: Job, after: Callable[[Job], None] | None = None) -> Job:
-        """Start `job`; TenutoError while something else is at work. after(job): when it is over."""
-        self.take(job.kind)
-        self._jobs[job.id] = self._last[job.kind] = job
-        for old in list(self._jobs)[:-REMEMBERED]:
-            del self._jobs[old]
-
-        def over() -> None:
-            try:
-                if after is not None:
-                    after(job)
-            finally:
-                self._free.release()
-
-        try:
-            job.start(over)
-        except BaseException:
-            self._free.release()
-            raise
-        return job
-
-    @property
-    def busy(self) -> str:
-        """What is at work: the kind of a job, "image" for an image, or nothing."""
-        if not self._free.locked():
-            return ""
-        return next((job.kind for job in self._jobs.values() if job.alive), "image")
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        """What the jobs that are not over were asked for."""
-        return [job.request for job in list(self._jobs.values()) if job.alive]
-
-    def take(self, what: str) -> None:
-        """Take the desk for `what`; TenutoError, which says who has it, if it is taken."""
-        if not self._free.acquire(blocking=False):
-            busy = self.busy or "image"
-            if busy == "image":
-                raise TenutoError("An image is being generated: wait until it is done.")
-            name = NAMES.get(busy, busy)
-            name = f"{'An' if name[0] in 'aeiou' else 'A'} {name}"
-            raise TenutoError(f"{name} is being made: wait until it is done, or stop it.")
-
-    def give(self) -> None:
-        """The desk is free again."""
-        self._free.release()
-
-    def job(self, key: Any, kind: str) -> Job | None:
-        """The job of that id; else the one that runs, or ran last, of that kind."""
-        found = self._jobs.get(key) if isinstance(key, str) else None
-        last = self._last.get(kind)
-        return found if found is not None and found.kind == kind and not _newer(last) else last
-
-    def close(self) -> None:
-        """Stop the jobs that run, and wait until all has stopped, an image too."""
-        for job in list(self._jobs.values()):
-            if job.alive:
-                job.stop()
-                job.over.wait(5)
-        if self._free.acquire(timeout=5):
-            self._free.release()
-
-
-def _newer(last: Job | None) -> bool:
-    """Whether the last job runs: it is shown, whatever a browser remembers."""
-    return last is not None and last.alive
 
 
 NAMES = {"calibrate": "calibration", "compare": "comparison", "export": "export"}

@@ -96,11 +96,14 @@ def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list
             def on_call(now: int, total: int, which: str = which) -> None:
                 progress((now, total), desc=which, unit="calls")
 
+            def on_wait(place: int, which: str = which) -> None:
+                progress(0, desc=f"{which}: in line, place {place}. It begins by itself")
+
             progress(0, desc="Loading the model")
             found = bench.generate(
                 model, prompt, seed if wanted == 1 else seed + done, steps, guidance,
                 artifact if on else NO_ARTIFACT, beside, on_call, given(bench, model, own),
-                usable(bench, model, artifact, speedup, on),
+                usable(bench, model, artifact, speedup, on), on_wait,
             )  # fmt: skip
             one = _one(bench, found)
             made = [one, *made][:KEPT]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
 from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
+from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint, weight_files
+from tenuto.sampling.single_file_folder import opened_folder
 from tenuto.text import printable
 
 from .given import words
@@ -24,6 +27,7 @@ ENDING = ".safetensors"
 SHIPPED = "shipped:"
 DEMOS = ("demo:transformer", "demo:unet")
 DEPTH = 4  # how far below a root a model is looked for
+OPENED = "opened"  # folder of what opens single files
 LENGTH = 4096  # characters of a name that is looked at
 MANY = 500  # models and folders beyond these are not listed
 
@@ -65,7 +69,7 @@ class Places:
     # --- models ---------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """The shipped models, the diffusers folders under the roots, those of the hub, by name."""
+        """The shipped models, folders and files under the roots, those of the hub, by name."""
         found = []
         for name in DEMOS:
             try:
@@ -75,10 +79,14 @@ class Places:
                 continue
         for root in (*self.roots, *self.added):
             found += [name for name in _models_in(root) if name not in found]
-        return [*found, *(name for name in downloaded(self.hub) if name not in found)]
+        known = downloaded(self.hub)
+        return [*found, *(n for n, p in known.items() if n not in found and not bare(Path(p)))]
 
     def model(self, name: str) -> str:
-        """What `load` takes for the model called `name`; ModelError unless it is under a root."""
+        """What `load` takes for the model called `name`; ModelError unless it is under a root.
+
+        A single file is opened: by a folder in out/opened, which is made where it is missing.
+        """
         name = words(name, "The name of a model", LENGTH)
         if name.startswith(PREFIX):
             check_model(name)
@@ -86,15 +94,25 @@ class Places:
         found = (self._model(name) or downloaded(self.hub).get(name)) if name else None
         if found is None:
             raise ModelError(f"There is no model '{printable(name)}' {self._where(name)}")
+        if Path(found).is_file():
+            return str(opened_folder(Path(found), self.out / OPENED, self._donors()))
         check_model(found)
+        if (Path(found) / NOTE).exists():  # it may lead anywhere
+            raise ModelError(f"'{printable(name)}' has its weights elsewhere: choose their file.")
         return found
+
+    def _donors(self) -> Iterator[Path]:
+        """Folders of models, which may lend a single file what it lacks."""
+        yield from (Path(place) for place in downloaded(self.hub).values())
+        for root in (*self.roots, *self.added):
+            yield from (root / name for name in _models_in(root) if not name.endswith(ENDING))
 
     def _where(self, name: str) -> str:
         """Where a model was looked for, and what to do."""
-        if name.endswith((ENDING, ".ckpt", ".gguf")):
+        if name.endswith((".ckpt", ".pt", ".gguf")):
             return (
-                "that the app can open: it takes folders in diffusers format. The node Tenuto "
-                "Calibrate in ComfyUI takes a single file."
+                "that the app can open: of single files it takes .safetensors. The node Tenuto "
+                "Calibrate in ComfyUI takes what ComfyUI loads."
             )
         if self.hub is not None and HUB_ID.fullmatch(name) and "\\" not in name:
             return (
@@ -105,13 +123,14 @@ class Places:
         return f"{here} that the app was started with."
 
     def _model(self, name: str) -> str | None:
-        """The folder of that name under a root, links followed."""
+        """The folder, or the single file, of that name under a root, links followed."""
         try:
             given = Path(name).expanduser()
             roots = [*self.roots, *self.added]
             tries = [given] if given.is_absolute() else [root / given for root in roots]
             for path in (path.resolve() for path in tries):
-                if any(path.is_relative_to(root.resolve()) for root in roots) and path.is_dir():
+                there = path.is_dir() or (path.suffix == ENDING and path.is_file())
+                if any(path.is_relative_to(root.resolve()) for root in roots) and there:
                     return str(path)
         except (OSError, ValueError, RuntimeError):
             pass  # no such home, a zero in the name, links in a circle
@@ -204,14 +223,22 @@ class Places:
 
 
 def _models_in(root: Path) -> list[str]:
-    """Folders below `root` with a model_index.json, by relative name; no link is followed."""
+    """Models below `root` by relative name: folders with a model_index.json, and single files.
+
+    No link to a folder is followed.
+    """
     found, seen = [], 0
     for folder, below, files in os.walk(root):
         path, seen = Path(folder), seen + 1
         depth = len(path.relative_to(root).parts)
         if "model_index.json" in files:
-            found.append(path.relative_to(root).as_posix() if depth else str(root))
+            if NOTE not in files:  # or it opens a single file, which is listed itself
+                found.append(path.relative_to(root).as_posix() if depth else str(root))
             below.clear()
+        else:
+            single = [path / name for name in sorted(files) if name.endswith(ENDING)][:MANY]
+            single = (file for file in single if inside(file, root) and is_checkpoint(file))
+            found += [file.relative_to(root).as_posix() for file in single]
         below[:] = sorted(d for d in below if not d.startswith(".") and depth < DEPTH)
         if len(found) >= MANY or seen >= 20 * MANY:
             break
@@ -230,6 +257,12 @@ def downloaded(hub: Path | None) -> dict[str, str]:
         if commit and (snapshot / "model_index.json").is_file():
             found["/".join(folder.name.split("--")[1:])] = str(snapshot)
     return found
+
+
+def bare(folder: Path) -> bool:
+    """Whether a model has the configuration of its denoiser alone, to lend to a single file."""
+    parts = [folder / name for name in DENOISERS if (folder / name / "config.json").is_file()]
+    return bool(parts) and not any(weight_files(part) for part in parts)
 
 
 def hub_cache() -> Path | None:

@@ -43,7 +43,7 @@ def aside(
             elem_id="add-artifact",
         )  # fmt: skip
         folder = gr.Textbox(
-            "", label="Add a folder with models in diffusers format", max_lines=1,
+            "", label="Add a folder with models in diffusers format or single files", max_lines=1,
             placeholder="its path on this machine", elem_id="add-folder",
         )  # fmt: skip
         add = gr.Button("Add the folder", size="sm", elem_id="add-folder-now")

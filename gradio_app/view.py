@@ -10,7 +10,7 @@ from typing import Any
 from tenuto.artifact.summary import worded
 from tenuto.text import printable
 
-from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, Job
+from .jobs import DONE, FAILED, NAMES, RUNNING, STOPPED, STOPPING, WAITING, Job
 
 TITLES = 4000  # cells of a map that still get a tooltip each
 HERE = {  # what the library says for the command, and how the page says it
@@ -21,6 +21,7 @@ HERE = {  # what the library says for the command, and how the page says it
     "for any --speedup": "for any speedup",
     "unless --speedup says": "unless another one is chosen",
 }
+WAITS = "It begins by itself when what is before it is done or stopped."
 CELL, ROW, GAP = 12, 9, 4  # pixels of a map: a step, a branch, between blocks
 
 
@@ -59,15 +60,26 @@ def notice(title: str, text: str) -> str:
     return f'<div class="tenuto-card tenuto-failed" data-state="refused" role="alert">{said}</div>'
 
 
+def in_line(job: Job) -> str:
+    """Beside the button that was pressed: that a job stands in line; nothing where it has begun."""
+    if job.state != WAITING:
+        return ""
+    return card(WAITING, f"It is in line, place {job.place}.", WAITS)
+
+
 def status(job: Job | None, idle: str) -> str:
-    """A job in its state: nothing yet, running, stopping, stopped, failed or done."""
+    """A job in its state: nothing yet, in line, running, stopping, stopped, failed or done."""
     if job is None:
         return card("idle", "Nothing yet.", idle)
     kind, what = NAMES[job.kind].capitalize(), what_of(job)
+    if job.state == WAITING:
+        return card(WAITING, f"In line, place {job.place}.", WAITS, what)
     if job.state in (RUNNING, STOPPING):
         title = job.stage if job.state == RUNNING else "Stopping"
         part = f"part {job.part} of {job.parts}" if job.parts > 1 and job.part else ""
         return card(job.state, title, part, what + bar(job))
+    if job.state == STOPPED and not job.begun:
+        return card(STOPPED, f"{kind} not begun.", "It was taken out of the line.", what)
     if job.state == STOPPED:
         text = f"after {lasting(job.seconds)}, in “{job.stage}”."
         text += " What was finished is kept: Resume goes on there." * (job.kind == "calibrate")
@@ -79,6 +91,12 @@ def status(job: Job | None, idle: str) -> str:
 
 def what_of(job: Job) -> str:
     """What was asked for, in a line: whatever the fields say by now."""
+    said = words_of(job)
+    return f'<div class="tenuto-small tenuto-what">{escape(said)}</div>' if said else ""
+
+
+def words_of(job: Job) -> str:
+    """The same as a text."""
     asked = job.request
     if "shown_model" not in asked:
         return ""
@@ -102,7 +120,7 @@ def what_of(job: Job) -> str:
         parts += [asked["preset"], f"to {Path(asked['out']).name}"]
     call = {name: printable(worded(value), 40) for name, value in asked.get("call", {}).items()}
     parts += [f"{name} {value}" for name, value in call.items()]
-    return f'<div class="tenuto-small tenuto-what">{escape(", ".join(parts))}</div>'
+    return ", ".join(parts)
 
 
 def report(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+SIZES = ((1400, 900), (390, 844))
 TABS = ("Generate", "Calibrate", "Compare", "Export")
 
 
@@ -71,7 +72,6 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(
     page.wait_for_selector("#generate")
     tab.show("Calibrate")
     wait(tab, "running")
-    page.wait_for_selector("#calibrate-start:disabled")
     first = share(tab)
     page.wait_for_function(
         "before => Number(document.querySelector('#calibrate-status [role=progressbar]')"
@@ -83,10 +83,9 @@ def test_a_calibration_is_reloaded_stopped_resumed_and_used(
     page.wait_for_selector("#calibrate-loss polyline")
 
     assert not findings(page), "while it runs"
-    other = visit(app)  # another tab of the browser sees it, and may not start a second one
+    other = visit(app)  # another tab of the browser sees it
     other.show("Calibrate")
     wait(other, "running")
-    other.page.wait_for_selector("#calibrate-start:disabled")
     other.page.close()
 
     began = time.monotonic()
@@ -181,7 +180,7 @@ def open_all(tab: Any) -> None:
         page.wait_for_selector("#generate-mask")
 
 
-@pytest.mark.parametrize("size", [(1400, 900), (390, 844)], ids=["wide", "phone"])
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "phone"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_axe_finds_nothing_serious(
     app: Any, visit: Any, findings: Any, dark: bool, size: tuple[int, int]
@@ -216,9 +215,10 @@ def test_axe_finds_nothing_serious(
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_keyboard_is_enough(app: Any, visit: Any) -> None:
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "phone"])
+def test_the_keyboard_is_enough(app: Any, visit: Any, size: tuple[int, int]) -> None:
     """From the prompt by Tab to Generate; the divider by its own slider; the focus is seen."""
-    tab = visit(app)
+    tab = visit(app, width=size[0], height=size[1])
     page = tab.page
     page.fill("#steps input[type=number]", "1")
     page.focus("#prompt textarea")
@@ -256,11 +256,31 @@ def press(page: Any, place: str) -> None:
     page.keyboard.press("Enter")
 
 
-def test_every_job_by_the_keyboard_alone(app: Any, visit: Any) -> None:
+def go_to(page: Any, name: str) -> None:
+    """Choose a tab by the keyboard; one that a narrow window has no room for is in a menu."""
+    places = page.evaluate(
+        "name => [...document.querySelectorAll('[role=tab], .overflow-dropdown button')]"
+        ".filter(b => b.innerText.trim() === name && b.offsetParent).map(b => b.role)",
+        name,
+    )
+    if "tab" in places:
+        press(page, f"[data-tab-id={name.lower()}]")
+    else:
+        press(page, ".overflow-menu > button")
+        for _ in range(10):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.innerText?.trim()") == name:
+                break
+        page.keyboard.press("Enter")
+    page.wait_for_selector(f"#{name.lower()}-start", state="visible")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "phone"])
+def test_every_job_by_the_keyboard_alone(app: Any, visit: Any, size: tuple[int, int]) -> None:
     """A calibration begun, stopped and thrown away; a comparison; an export."""
-    tab = visit(app, width=1400)
+    tab = visit(app, width=size[0], height=size[1])
     page = tab.page
-    press(page, "[data-tab-id=calibrate]")
+    go_to(page, "Calibrate")
     reach(page, "#calibrate-name")
     page.keyboard.press("Control+a")
     page.keyboard.type("by-keyboard")
@@ -278,13 +298,13 @@ def test_every_job_by_the_keyboard_alone(app: Any, visit: Any) -> None:
         page.wait_for_timeout(100)
     assert not list(app.out.glob("**/by-keyboard*.json"))
 
-    press(page, "[data-tab-id=compare]")
+    go_to(page, "Compare")
     press(page, "#compare-start")
     wait(tab, "running", "#compare-status")
     press(page, "#compare-stop")
     wait(tab, "stopped", "#compare-status")
 
-    press(page, "[data-tab-id=export]")
+    go_to(page, "Export")
     reach(page, "#export-to")
     page.keyboard.press("Tab")  # Gradio's radios are reached one by one
     page.keyboard.press("Space")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gradio_app import check_view, jobs
+from gradio_app import check_view, jobs, quality
 from gradio_app.bench import Bench
 from gradio_app.checking import looked_at
 from gradio_app.settings import Settings
@@ -173,3 +173,31 @@ def test_texts_are_escaped(bench: Bench) -> None:
     evil = "<script>alert(1)</script>"
     for said in (last(bench, model=evil), check_view.working(evil)):
         assert "<script" not in said and "alert(1)" in said
+
+
+def test_the_quality_to_expect(bench: Bench) -> None:
+    """Of a model that ships what was measured; of another that it was not, and a prediction."""
+    said = words(last(bench, reuse=30, encoder="w4"))
+    assert "Expected quality: weights not measured on your model: 35 to 37 dB on the two" in said
+    assert "cache schedule not measured on your model: 43 to 48 dB on the two that ship" in said
+    assert "text encoders not measured on your model;" in said
+    assert "predicted by the forecast that ships, not measured on your model" in said
+    said = words(last(bench, reuse=45, scheme="w6a8"))
+    assert "weights not measured on your model; the tab Compare measures it" in said
+    assert "cache schedule not measured on your model; the tab Compare" in said
+    said = words(last(bench, model="demo:unet", scheme="w8a8", reuse=0))
+    assert "weights 45.4 dB was measured on this model (64 prompts, 20 steps)" in said
+    assert "your model" not in said and "cache schedule" not in said.lower()
+    assert "forecast" not in words(last(bench, steps="4")), "too short to skip calls"
+
+
+def test_what_is_said_of_quality_was_measured() -> None:
+    """The numbers are those of the table in the documentation."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text("utf-8")
+    rows = {"w8a8": "W8A8, every layer", "w4a8": "W4A8 by GPTQ", "w4a16": "W4A16 by GPTQ"}
+    for model, column in (("demo:transformer", 2), ("demo:unet", 5)):
+        known = {rows[scheme]: value for scheme, value in quality.MEASURED[model].items()}
+        known["30 % of branch calls reused"] = quality.ROUTED[model]
+        for name, value in known.items():
+            line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+            assert line.split("|")[column].split()[0] == f"{value}", (model, name)

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 import tenuto
 from gradio_app import jobs, view
 from gradio_app.bench import Bench
+from gradio_app.desk import Desk
 from gradio_app.given import given, real, whole
 from gradio_app.infotext import parsed, written
-from gradio_app.jobs import Desk, Job
+from gradio_app.jobs import Job
 from gradio_app.pictures import restored
 from gradio_app.places import Places, checked_name
 from gradio_app.png import BUDGET, texts
@@ -299,7 +300,8 @@ def test_a_job_ends_in_its_state(
     found = desk.start(job(how, tmp_path, monkeypatch), lambda job: seen.append(job.state))
     assert found.over.wait(20)
     assert (found.state, found.error, seen) == (state, error, [state])
-    desk.take("image")  # it is free again
+    with desk.turn("an image"):  # it is free again
+        assert desk.busy == "image" and not desk.line
     assert escaped(view.status(found, ""))
 
 
@@ -309,8 +311,6 @@ def test_a_stop_stops_even_who_does_not_listen(
 ) -> None:
     desk = Desk()
     found = desk.start(job(how, tmp_path, monkeypatch))
-    with pytest.raises(TenutoError, match="calibration is being made"):
-        desk.take("image")
     while found.stage != "Work":
         time.sleep(0.01)
     found.stop()
@@ -336,6 +336,7 @@ def test_who_sees_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_time_left_is_of_this_part() -> None:
     found = Job("calibrate", {}, Path("log"))
+    found.state = "running"
     found.take({"stage": "Quantizing", "part": 2, "done": 600, "total": 1000})
     found.stage_began -= 10
     assert found.left is None, "resumed at 600, and nothing more done"
@@ -630,22 +631,22 @@ def test_a_request_is_kept_as_it_was_asked(tmp_path: Path) -> None:
 
 
 def test_threads_do_not_pass_each_other() -> None:
-    """Of many that come at once one gets the desk."""
-    desk, got = Desk(), []
+    """Of many that come at once one has the desk at a time, and each gets it."""
+    desk, got, there = Desk(), [], set()
 
-    def come() -> None:
-        try:
-            desk.take("image")
-            got.append(1)
-        except TenutoError:
-            pass
+    def come(number: int) -> None:
+        with desk.turn("an image"):
+            there.add(number)
+            got.append(set(there))
+            time.sleep(0.01)
+            there.remove(number)
 
-    threads = [threading.Thread(target=come) for _ in range(20)]
+    threads = [threading.Thread(target=come, args=(i,)) for i in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 1
+    assert sorted(min(one) for one in got if len(one) == 1) == [*range(20)] and desk.busy == ""
 
 
 def test_only_a_tick_stops_what_watches_a_job() -> None:

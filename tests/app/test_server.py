@@ -312,11 +312,15 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: 
     options = {"model": TINY, "name": "by-api", "scheme": "w8a8", "prompts": "a red dog\na cat"}
     job = client.predict(options, api_name="/calibrate")
     assert job["state"] == "running"
-    assert "calibration is being made" in refused(client.predict, options, api_name="/calibrate")
-    assert "calibration is being made" in refused(generated, client)
+    assert "is being made, or stands" in refused(client.predict, options, api_name="/calibrate")
+    behind = client.predict(options | {"name": "behind"}, api_name="/calibrate")
+    assert (behind["state"], behind["place"]) == ("waiting", 1)
+    assert client.predict("calibrate", api_name="/job")["id"] == job["id"], "what runs is told"
     found = until_over(client, "calibrate")
     assert found["state"] == "done", found
-    assert found["result"]["name"] == "by-api" and "by-api.safetensors" in found["result"]["text"]
+    assert found["id"] == behind["id"], "it began by itself"
+    assert found["result"]["name"] == "behind" and "behind.safetensors" in found["result"]["text"]
+    assert {"by-api", "behind"} <= {*client.predict(api_name="/about")["artifacts"][TINY]}
     assert "already" in refused(client.predict, options, api_name="/calibrate")
 
     drawn = generated(client, artifact="by-api", beside=True)

@@ -48,6 +48,14 @@ def import_parts(folder: Path) -> None:
             imported(str(row[1]), row[0])
 
 
+def typed(dtype: Any) -> dict[str, Any]:
+    """`dtype`, fp32 where it is None, by the keyword that this diffusers has for it."""
+    import torch
+
+    new = tuple(int(n) for n in library("diffusers").__version__.split(".")[:2]) >= (0, 40)
+    return {"dtype" if new else "torch_dtype": dtype or torch.float32}
+
+
 def silence(watched: bool) -> None:
     """Keep the libraries' chatter and loading bars away; where one watches, downloads show."""
     from huggingface_hub.utils import disable_progress_bars

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
-from .libraries import import_parts, imported, library, quiet_loading
+from .libraries import import_parts, imported, library, quiet_loading, typed
 from .processes import processes
+from .single_file import pointed, read_denoisers, read_whole
 
 log = logging.getLogger("tenuto")
 
@@ -170,6 +171,10 @@ def load(
     check_model(model)
     path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
     local = path.is_dir()
+    if local and pointed(path):
+        with _one_sentence(path, local), quiet_loading():
+            pipe = read_whole(path, typed(dtype), parts)
+        return pipe if device is None else pipe.to(device)
     if parts is not None:
         return _read(path if local else _downloaded(model), device, dtype, True, given=parts)
     if low_memory is not False:
@@ -193,6 +198,8 @@ def load_denoisers(model: str) -> Any:
     with _one_sentence(folder, local=True), quiet_loading():
         from .low_memory import check_in_float, parts_on_disk
 
+        if pointed(folder):
+            return SimpleNamespace(**read_denoisers(folder, typed(None)))
         check_in_float(folder)
         import_parts(folder)
         found = parts_on_disk(folder, torch.device("cpu"), torch.float32, encoders=False)
@@ -241,9 +248,7 @@ def _read(
         import_parts(Path(source))
     diffusers = library("diffusers")
     dtype = dtype or torch.float32
-    new = tuple(int(n) for n in diffusers.__version__.split(".")[:2]) >= (0, 40)
-    kind = {"dtype" if new else "torch_dtype": dtype}
-    kind |= {"use_safetensors": True, "local_files_only": local}
+    kind = typed(dtype) | {"use_safetensors": True, "local_files_only": local}
     place = torch.device("cpu" if device is None else device)
     apart: dict[str, Any] = {}
     with _one_sentence(source, local), quiet_loading():

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import SHORT, ModelError
 from .libraries import LIBRARIES, imported, quiet_loading
 from .loading import check_model, class_of, folder_of
+from .single_file import MODELS, bytes_of, checked, pointed, size_of
 
 CONFIG, INDEX = "config.json", "model_index.json"
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -54,7 +55,7 @@ def skeleton(model: str) -> Skeleton | None:
     if folder is None or kind is None:
         return None
     pipe: Any = object.__new__(kind)  # its __init__ reads configurations that nobody asks for
-    found = Skeleton(folder, pipe)
+    found, single = Skeleton(folder, pipe), checked(folder) if pointed(folder) else None
     for name, (library, cls) in _parts(folder):
         place, ours = folder / name, library in LIBRARIES
         built = ours and name.startswith(BUILT)
@@ -67,7 +68,9 @@ def skeleton(model: str) -> Skeleton | None:
                 return None
         elif name == "scheduler" and ours:
             vars(pipe)[name] = _scheduler(place, cls)
-        if (place / CONFIG).is_file():
+        if single is not None and name.startswith(MODELS):
+            found.stored[name] = bytes_of(single, name, cls)
+        elif (place / CONFIG).is_file():
             _weigh(found, name, needed=built)
     return found
 
@@ -159,13 +162,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
                 count = 1
                 for size in part.get_shape():
                     count *= size
-                yield key, count * _bytes(part.get_dtype())
-
-
-def _bytes(dtype: str) -> int:
-    """Of one value of a type as safetensors writes it: F32, BF16, F8_E4M3, I8, BOOL."""
-    bits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
-    return max(1, int(bits or 8) // 8)
+                yield key, count * size_of(part.get_dtype())
 
 
 def _files(folder: Path) -> list[Path]:

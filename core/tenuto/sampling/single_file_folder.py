@@ -1,0 +1,124 @@
+"""The folder by which a checkpoint in a single file is used as a model; see `single_file`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import ModelError
+from ..files import write_text
+from .libraries import imported, quiet_loading
+from .single_file import (
+    CODES,
+    DENOISERS,
+    MODELS,
+    NOTE,
+    SMALL,
+    header,
+    holds,
+    hub_id,
+    is_checkpoint,
+    parts_in,
+    pointed,
+    weight_files,
+)
+
+
+def opened_folder(file: Path, out: Path, donors: Iterable[Path]) -> Path:
+    """The folder, below `out`, by which `file` is used as a model; made where it is missing.
+
+    donors: folders in diffusers format, of which one of the same kind gives the configurations.
+    ModelError if the file has no denoiser, is quantized, or none of them fits.
+    """
+    if not is_checkpoint(file):
+        raise ModelError(f"{file.name} has no denoiser: it is not the checkpoint of a model.")
+    for name, (dtype, _) in header(file).items():
+        if dtype in CODES and name.endswith("weight"):
+            raise ModelError(
+                f"{file.name} is already quantized ({dtype}): choose the one in 16 or 32 bits."
+            )
+    about = file.stat()
+    sign = hashlib.sha256(f"{file} {about.st_mtime_ns} {about.st_size}".encode()).hexdigest()[:10]
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-")[:60]
+    folder = out / f"{stem}-{sign}"
+    if pointed(folder) is None:
+        lacking, seen = "", set[str]()
+        for donor in donors:
+            found = _fits(file, donor, seen)
+            lacking = found if isinstance(found, str) else lacking
+            if found is True:
+                _write(file, donor, folder)
+                return folder
+        raise ModelError(lacking or _unknown(file))
+    return folder
+
+
+def _unknown(file: Path) -> str:
+    """Why a file is not opened, and what would help."""
+    known = hub_id(file)
+    if known is None:
+        return (
+            f"{file.name} is of a kind that diffusers does not open from a single file: the node "
+            "Tenuto Calibrate in ComfyUI takes it."
+        )
+    return (
+        f"{file.name} has weights alone, and no model of its kind is here to lend its configuration"
+        f' and tokenizers: hf download {known} --include "*.json" "*.txt" "*.model" gets them.'
+    )
+
+
+def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
+    """Whether a model has the kind of denoiser that is in `file`; or which part is nowhere.
+
+    seen: configurations that did not fit, of which many models share one.
+    """
+    import torch
+
+    try:
+        _, parts = parts_in(donor)
+        name = next(name for name in parts if name in DENOISERS)
+        config = f"{parts[name][1]} {(donor / name / 'config.json').read_text('utf-8')}"
+        if config in seen:
+            return False
+        seen.add(config)
+        meta = {n: torch.empty(shape, device="meta") for n, (_, shape) in header(file).items()}
+        with quiet_loading():
+            imported(parts[name][1]).from_single_file(
+                meta, config=str(donor), subfolder=name, local_files_only=True, device="meta"
+            )
+    except Exception:  # of a config or class that is not for this file
+        return False
+    for part, (_, kind) in parts.items():
+        encoder = part.startswith(MODELS) and part not in DENOISERS
+        if encoder and not holds(file, part, kind) and not weight_files(donor / part):
+            seen.discard(config)  # another model of the kind may have it
+            return (
+                f"{file.name} has no {part.replace('_', ' ')}, and {donor.name}, a model of the "
+                "same kind, has none here either: a whole folder of that kind would do."
+            )
+    return True
+
+
+def _write(file: Path, donor: Path, folder: Path) -> None:
+    """The folder, all at once: one that was left half written is never used."""
+    index, parts = parts_in(donor)
+    unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
+    index |= {key: value for key, value in unchecked.items() if key in index}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".opening-") as aside:
+        made = Path(aside) / "made"
+        for name in parts:
+            for small in sorted((donor / name).glob("*")) if (donor / name).is_dir() else ():
+                if small.suffix in SMALL and ".index." not in small.name:
+                    (made / name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(small, made / name / small.name)
+        write_text(made / "model_index.json", json.dumps(index, indent=1) + "\n")
+        note = {"file": str(file), "rest": str(donor)}
+        write_text(made / NOTE, json.dumps(note, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
