@@ -17,12 +17,17 @@ from ..resources import asset
 from ..resources import prompts as shipped_prompts
 from .libraries import import_parts, imported, library, quiet_loading
 from .processes import processes
+from .weight_files import INDEX, as_it_lies
 
 log = logging.getLogger("tenuto")
 
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general", "captions")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
+SINGLE = (
+    "a model is a diffusers folder, a hub id or demo:NAME. docs/diffusers.md says how to "
+    "make a folder of a checkpoint; in ComfyUI the node Tenuto Calibrate takes the file itself."
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -68,7 +73,7 @@ def _shipped_models() -> list[str]:
     names = []
     for name in ("transformer", "unet"):
         try:
-            if (asset(f"demo-{name}") / "model_index.json").is_file():
+            if (asset(f"demo-{name}") / INDEX).is_file():
                 names.append(name)
         except TenutoError:
             continue
@@ -118,12 +123,12 @@ def check_model(model: str) -> None:
         return
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelError(f"{model} is not a diffusers folder: it has no model_index.json.")
+        if not (path / INDEX).is_file():
+            part = (path.parent / INDEX).is_file()
+            said = f"it is a part of {path.parent}: name that" if part else f"it has no {INDEX}"
+            raise ModelError(f"{model} is not a diffusers folder: {said}.")
     elif path.exists():
-        raise ModelError(
-            f"{model} is a file; a model is a diffusers folder, a hub id or demo:NAME."
-        )
+        raise ModelError(f"{model} is a file; {SINGLE}")
     elif not HUB_ID.fullmatch(model):
         raise ModelError(f"There is no folder {model}, and no hub id is written like that.")
 
@@ -132,7 +137,7 @@ def class_of(model: str) -> type | None:
     """The class of diffusers that loading such a model gives; None where only loading tells."""
     folder = folder_of(model)
     try:
-        facts = json.loads((folder / "model_index.json").read_text("utf-8")) if folder else {}
+        facts = json.loads((folder / INDEX).read_text("utf-8")) if folder else {}
         name = str(facts.get("_class_name"))
     except (OSError, ValueError, AttributeError):
         return None
@@ -144,7 +149,7 @@ def encoder_names(model: str) -> tuple[str, ...]:
     """The text encoders of a model by what its pipeline calls them; a hub id is downloaded."""
     folder = folder_of(model) or _downloaded(model)
     try:
-        facts = json.loads((folder / "model_index.json").read_text("utf-8"))
+        facts = json.loads((folder / INDEX).read_text("utf-8"))
         return tuple(n for n, row in facts.items() if n.startswith("text_encoder") and any(row))
     except (OSError, ValueError, TypeError, AttributeError):
         return ()
@@ -252,6 +257,9 @@ def _read(
 
             apart = parts_on_disk(Path(source), place, dtype, encoders)
         known = _shared(source, kind) | apart | dict(given or {})
+        if (Path(source) / INDEX).is_file():
+            absent, found = as_it_lies(Path(source), class_of(str(source)), set(known))
+            known, kind = absent | known, kind | found
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **known, **kind)
     if not apart:
         return pipe if device is None else pipe.to(device)
@@ -280,7 +288,7 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     once, and a checkout without links (Windows) has a text file in its place.
     """
     folder = Path(source)
-    ours = folder.name.startswith("demo-") and (folder / "model_index.json").is_file()
+    ours = folder.name.startswith("demo-") and (folder / INDEX).is_file()
     vae = folder.parent / OWNER / "vae"
     if not ours or (folder / "vae").is_dir() or not vae.is_dir():
         return {}
@@ -288,6 +296,5 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
     return text if len(text) <= 200 else text[:200] + " ..."
