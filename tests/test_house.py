@@ -273,6 +273,18 @@ def test_a_clone_in_custom_nodes_loads(name: str, monkeypatch: pytest.MonkeyPatc
     assert hasattr(package, "comfy_entrypoint") or hasattr(package, "NODE_CLASS_MAPPINGS")
 
 
+def test_a_script_beside_a_clone_gets_the_library(tmp_path: Path) -> None:
+    """Python looks into the folder above the clone first, and finds the clone as `tenuto`."""
+    (tmp_path / "tenuto").symlink_to(ROOT)
+    code = "import tenuto, tenuto.errors as e; print(tenuto.__file__, tenuto.attach, e.__file__)"
+    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert str(ROOT / "core" / "tenuto" / "__init__.py") in found.stdout
+    assert str(ROOT / "core" / "tenuto" / "errors.py") in found.stdout
+
+
 # --- what the code may not do -------------------------------------------------------------------
 
 

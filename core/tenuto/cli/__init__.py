@@ -10,16 +10,20 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tenuto` with these arguments (else the command line's) and return its exit code.
 
+    Without any it is the help, and a model without a command is checked: see `with_command`.
     0: done. 2: bad input, one sentence on stderr. 130: interrupted by Ctrl-C.
     """
     import typer
     from typer.main import get_command
 
+    from .arguments import with_command
     from .program import program
     from .run import BAD
 
+    command: Any = get_command(program)
+    given = with_command(sys.argv[1:] if argv is None else argv, command.commands)
     try:
-        code = get_command(program).main(argv, prog_name="tenuto", standalone_mode=False)
+        code = command.main(given, prog_name="tenuto", standalone_mode=False)
     except typer.TyperException as error:
         print(_complaint(error), file=sys.stderr)
         return BAD

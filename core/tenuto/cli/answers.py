@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..artifact.summary import check_lines, counted, layers_by_scheme, mib
-from ..caching import predicted
+from ..caching import SHORTEST, predicted
 from ..measure import resident_weight_bytes
 from ..model import denoisers_of
 from ..runtime import Tenuto, attach
@@ -40,8 +40,15 @@ def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> lis
 def skipped_line(attached: Any) -> list[str]:
     """What a forecast did in the run that is over: nothing, or one line."""
     found = attached.forecast() if isinstance(attached, Tenuto) else None
-    if not found or not found["skipped"]:
+    if not found:
         return []
+    if not found["skipped"]:
+        few = (
+            f": runs of fewer than {SHORTEST} steps compute each"
+            if found["steps"] < SHORTEST
+            else ""
+        )
+        return [f"None of the {counted(found['steps'], 'call')} was skipped{few}."]
     said = predicted(found["predicted_db"], bool(found["kernel"]))
     return [f"{found['skipped']} of {found['steps']} calls were skipped. {said}"]
 

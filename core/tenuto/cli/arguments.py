@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 
 
 def whole(least: int) -> Callable[[str | int], int]:
@@ -65,6 +66,21 @@ def text(value: str) -> str:
     if not value.strip():
         raise ValueError("takes some text")
     return value
+
+
+def with_command(arguments: Sequence[str], known: Container[str]) -> list[str]:
+    """Arguments of `tenuto` with the command that is meant where they name none.
+
+    `tenuto` is its help, and `tenuto MODEL` is `tenuto check MODEL`, which changes nothing. A
+    model is `demo:NAME`, what has a slash in it, or a folder or file that is there.
+    """
+    if not arguments:
+        return ["--help"]
+    first = arguments[0]
+    if first in known or first.startswith("-"):
+        return list(arguments)
+    model = first.startswith("demo:") or "/" in first or Path(first).exists()
+    return ["check", *arguments] if model else list(arguments)
 
 
 def spelled(

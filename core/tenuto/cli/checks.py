@@ -45,6 +45,13 @@ def check_picture(path: Path | Literal[True], artifact: Path) -> Path:
     return out
 
 
+def check_image(path: Path) -> None:
+    """`check_file`, of an image: a PNG is written, whatever it were called."""
+    check_file(path)
+    if path.suffix.lower() != ".png":
+        raise TenutoError(f"Images are written as PNG: name a file that ends in .png, not {path}.")
+
+
 def work_folder(path: Path) -> Path:
     """Where unfinished work for `path` is kept: NAME.work beside NAME.safetensors."""
     return path.with_name(f"{path.stem}.work")
@@ -56,6 +63,8 @@ def check_out(path: Path) -> Path:
     work = work_folder(path)
     if work == path or (work.exists() and not work.is_dir()) or any(_foreign(work)):
         raise TenutoError(f"Unfinished work would be kept in {work}, which is taken: rename --out.")
+    if path.suffix.lower() != ".safetensors":  # hosts list no others
+        raise TenutoError(f"--out is a file that ends in .safetensors, and {path} is none.")
     return work
 
 

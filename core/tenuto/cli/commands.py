@@ -30,6 +30,7 @@ from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
+    check_image,
     check_kernel,
     check_out,
     check_quantization,
@@ -204,7 +205,7 @@ def generate(
     check_model(model)
     how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
-    check_file(out)
+    check_image(out)
     found, states = load_artifact(artifact) if artifact else None, PromptStates(prompt_cache)
     sampling = sampling_of(
         model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
@@ -269,7 +270,8 @@ def compare(
         speedup=speedup, on_progress=bars("Comparing"), **how_called(compile, graphs),
     )  # fmt: skip
     bars.close()
-    with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else f" --speedup {speedup}"
+    with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else ""
+    with_it += f" --speedup {speedup}" if speedup is not None else ""
     use = f"tenuto generate {shlex.quote(model)}{with_it} --prompt TEXT"
     return Answer(str(measured), measured.to_json(), next=use)
 

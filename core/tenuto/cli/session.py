@@ -14,7 +14,7 @@ from ..artifact import Artifact, fingerprint
 from ..caching import Speedup
 from ..calibration import ENCODERS, Check, check
 from ..calibration.check.peak import kept_to
-from ..errors import TenutoError
+from ..errors import ArtifactError, TenutoError
 from ..files import clear_parts
 from ..lock import Lock
 from ..model import denoisers_of, encoders_of
@@ -40,7 +40,8 @@ from ..sampling import (
     work_in,
 )
 from ..sampling.libraries import silence
-from ..sampling.loading import PREFIX, Defaults, class_of, defaults, load
+from ..sampling.loading import PREFIX, Defaults, class_of, defaults, folder_of, load
+from ..sampling.weight_files import parts_in
 from .calls import fitted, with_images
 from .checks import RECORDING, check_encoders, damage_told, device_of
 from .console import Bars
@@ -145,7 +146,7 @@ def pipeline(
     effort: what else the check takes. max_memory: bytes that it is kept to, else TenutoError.
     memory: as `load` takes it.
     """
-    check_call(model, sampling.call)  # loading takes its time
+    check_call(model, sampling.call, artifact)  # loading takes its time
     uses = () if use is None else (use,)
     if use == "quantize":
         uses = (use,) * (scheme is not None) + (ENCODERS,) * (encoder is not None)
@@ -170,13 +171,25 @@ def pipeline(
     return pipe
 
 
-def check_call(model: str, call: Mapping[str, Any]) -> None:
-    """TenutoError unless such a model's pipeline takes a call, as far as its class tells."""
+def check_call(model: str, call: Mapping[str, Any], artifact: Artifact | None = None) -> None:
+    """TenutoError unless such a model's pipeline takes a call, as far as its class tells.
+
+    Where it does not, and has no part of the class that `artifact` was made for, that is said.
+    """
     kind = class_of(model)
-    if kind is not None:
+    if kind is None:
+        return
+    try:
         found = fitted(kind, call)
         check_names(kind, found)
         check_needed(kind, found)
+    except TenutoError as error:
+        folder, made = folder_of(model), artifact and artifact.header["model_class"]
+        own = [name for _, (_, name) in parts_in(folder)] if folder else []
+        if made is None or not own or made in own:
+            raise
+        said = f"The artifact was made for another model: for {made}, and there is none in {model}."
+        raise ArtifactError(said) from error
 
 
 def checked(

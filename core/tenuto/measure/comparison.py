@@ -103,9 +103,9 @@ class Comparison:
         if bf16 is not None and own:
             gains["plain bf16"] = bf16 / own
         faster = [f"{x:.2f} times as fast as {name}" for name, x in gains.items() if x >= 1]
-        slower = [f"{name} here: {1 / x:.2f} times the time" for name, x in gains.items() if x < 1]
+        slower = [f"{name} ({1 / x:.2f} times the time)" for name, x in gains.items() if x < 1]
         parts = [" and ".join(faster)] * bool(faster)
-        parts += [f"slower than {' and '.join(slower)}"] * bool(slower)
+        parts += [f"here slower than {' and '.join(slower)}"] * bool(slower)
         text = ", but ".join(parts)
         return f"{text[0].upper()}{text[1:]}."
 

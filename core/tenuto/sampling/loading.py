@@ -15,15 +15,21 @@ from typing import Any, NamedTuple
 from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
-from .libraries import import_parts, imported, library, quiet_loading, typed
+from ..text import first_line
+from .libraries import import_parts, imported, quiet_loading, typed
 from .processes import processes
 from .single_file import pointed, read_denoisers, read_whole
+from .weight_files import INDEX, as_it_lies
 
 log = logging.getLogger("tenuto")
 
 PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general", "captions")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
+SINGLE = (
+    "a model is a diffusers folder, a hub id or demo:NAME. docs/diffusers.md says how to "
+    "make a folder of a checkpoint; in ComfyUI the node Tenuto Calibrate takes the file itself."
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -69,7 +75,7 @@ def _shipped_models() -> list[str]:
     names = []
     for name in ("transformer", "unet"):
         try:
-            if (asset(f"demo-{name}") / "model_index.json").is_file():
+            if (asset(f"demo-{name}") / INDEX).is_file():
                 names.append(name)
         except TenutoError:
             continue
@@ -119,12 +125,12 @@ def check_model(model: str) -> None:
         return
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ModelError(f"{model} is not a diffusers folder: it has no model_index.json.")
+        if not (path / INDEX).is_file():
+            part = (path.parent / INDEX).is_file()
+            said = f"it is a part of {path.parent}: name that" if part else f"it has no {INDEX}"
+            raise ModelError(f"{model} is not a diffusers folder: {said}.")
     elif path.exists():
-        raise ModelError(
-            f"{model} is a file; a model is a diffusers folder, a hub id or demo:NAME."
-        )
+        raise ModelError(f"{model} is a file; {SINGLE}")
     elif not HUB_ID.fullmatch(model):
         raise ModelError(f"There is no folder {model}, and no hub id is written like that.")
 
@@ -133,7 +139,7 @@ def class_of(model: str) -> type | None:
     """The class of diffusers that loading such a model gives; None where only loading tells."""
     folder = folder_of(model)
     try:
-        facts = json.loads((folder / "model_index.json").read_text("utf-8")) if folder else {}
+        facts = json.loads((folder / INDEX).read_text("utf-8")) if folder else {}
         name = str(facts.get("_class_name"))
     except (OSError, ValueError, AttributeError):
         return None
@@ -145,7 +151,7 @@ def encoder_names(model: str) -> tuple[str, ...]:
     """The text encoders of a model by what its pipeline calls them; a hub id is downloaded."""
     folder = folder_of(model) or _downloaded(model)
     try:
-        facts = json.loads((folder / "model_index.json").read_text("utf-8"))
+        facts = json.loads((folder / INDEX).read_text("utf-8"))
         return tuple(n for n, row in facts.items() if n.startswith("text_encoder") and any(row))
     except (OSError, ValueError, TypeError, AttributeError):
         return ()
@@ -246,8 +252,6 @@ def _read(
 
     with _one_sentence(source, local), quiet_loading():
         import_parts(Path(source))
-    diffusers = library("diffusers")
-    dtype = dtype or torch.float32
     kind = typed(dtype) | {"use_safetensors": True, "local_files_only": local}
     place = torch.device("cpu" if device is None else device)
     apart: dict[str, Any] = {}
@@ -255,9 +259,12 @@ def _read(
         if encoders is not None:
             from .low_memory import parts_on_disk
 
-            apart = parts_on_disk(Path(source), place, dtype, encoders)
+            apart = parts_on_disk(Path(source), place, dtype or torch.float32, encoders)
         known = _shared(source, kind) | apart | dict(given or {})
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **known, **kind)
+        if (Path(source) / INDEX).is_file():
+            absent, found = as_it_lies(Path(source), class_of(str(source)), set(known))
+            known, kind = absent | known, kind | found
+        pipe = imported("DiffusionPipeline").from_pretrained(str(source), **known, **kind)
     if not apart:
         return pipe if device is None else pipe.to(device)
     for name, part in pipe.components.items():
@@ -275,7 +282,8 @@ def _one_sentence(source: str | Path, local: bool) -> Iterator[None]:
         raise
     except Exception as error:  # diffusers, transformers and the hub each have their own
         where = "Cannot load" if local else "There is no such folder, and the hub does not give"
-        raise ModelError(f"{where} {source}: {_first_line(error)}") from error
+        said = f"{where} {source}: {first_line(error, 200) or type(error).__name__}"
+        raise ModelError(said) from error
 
 
 def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -285,14 +293,8 @@ def _shared(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     once, and a checkout without links (Windows) has a text file in its place.
     """
     folder = Path(source)
-    ours = folder.name.startswith("demo-") and (folder / "model_index.json").is_file()
+    ours = folder.name.startswith("demo-") and (folder / INDEX).is_file()
     vae = folder.parent / OWNER / "vae"
     if not ours or (folder / "vae").is_dir() or not vae.is_dir():
         return {}
     return {"vae": imported("AutoencoderKL").from_pretrained(str(vae), **options)}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."

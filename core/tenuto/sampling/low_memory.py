@@ -23,6 +23,7 @@ from ..errors import ModelError
 from ..model import describe
 from .libraries import imported
 from .processes import processes
+from .weight_files import parts_in, variant_of, variants_in, weight_files
 
 SHARE = 0.5  # of the free memory that a model may take
 LARGE = 2**30  # bytes of a text encoder that is read layer by layer
@@ -41,7 +42,7 @@ class Shards(Mapping[str, Tensor]):
         self.dtype, self.wide = dtype, wide
         self.files: dict[str, Path] = {}
         self.size, self.coded = 0, ""  # bytes of all tensors in `dtype`
-        for file in _files(folder):
+        for file in weight_files(folder, variant_of(folder.parent)):
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     self.files[name] = file
@@ -69,24 +70,10 @@ class Shards(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a part as its index lists them, else the only one."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        known = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / Path(name).name for name in sorted(set(known))]
-    found = (folder / f"{stem}.safetensors" for stem in ("diffusion_pytorch_model", "model"))
-    return [file for file in found if file.is_file()][:1]
-
-
 def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
     """The parts of a pipeline that have weights: name -> (library, class)."""
-    facts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return {
-        name: (str(value[0]), str(value[1]))
-        for name, value in facts.items()
-        if isinstance(value, list) and len(value) == 2 and _files(folder / name)
-    }
+    variant = variant_of(folder)
+    return {name: row for name, row in parts_in(folder) if weight_files(folder / name, variant)}
 
 
 def check_in_float(folder: Path) -> None:
@@ -115,13 +102,15 @@ def parts_on_disk(
 ) -> dict[str, nn.Module]:
     """The denoisers of a pipeline and, unless `encoders` is False, its large text encoders."""
     found: dict[str, nn.Module] = {}
+    variant = variant_of(folder)
     for name, (library, kind) in parts_of(folder).items():
         if library == "diffusers" and name.startswith(DENOISERS):
             found[name] = _denoiser(imported(kind), folder / name, device, dtype)
         elif library != "transformers" or not encoders:
             continue
         elif Shards(folder / name, dtype).size > LARGE:
-            found[name] = encoder_on_disk(imported(kind, library), folder / name, dtype)
+            own = variant if variant in variants_in(folder / name) else None
+            found[name] = encoder_on_disk(imported(kind, library), folder / name, dtype, own)
     return found
 
 

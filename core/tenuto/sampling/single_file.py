@@ -21,9 +21,9 @@ from typing import Any
 from ..errors import ModelError
 from ..text import printable
 from .libraries import imported, library
+from .weight_files import variant_of, weight_files
 
 NOTE = "tenuto-single-file.json"  # in the folder that opens a file
-SUFFIX = ".safetensors"
 SMALL = (".json", ".txt", ".model", ".jinja")  # what is copied of a part
 DENOISERS = ("transformer", "unet")
 MODELS = (*DENOISERS, "vae", "text_encoder", "image_encoder")  # how parts with weights are called
@@ -143,14 +143,9 @@ def bytes_of(single: SingleFile, name: str, kind: str) -> int:
     elif holds(single.file, name, kind):
         known = {n: fact for n, fact in known.items() if n.startswith(places_of(name, kind))}
     else:
-        known = {n: f for file in weight_files(single.rest / name) for n, f in header(file).items()}
+        files = weight_files(single.rest / name, variant_of(single.rest))
+        known = {n: fact for file in files for n, fact in header(file).items()}
     return sum(prod(shape) * size_of(dtype) for dtype, shape in known.values())
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a part, but for variants where there is another."""
-    found = sorted(folder.glob(f"*{SUFFIX}"))
-    return [file for file in found if file.stem.count(".") == 0] or found
 
 
 def places_of(name: str, kind: str) -> tuple[str, ...]:
@@ -164,7 +159,7 @@ def holds(file: Path, name: str, kind: str) -> bool:
     return bool(places) and any(n.startswith(places) for n in header(file))
 
 
-def parts_in(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+def index_of(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
     """The index of a model, and (library, class) of each of its parts."""
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     rows = {
@@ -184,14 +179,16 @@ def read_whole(folder: Path, options: Mapping[str, Any], given: Mapping[str, Any
     given: parts that are loaded already, by name, or None for what is left out. What diffusers
     raises is for the caller to put into a sentence.
     """
-    single, (index, parts) = checked(folder), parts_in(folder)
+    single, (index, parts) = checked(folder), index_of(folder)
     kind = imported(str(index["_class_name"]))
     local, apart = {**options, "local_files_only": True}, dict(given or {})
+    variant = {"variant": variant_of(single.rest)}
     models = {n: p for n, p in parts.items() if n.startswith(MODELS) and n not in apart}
     for name, (owner, cls) in models.items():
         if not name.startswith(DENOISERS) and not holds(single.file, name, cls):
             place = str(single.rest / name)
-            apart[name] = imported(cls, owner).from_pretrained(place, use_safetensors=True, **local)
+            kept: Any = {"use_safetensors": True, **variant, **local}
+            apart[name] = imported(cls, owner).from_pretrained(place, **kept)
     if all(name in apart for name in models if name.startswith("text_encoder")):
         apart |= _from_file(single, folder, {n: c for n, (_, c) in models.items()}, apart, local)
         pipe = kind.from_pretrained(str(folder), use_safetensors=True, **apart, **local)
@@ -204,7 +201,7 @@ def read_whole(folder: Path, options: Mapping[str, Any], given: Mapping[str, Any
 
 def read_denoisers(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The denoiser of such a folder alone, by its name in the pipeline."""
-    single, (_, parts) = checked(folder), parts_in(folder)
+    single, (_, parts) = checked(folder), index_of(folder)
     names = {name: cls for name, (_, cls) in parts.items() if name.startswith(DENOISERS)}
     found = _from_file(single, folder, names, {}, {**options, "local_files_only": True})
     check_filled(found, single.file)

@@ -22,11 +22,11 @@ from .single_file import (
     header,
     holds,
     hub_id,
+    index_of,
     is_checkpoint,
-    parts_in,
     pointed,
-    weight_files,
 )
+from .weight_files import variant_of, weight_files
 
 
 def opened_folder(file: Path, out: Path, donors: Iterable[Path]) -> Path:
@@ -80,7 +80,7 @@ def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
     import torch
 
     try:
-        _, parts = parts_in(donor)
+        _, parts = index_of(donor)
         name = next(name for name in parts if name in DENOISERS)
         config = f"{parts[name][1]} {(donor / name / 'config.json').read_text('utf-8')}"
         if config in seen:
@@ -93,9 +93,10 @@ def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
             )
     except Exception:  # of a config or class that is not for this file
         return False
+    variant = variant_of(donor)
     for part, (_, kind) in parts.items():
         encoder = part.startswith(MODELS) and part not in DENOISERS
-        if encoder and not holds(file, part, kind) and not weight_files(donor / part):
+        if encoder and not holds(file, part, kind) and not weight_files(donor / part, variant):
             seen.discard(config)  # another model of the kind may have it
             return (
                 f"{file.name} has no {part.replace('_', ' ')}, and {donor.name}, a model of the "
@@ -106,7 +107,7 @@ def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
 
 def _write(file: Path, donor: Path, folder: Path) -> None:
     """The folder, all at once: one that was left half written is never used."""
-    index, parts = parts_in(donor)
+    index, parts = index_of(donor)
     unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
     index |= {key: value for key, value in unchecked.items() if key in index}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ than seconds whatever its size; sizes come from the headers of the safetensors f
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,9 +21,15 @@ from ..errors import SHORT, ModelError
 from .libraries import LIBRARIES, imported, quiet_loading
 from .loading import check_model, class_of, folder_of
 from .single_file import MODELS, bytes_of, checked, pointed, size_of
+from .weight_files import (
+    CONFIG,
+    WITH_WEIGHTS,
+    complaints,
+    parts_in,
+    variant_of,
+    weight_files,
+)
 
-CONFIG, INDEX = "config.json", "model_index.json"
-NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DENOISERS = ("transformer", "unet")
 BUILT = ("transformer", "unet", "text_encoder", "controlnet")  # parts whose names begin like this
 
@@ -55,14 +60,16 @@ def skeleton(model: str) -> Skeleton | None:
     if folder is None or kind is None:
         return None
     pipe: Any = object.__new__(kind)  # its __init__ reads configurations that nobody asks for
-    found, single = Skeleton(folder, pipe), checked(folder) if pointed(folder) else None
-    for name, (library, cls) in _parts(folder):
+    found, variant = Skeleton(folder, pipe), variant_of(folder)
+    single = checked(folder) if pointed(folder) else None
+    for name, (library, cls) in parts_in(folder):
         place, ours = folder / name, library in LIBRARIES
         built = ours and name.startswith(BUILT)
         vars(pipe)[name] = None
-        if ours and not (place / CONFIG).is_file() and (built or name == "vae"):
-            found.complaints.append(f"{place} has no {CONFIG}: the model's folder is incomplete.")
-        elif built:
+        weighed = ours and name.startswith(WITH_WEIGHTS) and single is None
+        wrong = list(complaints(place, variant)) if weighed else []
+        found.complaints += wrong
+        if built and (place / CONFIG).is_file():
             vars(pipe)[name] = _model(place, library, cls)
             if name in DENOISERS and vars(pipe)[name] is None:
                 return None
@@ -70,15 +77,15 @@ def skeleton(model: str) -> Skeleton | None:
             vars(pipe)[name] = _scheduler(place, cls)
         if single is not None and name.startswith(MODELS):
             found.stored[name] = bytes_of(single, name, cls)
-        elif (place / CONFIG).is_file():
-            _weigh(found, name, needed=built)
+        elif not wrong and (place / CONFIG).is_file():
+            _weigh(found, name, variant)
     return found
 
 
 def scheduler_of(model: str) -> Any:
     """The scheduler of the pipeline in a folder, or of a demo model; None where none is there."""
     folder = folder_of(model)
-    named = dict(_parts(folder)).get("scheduler") if folder else None
+    named = dict(parts_in(folder)).get("scheduler") if folder else None
     if folder is None or named is None or named[0] != "diffusers":
         return None
     return _scheduler(folder / "scheduler", named[1])
@@ -87,19 +94,7 @@ def scheduler_of(model: str) -> Any:
 def denoisers_in(model: str) -> int:
     """How many denoisers the pipeline in a folder has; 0 where its parts are not known."""
     folder = folder_of(model)
-    return 0 if folder is None else sum(n.startswith(DENOISERS) for n, _ in _parts(folder))
-
-
-def _parts(folder: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(name, (library, class)) of every part that model_index.json says there is."""
-    try:
-        index = json.loads((folder / INDEX).read_text("utf-8"))
-        rows = [(name, row) for name, row in index.items() if isinstance(row, list)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is not readable: {error}.") from error
-    for name, row in rows:
-        if len(row) == 2 and all(isinstance(part, str) for part in row) and name.isidentifier():
-            yield name, (row[0], row[1])
+    return 0 if folder is None else sum(n.startswith(DENOISERS) for n, _ in parts_in(folder))
 
 
 def _class(library: str, name: str) -> Any:
@@ -140,22 +135,18 @@ def _model(folder: Path, library: str, name: str) -> nn.Module | None:
     return None
 
 
-def _weigh(found: Skeleton, name: str, needed: bool) -> None:
+def _weigh(found: Skeleton, name: str, variant: str | None) -> None:
     """Note the bytes of a part's weights, and what is wrong with its files."""
     folder = found.folder / name
     try:
-        found.stored[name] = sum(size for _, size in _tensors(folder))
+        found.stored[name] = sum(size for _, size in _tensors(folder, variant))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         found.complaints.append(f"The weights in {folder} cannot be read: {error}."[:SHORT])
-        return
-    if needed and not found.stored[name]:
-        said = f"{folder} has no weights in safetensors, and nothing else is read."
-        found.complaints.append(said)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
+def _tensors(folder: Path, variant: str | None) -> Iterator[tuple[str, int]]:
     """(name, bytes) of each tensor of the safetensors files that the loader would read."""
-    for path in _files(folder):
+    for path in weight_files(folder, variant):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
@@ -163,14 +154,3 @@ def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
                 for size in part.get_shape():
                     count *= size
                 yield key, count * size_of(part.get_dtype())
-
-
-def _files(folder: Path) -> list[Path]:
-    """Those that an index names, else the one file, else what there is (variants such as fp16)."""
-    for name in NAMES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            return sorted(folder / Path(name).name for name in names)
-    one = [folder / name for name in NAMES if (folder / name).is_file()]
-    return one or sorted(folder.glob("*.safetensors"))

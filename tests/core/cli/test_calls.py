@@ -116,7 +116,16 @@ def test_what_is_refused(
     """In one sentence, and nothing is written."""
     before = sorted(here.rglob("*"))
     code, out, err = answer(
-        capfd, "quantize", model, "--scheme", "w8a8", "--prompts", "p.txt", *options, "--out", "o"
+        capfd,
+        "quantize",
+        model,
+        "--scheme",
+        "w8a8",
+        "--prompts",
+        "p.txt",
+        *options,
+        "--out",
+        "o.safetensors",
     )
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
     assert len([line for line in err.splitlines() if line.strip()]) == 1

@@ -120,7 +120,6 @@ def bad_files(folder: Path, good: Path) -> None:
 GENERATE = ("generate", "MODEL", "--prompt", "a")
 WITH = (*GENERATE, "--artifact")
 BAD = {
-    "no command": ((), "Missing command"),
     "unknown command": (("draw",), "No such command 'draw'"),
     "unknown option": (("inspect", "x", "--colour"), "No such option: --colour"),
     "unknown option of all": (("--colour",), "No such option: --colour"),
@@ -205,6 +204,8 @@ BAD = {
     "out is a folder": ((*QUANTIZE, "--out", "folder"), "Cannot write folder"),
     "out below a file": ((*QUANTIZE, "--out", "p.txt/o"), "Cannot write p.txt/o"),
     "out not writable": ((*QUANTIZE, "--out", "/proc/none/o"), "Cannot write /proc/none/o"),
+    "no artifact by its name": ((*QUANTIZE, "--out", "a.bin"), "ends in .safetensors, and a.bin"),
+    "no PNG by its name": ((*GENERATE, "--out", "a.jpg"), "ends in .png, not a.jpg"),
     "picture not writable": ((*GENERATE, "--out", "/proc/none/o.png"), "Cannot write"),
     "work folder taken": ((*QUANTIZE, "--out", "mine.safetensors"), "mine.work, which is taken"),
     "demo out is a file": (("demo", "--out", "p.txt"), "tenuto"),

@@ -179,6 +179,22 @@ def test_ctrl_c_says_that_nothing_was_written(tiny_pixart_folder: Path, tmp_path
 # --- what is shown --------------------------------------------------------------------------------
 
 
+def test_a_model_without_a_command_is_checked(asked: Any, tmp_path: Path, capfd: Any) -> None:
+    """What is not there and looks like no model stays a command that there is none of."""
+    for model in ("demo:unet", str(tmp_path), "org/name", "./models/x"):
+        assert asked(model) == asked("check", model)
+        assert asked(model, "--scheme", "w4a8") == asked("check", model, "--scheme", "w4a8")
+    assert cli.main(["quantise", "demo:unet"]) == 2
+    assert "No such command 'quantise'. Did you mean 'quantize'?" in capfd.readouterr().err
+
+
+def test_no_argument_at_all_is_the_help(capfd: Any) -> None:
+    assert cli.main([]) == 0
+    alone = capfd.readouterr()
+    assert cli.main(["--help"]) == 0
+    assert alone == capfd.readouterr() and "train-router" in alone.out
+
+
 def test_help_fits_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     """80 columns, in panels, and no word of another kind for what the field has one for."""
     for name in ("", *commands.__all__):

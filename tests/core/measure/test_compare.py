@@ -211,11 +211,11 @@ def test_the_table_says_plainly_when_it_is_slower(
     run = {"execution": {"mode": "int8", "layers": {"int8": 3}}, "seconds_per_picture": seconds}
     assert of(found, **run, speedup=2.0).speed_note() == "2.00 times as fast as float32."
     slower = of(found, **run, speedup=0.5)
-    assert slower.speed_note() == "Slower than float32 here: 2.00 times the time."
+    assert slower.speed_note() == "Here slower than float32 (2.00 times the time)."
     assert slower.speed_note() in str(slower)
     run["seconds_per_picture"] = {"float": 2.0, "artifact": 1.0, "bf16": 0.5}
     assert of(found, **run, speedup=2.0).speed_note() == (
-        "2.00 times as fast as float32, but slower than plain bf16 here: 2.00 times the time."
+        "2.00 times as fast as float32, but here slower than plain bf16 (2.00 times the time)."
     )
     run["seconds_per_picture"] = {"float": 2.0, "artifact": 1.0, "bf16": 1.5}
     assert of(found, **run, speedup=2.0).speed_note() == (
