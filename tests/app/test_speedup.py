@@ -170,7 +170,7 @@ def test_off_is_off(bench: Bench) -> None:
         values = [MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 1, [], 2, *own]
         assert list(making.made_now(bench, lambda *_, **__: None, *values))
     assert [given[5] for given in passed] == ["plain", ""]
-    assert [given[-1] for given in passed] == [2, 1]
+    assert [given[-2] for given in passed] == [2, 1]  # the last tells of the line
 
 
 def test_a_moved_slider_computes_nothing_anew(

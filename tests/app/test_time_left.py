@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradio_app.jobs import Job
+from gradio_app.jobs import RUNNING, Job
 from gradio_app.machine import line
 from gradio_app.requests import calibration, expected
 from gradio_app.time_left import in_all, use_of
@@ -43,6 +43,7 @@ def test_what_is_left_in_all(
 
 def test_a_job_says_both() -> None:
     job = Job("calibrate", {}, Path("log"), [(2, 10.0), (2, 100.0)])
+    job.state = RUNNING
     job.take({"stage": "Recording", "part": 1, "parts": 4, "done": 0, "total": 100})
     job.use_began = job.stage_began = time.monotonic() - 2
     job.take({"stage": "Recording", "part": 1, "parts": 4, "done": 50, "total": 100})

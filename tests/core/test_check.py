@@ -367,7 +367,11 @@ def test_a_huge_model_is_checked_without_its_weights(tmp_path: Path) -> None:
     parts = {"transformer": ("diffusers", "Flux2Transformer2DModel", {}), "scheduler": flow}
     model = folder(tmp_path, "Flux2Pipeline", parts)
     found = tn.check(str(model))
-    assert found.weights["all"] > 32e9 and found.family == "flux2" and found.hosts == ("Flux",)
+    assert (
+        found.weights["all"] > 32e9
+        and found.family == "flux2"
+        and found.hosts == ("Flux", "IntegratedFluxTransformer2DModel")
+    )
     assert found.memory["needed"] > 2 * 4 * 32e9
     (sentence,) = found.stopping("quantize")
     assert "has no weights in safetensors" in sentence
