@@ -174,29 +174,29 @@ def test_a_line_on_the_page(app: Any, visit: Any, findings: Any) -> None:
     tab.show("Generate")
     page.fill("#steps input[type=number]", "1")
     page.click("#generate")
-    page.wait_for_function("document.querySelector('#line-said').innerText.includes('Image: ')")
+    page.wait_for_function("document.querySelector('#line-said')?.innerText.includes('Image: ')")
     page.wait_for_function(
-        "document.querySelector('#generate-working').textContent.includes('in line, place 2')"
+        "document.querySelector('#generate-working')?.textContent.includes('in line, place 2')"
     )
     assert not findings(page), "a line"
     page.click("#generate-stop")
     page.wait_for_selector("#numbers [data-state=stopped]")
-    page.wait_for_function("!document.querySelector('#line-said').innerText.includes('Image: ')")
+    page.wait_for_function("!document.querySelector('#line-said')?.innerText.includes('Image: ')")
 
     page.reload()
     page.wait_for_selector(".gradio-container[data-tenuto=ready]")
-    page.wait_for_function("document.querySelector('#line-said').innerText.includes('line-two')")
+    page.wait_for_function("document.querySelector('#line-said')?.innerText.includes('line-two')")
     tab.show("Compare")
     page.fill("#compare-count input[type=number]", "1")
     page.click("#compare-start")
     page.wait_for_selector("#compare-status [data-state=waiting]")
-    page.wait_for_function("document.querySelector('#line-said').innerText.includes('2 in line')")
+    page.wait_for_function("document.querySelector('#line-said')?.innerText.includes('2 in line')")
     page.click("#line-remove")  # the last one is chosen
     page.wait_for_selector("#compare-status [data-state=stopped]")
     tab.show("Calibrate")
     page.click("#calibrate-stop")
     page.wait_for_function(
-        "document.querySelector('#calibrate-status').innerText.includes('line-two')"
+        "document.querySelector('#calibrate-status')?.innerText.includes('line-two')"
     )
     page.wait_for_selector("#line", state="hidden")
     page.click("#calibrate-stop")
