@@ -19,7 +19,7 @@ MEASURED: dict[str, dict[str, float]] = {  # dB by model and scheme, weights alo
 }
 REUSED = 0.3  # share of branch calls of the schedule that was measured
 ROUTED = {"demo:transformer": 48.2, "demo:unet": 43.3}
-HALF = 2  # the speedup of which it is told
+HALF = 2  # the speedup that a prediction is shown for
 NOT_HERE = "not measured on your model"
 HEAD = "Expected quality"
 

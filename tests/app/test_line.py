@@ -17,7 +17,7 @@ from gradio_app.jobs import Job
 from gradio_app.settings import Settings
 from tenuto.errors import Cancelled, TenutoError
 
-ENDS = "import sys; sys.stdin.read()"  # when it is told to stop
+ENDS = "import sys; sys.stdin.read()"  # until its input ends, which stops it
 GOES = """
 import json, pathlib, sys, time
 asked = json.loads(sys.stdin.readline())
@@ -44,7 +44,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_each_begins_when_the_one_before_is_over(desk: Desk, tmp_path: Path) -> None:
-    """Of whatever kind; one is taken out of the line, and is told so."""
+    """Of whatever kind; one is taken out of the line, and its page says so."""
     over: list[str] = []
     kinds = {"a": "calibrate", "b": "compare", "c": "export", "d": "calibrate"}
     a, b, c, d = (

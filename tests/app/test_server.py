@@ -315,7 +315,7 @@ def test_the_api_calibrates_draws_and_compares(app: Any, client: Any, tmp_path: 
     assert "is being made, or stands" in refused(client.predict, options, api_name="/calibrate")
     behind = client.predict(options | {"name": "behind"}, api_name="/calibrate")
     assert (behind["state"], behind["place"]) == ("waiting", 1)
-    assert client.predict("calibrate", api_name="/job")["id"] == job["id"], "what runs is told"
+    assert client.predict("calibrate", api_name="/job")["id"] == job["id"], "what runs comes first"
     found = until_over(client, "calibrate")
     assert found["state"] == "done", found
     assert found["id"] == behind["id"], "it began by itself"

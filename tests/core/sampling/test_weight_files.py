@@ -34,11 +34,16 @@ def folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(half, tmp_path_factory.mktemp("models") / "half", variant="fp16")
 
 
-def draw(pipe: Any) -> torch.Tensor:
+def image(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
     return pipe("a dog", generator=noise, **call).images
+
+
+def alike(one: Any, other: Any) -> None:
+    """Their images: products may be added up in another order where a block is read from disk."""
+    torch.testing.assert_close(image(one), image(other), rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_of_a_variant_is_checked_and_loaded_as_it_lies(pipe: Any, folder: Path) -> None:
@@ -48,7 +53,7 @@ def test_a_folder_of_a_variant_is_checked_and_loaded_as_it_lies(pipe: Any, folde
     for name in ("unet", "text_encoder", "vae"):
         for key, value in getattr(pipe, name).state_dict().items():
             assert torch.equal(getattr(found, name).state_dict()[key], value.half().float()), key
-    assert torch.equal(draw(load(str(folder), low_memory=True)), draw(found))
+    alike(load(str(folder), low_memory=True), found)
 
 
 def shards(place: Path) -> None:
@@ -65,7 +70,7 @@ def test_a_variant_in_shards(folder: Path, tmp_path: Path) -> None:
     shards(copied / "unet")
     assert len(weight_files(copied / "unet", "fp16")) > 1
     for low in (False, True):
-        assert torch.equal(draw(load(str(copied), low_memory=low)), draw(load(str(folder))))
+        alike(load(str(copied), low_memory=low), load(str(folder)))
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -105,7 +110,7 @@ def test_stable_diffusion_3_without_its_t5(tmp_path: Path) -> None:
     folder = saved(tiny.sd3(), tmp_path / "sd3")
     found = load(str(folder))
     assert found.text_encoder_3 is None and found.tokenizer_3 is None
-    assert torch.equal(draw(found), draw(tiny.sd3()))
+    alike(found, tiny.sd3())
 
 
 def without(name: str) -> Callable[[Path], None]:
