@@ -16,8 +16,9 @@ from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
 from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
-from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint, weight_files
+from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint
 from tenuto.sampling.single_file_folder import opened_folder
+from tenuto.sampling.weight_files import variant_of, weight_files
 from tenuto.text import printable
 
 from .given import words
@@ -262,7 +263,8 @@ def downloaded(hub: Path | None) -> dict[str, str]:
 def bare(folder: Path) -> bool:
     """Whether a model has the configuration of its denoiser alone, to lend to a single file."""
     parts = [folder / name for name in DENOISERS if (folder / name / "config.json").is_file()]
-    return bool(parts) and not any(weight_files(part) for part in parts)
+    variant = variant_of(folder)
+    return bool(parts) and not any(weight_files(part, variant) for part in parts)
 
 
 def hub_cache() -> Path | None:

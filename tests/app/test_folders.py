@@ -10,7 +10,7 @@ import pytest
 
 from gradio_app.bench import Bench
 from gradio_app.folders import added, kept
-from gradio_app.places import Places
+from gradio_app.places import Places, bare
 from gradio_app.restore import _folder
 from gradio_app.settings import Settings
 from tenuto.errors import TenutoError
@@ -83,3 +83,20 @@ def test_models_of_the_hub_have_their_ids(tmp_path: Path) -> None:
     with pytest.raises(TenutoError, match=r"of single files it takes \.safetensors"):
         places.model("sdxl.ckpt")
     assert not [name for name in Places(tmp_path).models() if "/" in name]
+
+
+@pytest.mark.parametrize(("file", "wanted"), [("", True), (".fp16", False), ("plain", False)])
+def test_a_model_with_files_of_a_variant_alone_is_not_bare(
+    tmp_path: Path, file: str, wanted: bool
+) -> None:
+    """Such a download is listed; one of configurations alone lends these, and is not."""
+    part = tmp_path / "unet"
+    part.mkdir()
+    (tmp_path / "model_index.json").write_text(
+        '{"unet": ["diffusers", "UNet2DConditionModel"]}', encoding="utf-8"
+    )
+    (part / "config.json").write_text("{}", encoding="utf-8")
+    if file:
+        middle = "" if file == "plain" else file
+        (part / f"diffusion_pytorch_model{middle}.safetensors").touch()
+    assert bare(tmp_path) is wanted

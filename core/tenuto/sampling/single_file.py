@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import ModelError
 from ..text import printable
 from .libraries import imported, library
-from .weight_files import variant_of, weight_files
+from .weight_files import INDEX, parts_in, variant_of, weight_files
 
 NOTE = "tenuto-single-file.json"  # in the folder that opens a file
 SMALL = (".json", ".txt", ".model", ".jinja")  # what is copied of a part
@@ -161,13 +161,8 @@ def holds(file: Path, name: str, kind: str) -> bool:
 
 def index_of(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
     """The index of a model, and (library, class) of each of its parts."""
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    rows = {
-        name: (row[0], row[1])
-        for name, row in index.items()
-        if isinstance(row, list) and len(row) == 2 and all(isinstance(one, str) for one in row)
-    }
-    return index, {name: row for name, row in rows.items() if name != "safety_checker"}
+    index = json.loads((folder / INDEX).read_text("utf-8"))
+    return index, {name: row for name, row in parts_in(folder) if name != "safety_checker"}
 
 
 # --- read -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .single_file import (
     is_checkpoint,
     pointed,
 )
-from .weight_files import variant_of, weight_files
+from .weight_files import INDEX, variant_of, weight_files
 
 
 def opened_folder(file: Path, out: Path, donors: Iterable[Path]) -> Path:
@@ -118,7 +118,7 @@ def _write(file: Path, donor: Path, folder: Path) -> None:
                 if small.suffix in SMALL and ".index." not in small.name:
                     (made / name).mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(small, made / name / small.name)
-        write_text(made / "model_index.json", json.dumps(index, indent=1) + "\n")
+        write_text(made / INDEX, json.dumps(index, indent=1) + "\n")
         note = {"file": str(file), "rest": str(donor)}
         write_text(made / NOTE, json.dumps(note, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import SHORT, ModelError
 from .libraries import LIBRARIES, imported, quiet_loading
 from .loading import check_model, class_of, folder_of
-from .single_file import MODELS, bytes_of, checked, pointed, size_of
+from .single_file import DENOISERS, MODELS, bytes_of, checked, pointed, size_of
 from .weight_files import (
     CONFIG,
     WITH_WEIGHTS,
@@ -30,7 +30,6 @@ from .weight_files import (
     weight_files,
 )
 
-DENOISERS = ("transformer", "unet")
 BUILT = ("transformer", "unet", "text_encoder", "controlnet")  # parts whose names begin like this
 
 
