@@ -22,6 +22,7 @@ from ..text import first_line, printable
 from .encoder_on_disk import is_too_large, on_disk
 from .libraries import imported, quiet_loading
 from .low_memory import CODES
+from .weight_files import variant_alone, weight_files
 
 MARKS = (".comfy_quant", ".scale_weight", ".weight_scale", ".qweight", "scaled_fp8", ".SCB")
 KINDS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -93,16 +94,15 @@ class EncoderSource:
             config = library.from_pretrained(str(self.folder), local_files_only=True)
             auto = imported(KINDS.get(self.kind, "AutoModel"), "transformers")
             kind = _class_of(auto, config)
-            how = {"output_loading_info": True, "dtype": "auto", "use_safetensors": True}
+            how: Any = {"output_loading_info": True, "dtype": "auto", "use_safetensors": True}
             if is_too_large(self.files, max_memory):
                 return on_disk(kind, config, self.files, device, self.names.dropped)
             if self.single:
                 state = {self.names.in_model(k): v for k, v in self._tensors()}
                 model, info = kind.from_pretrained(None, config=config, state_dict=state, **how)
             else:
-                model, info = kind.from_pretrained(
-                    str(self.folder), local_files_only=True, **how
-                )  # fmt: skip
+                how |= {"local_files_only": True, "variant": variant_alone(self.folder)}
+                model, info = kind.from_pretrained(str(self.folder), **how)
         self._check(info)
         return model.eval().requires_grad_(False).to(device or "cpu")
 
@@ -216,17 +216,15 @@ def _check_float(path: Path) -> None:
                 )
 
 
-def _weights(folder: Path) -> Iterator[Path]:
+def _weights(folder: Path) -> list[Path]:
     """The files of a folder as its index lists them, else the only one."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is None:
-        yield from (p for p in (folder / "model.safetensors",) if p.is_file())
-        return
-    for name in sorted(set(_json(index).get("weight_map", {}).values())):
-        path = folder / Path(str(name)).name
-        if not path.is_file():
-            raise ModelError(f"{folder} is not whole: {path.name} is missing.")
-        yield path
+    try:
+        found = weight_files(folder, variant_alone(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"The index of {folder} cannot be read: {first_line(error)}.") from error
+    if gone := [path.name for path in found if not path.is_file()]:
+        raise ModelError(f"{folder} is not whole: {gone[0]} is missing.")
+    return found
 
 
 def _names(path: Path) -> list[str]:

@@ -57,8 +57,18 @@ def variant_of(folder: Path) -> str | None:
             there = variants_in(place)
             if there:
                 needed = there if needed is None else needed & there
-    usual = [name for name in FIRST if name in (needed or ())]
-    return next(iter(usual or sorted(needed or ())), None)
+    return _first(needed or set())
+
+
+def variant_alone(place: Path) -> str | None:
+    """The variant that one part is to be read as; None where it has files without one."""
+    plain = any((place / name).is_file() for name in PLAIN)
+    return None if plain else _first(variants_in(place))
+
+
+def _first(variants: set[str]) -> str | None:
+    usual = [name for name in FIRST if name in variants]
+    return next(iter(usual or sorted(variants)), None)
 
 
 def variants_in(place: Path) -> set[str]:

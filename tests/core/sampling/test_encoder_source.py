@@ -191,3 +191,16 @@ def test_which_encoder_a_host_takes_a_file_for() -> None:
     assert known_to_hosts({norm: 3584, f"{first}self_attn.k_proj.bias": 512}) == "Qwen2.5-VL-7B"
     assert known_to_hosts({norm: 5120}) == "Mistral 3 24B"
     assert known_to_hosts({norm: 64}) is None
+
+
+def test_a_folder_of_a_variant_alone_is_read(tmp_path: Path) -> None:
+    """As downloads have it that took the files of fp16 and no others."""
+    folder, kinds = encoder_folder(tmp_path / "e", "flux"), ("t5",)
+    wanted = encoder_source(str(folder), kinds).load().state_dict()
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    source = encoder_source(str(folder), kinds)
+    assert [path.name for path in source.files] == ["model.fp16.safetensors"]
+    found = source.load().state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name])
