@@ -150,6 +150,21 @@ FURTHER: dict[str, Tiny] = {
         },
         lambda draw, t: image(draw, t, timestep=rows(t)),
     ),
+    "Wan-Animate": Tiny(
+        "WanAnimateTransformer3DModel",
+        HEADS | {
+            "in_channels": 12, "latent_channels": 4, "out_channels": 4, "text_dim": TEXT,
+            "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "image_dim": 8, "rope_max_seq_len": 32,
+            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}, "motion_encoder_size": 16,
+            "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+        lambda draw, t: image(
+            draw, t, hidden_states=draw(B, 12, 3, 8, 8), pose_hidden_states=draw(B, 4, 2, 8, 8),
+            encoder_hidden_states_image=draw(B, 5, 8), face_pixel_values=draw(B, 3, 5, 16, 16),
+        ),
+    ),
     "Sana-Video": Tiny(
         "SanaVideoTransformer3DModel",
         HEADS | {
