@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..caching import AT_ONE, Speedup, check_speedup, speedup_of
+from ..caching import AT_ONE, MOST, Forecast, Speedup, check_speedup
 from ..errors import ArtifactError, TenutoError
 from ..sampling import OutputKernel
 from .header import WRONG
@@ -55,7 +55,7 @@ def set_default(artifact: Artifact, speedup: Speedup | None) -> Artifact:
             "Nothing can be skipped by default: a forecast needs a pipeline of one denoiser whose "
             "sampler adds no noise of its own."
         )
-    artifact.header["forecast"]["default"] = speedup_of(kernel, speedup)
+    artifact.header["forecast"]["default"] = _speedup_of(kernel, speedup)
     return artifact
 
 
@@ -101,3 +101,12 @@ def joined_forecast(one: Artifact, other: Artifact) -> tuple[dict[str, Any], dic
 
 def _worth(facts: dict[str, Any]) -> tuple[int, bool]:
     return int(facts["images"]), "measured" in facts
+
+
+def _speedup_of(kernel: OutputKernel, speedup: Speedup) -> float:
+    """A speedup as a number: of the recorded steps' own plan where it is "auto"."""
+    check_speedup(speedup, MOST)
+    if isinstance(speedup, str):
+        plan = Forecast(kernel, speedup).plan(kernel.timesteps)
+        return math.floor(1e4 * len(plan.timesteps) / max(1, plan.calls)) / 1e4  # never a call less
+    return float(speedup)

@@ -22,7 +22,7 @@ from .forecast_budget import (
     predicted,
     untold,
 )
-from .forecast_plan import MOST, Forecast, ForecastPlan, Programme, speedup_of
+from .forecast_plan import MOST, Forecast, ForecastPlan, Programme
 from .forecast_run import forecast_run, said_of, why_none
 from .growing_window import GrowingWindow
 from .interval import Interval, LateInterval, interval_for, late_interval_for
@@ -92,7 +92,6 @@ __all__ = [
     "said_of",
     "saved",
     "shape_of",
-    "speedup_of",
     "table_policy",
     "unmeasured",
     "untold",

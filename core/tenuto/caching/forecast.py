@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..model import map_tensors, tensors_in
 from ..sampling import CallInProgress, Clock, call_in_progress
 from .cells import CallShape
-from .forecast_plan import ForecastPlan
+from .forecast_budget import say
+from .forecast_plan import MOST, Forecast, ForecastPlan
 from .history import combined
 from .inner_patches import inner_patch
+from .schedule import SHORTEST
 
 log = logging.getLogger("tenuto")
 
@@ -69,6 +71,8 @@ class ForecastCalls:
         self.told = CallInProgress()  # of the run
         self.checked: int | None = None  # the run in which `patch` was looked for
         self.patch = ""
+        self.says = False  # whether a warning says why a run skips nothing; hosts say it themselves
+        self.said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForecastCalls:
         made = copy.copy(self)
@@ -117,11 +121,18 @@ class ForecastCalls:
             noisy = clock.stochastic or self.told.noisy
             rest = self.forecast.plan(times[fills:], noisy, clock.per_step, self.told.guidance)
             self.plan = rest.after(times[:fills])
+            if self.says and times and all(self.plan.computed):
+                self._say(round(len(times) / clock.per_step), noisy)
         place = clock.place if clock.grid else clock.step
         largest = max((abs(t) for t in times), default=0.0)
         if not times or abs(times[place] - clock.time) > largest * NEAR:
             return None
         return place
+
+    def _say(self, steps: int, noisy: bool) -> None:
+        """Why this run skips nothing, once, where someone has asked for a speedup."""
+        if isinstance(self.forecast, Forecast) and self.forecast.speedup != 1:
+            say(why_full(self.forecast, steps, noisy), self.said)
 
     def _keep(self, step: int, shape: Any, out: Any) -> None:
         """Remember a computed call; a second one of the same step and streams replaces it.
@@ -164,3 +175,14 @@ class ForecastCalls:
             return torch.stack([t[row] for t, (_, row) in zip(parts, there, strict=True)])
 
         return map_tensors(gathered, *outs)
+
+
+def why_full(forecast: Forecast, steps: int, stochastic: bool) -> str:
+    """Why the plan for a run of so many steps skips no call, in one sentence."""
+    if stochastic:
+        return "No call is skipped: this sampler adds noise of its own at every step."
+    if not SHORTEST <= steps <= MOST:
+        return f"No call is skipped in a run of {steps} steps: it takes {SHORTEST} to {MOST}."
+    return (
+        f"No call is skipped: {steps} steps at a speedup of {forecast.speedup} have none to spare."
+    )

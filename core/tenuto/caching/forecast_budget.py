@@ -68,6 +68,13 @@ def untold() -> Iterator[None]:
         _told.reset(token)
 
 
+def say(why: str, known: set[str]) -> None:
+    """Warn that a run skips nothing, and why; once where `known` holds what was said."""
+    if _told.get() and why not in known:
+        known.add(why)
+        log.warning("%s", why)
+
+
 def tell(calls: int, steps: int, db: float, foreign: bool) -> bool:
     """Warn of a plan that is bad, or whose kernel is not of this model; whether it was the time."""
     if not _told.get():

@@ -98,15 +98,6 @@ class Forecast:
         return plan
 
 
-def speedup_of(kernel: OutputKernel, speedup: Speedup) -> float:
-    """A speedup as a number: of the recorded steps' own plan where it is "auto"."""
-    check_speedup(speedup, MOST)
-    if isinstance(speedup, str):
-        plan = Forecast(kernel, speedup).plan(kernel.timesteps)
-        return math.floor(1e4 * len(plan.timesteps) / max(1, plan.calls)) / 1e4  # never a call less
-    return float(speedup)
-
-
 @dataclass(frozen=True)
 class ForecastPlan:
     """Of one run: `computed[t]`, and for a skipped call its taps (rows) and their weights."""

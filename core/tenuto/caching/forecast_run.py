@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..sampling import CallInProgress, Clock, goes_as, visited_once
-from .forecast import ForecastCalls
+from .forecast import ForecastCalls, why_full
 from .forecast_budget import predicted
-from .forecast_plan import MOST, Forecast
-from .schedule import SHORTEST
+from .forecast_plan import Forecast
 
+BACKWARDS = "No call is skipped: this run does not go from much noise to little, step by step."
 ELSEWHERE = "No call was skipped: this sampler went to other steps than it had said."
 
 
@@ -38,7 +38,9 @@ def forecast_run(
     plan = forecast.plan(steps, clock.stochastic, guidance=told.guidance)
     if not all(plan.computed):
         return calls, ""
-    return calls, _why(forecast, len(steps), stochastic, straight)
+    if not straight and not stochastic:
+        return calls, BACKWARDS
+    return calls, why_full(forecast, len(steps), stochastic)
 
 
 def why_none(calls: ForecastCalls) -> str:
@@ -54,15 +56,3 @@ def said_of(calls: ForecastCalls) -> str:
     if not calls.counts[1] or not isinstance(made, Forecast):
         return ""
     return predicted(made.db(calls.plan), bool(made.origin))
-
-
-def _why(forecast: Forecast, steps: int, stochastic: bool, straight: bool) -> str:
-    if stochastic:
-        return "No call is skipped: this sampler adds noise of its own at every step."
-    if not straight:
-        return "No call is skipped: this run does not go from much noise to little, step by step."
-    if not SHORTEST <= steps <= MOST:
-        return f"No call is skipped in a run of {steps} steps: it takes {SHORTEST} to {MOST}."
-    return (
-        f"No call is skipped: {steps} steps at a speedup of {forecast.speedup} have none to spare."
-    )

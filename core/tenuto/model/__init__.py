@@ -29,7 +29,7 @@ from .parts import (
 from .passes import patches_on
 from .patches import Attached, Override, Replacement, Swap, override_, patch_of
 from .signature import Rows, Signature, is_listed, times_of
-from .tree import map_leaves, map_tensors, tensors_in
+from .tree import map_held, map_leaves, map_tensors, tensors_in
 from .watch import Leave, outside_graphs, watched
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "is_listed",
     "key_map_of",
     "layers",
+    "map_held",
     "map_leaves",
     "map_tensors",
     "multiply_adds",

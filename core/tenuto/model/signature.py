@@ -31,6 +31,7 @@ class Signature:
     def __init__(self, denoiser: nn.Module) -> None:
         self.signature = inspect.signature(type(denoiser).forward)
         self.names = list(self.signature.parameters)[1:]
+        self.first, self.time = _of_pictures(self.names) or ("".join(self.names[:1]), None)
         known = list(self.signature.parameters.values())[1:]
         self.places = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.needed = {p.name for p in known if p.default is p.empty}
@@ -55,7 +56,7 @@ class Signature:
 
     def timestep(self, inputs: dict[str, Any]) -> Any:
         """The timestep among `inputs`: by its usual names, else the second argument."""
-        found = next((n for n in STEP_NAMES if inputs.get(n) is not None), None)
+        found = next((n for n in STEP_NAMES if inputs.get(n) is not None), self.time)
         if found is None and len(self.names) > 1:
             found = self.names[1]
         if found is None or inputs.get(found) is None:
@@ -67,8 +68,11 @@ class Signature:
         return float(times_of(self.timestep(inputs), self.batch(inputs))[0])
 
     def sample(self, inputs: dict[str, Any]) -> Rows:
-        """The noisy sample, the first argument: (B, ...), or a list of B images (Z-Image)."""
-        return inputs[self.names[0]]
+        """The noisy sample, the first argument: (B, ...), or a list of B images (Z-Image).
+
+        Of a model of several media, each with tokens and timesteps (Cosmos 3): the pictures.
+        """
+        return inputs[self.first]
 
     def batch(self, inputs: dict[str, Any]) -> int:
         """How many rows a call has."""
@@ -85,7 +89,7 @@ class Signature:
     def moves(self, name: str) -> bool:
         """Whether an argument is the sample, the timestep or something else that a step changes."""
         times = [n for n in STEP_NAMES if n in self.names] or self.names[1:2]
-        return name in (*self.names[:1], *times) or STEPWISE.search(name) is not None
+        return name in (self.first, *times) or STEPWISE.search(name) is not None
 
     def conditions(self, inputs: dict[str, Any]) -> list[Rows]:
         """Every other tensor that stays the same: prompt embeddings, labels, masks, sizes.
@@ -97,7 +101,7 @@ class Signature:
         rest = [
             value
             for name, value in inputs.items()
-            if name != self.names[0] and value is not step and not STEPWISE.search(name)
+            if name != self.first and value is not step and not STEPWISE.search(name)
         ]
         listed = not isinstance(self.sample(inputs), Tensor)
         found: list[Rows] = []
@@ -107,6 +111,13 @@ class Signature:
             else:
                 found += tensors_in(value)
         return found
+
+
+def _of_pictures(names: Sequence[str]) -> tuple[str, str] | None:
+    """The names of tokens and timesteps where every medium has its own; the first one's."""
+    found = [n.removesuffix("_timesteps") for n in names if n.endswith("_timesteps")]
+    pairs = [(f"{n}_tokens", f"{n}_timesteps") for n in found if f"{n}_tokens" in names]
+    return pairs[0] if pairs and not any(n in STEP_NAMES for n in names) else None
 
 
 def is_listed(value: Any, batch: int) -> bool:

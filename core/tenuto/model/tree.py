@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Leaf = Callable[[Any, str], Any]
+Map = Callable[[Tensor], Tensor]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -71,6 +72,44 @@ def map_leaves(fn: Leaf, value: Any, name: str = "", leaves: tuple[type, ...] = 
         fields = {key: (item, each(item, key)) for key, item in _fields(value)}
         return _changed(value, {k: new for k, (old, new) in fields.items() if new is not old})
     return fn(value, name)
+
+
+DEEP = 4  # objects in objects that are looked into
+
+
+def map_held(fn: Map, value: Any, inside: Map | None = None, deep: int = DEEP) -> Any:
+    """`map_tensors`, also of tensors that plain objects hold, such as a model's cache of keys.
+
+    Of such an object there is a copy then; whoever goes on writing to it does not change that.
+    inside: for the tensors of objects; None: `fn`.
+    """
+    inside = inside or fn
+
+    def leaf(item: Any, _: str) -> Any:
+        if isinstance(item, Tensor):
+            return fn(item)
+        if not _holds(item, deep):
+            return item
+        twin = copy.copy(item)
+        for name, x in vars(item).items():
+            vars(twin)[name] = map_held(inside, x, inside, deep - 1)
+        return twin
+
+    return map_leaves(leaf, value)
+
+
+def _holds(item: Any, deep: int) -> bool:
+    """Whether an object that is no container, module or function has a tensor inside."""
+    if not deep or callable(item) or isinstance(item, nn.Module) or not hasattr(item, "__dict__"):
+        return False
+    found: list[bool] = []
+
+    def leaf(x: Any, _: str) -> Any:
+        found.append(isinstance(x, Tensor) or _holds(x, deep - 1))
+        return x
+
+    map_leaves(leaf, vars(item))
+    return any(found)
 
 
 def _refilled(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

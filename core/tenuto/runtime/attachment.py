@@ -176,6 +176,7 @@ def install(
                 call.prepare([c.call for c in cells if c.module is not part.denoiser])
             if part.plan.forecast is not None:
                 calls = ForecastCalls(part.clock, part.plan.forecast, part.denoiser)
+                calls.says = True
                 attached.patches.append(override_(part.denoiser, calls))
     except BaseException:
         attached.detach()

@@ -16,21 +16,23 @@ def grid_from(times: Any, first: float) -> tuple[float, ...]:
     """The timesteps of a run whose first call is at `first`; () where `times` do not fit it.
 
     times: of the scheduler, in executed order; what is there twice (two evaluations a step) counts
-    once. A run that starts at less noise (image to image) has those from `first` on.
+    once. A run that starts at less noise (image to image) has those from `first` on. Where several
+    units fit, the one of the most steps: 1.0 is the first of 1000 ... 1, over 1000, not the last.
     """
     try:
         raw = torch.as_tensor(times).detach().cpu().double().flatten().unique_consecutive().tolist()
     except (TypeError, ValueError, RuntimeError):
         return ()
-    best: tuple[float, tuple[float, ...]] = (NEAR, ())
+    best: tuple[int, float, tuple[float, ...]] = (0, 0.0, ())
     for scale, flipped in SCALES:
         found = [1 - t * scale if flipped else t * scale for t in raw]
         start = min(range(len(found)), key=lambda i: abs(found[i] - first), default=0)
         span = max(found, default=0.0) - min(found, default=0.0) or 1.0
         gap = abs(found[start] - first) / span if found else 1.0
-        if gap < best[0]:
-            best = gap, tuple(found[start:])
-    return best[1]
+        rest = tuple(found[start:])
+        if gap < NEAR and (len(rest), -gap) > best[:2]:
+            best = len(rest), -gap, rest
+    return best[2]
 
 
 def places_of(timesteps: Sequence[float], known: Sequence[float]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
-from ..model import Signature, all_frozen, denoiser_of, map_tensors, parts_of, watched
+from ..model import Signature, all_frozen, denoiser_of, map_held, parts_of, watched
 from ..progress import Progress
 from .described import described
 from .own_outputs import Noise, outputs_of
@@ -75,11 +75,22 @@ def recording(
     outputs: gets what is made of the calls' outputs, step by step.
     """
     facts, start = Signature(denoiser), len(calls)
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of a model's own caches
+
+    def copied(x: Tensor) -> Tensor:
+        return x.detach().to("cpu", copy=True)
+
+    def shared(x: Tensor) -> Tensor:
+        """One copy for all calls that get the same."""
+        key = id(x), x._version
+        if key not in copies:
+            copies[key] = x, copied(x)
+        return copies[key][1]
 
     def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = facts.inputs(args, kwargs)
         step = facts.step(inputs)
-        kept = map_tensors(lambda x: x.detach().to("cpu", copy=True), inputs)
+        kept = map_held(copied, inputs, shared)
         calls.append(Call(run, 0, step, kept, denoiser=part))
 
     def last() -> float | None:
@@ -95,13 +106,13 @@ def recording(
 
 
 def to_device(value: Any, device: Any, half: torch.dtype | None = None) -> Any:
-    """Tensors in nested containers on `device`; half precision becomes `half`."""
+    """Tensors in nested containers, and in objects, on `device`; half precision becomes `half`."""
 
     def moved(x: Tensor) -> Tensor:
         low = x.dtype in (torch.float16, torch.bfloat16)
         return x.to(device, half if low and half else x.dtype)
 
-    return map_tensors(moved, value)
+    return map_held(moved, value)
 
 
 def record(

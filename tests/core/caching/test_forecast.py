@@ -250,6 +250,17 @@ def test_a_step_that_is_computed_beside_the_plan_costs_no_other_step_its_taps() 
     assert len(late) == 3 and run.calls.counts == [13, 7]
 
 
+def test_a_run_that_skips_nothing_says_why_once(
+    flux: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tn.attach(flux, speedup=2) as attached:
+        for _ in range(2):
+            latent(flux, 4)
+        assert attached.counts()[""] == [8, 0]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["No call is skipped in a run of 4 steps: it takes 9 to 200."]
+
+
 class Filling(Line):
     """Its first call of a run fills a cache, as that of FLUX.2 klein with reference images does."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from tenuto.model import Signature
@@ -49,3 +50,26 @@ def test_what_the_denoiser_does_not_take(args: tuple[Any, ...], named: dict[str,
 def test_further_arguments() -> None:
     found = Signature(Open()).inputs(("x", 9, "more"), {"control": "c"})
     assert found == {"sample": "x", "timestep": 9, "control": "c"}
+
+
+class Media(nn.Module):
+    """As Cosmos 3: each medium has tokens and timesteps, after the text's."""
+
+    def forward(
+        self,
+        input_ids: Any,
+        vision_tokens: Any,
+        vision_timesteps: Any,
+        sound_tokens: Any = None,
+        sound_timesteps: Any = None,
+    ) -> None:
+        pass  # fmt: skip
+
+
+def test_the_pictures_of_several_media() -> None:
+    facts, text, pictures = Signature(Media()), torch.arange(3), [torch.zeros(2, 4)]
+    found = facts.inputs((text, pictures, torch.full((2,), 700.0)), {})
+    assert facts.sample(found) is pictures and facts.step(found) == 700.0
+    (condition,) = facts.conditions(found)
+    assert condition is text
+    assert facts.moves("vision_tokens") and not facts.moves("input_ids")

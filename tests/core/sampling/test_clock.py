@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tenuto.sampling.clock import Clock
 from tenuto.sampling.follow import Follow
+from tenuto.sampling.grid import grid_from
 
 TIMES = (999, 749, 499, 249)
 
@@ -391,3 +392,18 @@ def test_a_view_of_what_was_just_computed_is_no_new_run() -> None:
     for value in (999, 999, 500):
         clock.observe(torch.full((4,), value).view(2, 2)[0], 2, [], "cpu")
     assert clock.run == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "first", "found"),
+    [
+        ([1000.0, 500.5, 1.0], 1.0, [1.0, 0.5005, 0.001]),  # over 1000, as AuraFlow: not its last
+        ([1000.0, 500.5, 1.0], 1000.0, [1000.0, 500.5, 1.0]),
+        ([1000.0, 500.5, 1.0], 0.0, [0.0, 0.4995, 0.999]),  # 1 - t / 1000, as Lumina 2
+        ([1000.0, 500.5, 1.0], 500.5, [500.5, 1.0]),  # image to image
+        ([0.9, 0.6, 0.3], 0.6, [0.6, 0.3]),
+        ([0.9, 0.6, 0.3], 700.0, []),
+    ],
+)
+def test_the_unit_of_a_runs_timesteps(times: list[float], first: float, found: list[float]) -> None:
+    assert grid_from(times, first) == pytest.approx(tuple(found))

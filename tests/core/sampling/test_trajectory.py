@@ -245,3 +245,27 @@ def test_a_rollout_is_what_was_recorded(pipe: Any) -> None:
     trajectory.sample = trajectory.latent = None
     with pytest.raises(TenutoError, match="sample="):
         trajectory.rollout()
+
+
+class Keys:
+    """A model's own cache: of an object that whoever made it empties after the run."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = [torch.ones(2, 3)]
+
+
+def test_what_a_models_own_cache_held_is_kept() -> None:
+    """As FLUX.2 klein's keys of reference images, which its pipeline clears at the end."""
+
+    class Reading(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor, cache: Keys) -> tuple[Tensor]:
+            return (sample * cache.rows[0].sum(),)
+
+    model, cache, calls = Reading(), Keys(), []
+    with recording(model, calls):
+        for time in (2.0, 1.0):
+            model(torch.ones(1, 1), torch.tensor(time), cache)
+    cache.rows.clear()
+    held = [call.inputs["cache"].rows[0] for call in calls]
+    assert held[0] is held[1] and bool((held[0] == 1).all())
+    assert model(**to_device(calls[0].inputs, "cpu"))[0] == 6.0
