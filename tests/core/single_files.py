@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,17 @@ CODER = (  # of the autoencoder: how a name of diffusers' begins or goes on, and
     (r"^encoder\.down_blocks\.(\d)\.resnets\.(\d)", r"encoder.down.\1.block.\2"),
     (r"^encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
     (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
+)  # fmt: skip
+OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+OPEN_LAYERS = (
+    ("text_model.encoder.layers.", "resblocks."), ("self_attn.out_proj", "attn.out_proj"),
+    ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
 )  # fmt: skip
 
 
@@ -39,12 +51,67 @@ def autoencoder(module: Any) -> dict[str, Tensor]:
     return found
 
 
+def clip(model: Any, prefix: str) -> dict[str, Tensor]:
+    """A text encoder as it is in files of Stable Diffusion 1.5, SDXL (the first) and 3."""
+    text = model.state_dict()
+    known = "" if any(name.startswith("text_model.") for name in text) else "text_model."
+    return {f"{prefix}transformer.{known}{name}": x for name, x in text.items()}
+
+
+def open_clip(model: Any, prefix: str) -> dict[str, Tensor]:
+    """A text encoder as it is in files of Stable Diffusion 2 and SDXL (the second)."""
+    found, text = dict[str, Tensor](), dict(model.state_dict())
+    for name, own in OPEN_CLIP.items():
+        tensor = text.pop(name)
+        found[f"{prefix}{own}"] = tensor.T if own == "text_projection" else tensor
+    for name in [name for name in text if ".q_proj." in name]:
+        parts = [text.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        text[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+    for name, tensor in text.items():
+        for pattern, own in OPEN_LAYERS:
+            name = name.replace(pattern, own)
+        found[f"{prefix}transformer.{name}"] = tensor
+    return found
+
+
+def written(tensors: dict[str, Tensor], path: Path) -> Path:
+    """A file with these tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.clone().contiguous() for name, x in tensors.items()}, path)
+    return path
+
+
 def stable_diffusion_file(pipe: Any, path: Path) -> Path:
     """A checkpoint of Stable Diffusion 1.5 with all its parts."""
-    text = pipe.text_encoder.state_dict()
-    found = denoiser(pipe.unet) | autoencoder(pipe.vae)
-    known = "" if any(name.startswith("text_model.") for name in text) else "text_model."
-    found |= {f"cond_stage_model.transformer.{known}{name}": x for name, x in text.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.clone().contiguous() for name, x in found.items()}, path)
-    return path
+    text = clip(pipe.text_encoder, "cond_stage_model.")
+    return written(denoiser(pipe.unet) | autoencoder(pipe.vae) | text, path)
+
+
+def sdxl_file(pipe: Any, path: Path) -> Path:
+    """A checkpoint of SDXL with all its parts."""
+    text = clip(pipe.text_encoder, "conditioner.embedders.0.")
+    text |= open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    return written(denoiser(pipe.unet) | autoencoder(pipe.vae) | text, path)
+
+
+def sd3_file(pipe: Any, path: Path) -> Path:
+    """A checkpoint of Stable Diffusion 3 with all its parts; of T5 where the pipeline has it."""
+    text = clip(pipe.text_encoder, "text_encoders.clip_l.")
+    text |= clip(pipe.text_encoder_2, "text_encoders.clip_g.")
+    if pipe.text_encoder_3 is not None:
+        text |= t5(pipe.text_encoder_3)
+    return written(denoiser(pipe.transformer) | autoencoder(pipe.vae) | text, path)
+
+
+def flux_file(pipe: Any, path: Path) -> Path:
+    """A checkpoint of FLUX with all its parts, as ComfyUI saves one."""
+    text = clip(pipe.text_encoder, "text_encoders.clip_l.") | t5(pipe.text_encoder_2)
+    coder = {
+        name.replace("first_stage_model.", "vae."): x for name, x in autoencoder(pipe.vae).items()
+    }
+    return written(denoiser(pipe.transformer) | coder | text, path)
+
+
+def t5(model: Any) -> dict[str, Tensor]:
+    """A T5 encoder as it is in files of Stable Diffusion 3 and FLUX."""
+    return {f"text_encoders.t5xxl.transformer.{name}": x for name, x in model.state_dict().items()}

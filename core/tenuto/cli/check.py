@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from ..calibration import ENCODERS, QUANTIZE
-from ..sampling.loading import check_model
 from .checks import check_quantization
 from .console import Answer, Bars
+from .model_source import model_source
 from .session import checked, loaded, sampling_of
 
 IMPOSSIBLE = 1  # exit code; that of bad input is another
@@ -26,6 +25,7 @@ def check(
     call: Mapping[str, Any] | None = None,
     device: str | None = None,
     run: bool = False,
+    config: str | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Say what works with a model and what does not; `run` times one call of the denoiser.
@@ -35,12 +35,12 @@ def check(
     """
     bars = bars or Bars()
     wanted, _ = check_quantization(scheme, preset, text_encoder=text_encoder)
-    check_model(model)
-    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
+    source = model_source(model, config, bars)
+    sampling = sampling_of(source.place, steps=steps, guidance=guidance, device=device, call=call)
     encoder = text_encoder is not None
-    found = None if run else checked(model, sampling, wanted, encoder, preset=preset)
+    found = None if run else checked(source.place, sampling, wanted, encoder, preset=preset)
     if found is None:
-        pipe = loaded(model, sampling.device, bars)
+        pipe = loaded(source.place, sampling.device, bars)
         found = checked(pipe, sampling, wanted, encoder, preset=preset, run=run)
     assert found is not None
     what, uses = [f"--text-encoder {text_encoder}"] * encoder, [ENCODERS] * encoder
@@ -48,5 +48,5 @@ def check(
         what, uses = [f"--scheme {scheme or 'w8a8'}", *what], [QUANTIZE, *uses]
     if found.stopping(*uses):
         return Answer(str(found), found.to_json(), code=IMPOSSIBLE)
-    line = f"tenuto quantize {shlex.quote(model)} {' '.join(what)} --out quantized.safetensors"
+    line = f"tenuto quantize {source.line} {' '.join(what)} --out quantized.safetensors"
     return Answer(str(found), found.to_json(), next=line)

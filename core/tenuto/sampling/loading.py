@@ -27,8 +27,8 @@ PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general", "captions")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 SINGLE = (
-    "a model is a diffusers folder, a hub id or demo:NAME. docs/diffusers.md says how to "
-    "make a folder of a checkpoint; in ComfyUI the node Tenuto Calibrate takes the file itself."
+    "a model is a diffusers folder, a hub id or demo:NAME here; tenuto.open_model opens a "
+    "checkpoint in a single .safetensors file."
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -29,11 +29,14 @@ from .single_file import (
 from .weight_files import INDEX, variant_of, weight_files
 
 
-def opened_folder(file: Path, out: Path, donors: Iterable[Path]) -> Path:
+def opened_folder(
+    file: Path, out: Path, donors: Iterable[Path], unknown: str | None = None
+) -> Path:
     """The folder, below `out`, by which `file` is used as a model; made where it is missing.
 
-    donors: folders in diffusers format, of which one of the same kind gives the configurations.
-    ModelError if the file has no denoiser, is quantized, or none of them fits.
+    donors: folders in diffusers format, of which one of the same kind gives the configurations:
+    the model that diffusers takes the file for, if it is one of them. unknown: what to say where
+    none fits. ModelError if the file has no denoiser, is quantized, or none of them fits.
     """
     if not is_checkpoint(file):
         raise ModelError(f"{file.name} has no denoiser: it is not the checkpoint of a model.")
@@ -46,16 +49,30 @@ def opened_folder(file: Path, out: Path, donors: Iterable[Path]) -> Path:
     sign = hashlib.sha256(f"{file} {about.st_mtime_ns} {about.st_size}".encode()).hexdigest()[:10]
     stem = re.sub(r"[^A-Za-z0-9]+", "-", file.stem).strip("-")[:60]
     folder = out / f"{stem}-{sign}"
-    if pointed(folder) is None:
+    known = pointed(folder)
+    if known is None or not known.rest.is_dir():
         lacking, seen = "", set[str]()
-        for donor in donors:
+        for donor in _by_kind(file, donors):
             found = _fits(file, donor, seen)
             lacking = found if isinstance(found, str) else lacking
             if found is True:
                 _write(file, donor, folder)
                 return folder
-        raise ModelError(lacking or _unknown(file))
+        raise ModelError(lacking or unknown or _unknown(file))
     return folder
+
+
+def _by_kind(file: Path, donors: Iterable[Path]) -> list[Path]:
+    """`donors`, those first that have the name of the model that diffusers takes the file for.
+
+    Models with equal denoisers may have other schedulers: SDXL and its few-step kinds.
+    """
+    name = (hub_id(file) or "").rpartition("/")[2]
+
+    def other(donor: Path) -> bool:
+        return not any(part.rpartition("--")[2] == name for part in donor.parts)
+
+    return sorted(dict.fromkeys(donors), key=other)
 
 
 def _unknown(file: Path) -> str:
@@ -96,13 +113,19 @@ def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
     variant = variant_of(donor)
     for part, (_, kind) in parts.items():
         encoder = part.startswith(MODELS) and part not in DENOISERS
-        if encoder and not holds(file, part, kind) and not weight_files(donor / part, variant):
+        if encoder and not holds(file, part, kind) and not _there(donor / part, variant):
             seen.discard(config)  # another model of the kind may have it
             return (
                 f"{file.name} has no {part.replace('_', ' ')}, and {donor.name}, a model of the "
                 "same kind, has none here either: a whole folder of that kind would do."
             )
     return True
+
+
+def _there(place: Path, variant: str | None) -> bool:
+    """Whether the weights of a part are there, all files that an index names."""
+    files = weight_files(place, variant)
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def _write(file: Path, donor: Path, folder: Path) -> None:

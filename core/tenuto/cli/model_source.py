@@ -1,0 +1,42 @@
+"""MODEL of a command: where it is read, and how the next command names it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..sampling.opened import opened
+from ..sampling.single_file import pointed
+from .console import Bars
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """place: what loads it. line: MODEL and its --config, as a command line has them."""
+
+    place: str
+    line: str
+
+
+def model_source(model: str, config: str | None, bars: Bars) -> ModelSource:
+    """`opened`, with a word on which model lends a single file what it lacks."""
+    place = opened(model, config)
+    line = shlex.quote(model)
+    if config is not None:
+        line += f" --config {shlex.quote(config)}"
+    single = pointed(Path(place)) if place != model else None
+    if single is not None and config is None:
+        bars.note(
+            f"configurations and tokenizers are those of {lender_name(single.rest)}; --config "
+            "takes others."
+        )
+    return ModelSource(place, line)
+
+
+def lender_name(folder: Path) -> str:
+    """A model's folder; of a download its id."""
+    parts = folder.parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return "/".join(parts[-3].split("--")[1:])
+    return str(folder)
