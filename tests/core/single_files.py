@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tenuto.artifact.export.comfy import keys_of
+from tenuto.model import swapped
+from tests.core import family_pipelines, tiny_pipelines
 
 CODER = (  # of the autoencoder: how a name of diffusers' begins or goes on, and ldm's own
     (r"\.mid_block\.resnets\.0", ".mid.block_1"), (r"\.mid_block\.resnets\.1", ".mid.block_2"),
@@ -33,8 +35,17 @@ OPEN_LAYERS = (
 
 def denoiser(module: nn.Module, prefix: str = "model.diffusion_model.") -> dict[str, Tensor]:
     """In the names of ComfyUI, by the family's own key map."""
-    places = keys_of(module).places
-    return {f"{prefix}{places[name].name}": x for name, x in module.state_dict().items()}
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, place in keys_of(module).places.items():
+        tensor = module.state_dict()[name]
+        tensor = swapped(tensor) if place.swapped else tensor
+        parts.setdefault(prefix + place.name, []).append((place.rows[0], tensor))
+    return {
+        name: torch.cat([x for _, x in sorted(rows, key=lambda row: row[0])])
+        if len(rows) > 1
+        else rows[0][1]
+        for name, rows in parts.items()
+    }
 
 
 def autoencoder(module: Any) -> dict[str, Tensor]:
@@ -113,5 +124,32 @@ def flux_file(pipe: Any, path: Path) -> Path:
 
 
 def t5(model: Any) -> dict[str, Tensor]:
-    """A T5 encoder as it is in files of Stable Diffusion 3 and FLUX."""
-    return {f"text_encoders.t5xxl.transformer.{name}": x for name, x in model.state_dict().items()}
+    """A T5 encoder as it is in files of Stable Diffusion 3 and FLUX, which have its words once."""
+    own = {name: x for name, x in model.state_dict().items() if "embed_tokens" not in name}
+    return {f"text_encoders.t5xxl.transformer.{name}": x for name, x in own.items()}
+
+
+def sdxl() -> Any:
+    """Tiny SDXL; as in the real one, its text encoders differ in width."""
+    pipe = family_pipelines.sdxl().model
+    return type(pipe)(**pipe.components | {"text_encoder_2": wide_clip()}, add_watermarker=False)
+
+
+def sd3(with_t5: bool = False) -> Any:
+    """Tiny Stable Diffusion 3 (with T5: 3.5 medium), made as its files want it."""
+    pipe = (family_pipelines.sd35() if with_t5 else family_pipelines.sd3()).model
+    pipe = type(pipe)(**pipe.components | {"text_encoder_2": wide_clip()})
+    torch.nn.init.eye_(pipe.text_encoder.text_projection.weight)  # files have none
+    return pipe
+
+
+def wide_clip() -> nn.Module:
+    """A second CLIP encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=24,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return tiny_pipelines.randomized(CLIPTextModelWithProjection(config))

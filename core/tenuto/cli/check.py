@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..calibration import ENCODERS, QUANTIZE
+from ..artifact.summary import mib, table
+from ..calibration import ENCODERS, QUANTIZE, USES
+from ..errors import ModelError
+from ..sampling.file_contents import DENOISER, contents
 from .checks import check_quantization
 from .console import Answer, Bars
 from .model_source import model_source
@@ -35,7 +39,13 @@ def check(
     """
     bars = bars or Bars()
     wanted, _ = check_quantization(scheme, preset, text_encoder=text_encoder)
-    source = model_source(model, config, bars)
+    try:
+        source = model_source(model, config, bars)
+    except ModelError as error:
+        known = None if run or config is not None else _of_header(model, error)
+        if known is None:
+            raise
+        return known
     sampling = sampling_of(source.place, steps=steps, guidance=guidance, device=device, call=call)
     encoder = text_encoder is not None
     found = None if run else checked(source.place, sampling, wanted, encoder, preset=preset)
@@ -50,3 +60,17 @@ def check(
         return Answer(str(found), found.to_json(), code=IMPOSSIBLE)
     line = f"tenuto quantize {source.line} {' '.join(what)} --out quantized.safetensors"
     return Answer(str(found), found.to_json(), next=line)
+
+
+def _of_header(model: str, error: ModelError) -> Answer | None:
+    """What the header of a single file tells, and why no more can be said; None of other models."""
+    path = Path(model).expanduser()
+    found = contents(path) if path.is_file() else None
+    if found is None:
+        return None
+    rows = [("file", str(path)), ("kind", found.kind or "diffusers knows none such")]
+    for part in sorted(found.sizes, key=lambda part: part != DENOISER):
+        rows.append((part, f"{mib(found.sizes[part])} in {found.types[part]}"))
+    data: dict[str, Any] = {"file": str(path), "kind": found.kind or None, "sizes": found.sizes}
+    data |= {"types": found.types, "problems": [{"sentence": str(error), "stops": [*USES]}]}
+    return Answer("\n".join([*table(rows), f"nothing works yet: {error}"]), data, code=IMPOSSIBLE)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ..sampling.opened import opened
 from ..sampling.single_file import pointed
+from ..sampling.weight_files import left_out
 from .console import Bars
+
+ENCODERS = "text_encoder"  # begin like this
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ def model_source(model: str, config: str | None, bars: Bars) -> ModelSource:
             f"configurations and tokenizers are those of {lender_name(single.rest)}; --config "
             "takes others."
         )
+    lost = set[str]() if single is None else left_out(Path(place)) - left_out(single.rest)
+    for name in sorted(n for n in lost if n.startswith(ENCODERS)):
+        bars.note(f"{Path(model).name} is used without its {name}, which is not on this machine.")
     return ModelSource(place, line)
 
 

@@ -18,7 +18,7 @@ from ..resources import prompts as shipped_prompts
 from ..text import first_line
 from .libraries import import_parts, imported, quiet_loading, typed
 from .processes import processes
-from .single_file import pointed, read_denoisers, read_whole
+from .single_file import pointed
 from .weight_files import INDEX, as_it_lies
 
 log = logging.getLogger("tenuto")
@@ -178,9 +178,11 @@ def load(
     path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
     local = path.is_dir()
     if local and pointed(path):
+        from .single_file_reading import read_file
+
+        low = _is_too_large(path, dtype) if low_memory is None and parts is None else low_memory
         with _one_sentence(path, local), quiet_loading():
-            pipe = read_whole(path, typed(dtype), parts)
-        return pipe if device is None else pipe.to(device)
+            return read_file(path, device, dtype, parts, low_memory=bool(low))
     if parts is not None:
         return _read(path if local else _downloaded(model), device, dtype, True, given=parts)
     if low_memory is not False:
@@ -205,7 +207,9 @@ def load_denoisers(model: str) -> Any:
         from .low_memory import check_in_float, parts_on_disk
 
         if pointed(folder):
-            return SimpleNamespace(**read_denoisers(folder, typed(None)))
+            from .single_file_reading import read_denoisers
+
+            return SimpleNamespace(**read_denoisers(folder))
         check_in_float(folder)
         import_parts(folder)
         found = parts_on_disk(folder, torch.device("cpu"), torch.float32, encoders=False)
@@ -250,6 +254,8 @@ def _read(
     """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
     import torch
 
+    from .low_memory import parts_on_disk, placed
+
     with _one_sentence(source, local), quiet_loading():
         import_parts(Path(source))
     kind = typed(dtype) | {"use_safetensors": True, "local_files_only": local}
@@ -257,20 +263,13 @@ def _read(
     apart: dict[str, Any] = {}
     with _one_sentence(source, local), quiet_loading():
         if encoders is not None:
-            from .low_memory import parts_on_disk
-
             apart = parts_on_disk(Path(source), place, dtype or torch.float32, encoders)
         known = _shared(source, kind) | apart | dict(given or {})
         if (Path(source) / INDEX).is_file():
             absent, found = as_it_lies(Path(source), class_of(str(source)), set(known))
             known, kind = absent | known, kind | found
         pipe = imported("DiffusionPipeline").from_pretrained(str(source), **known, **kind)
-    if not apart:
-        return pipe if device is None else pipe.to(device)
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and name not in apart:
-            part.to(place)
-    return pipe
+    return placed(pipe, place, *apart)
 
 
 @contextmanager

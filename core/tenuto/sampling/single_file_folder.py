@@ -19,6 +19,7 @@ from .single_file import (
     MODELS,
     NOTE,
     SMALL,
+    SingleFile,
     header,
     holds,
     hub_id,
@@ -26,7 +27,10 @@ from .single_file import (
     is_checkpoint,
     pointed,
 )
+from .single_file_reading import fits_by_map
 from .weight_files import INDEX, variant_of, weight_files
+
+SPARED = {"text_encoder_3": "tokenizer_3"}  # the T5 of Stable Diffusion 3: it works without
 
 
 def opened_folder(
@@ -54,10 +58,10 @@ def opened_folder(
         lacking, seen = "", set[str]()
         for donor in _by_kind(file, donors):
             found = _fits(file, donor, seen)
-            lacking = found if isinstance(found, str) else lacking
-            if found is True:
-                _write(file, donor, folder)
+            if isinstance(found, SingleFile):
+                _write(found, folder)
                 return folder
+            lacking = found or lacking
         raise ModelError(lacking or unknown or _unknown(file))
     return folder
 
@@ -89,36 +93,50 @@ def _unknown(file: Path) -> str:
     )
 
 
-def _fits(file: Path, donor: Path, seen: set[str]) -> bool | str:
-    """Whether a model has the kind of denoiser that is in `file`; or which part is nowhere.
+def _fits(file: Path, donor: Path, seen: set[str]) -> SingleFile | str:
+    """The note, if a model has the kind of denoiser that is in `file`; "" if it has another.
 
-    seen: configurations that did not fit, of which many models share one.
+    Else a sentence on the part that is nowhere. seen: configurations that did not fit, of which
+    many models share one.
     """
-    import torch
-
     try:
         _, parts = index_of(donor)
         name = next(name for name in parts if name in DENOISERS)
         config = f"{parts[name][1]} {(donor / name / 'config.json').read_text('utf-8')}"
-        if config in seen:
-            return False
-        seen.add(config)
-        meta = {n: torch.empty(shape, device="meta") for n, (_, shape) in header(file).items()}
-        with quiet_loading():
-            imported(parts[name][1]).from_single_file(
-                meta, config=str(donor), subfolder=name, local_files_only=True, device="meta"
-            )
-    except Exception:  # of a config or class that is not for this file
-        return False
+    except Exception:  # of an index that is no such one
+        return ""
+    if config in seen:
+        return ""
+    seen.add(config)
+    known = _by_diffusers(file, donor, name, parts[name][1])
+    if not known and not fits_by_map(file, donor, name, parts[name][1]):
+        return ""
     variant = variant_of(donor)
     for part, (_, kind) in parts.items():
         encoder = part.startswith(MODELS) and part not in DENOISERS
         if encoder and not holds(file, part, kind) and not _there(donor / part, variant):
+            if part in SPARED:
+                continue
             seen.discard(config)  # another model of the kind may have it
             return (
                 f"{file.name} has no {part.replace('_', ' ')}, and {donor.name}, a model of the "
                 "same kind, has none here either: a whole folder of that kind would do."
             )
+    return SingleFile(file, donor, mapped=not known)
+
+
+def _by_diffusers(file: Path, donor: Path, name: str, kind: str) -> bool:
+    """Whether diffusers makes the denoiser of `donor` of what is in `file`."""
+    import torch
+
+    try:
+        meta = {n: torch.empty(shape, device="meta") for n, (_, shape) in header(file).items()}
+        with quiet_loading():
+            imported(kind).from_single_file(
+                meta, config=str(donor), subfolder=name, local_files_only=True, device="meta"
+            )
+    except Exception:  # of a config or class that is not for this file
+        return False
     return True
 
 
@@ -128,21 +146,25 @@ def _there(place: Path, variant: str | None) -> bool:
     return bool(files) and all(file.is_file() for file in files)
 
 
-def _write(file: Path, donor: Path, folder: Path) -> None:
+def _write(single: SingleFile, folder: Path) -> None:
     """The folder, all at once: one that was left half written is never used."""
-    index, parts = index_of(donor)
+    donor = single.rest
+    (index, parts), variant = index_of(donor), variant_of(donor)
     unchecked = {"safety_checker": [None, None], "requires_safety_checker": False}
     index |= {key: value for key, value in unchecked.items() if key in index}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".opening-") as aside:
         made = Path(aside) / "made"
+        for part in SPARED.keys() & parts.keys():
+            if not (holds(single.file, part, parts[part][1]) or _there(donor / part, variant)):
+                index |= {key: [None, None] for key in (part, SPARED[part])}
         for name in parts:
             for small in sorted((donor / name).glob("*")) if (donor / name).is_dir() else ():
                 if small.suffix in SMALL and ".index." not in small.name:
                     (made / name).mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(small, made / name / small.name)
         write_text(made / INDEX, json.dumps(index, indent=1) + "\n")
-        note = {"file": str(file), "rest": str(donor)}
+        note = {"file": str(single.file), "rest": str(donor), "mapped": single.mapped}
         write_text(made / NOTE, json.dumps(note, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
