@@ -8,7 +8,7 @@ model is loaded. `bars` shows progress, nothing where it is left out.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..measure import FIRST_SEED
 from ..sampling import one_by_one
 from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, check_model
+from ..sampling.loras import add_loras
 from .answers import compare_line, quantized_lines
 from .app import app
 from .check import check
@@ -196,13 +197,14 @@ def compare(
     compile: bool = False,
     graphs: bool | None = None,
     config: str | None = None,
+    lora: Sequence[str] = (),
     bars: Bars | None = None,
 ) -> Answer:
     """Measure time, memory and the distance from full precision at equal seeds."""
     from ..measure import compare
 
     bars = bars or Bars()
-    source = model_source(model, config, bars)
+    source = model_source(model, config, bars, lora)
     if artifact is None and speedup is None:
         raise TenutoError("Say what to compare: --artifact, --speedup or both.")
     lines = comparison_prompts(model, prompts, count)
@@ -212,6 +214,7 @@ def compare(
         call=call,
     )  # fmt: skip
     pipe = pipeline(source.place, sampling, bars, found, artifact, use="compare")
+    add_loras(pipe, source.loras)
     given = sampling.called(pipe)
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
@@ -221,7 +224,7 @@ def compare(
     bars.close()
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else ""
     with_it += f" --speedup {speedup}" if speedup is not None else ""
-    use = f"tenuto generate {source.line}{with_it} --prompt TEXT"
+    use = f"tenuto generate {source.with_loras}{with_it} --prompt TEXT"
     return Answer(str(measured), measured.to_json(), next=use)
 
 

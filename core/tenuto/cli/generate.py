@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def generate(
     batch: int = 1,
     out: Path | None = None,
     config: str | None = None,
+    lora: Sequence[str] = (),
     bars: Bars | None = None,
 ) -> Answer:
     """Generate `batch` images of one prompt, with an artifact or without, as one PNG."""
@@ -44,11 +45,14 @@ def generate(
     from ..sampling.images import image_name, save_png
 
     bars = bars or Bars()
-    source = model_source(model, config, bars)
+    source = model_source(model, config, bars, lora)
     how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
     check_image(out)
-    found, states = load_artifact(artifact) if artifact else None, PromptStates(prompt_cache)
+    found, states = (
+        load_artifact(artifact) if artifact else None,
+        PromptStates(prompt_cache, source.loras),
+    )
     sampling = sampling_of(
         source.place, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
@@ -65,10 +69,11 @@ def generate(
         "guidance": sampling.guidance, "seed": seed, "batch": batch,
         "artifact": artifact and artifact.name, "speedup": speedup,
     } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
+    settings |= {"lora": [*lora]} if lora else {}
     save_png(grid(images), out, settings)
     what = f"tenuto quantize {source.line} --scheme w8a8 --out quantized.safetensors"
     size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
     return Answer(
         "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped, *states.lines()]),
-        next=what if artifact is None else compare_line(source.line, artifact),
+        next=what if artifact is None else compare_line(source.with_loras, artifact),
     )

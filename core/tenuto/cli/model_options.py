@@ -26,3 +26,11 @@ Config = Annotated[
         "machine).",
     ),
 ]  # fmt: skip
+Lora = Annotated[
+    list[str],
+    Option(
+        "--lora", metavar="FILE[:WEIGHT]", rich_help_panel=MODEL, show_default=False,
+        help="A LoRA of the model, a .safetensors file, and how strong it is (1). May be given "
+        "several times.",
+    ),
+]  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..sampling.loras import Lora
 from ..sampling.opened import opened
 from ..sampling.single_file import pointed
 from ..sampling.weight_files import left_out
@@ -16,14 +18,25 @@ ENCODERS = "text_encoder"  # begin like this
 
 @dataclass(frozen=True)
 class ModelSource:
-    """place: what loads it. line: MODEL and its --config, as a command line has them."""
+    """place: what loads it. line: MODEL and its --config, as a command line has them.
+
+    loras: LoRAs that are put on it; with_loras: the line with them.
+    """
 
     place: str
     line: str
+    loras: tuple[Lora, ...] = ()
+    with_loras: str = ""
 
 
-def model_source(model: str, config: str | None, bars: Bars) -> ModelSource:
-    """`opened`, with a word on which model lends a single file what it lacks."""
+def model_source(
+    model: str, config: str | None, bars: Bars, loras: Sequence[str] = ()
+) -> ModelSource:
+    """`opened`, with a word on which model lends a single file what it lacks; LoRAs are read.
+
+    loras: each FILE or FILE:WEIGHT.
+    """
+    read = tuple(Lora.read(text) for text in loras)
     place = opened(model, config)
     line = shlex.quote(model)
     if config is not None:
@@ -37,7 +50,8 @@ def model_source(model: str, config: str | None, bars: Bars) -> ModelSource:
     lost = set[str]() if single is None else left_out(Path(place)) - left_out(single.rest)
     for name in sorted(n for n in lost if n.startswith(ENCODERS)):
         bars.note(f"{Path(model).name} is used without its {name}, which is not on this machine.")
-    return ModelSource(place, line)
+    with_loras = " ".join([line, *(f"--lora {shlex.quote(text)}" for text in loras)])
+    return ModelSource(place, line, read, with_loras)
 
 
 def lender_name(folder: Path) -> str:

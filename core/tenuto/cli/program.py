@@ -164,6 +164,7 @@ def generate(
     model: mo.Model,
     prompt: o.Prompt,
     config: mo.Config = None,
+    lora: mo.Lora = [],  # noqa: B006
     negative: o.Negative = None,
     artifact: o.WithArtifact = None,
     speedup: f.SkipCalls = None,
@@ -194,6 +195,7 @@ def generate(
 def compare(
     model: mo.Model,
     config: mo.Config = None,
+    lora: mo.Lora = [],  # noqa: B006
     artifact: o.Artifact = None,
     speedup: f.SkipCalls = None,
     prompts: o.OtherPrompts = None,

@@ -16,6 +16,7 @@ from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
 from ..text import first_line
+from .downloads import download
 from .libraries import import_parts, imported, quiet_loading, typed
 from .processes import processes
 from .single_file import pointed
@@ -188,8 +189,8 @@ def load(
     if low_memory is not False:
         folder = path if local else _downloaded(model)
         if low_memory or _is_too_large(folder, dtype):
-            return _read(folder, device, dtype, local, encoders=encoders)
-    return _read(path if local else model, device, dtype, local)
+            return _read(folder, device, dtype, True, encoders=encoders)
+    return _read(path if local else _downloaded(model), device, dtype, True)
 
 
 def load_denoisers(model: str) -> Any:
@@ -238,9 +239,9 @@ def _is_too_large(folder: Path, dtype: Any) -> bool:
 
 
 def _downloaded(model: str) -> Path:
-    """The folder to which the hub's files of a model go."""
+    """The folder to which the hub's files of a model go; no network where they are there."""
     with _one_sentence(model, local=False):
-        return Path(imported("DiffusionPipeline").download(model, use_safetensors=True))
+        return download(model)
 
 
 def _read(

@@ -9,11 +9,12 @@ from typing import Any
 from ..errors import ModelError
 from ..resources import cache_folder
 from ..text import first_line
+from .downloads import whole_download
 from .loading import HUB_ID, PREFIX, check_model, load
 from .model_folders import ENDING, LENT, downloaded, hub_cache, lenders, models_in
 from .single_file import hub_id
 from .single_file_folder import opened_folder
-from .weight_files import INDEX, complaints, parts_in, variant_of, weighed
+from .weight_files import INDEX
 
 OPENED = "opened"  # the folder of what opens single files
 
@@ -34,7 +35,7 @@ def opened(model: str | Path, config: str | Path | None = None) -> str:
     check_model(str(model))
     if str(model).startswith(PREFIX) or path.is_dir():
         return str(model)
-    return _whole_download(str(model)) or str(model)
+    return str(whole_download(str(model)) or model)
 
 
 def _opened_file(file: Path, config: str | Path | None) -> Path:
@@ -92,18 +93,6 @@ def _configurations(model: str) -> Path:
     except Exception as error:  # the hub has many
         said = first_line(error, 200) or type(error).__name__
         raise ModelError(f"The hub does not give {model}: {said}") from error
-
-
-def _whole_download(model: str) -> str | None:
-    """The folder of a hub id, if all of it was downloaded."""
-    found = downloaded(hub_cache()).get(model)
-    if found is None:
-        return None
-    folder = Path(found)
-    variant = variant_of(folder)
-    parts = [name for name, row in parts_in(folder) if weighed(name, row)]
-    whole = not any(said for name in parts for said in complaints(folder / name, variant))
-    return found if whole else None
 
 
 def open_model(
