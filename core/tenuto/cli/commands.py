@@ -30,7 +30,6 @@ from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
-    check_kept,
     check_kernel,
     check_out,
     check_quantization,
@@ -95,8 +94,7 @@ def quantize(
     rest |= {"temporal": temporal, "table_budget": table_budget, "under_cache": under_cache}
     wanted, effort = check_quantization(scheme, preset, **rest)
     default, under = check_wanted(scheme, text_encoder, speedup, reuse, under_cache)
-    source = model_source(model, config, bars)
-    check_kept(out, model)
+    source = model_source(model, config, bars, out=out)
     work, lines, made = check_out(out), calibration_prompts(model, prompts), list[Artifact]()
     sampling = sampling_of(source.place, steps=steps, guidance=guidance, device=device, call=call)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
@@ -117,13 +115,12 @@ def quantize(
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)
         if text_encoder is not None:
-            at = work if wanted is None else work / ENCODERS
-            given = pipe, text_encoder, lines, sampling, method, seed, at, bars
-            made.append(low_encoders(*given, max_memory))
+            given = pipe, text_encoder, lines, sampling, method, seed
+            made.append(low_encoders(*given, work / ENCODERS if made else work, bars, max_memory))
         whole = written(made, out)
     bars.close()
-    said = quantized_lines(out, whole, pipe, len(used))
-    return Answer("\n".join(said), next=compare_line(source.line, out))
+    said = "\n".join(quantized_lines(out, whole, pipe, len(used)))
+    return Answer(said, next=compare_line(source.line, out))
 
 
 def train_router(
@@ -158,8 +155,7 @@ def train_router(
         raise TenutoError("Give --speedup or --reuse, not both: each follows from the other.")
     if preset not in PRESETS:
         raise TenutoError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-    source = model_source(model, config, bars)
-    check_kept(out, model)
+    source = model_source(model, config, bars, out=out)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     base = load_artifact(artifact) if artifact else None
     sampling = sampling_of(

@@ -11,6 +11,7 @@ from ..sampling.loras import Lora
 from ..sampling.opened import opened
 from ..sampling.single_file import pointed
 from ..sampling.weight_files import left_out
+from .checks import check_kept
 from .console import Bars
 
 ENCODERS = "text_encoder"  # begin like this
@@ -30,12 +31,18 @@ class ModelSource:
 
 
 def model_source(
-    model: str, config: str | None, bars: Bars, loras: Sequence[str] = ()
+    model: str,
+    config: str | None,
+    bars: Bars,
+    loras: Sequence[str] = (),
+    out: Path | None = None,
 ) -> ModelSource:
     """`opened`, with a word on which model lends a single file what it lacks; LoRAs are read.
 
-    loras: each FILE or FILE:WEIGHT.
+    loras: each FILE or FILE:WEIGHT. out: what is to be written, which the model must not be.
     """
+    if out is not None:
+        check_kept(out, model)
     read = tuple(Lora.read(text) for text in loras)
     place = opened(model, config)
     line = shlex.quote(model)

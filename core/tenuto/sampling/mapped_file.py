@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -55,10 +56,23 @@ class MappedFile(Mapping[str, Tensor]):
         """The type of a floating tensor."""
         return torch.float32 if set(self.wide) & set(name.split(".")) else self.dtype
 
-    def __getitem__(self, name: str) -> Tensor:
-        place: Place = self.places[name]
+    @property
+    def renamed(self) -> bool:
+        """Whether the file has other names than the model, but for what they begin with."""
+        return any(name != place.name for name, place in self.places.items())
+
+    def whole(self) -> dict[str, Tensor]:
+        """All of them, of a file that is opened once."""
         with safe_open(self.file, "pt") as opened:
-            found = opened.get_slice(self.prefix + place.name)[slice(*place.rows)]
+            return {name: self._read(opened, name) for name in self.places}
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.file, "pt") as opened:
+            return self._read(opened, name)
+
+    def _read(self, opened: Any, name: str) -> Tensor:
+        place: Place = self.places[name]
+        found = opened.get_slice(self.prefix + place.name)[slice(*place.rows)]
         found = swapped(found) if place.swapped else found
         return found.to(self.type_of(name), copy=True) if found.is_floating_point() else found
 

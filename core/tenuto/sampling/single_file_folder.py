@@ -27,7 +27,7 @@ from .single_file import (
     is_checkpoint,
     pointed,
 )
-from .single_file_reading import fits_by_map
+from .single_file_reading import by_map
 from .weight_files import INDEX, variant_of, weight_files
 
 SPARED = {"text_encoder_3": "tokenizer_3"}  # the T5 of Stable Diffusion 3: it works without
@@ -108,8 +108,11 @@ def _fits(file: Path, donor: Path, seen: set[str]) -> SingleFile | str:
     if config in seen:
         return ""
     seen.add(config)
-    known = _by_diffusers(file, donor, name, parts[name][1])
-    if not known and not fits_by_map(file, donor, name, parts[name][1]):
+    place = file, donor, name, parts[name][1]
+    mapped = by_map(*place)
+    own = mapped is not None and not mapped.renamed  # diffusers would find no name in it
+    known = not own and _by_diffusers(*place)
+    if mapped is None and not known:
         return ""
     variant = variant_of(donor)
     for part, (_, kind) in parts.items():

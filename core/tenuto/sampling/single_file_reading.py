@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from .libraries import imported, typed
@@ -94,26 +96,28 @@ def denoisers_on_disk(folder: Path, dtype: Any, device: Any) -> dict[str, Any]:
     return found
 
 
-def fits_by_map(file: Path, donor: Path, name: str, cls: str) -> bool:
-    """Whether the key map of the denoiser that `donor` has finds all of it in `file`."""
+def by_map(file: Path, donor: Path, name: str, cls: str) -> MappedFile | None:
+    """The denoiser of `donor` in `file` by its key map; None where that does not find all of it."""
     try:
-        _by_map(SingleFile(file, donor), donor, name, cls, torch.float32)
+        return _by_map(SingleFile(file, donor), donor, name, cls, torch.float32)[1]
     except Exception:  # of a config or class that is not for this file
-        return False
-    return True
+        return None
 
 
-def _by_map(single: SingleFile, folder: Path, name: str, cls: str, dtype: Any) -> Any:
+def _by_map(
+    single: SingleFile, folder: Path, name: str, cls: str, dtype: Any
+) -> tuple[nn.Module, MappedFile]:
     kind, dtype = imported(cls), dtype or torch.float32
-    model = empty_model(kind, folder / name, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a class of diffusers is made of
+        model = empty_model(kind, folder / name, dtype)
     return model, MappedFile(single.file, model, dtype, wide_of(kind))
 
 
 def _mapped(single: SingleFile, folder: Path, name: str, cls: str, dtype: Any) -> Any:
     """A denoiser in memory, read by its key map."""
     model, weights = _by_map(single, folder, name, cls, dtype)
-    state = {n: weights.get(n, x) for n, x in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(model.state_dict() | weights.whole(), assign=True)
     return model.eval()
 
 

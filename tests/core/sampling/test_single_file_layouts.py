@@ -19,13 +19,17 @@ from tests.core import family_pipelines, single_files, tiny_pipelines
 
 
 class Kind(NamedTuple):
-    """mapped: whether diffusers cannot read one so small, so that the key map does."""
+    """mapped: whether diffusers cannot read one, or one so small, so that the key map does."""
 
     made: Callable[[], Any]
     file: Callable[[Any, Path], Path]
     mapped: bool = False
 
 
+ALONE = {  # families that hosts have as denoisers alone, and whether diffusers cannot read them
+    "flux2": True, "chroma": True, "qwen_image": True, "lumina2": True, "z_image": False,
+    "wan": False, "hunyuan_image": True, "hunyuan_video": True, "pixart": True,
+}  # fmt: skip
 KINDS = {
     "sd15": Kind(
         lambda: tiny_pipelines.stable_diffusion("StableDiffusionPipeline"),
@@ -91,3 +95,16 @@ def test_stable_diffusion_3_needs_no_t5(tmp_path: Path) -> None:
     file = single_files.sd3_file(pipe, tmp_path / "model.safetensors")
     found = load(str(opened_folder(file, tmp_path / "opened", [tmp_path / "kind"])))
     assert found.text_encoder_3 is None and equal(found.transformer, pipe.transformer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_denoisers_of_other_families_in_files_of_comfyui(name: str, tmp_path: Path) -> None:
+    pipe = getattr(family_pipelines, name)().model
+    pipe.save_pretrained(tmp_path / "whole")
+    tensors = single_files.denoiser(denoiser_of(pipe))
+    file = single_files.written(tensors, tmp_path / "model.safetensors")
+    folder = opened_folder(file, tmp_path / "opened", [tmp_path / "whole"])
+    single = pointed(folder)
+    assert single is not None and single.mapped == ALONE[name]
+    assert equal(denoiser_of(load(str(folder))), denoiser_of(pipe))

@@ -102,9 +102,8 @@ def check(
     that was downloaded, a checkpoint in a single file or "demo:NAME". Everything else is what the
     functions take that do the work; text_encoder: whether text encoders are to be quantized too.
     Nothing of the model runs, unless `run` is True: then it generates up to its first call of the
-    denoiser, which is timed; a bare denoiser takes `sample` for that. The model is as it was. What
-    is wrong with the model, the call or the machine is in `problems` of the result; TenutoError
-    where the question itself is wrong, such as an unknown scheme.
+    denoiser, which is timed; a bare denoiser takes `sample` for that. What is wrong with the model,
+    the call or the machine is in `problems` of the result; TenutoError where the question is wrong.
     """
     chosen, wanted, given = effort(preset), scheme_of(scheme), _given(model)
     chosen.rounding(rounding, wanted if isinstance(wanted, Scheme) else None)
