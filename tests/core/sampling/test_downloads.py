@@ -152,8 +152,8 @@ class Hub(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def log_message(self, *_: Any) -> None:
-        pass
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
 
 
 @pytest.fixture
