@@ -15,7 +15,8 @@ COMFY  ?= .venv-comfy
 # As many tests at once as there are processors, a file on one of them; each computes on one thread then.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -lt 8 ] && echo "$$n" || echo 8)
 # In the order of the files: by their number of tests, slow files of one test would be left for the end.
-AT_ONCE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# One that hangs is ended, and says where it was; the longest takes two minutes.
+AT_ONCE := -n $(JOBS) --dist loadfile --no-loadscope-reorder --timeout 900
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # Where it is set, as in many containers, each of the many processes of the tests would compile every library anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -350,6 +350,16 @@ plain pipeline in diffusers: they are tried as bare denoisers, with `sample=`.
   *compare*: `tn.compare` runs through. *save and load*: equal to the bit. *detach*: the image and
   all weights are as they were, to the bit.
 
+## Models without a row
+
+A model that no family file knows is taken apart by its lists of blocks: its layers are quantized,
+its blocks and its calls reused. What is lost is detail, such as which layers share their input.
+`tests/core/test_further_models.py` takes classes of diffusers that are such models through
+recording, W4A8, a cache schedule and back: CogView 4, GLM-Image, ERNIE-Image, Ideogram 4, FIBO 2,
+LongCat-Image, Ovis-Image, Kandinsky 5, JoyImage-Edit, Nucleus-Image, PRX, Wan-Animate and Sana-Video, as bare
+denoisers with random weights. The experts of Nucleus-Image are not layers but one weight for all
+of them, and stay in float.
+
 ## How much of a released model
 
 The classes at the released sizes, built without memory. *quantized*: the share of the weights of

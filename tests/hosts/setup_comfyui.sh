@@ -84,7 +84,7 @@ fi
 grep -v -E '^(torch|torchvision|torchaudio)$|^#|^[[:space:]]*$' "$COMFY/requirements.txt" > "$DIR/requirements.txt"
 # requests: imported, but not declared
 pip -r "$DIR/requirements.txt" requests omegaconf playwright==1.65.2 "$(pin pytest)" "$(pin pytest-random-order)" \
-  "$(pin pytest-xdist)" "$(pin execnet)"
+  "$(pin pytest-timeout)" "$(pin pytest-xdist)" "$(pin execnet)"
 pip --no-deps stable-diffusion-sdkit==2.1.5 k-diffusion==0.1.1.post1 torchdiffeq==0.2.5 \
   "$(pin diffusers)" "$(pin importlib_metadata)" "$(pin zipp)"
 

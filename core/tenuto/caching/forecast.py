@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ Ask = Callable[[nn.Module], CallInProgress]
 
 
 class Planner(Protocol):
-    """What makes the plan of a run (`Forecast`). taps: how many computed steps it needs to keep."""
-
-    taps: ClassVar[int]
+    """What makes the plan of a run (`Forecast`)."""
 
     def plan(
         self,
@@ -80,7 +78,7 @@ class ForecastCalls:
 
     def __call__(self, original: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         shape = self.shape(args, kwargs, rows=True)
-        step = self.step(module)
+        step = self.step(module, fills=not isinstance(shape, tuple))
         if step is not None and not self.plan.computed[step] and self._may_skip(module):
             found = self._forecast(step, shape)
             if found is not None:
@@ -104,8 +102,12 @@ class ForecastCalls:
             self.patch = patch
         return not self.patch
 
-    def step(self, denoiser: nn.Module) -> int | None:
-        """The step of the plan at which the clock is; None where it is at none of them."""
+    def step(self, denoiser: nn.Module, fills: bool = False) -> int | None:
+        """The step of the plan at which the clock is; None where it is at none of them.
+
+        fills: the call fills a cache of the model's own. From what it returns nothing is forecast,
+        so a run that begins with it is planned from the next step on.
+        """
         clock = self.clock
         times = clock.grid or clock.timesteps
         if clock.run != self.run or times != self.plan.timesteps:
@@ -113,7 +115,8 @@ class ForecastCalls:
                 self.told = self.ask(denoiser)
             self.run, self.known = clock.run, []
             noisy = clock.stochastic or self.told.noisy
-            self.plan = self.forecast.plan(times, noisy, clock.per_step, self.told.guidance)
+            rest = self.forecast.plan(times[fills:], noisy, clock.per_step, self.told.guidance)
+            self.plan = rest.after(times[:fills])
         place = clock.place if clock.grid else clock.step
         largest = max((abs(t) for t in times), default=0.0)
         if not times or abs(times[place] - clock.time) > largest * NEAR:
@@ -121,13 +124,16 @@ class ForecastCalls:
         return place
 
     def _keep(self, step: int, shape: Any, out: Any) -> None:
-        """Remember a computed call; a second one of the same step and streams replaces it."""
+        """Remember a computed call; a second one of the same step and streams replaces it.
+
+        Steps that no later one is forecast from are forgotten.
+        """
         streams = self.clock.streams
         kept = map_tensors(lambda t: t.detach().clone(), out)
         new = Computed(step, {s: i for i, s in enumerate(streams)}, streams, shape, kept)
         rest = [c for c in self.known if c.step != step or c.rows.keys() - new.rows.keys()]
-        steps = sorted({c.step for c in rest} | {step}, reverse=True)[: self.forecast.taps]
-        self.known = [new, *(c for c in rest if c.step in steps)]
+        needed = {tap for taps in self.plan.taps[step:] for tap in taps}
+        self.known = [new, *(c for c in rest if c.step in needed)]
 
     def _forecast(self, step: int, shape: Any) -> Any:
         """The output of the call, or None where a tap of one of its streams is missing."""

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +54,6 @@ class Forecast:
     kernel: OutputKernel
     speedup: Speedup
     at_one: float = AT_ONE
-
-    taps: ClassVar[int] = TAPS
 
     def __post_init__(self) -> None:
         check_speedup(self.speedup, MOST)
@@ -129,6 +127,17 @@ class ForecastPlan:
         """Every call is computed."""
         count = len(timesteps)
         return ForecastPlan(tuple(timesteps), (True,) * count, ((),) * count, ((),) * count)
+
+    def after(self, timesteps: Sequence[float]) -> ForecastPlan:
+        """The same after steps at `timesteps`, which are computed and forecast nothing."""
+        if not timesteps:
+            return self
+        first = ForecastPlan.full(timesteps)
+        taps = tuple(tuple(tap + len(timesteps) for tap in taps) for taps in self.taps)
+        return ForecastPlan(
+            first.timesteps + self.timesteps, first.computed + self.computed, first.taps + taps,
+            first.weights + self.weights, self.error,
+        )  # fmt: skip
 
 
 TOLD: set[Any] = set()  # the keys in PLANS whose warning has had its time

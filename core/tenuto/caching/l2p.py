@@ -41,7 +41,6 @@ class L2P:
     ridge: float = 1e-3
 
     name: ClassVar[str] = "l2p"
-    taps: ClassVar[int] = MOST  # computed steps that are kept: all
 
     def plan(
         self,

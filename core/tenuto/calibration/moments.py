@@ -71,7 +71,7 @@ class InputsSeen:
             nonlocal calls
             x = next(tensors_in((args, kwargs))).detach()
             x, calls = _counted(x, counted), calls + 1
-            found[name] = torch.cat((found[name], x)) if name in found else x
+            found[name] = _joined(found[name], x) if name in found else x
             if calls == self.last:
                 raise Leave
 
@@ -82,6 +82,14 @@ class InputsSeen:
             self.block(*args, **kwargs)
         self.last = calls if self.last is None else self.last
         return found
+
+
+def _joined(x: Tensor, more: Tensor) -> Tensor:
+    """What two calls of a layer get, as one.
+
+    Side by side where they have other lengths: image and text through one feed-forward.
+    """
+    return torch.cat((x, more), 0 if x.shape[1:] == more.shape[1:] else 1)
 
 
 def _counted(x: Tensor, counted: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ class TemporalTable(Replacement):
     rows: one tensor (T, ...) per output, without the batch. single: whether the module returns a
     tensor, else a tuple. At a timestep that was not calibrated, or where the rows of a batch are at
     different ones, the original computes: any number of steps works. Models look at the weights of
-    such a module for the dtype to call it in: there is an empty one.
+    such a module, or of one inside it, for the dtype to call it in: there are empty ones.
     parked: the original's weights are out of the way (see `Parked`). What it answers at a timestep
     is then kept, for that they are brought in once.
     """
@@ -46,6 +46,7 @@ class TemporalTable(Replacement):
         for number, values in enumerate(rows):
             self.register_buffer(f"rows_{number}", values.to(device))
         self._original: tuple[nn.Module, ...] = (module,)  # no child: its weights are out
+        self._hollow: tuple[nn.Module, ...] = (_hollow(module),)
         self.parked = False
         self._have: tuple[int, set[int]] = -1, set()  # rows that are kept, in which generation
         self.train(module.training)
@@ -53,6 +54,17 @@ class TemporalTable(Replacement):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The empty weight, which is no state: offloading would look for it in a state dict."""
         yield nn.Parameter(self.weight, requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the original has inside, empty."""
+        inside = self.__dict__.get("_hollow")
+        if inside is not None and name in inside[0]._modules:
+            return inside[0]._modules[name]
+        return super().__getattr__(name)
+
+    def __getitem__(self, place: int) -> nn.Module:
+        """What a `Sequential` has there, empty."""
+        return getattr(self, str(place))
 
     def rows(self) -> list[Tensor]:
         """The tables, each (T, ...)."""
@@ -159,12 +171,28 @@ class TemporalTable(Replacement):
             self._forget()
         kept = self.rows()
         super()._apply(fn, recurse)
+        self._hollow[0]._apply(fn)
         for number, values in enumerate(kept):  # a cast of the model must not round the table
             name = f"rows_{number}"
             setattr(self, name, values.to(self.get_buffer(name).device))
         device = kept[0].device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         return self
+
+
+class _Hollow(nn.ModuleList):
+    """Modules by their names, with empty weights."""
+
+
+def _hollow(module: nn.Module) -> _Hollow:
+    """The modules inside `module`, at any depth."""
+    made = _Hollow()
+    for name, child in module.named_children():
+        made.add_module(name, _hollow(child))
+    for name, value in module.named_parameters(recurse=False):
+        empty = torch.empty(0, dtype=value.dtype, device=value.device)
+        made.register_buffer(name, empty, persistent=False)
+    return made
 
 
 @cache

@@ -240,6 +240,47 @@ def test_a_changed_shape_and_an_unplanned_step_compute() -> None:
     assert len(run.model.seen) == before + 2
 
 
+def test_a_step_that_is_computed_beside_the_plan_costs_no_other_step_its_taps() -> None:
+    """A skipped step that cannot be forecast computes, and what others are made of stays."""
+    run, late = Under(20), []
+    for step in range(20):
+        lost = not run.plan.computed[step] and len(late) < 3
+        run(step, (0,), width=5 if lost else 3)
+        late += [step] * lost
+    assert len(late) == 3 and run.calls.counts == [13, 7]
+
+
+class Filling(Line):
+    """Its first call of a run fills a cache, as that of FLUX.2 klein with reference images does."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, prompt: Tensor, kv_cache_mode: str = "cached"
+    ) -> tuple[Tensor, ...]:
+        (out,) = super().forward(sample, timestep, prompt)
+        return (out, out) if kv_cache_mode == "extract" else (out,)
+
+
+def test_a_run_that_begins_by_filling_a_cache_is_planned_from_the_next_step_on() -> None:
+    model, times = Filling(), kernel(13).timesteps
+    clock = Clock(times)
+    override_(model, ForecastCalls(clock, made := Forecast(kernel(13), 2.0), model))
+    plan, found = made.plan(times[1:]), []
+    for step, time in enumerate(times):
+        clock.tick(time, (0,))
+        sample = torch.full((1, 3), Under.value(step, 0))
+        mode = "cached" if step else "extract"
+        with torch.no_grad():
+            given = torch.tensor(time), torch.zeros(1, 1)
+            found.append(model(sample, *given, kv_cache_mode=mode))
+    assert len(found[0]) == 2 and all(len(out) == 1 for out in found[1:])
+    assert len(model.seen) == 1 + plan.calls == 7
+    for step, out in enumerate(found[1:]):
+        if not plan.computed[step]:
+            pairs = zip(plan.taps[step], plan.weights[step], strict=True)
+            wanted = sum(w * Under.value(tap + 1, 0) for tap, w in pairs)
+            assert float(out[0][0, 0]) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_no_output_crosses_runs_and_what_is_returned_is_new() -> None:
     run = Under()
     held = next(step for step in range(12) if not run.plan.computed[step])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,17 @@ pytestmark = [
     ),
 ]
 
+LIMIT = 300.0  # seconds that a command may take; the longest takes 10
+
 # Imports once, then runs each command line that it reads in a process of its own. A line says after
 # how many seconds that is killed, 0: not at all; answered with the exit status and the seconds.
-SERVER = """
-    import os, signal, sys, time, traceback
+# The processes must not share the lock of tqdm's bars: one that is killed with it stops the others.
+SERVER = f"""
+    import faulthandler, os, signal, sys, threading, time, traceback
     import torch
+    from tqdm import tqdm
+    tqdm.monitor_interval = 0  # no thread that could have a lock while a process forks
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     import tenuto.cli.checks
     from tenuto import cli
@@ -44,6 +52,7 @@ SERVER = """
         if child == 0:
             log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1), os.dup2(log, 2)
+            faulthandler.dump_traceback_later({0.9 * LIMIT}, file=2)
             code = 70
             try:
                 code = cli.main(arguments)
@@ -67,20 +76,31 @@ class Server:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(SERVER), str(model)], cwd=folder, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             env=os.environ | {"PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert self._line() == "ready"
 
     def _line(self) -> str:
+        """The next answer, within `LIMIT` seconds."""
         assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        limit = threading.Timer(LIMIT, os.killpg, (self.process.pid, signal.SIGKILL))
+        limit.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            limit.cancel()
+        assert line, f"no answer within {LIMIT:.0f} s"
+        return line.strip()
 
     def run(self, *arguments: str, after: float = 0.0) -> tuple[int, float]:
         """(exit status, seconds); killed `after` so many, if it is still there."""
         assert self.process.stdin is not None
         print(after, *arguments, sep="\t", file=self.process.stdin, flush=True)
-        status, seconds = self._line().split()
+        try:
+            status, seconds = self._line().split()
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it wrote:\n{self.log()}") from None
         return int(status), float(seconds)
 
     def log(self) -> str:

@@ -415,3 +415,18 @@ def test_a_file_of_qwen_image_is_a_fifth_of_the_model() -> None:
     assert found["shares"]["tables"] < 0.006
     bits = 8 * found["bytes"]["codes of 4 bits"] / weights["4"]
     assert 4.25 <= bits <= 4.55
+
+
+def test_what_a_model_looks_at_inside_a_table_is_there() -> None:
+    """Wan-Animate asks a layer of its time embedding for its dtype; others index a `Sequential`."""
+    inside = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 8))
+    table = TemporalTable(inside, [torch.zeros(3, 8)], True, Clock((900.0, 500.0, 100.0)))
+    named: Any = table[2]
+    assert named.weight.dtype is torch.float32 and not named.weight.numel()
+    assert getattr(table, "0").bias.dtype is torch.float32
+    assert table.bfloat16()[0].weight.dtype is torch.bfloat16
+    table.release()
+    assert table[0].weight.dtype is torch.bfloat16
+    with pytest.raises(AttributeError):
+        table.linear_1  # noqa: B018
+    assert {name for name, _ in table.named_modules()} == {""}
