@@ -98,7 +98,7 @@ class Bars:
 
                 self._bar = tqdm(total=total, initial=done, **self.settings(label))
             self._bar.total = total
-            if not self.watched:
+            if self.stream is not None and not self.watched:
                 so_far = SHARE * (time.time() - self._bar.start_t)
                 self._bar.mininterval = min(max(SOONEST, so_far), LATEST)
             self._bar.set_postfix_str(self._short(note), refresh=False)

@@ -274,12 +274,13 @@ def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatc
     assert len(lines) == len(set(lines)) and not {"\r", "\x1b"} & set(stream.getvalue())
 
 
-def test_short_work_writes_no_line() -> None:
+def test_short_work_writes_no_line_and_without_a_stream_nothing_does() -> None:
     stream = io.StringIO()
-    with Bars(stream) as bars:
-        progress = bars("Recording")
-        for done in range(3):
-            progress(done, 2, "")
+    for bars in (Bars(stream), Bars()):
+        with bars:
+            progress = bars("Recording")
+            for done in range(3):
+                progress(done, 2, "")
     assert stream.getvalue() == ""
 
 
