@@ -11,6 +11,7 @@ from typing import Any
 from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 from tenuto.files import clear_parts, whole_file, write_text
+from tenuto.sampling.model_folders import hub_cache
 
 from . import folders
 from .call import checked, kept, prompted
@@ -21,7 +22,7 @@ from .inputs import bounded
 from .jobs import DONE, FAILED, STOPPED, WAITING, Job
 from .memory import give_back
 from .pictures import saved
-from .places import SHIPPED, Places, checked_name, hub_cache
+from .places import SHIPPED, Places, checked_name
 from .requests import CHOSEN, HOW, LINES, calibration, expected
 from .settings import Settings
 from .speedup import asked

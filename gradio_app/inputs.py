@@ -10,8 +10,9 @@ from typing import Any
 
 from tenuto.artifact import read_header
 from tenuto.errors import TenutoError
+from tenuto.sampling.model_folders import ENDING
 
-from .places import ENDING, Places
+from .places import Places
 
 MOST, BYTES = 200, 2 * 2**30  # files, and what all of them may take, beside those that are needed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,21 +15,18 @@ from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
 from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
-from tenuto.sampling.single_file import DENOISERS, NOTE, is_checkpoint
+from tenuto.sampling.model_folders import ENDING, bare, downloaded, inside, models_in
+from tenuto.sampling.opened import OPENED
+from tenuto.sampling.single_file import NOTE
 from tenuto.sampling.single_file_folder import opened_folder
-from tenuto.sampling.weight_files import variant_of, weight_files
 from tenuto.text import printable
 
 from .given import words
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
-ENDING = ".safetensors"
 SHIPPED = "shipped:"
 DEMOS = ("demo:transformer", "demo:unet")
-DEPTH = 4  # how far below a root a model is looked for
-OPENED = "opened"  # folder of what opens single files
 LENGTH = 4096  # characters of a name that is looked at
-MANY = 500  # models and folders beyond these are not listed
 
 
 def checked_name(name: str) -> str:
@@ -39,11 +35,6 @@ def checked_name(name: str) -> str:
     if NAME.fullmatch(name) is None:
         raise TenutoError("A name has letters, digits, dots, hyphens and underscores.")
     return name
-
-
-def inside(path: Path, folder: Path) -> bool:
-    """Whether `path`, with links followed, lies in `folder`."""
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Places:
             except ModelError:
                 continue
         for root in (*self.roots, *self.added):
-            found += [name for name in _models_in(root) if name not in found]
+            found += [name for name in models_in(root) if name not in found]
         known = downloaded(self.hub)
         return [*found, *(n for n, p in known.items() if n not in found and not bare(Path(p)))]
 
@@ -106,7 +97,7 @@ class Places:
         """Folders of models, which may lend a single file what it lacks."""
         yield from (Path(place) for place in downloaded(self.hub).values())
         for root in (*self.roots, *self.added):
-            yield from (root / name for name in _models_in(root) if not name.endswith(ENDING))
+            yield from (root / name for name in models_in(root, single=False))
 
     def _where(self, name: str) -> str:
         """Where a model was looked for, and what to do."""
@@ -221,56 +212,3 @@ class Places:
         if not inside(found, self.out) or found.suffix != ".png" or not found.is_file():
             raise TenutoError("There is no such image.")
         return found
-
-
-def _models_in(root: Path) -> list[str]:
-    """Models below `root` by relative name: folders with a model_index.json, and single files.
-
-    No link to a folder is followed.
-    """
-    found, seen = [], 0
-    for folder, below, files in os.walk(root):
-        path, seen = Path(folder), seen + 1
-        depth = len(path.relative_to(root).parts)
-        if "model_index.json" in files:
-            if NOTE not in files:  # or it opens a single file, which is listed itself
-                found.append(path.relative_to(root).as_posix() if depth else str(root))
-            below.clear()
-        else:
-            single = [path / name for name in sorted(files) if name.endswith(ENDING)][:MANY]
-            single = (file for file in single if inside(file, root) and is_checkpoint(file))
-            found += [file.relative_to(root).as_posix() for file in single]
-        below[:] = sorted(d for d in below if not d.startswith(".") and depth < DEPTH)
-        if len(found) >= MANY or seen >= 20 * MANY:
-            break
-    return found
-
-
-def downloaded(hub: Path | None) -> dict[str, str]:
-    """Folders of the models that were downloaded from the hub, by their ids."""
-    found = {}
-    for folder in sorted(hub.glob("models--*--*")) if hub is not None and hub.is_dir() else ():
-        try:
-            commit = (folder / "refs" / "main").read_text("ascii").strip()
-        except (OSError, ValueError):
-            continue
-        snapshot = folder / "snapshots" / commit
-        if commit and (snapshot / "model_index.json").is_file():
-            found["/".join(folder.name.split("--")[1:])] = str(snapshot)
-    return found
-
-
-def bare(folder: Path) -> bool:
-    """Whether a model has the configuration of its denoiser alone, to lend to a single file."""
-    parts = [folder / name for name in DENOISERS if (folder / name / "config.json").is_file()]
-    variant = variant_of(folder)
-    return bool(parts) and not any(weight_files(part, variant) for part in parts)
-
-
-def hub_cache() -> Path | None:
-    """Where the hub's own program keeps what it downloads."""
-    try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        return None
-    return Path(HF_HUB_CACHE)

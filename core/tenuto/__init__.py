@@ -19,6 +19,7 @@ from .resources import __version__
 from .runtime import attach
 from .sampling import PromptCache, Trajectory, record
 from .sampling.loading import demo, prompts
+from .sampling.opened import open_model
 
 __all__ = [
     "Artifact",
@@ -42,6 +43,7 @@ __all__ = [
     "demo",
     "describe",
     "export",
+    "open_model",
     "prompts",
     "quantize",
     "quantize_encoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,14 @@ def asset(name: str) -> Path:
     if found is None:
         raise TenutoError(f"{name} should have come with Tenuto and is missing: install it again.")
     return found
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again; not made here."""
+    windows = os.name == "nt"
+    given = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME", "")
+    usual = Path.home() / ("AppData/Local" if windows else ".cache")
+    return (Path(given) if Path(given).is_absolute() else usual) / "tenuto"
 
 
 def prompts(name: str = "default") -> tuple[str, ...]:

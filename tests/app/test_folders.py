@@ -10,10 +10,11 @@ import pytest
 
 from gradio_app.bench import Bench
 from gradio_app.folders import added, kept
-from gradio_app.places import Places, bare
+from gradio_app.places import Places
 from gradio_app.restore import _folder
 from gradio_app.settings import Settings
 from tenuto.errors import TenutoError
+from tenuto.sampling.model_folders import bare
 
 INDEX = json.dumps({"_class_name": "StableDiffusionPipeline"})
 

@@ -54,5 +54,5 @@ def skipped_line(attached: Any) -> list[str]:
 
 
 def compare_line(model: str, artifact: Path) -> str:
-    """The command that measures what was just made."""
-    return f"tenuto compare {shlex.quote(model)} --artifact {shlex.quote(str(artifact))}"
+    """The command that measures what was just made. model: as the command line has it."""
+    return f"tenuto compare {model} --artifact {shlex.quote(str(artifact))}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..calibration import ENCODERS, QUANTIZE
-from ..sampling.loading import check_model
+from ..artifact.summary import mib, table
+from ..calibration import ENCODERS, QUANTIZE, USES
+from ..errors import ModelError
+from ..sampling.file_contents import DENOISER, contents
 from .checks import check_quantization
 from .console import Answer, Bars
+from .model_source import model_source
 from .session import checked, loaded, sampling_of
 
 IMPOSSIBLE = 1  # exit code; that of bad input is another
@@ -26,6 +29,7 @@ def check(
     call: Mapping[str, Any] | None = None,
     device: str | None = None,
     run: bool = False,
+    config: str | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Say what works with a model and what does not; `run` times one call of the denoiser.
@@ -35,12 +39,18 @@ def check(
     """
     bars = bars or Bars()
     wanted, _ = check_quantization(scheme, preset, text_encoder=text_encoder)
-    check_model(model)
-    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
+    try:
+        source = model_source(model, config, bars)
+    except ModelError as error:
+        known = None if run or config is not None else _of_header(model, error)
+        if known is None:
+            raise
+        return known
+    sampling = sampling_of(source.place, steps=steps, guidance=guidance, device=device, call=call)
     encoder = text_encoder is not None
-    found = None if run else checked(model, sampling, wanted, encoder, preset=preset)
+    found = None if run else checked(source.place, sampling, wanted, encoder, preset=preset)
     if found is None:
-        pipe = loaded(model, sampling.device, bars)
+        pipe = loaded(source.place, sampling.device, bars)
         found = checked(pipe, sampling, wanted, encoder, preset=preset, run=run)
     assert found is not None
     what, uses = [f"--text-encoder {text_encoder}"] * encoder, [ENCODERS] * encoder
@@ -48,5 +58,19 @@ def check(
         what, uses = [f"--scheme {scheme or 'w8a8'}", *what], [QUANTIZE, *uses]
     if found.stopping(*uses):
         return Answer(str(found), found.to_json(), code=IMPOSSIBLE)
-    line = f"tenuto quantize {shlex.quote(model)} {' '.join(what)} --out quantized.safetensors"
+    line = f"tenuto quantize {source.line} {' '.join(what)} --out quantized.safetensors"
     return Answer(str(found), found.to_json(), next=line)
+
+
+def _of_header(model: str, error: ModelError) -> Answer | None:
+    """What the header of a single file tells, and why no more can be said; None of other models."""
+    path = Path(model).expanduser()
+    found = contents(path) if path.is_file() else None
+    if found is None:
+        return None
+    rows = [("file", str(path)), ("kind", found.kind or "diffusers knows none such")]
+    for part in sorted(found.sizes, key=lambda part: part != DENOISER):
+        rows.append((part, f"{mib(found.sizes[part])} in {found.types[part]}"))
+    data: dict[str, Any] = {"file": str(path), "kind": found.kind or None, "sizes": found.sizes}
+    data |= {"types": found.types, "problems": [{"sentence": str(error), "stops": [*USES]}]}
+    return Answer("\n".join([*table(rows), f"nothing works yet: {error}"]), data, code=IMPOSSIBLE)

@@ -68,6 +68,14 @@ def check_out(path: Path) -> Path:
     return work
 
 
+def check_kept(out: Path, *sources: str | Path | None) -> None:
+    """TenutoError where `out` would replace a file that is read: a model, an artifact, a LoRA."""
+    place = out.resolve()
+    for source in (Path(s).expanduser().resolve() for s in sources if s is not None):
+        if place == source or (place.exists() and source in place.parents):
+            raise TenutoError(f"{out} is a file of the model itself: name another one.")
+
+
 def _foreign(work: Path) -> Iterator[Path]:
     """What lies in `work` though no job of ours has begun there."""
     if work.is_dir() and not (work / MANIFEST).exists():

@@ -8,29 +8,28 @@ model is loaded. `bars` shows progress, nothing where it is left out.
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import calibration
 from ..artifact import Artifact, set_default
 from ..artifact import compact as compacted
-from ..artifact.summary import about, counted
+from ..artifact.summary import about
 from ..caching import Speedup
 from ..calibration import prompts_needed
 from ..errors import TenutoError
 from ..measure import FIRST_SEED
-from ..sampling import described, one_by_one
+from ..sampling import one_by_one
 from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, check_model
-from .answers import compare_line, quantized_lines, skipped_line
+from ..sampling.loras import add_loras
+from .answers import compare_line, quantized_lines
 from .app import app
 from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
-    check_image,
     check_kernel,
     check_out,
     check_quantization,
@@ -41,10 +40,10 @@ from .checks import (
 )
 from .console import Answer, Bars
 from .export import export
+from .generate import generate
 from .inspect import inspect
-from .prompt_states import Asked, PromptStates
+from .model_source import model_source
 from .session import (
-    attached_to,
     low_encoders,
     pipeline,
     recorded,
@@ -86,6 +85,7 @@ def quantize(
     reuse: float | None = None,
     under_cache: bool = False,
     measure: bool | None = None,
+    config: str | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Quantize the denoiser, its text encoders or both, and write one artifact; it resumes."""
@@ -94,12 +94,12 @@ def quantize(
     rest |= {"temporal": temporal, "table_budget": table_budget, "under_cache": under_cache}
     wanted, effort = check_quantization(scheme, preset, **rest)
     default, under = check_wanted(scheme, text_encoder, speedup, reuse, under_cache)
-    check_model(model)
+    source = model_source(model, config, bars, out=out)
     work, lines, made = check_out(out), calibration_prompts(model, prompts), list[Artifact]()
-    sampling = sampling_of(model, steps=steps, guidance=guidance, device=device, call=call)
+    sampling = sampling_of(source.place, steps=steps, guidance=guidance, device=device, call=call)
     used = lines if wanted is None else lines[: prompts_needed(wanted, effort, rounding)]
     pipe = pipeline(
-        model, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder,
+        source.place, sampling, bars, use="quantize", scheme=wanted, encoder=text_encoder,
         effort={"preset": preset, "rounding": rounding, "prompts": used}, max_memory=max_memory,
         low_memory=low_memory, encoders=text_encoder is None,
     )  # fmt: skip
@@ -115,13 +115,12 @@ def quantize(
             set_default(artifact, default)
             made.append(compacted(artifact, pipe) if compact else artifact)
         if text_encoder is not None:
-            at = work if wanted is None else work / ENCODERS
-            given = pipe, text_encoder, lines, sampling, method, seed, at, bars
-            made.append(low_encoders(*given, max_memory))
+            given = pipe, text_encoder, lines, sampling, method, seed
+            made.append(low_encoders(*given, work / ENCODERS if made else work, bars, max_memory))
         whole = written(made, out)
     bars.close()
-    said = quantized_lines(out, whole, pipe, len(used))
-    return Answer("\n".join(said), next=compare_line(model, out))
+    said = "\n".join(quantized_lines(out, whole, pipe, len(used)))
+    return Answer(said, next=compare_line(source.line, out))
 
 
 def train_router(
@@ -142,6 +141,7 @@ def train_router(
     call: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
+    config: str | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Train a cache router and write it, beside what `artifact` contains, to `out`; it resumes."""
@@ -155,14 +155,14 @@ def train_router(
         raise TenutoError("Give --speedup or --reuse, not both: each follows from the other.")
     if preset not in PRESETS:
         raise TenutoError(f"Unknown preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-    check_model(model)
+    source = model_source(model, config, bars, out=out)
     work, lines = check_out(out), calibration_prompts(model, prompts)
     base = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact,
+        source.place, steps=steps, guidance=guidance, device=device, artifact=base, file=artifact,
         call=call,
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, base, artifact, use="train-router")
+    pipe = pipeline(source.place, sampling, bars, base, artifact, use="train-router")
     with work_kept_until_done(work, out):
         batch = PRESETS[preset].batch
         trajectory = recorded(pipe, lines, sampling, seed, batch, work, bars, runs=1)
@@ -174,62 +174,7 @@ def train_router(
         made = router if base is None else base | router
         made.save(out)
     bars.close()
-    return Answer(about(str(out), made, out.stat().st_size), next=compare_line(model, out))
-
-
-def generate(
-    model: str,
-    *,
-    prompt: str,
-    negative: str | None = None,
-    artifact: Path | None = None,
-    speedup: Speedup | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    call: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    execution: str = "auto",
-    compile: bool = False,
-    graphs: bool | None = None,
-    prompt_cache: Path | None = None,
-    batch: int = 1,
-    out: Path | None = None,
-    bars: Bars | None = None,
-) -> Answer:
-    """Generate `batch` images of one prompt, with an artifact or without, as one PNG."""
-    from ..measure.sheet import grid
-    from ..sampling.images import image_name, save_png
-
-    bars = bars or Bars()
-    check_model(model)
-    how = how_called(compile, graphs, artifact is not None or speedup is not None)
-    out = out or image_name(prompt, seed)
-    check_image(out)
-    found, states = load_artifact(artifact) if artifact else None, PromptStates(prompt_cache)
-    sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
-        call=call,
-    )  # fmt: skip
-    asked = Asked(prompt, negative, seed, batch, sampling)
-    pipe = states.pipeline(model, asked, bars, found, artifact)
-    pipe.set_progress_bar_config(**bars.settings("Generating"))
-    start = time.perf_counter()
-    with states.used_by(pipe), attached_to(pipe, found, execution, speedup, **how) as attached:
-        images = asked.images(pipe)
-        seconds, skipped = time.perf_counter() - start, skipped_line(attached)
-    settings = {
-        "model": model, "prompt": prompt, "negative": negative, "steps": sampling.steps,
-        "guidance": sampling.guidance, "seed": seed, "batch": batch,
-        "artifact": artifact and artifact.name, "speedup": speedup,
-    } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
-    save_png(grid(images), out, settings)
-    what = f"tenuto quantize {shlex.quote(model)} --scheme w8a8 --out quantized.safetensors"
-    size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
-    return Answer(
-        "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped, *states.lines()]),
-        next=what if artifact is None else compare_line(model, artifact),
-    )
+    return Answer(about(str(out), made, out.stat().st_size), next=compare_line(source.line, out))
 
 
 def compare(
@@ -247,22 +192,25 @@ def compare(
     execution: str = "int8",
     compile: bool = False,
     graphs: bool | None = None,
+    config: str | None = None,
+    lora: Sequence[str] = (),
     bars: Bars | None = None,
 ) -> Answer:
     """Measure time, memory and the distance from full precision at equal seeds."""
     from ..measure import compare
 
     bars = bars or Bars()
-    check_model(model)
+    source = model_source(model, config, bars, lora)
     if artifact is None and speedup is None:
         raise TenutoError("Say what to compare: --artifact, --speedup or both.")
     lines = comparison_prompts(model, prompts, count)
     found = load_artifact(artifact) if artifact else None
     sampling = sampling_of(
-        model, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
+        source.place, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
     )  # fmt: skip
-    pipe = pipeline(model, sampling, bars, found, artifact, use="compare")
+    pipe = pipeline(source.place, sampling, bars, found, artifact, use="compare")
+    add_loras(pipe, source.loras)
     given = sampling.called(pipe)
     measured = compare(
         pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
@@ -272,7 +220,7 @@ def compare(
     bars.close()
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else ""
     with_it += f" --speedup {speedup}" if speedup is not None else ""
-    use = f"tenuto generate {shlex.quote(model)}{with_it} --prompt TEXT"
+    use = f"tenuto generate {source.with_loras}{with_it} --prompt TEXT"
     return Answer(str(measured), measured.to_json(), next=use)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
+import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ..progress import Progress
 
-DELAY = 2.0  # seconds: shorter work shows no bar where nobody watches
 WIDTH = 80  # columns of a terminal unless it says otherwise
 BAR = "{desc}: {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}"
+LINE = "{desc}: {percentage:.0f} %, {elapsed} so far, {remaining} left{postfix}"  # in a file
+MOVES = re.compile(r"\r|\x1b\[A")  # to the beginning of a line, to the one above
+SOONEST, LATEST, SHARE = 10.0, 60.0, 0.1  # seconds from line to line, as a share of the time so far
 NOTE = 22  # columns of WIDTH that are left beside the longest label and hours of time
 
 
@@ -41,10 +45,32 @@ def _fitted(line: str) -> list[str]:
     return found if len(line) > WIDTH else [line]
 
 
-class Bars:
-    """Progress bars on `stream`, one at a time: at once on a terminal, else after two seconds.
+class Lines:
+    """What a bar writes on a stream that is no terminal: whole lines, each once.
 
-    Without a stream there are none.
+    Where it would write over its last line, as it does on a terminal, a new one begins.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self._last = stream, ""
+
+    def write(self, text: str) -> None:
+        """Print the lines of `text` that say something new."""
+        for line in (part.rstrip() for part in MOVES.sub("\n", text).splitlines()):
+            if line and line != self._last:
+                print(line, file=self.stream)
+                self._last = line
+
+    def flush(self) -> None:
+        """Let a reader of the file see them now."""
+        self.stream.flush()
+
+
+class Bars:
+    """Progress bars on `stream`, one at a time: at once on a terminal.
+
+    Elsewhere, in the log of a job, they are lines: one every ten seconds to a minute and the last,
+    none of what takes less. Without a stream there are none.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -56,10 +82,11 @@ class Bars:
         """How a tqdm bar called `label` is shown."""
         if self.stream is None:
             return {"disable": True}
-        pace: dict[str, Any] = {"mininterval": 5.0, "delay": DELAY, "ncols": WIDTH - 1}
         if self.watched:
-            pace = {"mininterval": 0.2, "dynamic_ncols": True}
-        return {"desc": label, "file": self.stream, "bar_format": BAR} | pace
+            pace: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
+            return {"desc": label, "file": self.stream, "bar_format": BAR} | pace
+        pace = {"mininterval": SOONEST, "miniters": 1, "delay": SOONEST, "ncols": WIDTH - 1}
+        return {"desc": label, "file": Lines(self.stream), "bar_format": LINE} | pace
 
     def __call__(self, label: str) -> Progress:
         """A new bar; returns the `on_progress` that moves it."""
@@ -71,6 +98,9 @@ class Bars:
 
                 self._bar = tqdm(total=total, initial=done, **self.settings(label))
             self._bar.total = total
+            if self.stream is not None and not self.watched:
+                so_far = SHARE * (time.time() - self._bar.start_t)
+                self._bar.mininterval = min(max(SOONEST, so_far), LATEST)
             self._bar.set_postfix_str(self._short(note), refresh=False)
             self._bar.update(done - self._bar.n)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from ..artifact.export import LIBRARIES, check_format, lines_of
 from ..artifact.export import export as exported
 from ..errors import TenutoError
-from ..sampling.loading import check_model, load_denoisers
-from .checks import check_file, damage_told, load_artifact
+from ..sampling.loading import load_denoisers
+from .checks import check_file, check_kept, damage_told, load_artifact
 from .console import Answer, Bars
+from .model_source import model_source
 
 NEXT = {  # what to do with a file
     "comfy": "put {out} into ComfyUI's models/diffusion_models; Load Diffusion Model has it.",
@@ -30,17 +31,20 @@ def export(
     prefix: str = "",
     part: str = "",
     library: str = LIBRARIES[0],
+    config: str | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Write a file that another program reads by itself, and say what is in it."""
     bars = bars or Bars()
-    check_model(model)
+    source = model_source(model, config, bars)
     form = check_format(to, out, scheme, prefix, library)
     if form.SUFFIX:
         check_file(out)
-    _check_kept(out, Path(model), artifact)
+    if artifact is not None and out.resolve() == artifact.resolve():
+        raise TenutoError(f"{out} is the artifact itself: name another file.")
+    check_kept(out, model)
     known = None if artifact is None else load_artifact(artifact)
-    pipe = load_denoisers(model)
+    pipe = load_denoisers(source.place)
     with damage_told(artifact):
         report = exported(
             pipe, to, out, artifact=known, scheme=scheme, prefix=prefix, part=part,
@@ -50,12 +54,3 @@ def export(
     bars.close()
     where = NEXT[to].format(out=shlex.quote(str(out)), library=library)
     return Answer("\n".join(lines_of(report)), report.to_json(), next=where)
-
-
-def _check_kept(out: Path, model: Path, artifact: Path | None) -> None:
-    """TenutoError where `out` would replace what is read."""
-    place = out.resolve()
-    if artifact is not None and place == artifact.resolve():
-        raise TenutoError(f"{out} is the artifact itself: name another file.")
-    if place == model.resolve() or (place.exists() and model.resolve() in place.parents):
-        raise TenutoError(f"{out} is a file of the model itself: name another one.")

@@ -26,14 +26,6 @@ def _choice(flag: str, panel: str, help: str, names: tuple[str, ...], metavar: s
     )
 
 
-Model = Annotated[
-    str,
-    Argument(
-        metavar="MODEL",
-        help="demo:transformer, demo:unet, a folder in diffusers format or a hub id.",
-        autocompletion=lambda: ["demo:transformer", "demo:unet"],
-    ),
-]  # fmt: skip
 OtherPrompts = Annotated[
     Path | None,
     Option("--prompts", metavar="FILE", help="Prompts, one a line (the built-in list)."),

@@ -14,6 +14,7 @@ from . import call_options as c
 from . import export_options as e
 from . import forecast_options as f
 from . import memory_options as m
+from . import model_options as mo
 from . import options as o
 from . import run as runner
 from . import text_encoder_options as x
@@ -63,7 +64,8 @@ def demo(
 
 @program.command(epilog="example: tenuto check demo:transformer --scheme w4a8")
 def check(
-    model: o.Model,
+    model: mo.Model,
+    config: mo.Config = None,
     scheme: o.Scheme = None,
     text_encoder: o.TextEncoder = None,
     preset: o.Preset = "quick",
@@ -88,8 +90,9 @@ def check(
     epilog="example: tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors"
 )
 def quantize(
-    model: o.Model,
+    model: mo.Model,
     out: o.NewArtifact,
+    config: mo.Config = None,
     scheme: o.Scheme = None,
     text_encoder: o.TextEncoder = None,
     method: o.Method = None,
@@ -126,8 +129,9 @@ def quantize(
     "--out b.safetensors"
 )
 def train_router(
-    model: o.Model,
+    model: mo.Model,
     out: o.NewArtifact,
+    config: mo.Config = None,
     artifact: o.Base = None,
     speedup: o.Speedup = None,
     reuse: o.Reuse = None,
@@ -157,8 +161,10 @@ def train_router(
     "--artifact a.safetensors"
 )
 def generate(
-    model: o.Model,
+    model: mo.Model,
     prompt: o.Prompt,
+    config: mo.Config = None,
+    lora: mo.Lora = [],  # noqa: B006
     negative: o.Negative = None,
     artifact: o.WithArtifact = None,
     speedup: f.SkipCalls = None,
@@ -187,7 +193,9 @@ def generate(
     epilog="example: tenuto compare demo:transformer --artifact demo.safetensors --count 16 --json"
 )
 def compare(
-    model: o.Model,
+    model: mo.Model,
+    config: mo.Config = None,
+    lora: mo.Lora = [],  # noqa: B006
     artifact: o.Artifact = None,
     speedup: f.SkipCalls = None,
     prompts: o.OtherPrompts = None,
@@ -217,9 +225,10 @@ def compare(
     "--out b.safetensors"
 )
 def export(
-    model: o.Model,
+    model: mo.Model,
     to: e.To,
     out: e.Out,
+    config: mo.Config = None,
     artifact: o.WithArtifact = None,
     scheme: e.Scheme = None,
     library: e.Library = e.LIBRARIES[0],

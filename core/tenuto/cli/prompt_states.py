@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..sampling import PromptCache
 from ..sampling.encoder_mark import codes_mark, encoder_mark, note_folder, noted_folder
 from ..sampling.images import TOGETHER, generate_images
 from ..sampling.loading import encoder_names
+from ..sampling.loras import Lora, add_loras
 from .console import Bars
 from .session import Sampling, loaded, pipeline
 
@@ -39,11 +41,12 @@ class Asked:
 class PromptStates:
     """A file with states of prompts, if one was asked for, and what it was good for in a run.
 
-    The states of an artifact's quantized encoders are others than those of the model's own.
+    The states of an artifact's quantized encoders are others than those of the model's own, and so
+    may be those of a model with LoRAs, which are put on its encoders too: these are loaded then.
     """
 
-    def __init__(self, file: Path | None) -> None:
-        self.file, self.mark = file, ""
+    def __init__(self, file: Path | None, loras: Sequence[Lora] = ()) -> None:
+        self.file, self.mark, self.loras = file, "", loras
         self.cache = None if file is None else PromptCache(file)
         self.spared = False
 
@@ -52,6 +55,10 @@ class PromptStates:
     ) -> Any:
         """As `session.pipeline`; without text encoders where all states are known."""
         given = model, asked.sampling, bars, artifact, file
+        if self.loras:
+            pipe = pipeline(*given)
+            add_loras(pipe, self.loras)
+            return pipe
         names = () if self.cache is None else encoder_names(model)
         if self.cache is None or not names:
             return pipeline(*given)
@@ -96,16 +103,17 @@ class PromptStates:
                 f"The states of the prompt are those in {self.file}: no text encoder was loaded."
             ]
         if self.cache.found and not self.cache.made:
+            why = "a file in its folder has another time or place"
             return [
                 f"The states of the prompt are those in {self.file}. The text encoder was loaded "
-                "to see that it is the same: a file in its folder has another time or place."
+                f"to see that it is the same: {'a LoRA may change it' if self.loras else why}."
             ]
         if self.cache.file.unsaved:
             return [f"The states of the prompt could not be written to {self.file}."]
         if self.cache.made:
             return [
-                f"The states of the prompt are now in {self.file}: the next run of it loads no "
-                "text encoder."
+                f"The states of the prompt are now in {self.file}"
+                + ("." if self.loras else ": the next run of it loads no text encoder.")
             ]
         return ["The states of this call cannot be kept: they depend on more than the prompt."]
 

@@ -10,7 +10,7 @@ from ..artifact.export.report import Report
 from ..artifact.summary import counted, mib
 from ..errors import TenutoError
 from ..sampling.libraries import silence
-from .checks import check_out, device_of, read_prompts
+from .checks import check_kept, check_out, device_of, read_prompts
 from .console import Answer, Bars
 
 SHOWN = 4  # states that are printed one by one
@@ -40,7 +40,7 @@ def text_encoder(
     if out.suffix.lower() != ".safetensors":
         raise TenutoError(f"The file is one that ends in .safetensors, and {out.name} is none.")
     work, lines = check_out(out), [] if prompts is None else read_prompts(prompts)
-    _check_kept(out, Path(model))
+    check_kept(out, model)
     silence(bars.watched)
     with work_kept_until_done(work, out):
         report = quantize_text_encoder(
@@ -52,13 +52,6 @@ def text_encoder(
     where = f"put {shlex.quote(str(out))} into ComfyUI's models/text_encoders; Load CLIP has it."
     known = report.facts["known_as"] is not None
     return Answer("\n".join(lines_of(report)), report.to_json(), next=where if known else "")
-
-
-def _check_kept(out: Path, model: Path) -> None:
-    """TenutoError where `out` would replace what is read."""
-    place, source = out.resolve(), model.expanduser().resolve()
-    if place == source or (place.exists() and source in place.parents):
-        raise TenutoError(f"{out} is a file of the model itself: name another one.")
 
 
 def lines_of(report: Report) -> list[str]:

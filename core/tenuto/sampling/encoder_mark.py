@@ -26,6 +26,7 @@ from .described import SCALARS
 from .libraries import LIBRARIES, imported, library, quiet_loading, silent
 from .loading import HUB_ID, folder_of
 from .prompt_settings import name_of, plain_of
+from .single_file import pointed
 
 CONFIG = {"dtype", "torch_dtype", "transformers_version", "architectures"}  # of the file, not of it
 PLACES = {"name_or_path", "hf_device_map"}  # of a module: where it was and is
@@ -88,9 +89,14 @@ class Folder(NamedTuple):
         """A hash over the files' places, sizes and times."""
         files = [file for name in self.names for file in sorted((self.path / name).iterdir())]
         facts = [str(self.path.resolve()), str(self.dtype), library("transformers").__version__]
-        for file in files:
+        single = pointed(self.path)
+        for file in files if single is None else (*files, single.file, *self._lent(single.rest)):
             facts.append(f"{file.parent.name}/{file.name} {stamp(file)}")
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+    def _lent(self, rest: Path) -> list[Path]:
+        """The files of encoders that a single file may lack."""
+        return [file for name in self.names for file in sorted((rest / name).glob("*"))]
 
     def mark(self) -> str | None:
         """The mark of the encoders; None where one cannot be opened, or its variants differ."""

@@ -16,9 +16,10 @@ from ..errors import ModelError, TenutoError
 from ..resources import asset
 from ..resources import prompts as shipped_prompts
 from ..text import first_line
+from .downloads import download
 from .libraries import import_parts, imported, quiet_loading, typed
 from .processes import processes
-from .single_file import pointed, read_denoisers, read_whole
+from .single_file import pointed
 from .weight_files import INDEX, as_it_lies
 
 log = logging.getLogger("tenuto")
@@ -27,8 +28,8 @@ PREFIX = "demo:"
 LISTS = ("default", "evaluation", "general", "captions")
 OWNER = "demo-transformer"  # its autoencoder is that of every demo model
 SINGLE = (
-    "a model is a diffusers folder, a hub id or demo:NAME. docs/diffusers.md says how to "
-    "make a folder of a checkpoint; in ComfyUI the node Tenuto Calibrate takes the file itself."
+    "a model is a diffusers folder, a hub id or demo:NAME here; tenuto.open_model opens a "
+    "checkpoint in a single .safetensors file."
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -178,16 +179,18 @@ def load(
     path = demo_folder(model) if model.startswith(PREFIX) else Path(model).expanduser()
     local = path.is_dir()
     if local and pointed(path):
+        from .single_file_reading import read_file
+
+        low = _is_too_large(path, dtype) if low_memory is None and parts is None else low_memory
         with _one_sentence(path, local), quiet_loading():
-            pipe = read_whole(path, typed(dtype), parts)
-        return pipe if device is None else pipe.to(device)
+            return read_file(path, device, dtype, parts, low_memory=bool(low))
     if parts is not None:
         return _read(path if local else _downloaded(model), device, dtype, True, given=parts)
     if low_memory is not False:
         folder = path if local else _downloaded(model)
         if low_memory or _is_too_large(folder, dtype):
-            return _read(folder, device, dtype, local, encoders=encoders)
-    return _read(path if local else model, device, dtype, local)
+            return _read(folder, device, dtype, True, encoders=encoders)
+    return _read(path if local else _downloaded(model), device, dtype, True)
 
 
 def load_denoisers(model: str) -> Any:
@@ -205,7 +208,9 @@ def load_denoisers(model: str) -> Any:
         from .low_memory import check_in_float, parts_on_disk
 
         if pointed(folder):
-            return SimpleNamespace(**read_denoisers(folder, typed(None)))
+            from .single_file_reading import read_denoisers
+
+            return SimpleNamespace(**read_denoisers(folder))
         check_in_float(folder)
         import_parts(folder)
         found = parts_on_disk(folder, torch.device("cpu"), torch.float32, encoders=False)
@@ -234,9 +239,9 @@ def _is_too_large(folder: Path, dtype: Any) -> bool:
 
 
 def _downloaded(model: str) -> Path:
-    """The folder to which the hub's files of a model go."""
+    """The folder to which the hub's files of a model go; no network where they are there."""
     with _one_sentence(model, local=False):
-        return Path(imported("DiffusionPipeline").download(model, use_safetensors=True))
+        return download(model)
 
 
 def _read(
@@ -250,6 +255,8 @@ def _read(
     """`source` as a pipeline. encoders: if it is to stay on disk, whether they are."""
     import torch
 
+    from .low_memory import parts_on_disk, placed
+
     with _one_sentence(source, local), quiet_loading():
         import_parts(Path(source))
     kind = typed(dtype) | {"use_safetensors": True, "local_files_only": local}
@@ -257,20 +264,13 @@ def _read(
     apart: dict[str, Any] = {}
     with _one_sentence(source, local), quiet_loading():
         if encoders is not None:
-            from .low_memory import parts_on_disk
-
             apart = parts_on_disk(Path(source), place, dtype or torch.float32, encoders)
         known = _shared(source, kind) | apart | dict(given or {})
         if (Path(source) / INDEX).is_file():
             absent, found = as_it_lies(Path(source), class_of(str(source)), set(known))
             known, kind = absent | known, kind | found
         pipe = imported("DiffusionPipeline").from_pretrained(str(source), **known, **kind)
-    if not apart:
-        return pipe if device is None else pipe.to(device)
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module) and name not in apart:
-            part.to(place)
-    return pipe
+    return placed(pipe, place, *apart)
 
 
 @contextmanager

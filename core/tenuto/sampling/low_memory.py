@@ -23,12 +23,11 @@ from ..errors import ModelError
 from ..model import describe
 from .libraries import imported
 from .processes import processes
+from .single_file import CODES, DENOISERS, MODELS, checked, index_of, pointed, values_of
 from .weight_files import parts_in, variant_of, variants_in, weight_files
 
 SHARE = 0.5  # of the free memory that a model may take
 LARGE = 2**30  # bytes of a text encoder that is read layer by layer
-DENOISERS = ("transformer", "unet")  # what the names of parts begin with
-CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "I32")  # types of weights that are quantized
 
 
 class Shards(Mapping[str, Tensor]):
@@ -93,7 +92,13 @@ def is_too_large(folder: Path, dtype: torch.dtype) -> bool:
     """Whether the model would take more than a share of the memory that is free."""
     import psutil
 
-    whole = sum(Shards(folder / name, dtype).size for name in parts_of(folder))
+    if pointed(folder):
+        single, (_, parts) = checked(folder), index_of(folder)
+        models = {name: row for name, row in parts.items() if name.startswith(MODELS)}
+        whole = sum(values_of(single, name, kind) for name, (_, kind) in models.items())
+        whole *= dtype.itemsize
+    else:
+        whole = sum(Shards(folder / name, dtype).size for name in parts_of(folder))
     return whole * processes().size > SHARE * psutil.virtual_memory().available
 
 
@@ -116,39 +121,60 @@ def parts_on_disk(
 
 def _denoiser(kind: Any, folder: Path, device: Any, dtype: torch.dtype) -> nn.Module:
     """A denoiser with hooks; ModelError if its file has other names than the class."""
-    from accelerate import init_empty_weights
+    shards = Shards(folder, dtype, wide_of(kind))
+    model = empty_model(kind, folder, dtype)
+    if not model.state_dict().keys() <= shards.files.keys():
+        raise ModelError(f"{folder} is in an older format, which is only read as a whole.")
+    return left_on_disk(model, shards, device)
+
+
+def placed(pipe: Any, device: Any, *but: str) -> Any:
+    """`pipe` with its modules on `device`, all `but` those of which blocks stay on disk."""
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in but:
+            part.to(device)
+    return pipe
+
+
+def wide_of(kind: Any) -> tuple[str, ...]:
+    """Parts of names whose tensors a class of diffusers keeps in fp32."""
+    return tuple(kind._keep_in_fp32_modules or ())
+
+
+def left_on_disk(model: nn.Module, weights: Any, device: Any) -> nn.Module:
+    """A model without values, with hooks that read a block when it is called; the rest is read.
+
+    weights: a mapping with `type_of`, such as `Shards`. What it has not, the model has made.
+    """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
     from accelerate.utils import set_module_tensor_to_device
 
-    shards = Shards(folder, dtype, tuple(kind._keep_in_fp32_modules or ()))
-    model = _empty(kind, folder, dtype, init_empty_weights)
-    state = model.state_dict()
-    if not state.keys() <= shards.files.keys():
-        raise ModelError(f"{folder} is in an older format, which is only read as a whole.")
     blocks = describe(model).blocks
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         inside = any(name.startswith(f"{block}.") for block in blocks)
         if inside and tensor.is_meta:
-            value = tensor.to(shards.type_of(name)) if tensor.is_floating_point() else tensor
+            value = tensor.to(weights.type_of(name)) if tensor.is_floating_point() else tensor
             set_module_tensor_to_device(model, name, "meta", value=value, dtype=value.dtype)
         else:
-            value = shards[name]
+            value = weights.get(name, tensor)
             set_module_tensor_to_device(model, name, device, value=value, dtype=value.dtype)
     for block in blocks:
         attach_align_device_hook(
-            model.get_submodule(block), device, offload=True, weights_map=shards,
+            model.get_submodule(block), device, offload=True, weights_map=weights,
             module_name=block,
         )  # fmt: skip
     add_hook_to_module(model, AlignDevicesHook(device))
     return model.eval().requires_grad_(False)
 
 
-def _empty(kind: Any, folder: Path, dtype: torch.dtype, empty: Any) -> nn.Module:
-    """A model without values; what its file does not have, it makes itself."""
+def empty_model(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A model of diffusers without values; what its file does not have, it makes itself."""
+    from accelerate import init_empty_weights
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with empty(include_buffers=False):
+        with init_empty_weights(include_buffers=False):
             return kind.from_config(kind.load_config(str(folder), local_files_only=True))
     finally:
         torch.set_default_dtype(before)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -20,7 +19,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..text import printable
-from .libraries import imported, library
+from .libraries import library
 from .weight_files import INDEX, parts_in, variant_of, weight_files
 
 NOTE = "tenuto-single-file.json"  # in the folder that opens a file
@@ -53,10 +52,14 @@ def size_of(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a note says. file: the checkpoint; rest: a folder with the parts that it lacks."""
+    """What a note says. file: the checkpoint; rest: a folder with the parts that it lacks.
+
+    mapped: whether its denoiser is read by Tenuto's key map, where diffusers cannot.
+    """
 
     file: Path
     rest: Path
+    mapped: bool = False
 
 
 def pointed(folder: Path) -> SingleFile | None:
@@ -66,7 +69,7 @@ def pointed(folder: Path) -> SingleFile | None:
         return None
     try:
         facts = json.loads(note.read_text("utf-8"))
-        return SingleFile(Path(facts["file"]), Path(facts["rest"]))
+        return SingleFile(Path(facts["file"]), Path(facts["rest"]), facts.get("mapped") is True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{note} is not readable: {error}.") from error
 
@@ -136,6 +139,15 @@ def bytes_of(single: SingleFile, name: str, kind: str) -> int:
 
     name, kind: of the part, and of its class.
     """
+    return sum(prod(shape) * size_of(dtype) for dtype, shape in _tensors(single, name, kind))
+
+
+def values_of(single: SingleFile, name: str, kind: str) -> int:
+    """How many values a part's weights have; as `bytes_of`."""
+    return sum(prod(shape) for _, shape in _tensors(single, name, kind))
+
+
+def _tensors(single: SingleFile, name: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
     known = header(single.file)
     if name.startswith(DENOISERS):
         others = ("model_ema.", *T5, *(start for starts in PLACES.values() for start in starts))
@@ -145,7 +157,7 @@ def bytes_of(single: SingleFile, name: str, kind: str) -> int:
     else:
         files = weight_files(single.rest / name, variant_of(single.rest))
         known = {n: fact for file in files for n, fact in header(file).items()}
-    return sum(prod(shape) * size_of(dtype) for dtype, shape in known.values())
+    return list(known.values())
 
 
 def places_of(name: str, kind: str) -> tuple[str, ...]:
@@ -165,57 +177,6 @@ def index_of(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
     return index, {name: row for name, row in parts_in(folder) if name != "safety_checker"}
 
 
-# --- read -----------------------------------------------------------------------------------------
-
-
-def read_whole(folder: Path, options: Mapping[str, Any], given: Mapping[str, Any] | None) -> Any:
-    """The pipeline of a folder that opens a file. options: such as `torch_dtype`, for diffusers.
-
-    given: parts that are loaded already, by name, or None for what is left out. What diffusers
-    raises is for the caller to put into a sentence.
-    """
-    single, (index, parts) = checked(folder), index_of(folder)
-    kind = imported(str(index["_class_name"]))
-    local, apart = {**options, "local_files_only": True}, dict(given or {})
-    variant = {"variant": variant_of(single.rest)}
-    models = {n: p for n, p in parts.items() if n.startswith(MODELS) and n not in apart}
-    for name, (owner, cls) in models.items():
-        if not name.startswith(DENOISERS) and not holds(single.file, name, cls):
-            place = str(single.rest / name)
-            kept: Any = {"use_safetensors": True, **variant, **local}
-            apart[name] = imported(cls, owner).from_pretrained(place, **kept)
-    if all(name in apart for name in models if name.startswith("text_encoder")):
-        apart |= _from_file(single, folder, {n: c for n, (_, c) in models.items()}, apart, local)
-        pipe = kind.from_pretrained(str(folder), use_safetensors=True, **apart, **local)
-    else:
-        pipe = kind.from_single_file(str(single.file), config=str(folder), **apart, **local)
-        pipe.register_to_config(_name_or_path=str(folder))
-    check_filled(pipe.components, single.file)
-    return pipe
-
-
-def read_denoisers(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The denoiser of such a folder alone, by its name in the pipeline."""
-    single, (_, parts) = checked(folder), index_of(folder)
-    names = {name: cls for name, (_, cls) in parts.items() if name.startswith(DENOISERS)}
-    found = _from_file(single, folder, names, {}, {**options, "local_files_only": True})
-    check_filled(found, single.file)
-    return found
-
-
-def _from_file(
-    single: SingleFile, folder: Path, names: Mapping[str, str], apart: Mapping[str, Any], local: Any
-) -> dict[str, Any]:
-    """Parts whose classes read a single file by themselves. apart: what is there already."""
-    return {
-        name: imported(cls).from_single_file(
-            str(single.file), config=str(folder), subfolder=name, **local
-        )
-        for name, cls in names.items()
-        if name not in apart
-    }
-
-
 def checked(folder: Path) -> SingleFile:
     """What the note says, of a file that is still there; ModelError otherwise."""
     single = pointed(folder)
@@ -223,12 +184,3 @@ def checked(folder: Path) -> SingleFile:
         name = folder.name if single is None else single.file
         raise ModelError(f"There is no checkpoint {name} any more.")
     return single
-
-
-def check_filled(parts: Mapping[str, Any], file: Path) -> None:
-    """ModelError where a part got no value for some of its weights: the file lacks them."""
-    for name, part in parts.items():
-        parameters = getattr(part, "named_parameters", dict)
-        for weight, value in dict(parameters()).items():
-            if value.is_meta:
-                raise ModelError(f"{file.name} has no {weight} of the {name.replace('_', ' ')}.")

@@ -23,10 +23,10 @@ from .loading import check_model, class_of, folder_of
 from .single_file import DENOISERS, MODELS, bytes_of, checked, pointed, size_of
 from .weight_files import (
     CONFIG,
-    WITH_WEIGHTS,
     complaints,
     parts_in,
     variant_of,
+    weighed,
     weight_files,
 )
 
@@ -65,8 +65,8 @@ def skeleton(model: str) -> Skeleton | None:
         place, ours = folder / name, library in LIBRARIES
         built = ours and name.startswith(BUILT)
         vars(pipe)[name] = None
-        weighed = ours and name.startswith(WITH_WEIGHTS) and single is None
-        wrong = list(complaints(place, variant)) if weighed else []
+        checks = single is None and weighed(name, (library, cls))
+        wrong = list(complaints(place, variant)) if checks else []
         found.complaints += wrong
         if built and (place / CONFIG).is_file():
             vars(pipe)[name] = _model(place, library, cls)

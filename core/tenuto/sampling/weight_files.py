@@ -113,12 +113,17 @@ def as_it_lies(
     ModelError with the first thing that keeps it from being loaded.
     """
     variant = variant_of(folder)
-    for name, (library, _) in parts_in(folder):
-        if library in LIBRARIES and name.startswith(WITH_WEIGHTS) and name not in given:
+    for name, row in parts_in(folder):
+        if weighed(name, row) and name not in given:
             for sentence in complaints(folder / name, variant):
                 raise ModelError(sentence)
     absent = left_out(folder) - set(getattr(pipeline, "_optional_components", ()))
     return dict.fromkeys(absent if pipeline else ()), {"variant": variant} if variant else {}
+
+
+def weighed(name: str, row: tuple[str, str]) -> bool:
+    """Whether a part of a pipeline is a model with weights; row: its library and class."""
+    return row[0] in LIBRARIES and name.startswith(WITH_WEIGHTS)
 
 
 def complaints(place: Path, variant: str | None) -> Iterator[str]:

@@ -362,7 +362,7 @@ class Stream(io.StringIO):
         return self.terminal
 
 
-def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_two_seconds() -> None:
+def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_ten_seconds() -> None:
     for terminal in (True, False):
         stream = Stream(terminal)
         with Bars(stream) as bars:
@@ -376,15 +376,14 @@ def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_two_seconds() -> No
 
 
 def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenuto.cli.console.DELAY", 0.05)
+    monkeypatch.setattr("tenuto.cli.console.SOONEST", 0.05)
     stream = Stream(False)
     with Bars(stream) as bars:
         progress = bars("Recording")
         progress(0, 4, "first")
         time.sleep(0.1)
         progress(2, 4, "second")
-        bars._bar.refresh()
-    assert re.search(r"Recording:  50%.*00:00<00:0\d, second", stream.getvalue())
+    assert re.search(r"Recording: 50 %, 00:00 so far, 00:0\d left, second", stream.getvalue())
 
 
 # --- the main job ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import pytest
 import typer
 from PIL import Image
+from tqdm import tqdm
 from typer.core import TyperGroup
 
 from tenuto import cli
-from tenuto.cli import commands
+from tenuto.cli import commands, console
 from tenuto.cli import program as declared
 from tenuto.cli.arguments import spelled
 from tenuto.cli.calls import OPTIONS
@@ -91,7 +93,7 @@ def test_a_command_is_called_with_what_was_given(asked: Any, capfd: Any) -> None
         "prompts": None, "steps": 5, "guidance": 2.5, "seed": 3, "device": "cpu",
         "low_memory": None, "compact": True,
         "max_memory": None, "speedup": None, "reuse": None, "under_cache": False,
-        "measure": None, "call": {},
+        "measure": None, "config": None, "call": {},
     }  # fmt: skip
     assert asked("train-router", "m", "--out", "o", "--speedup", "1.6")["speedup"] == 1.6
     for given, wanted in (("1.6", 1.6), ("auto", "auto")):
@@ -251,6 +253,35 @@ def test_a_long_note_leaves_the_bar_its_width(monkeypatch: pytest.MonkeyPatch) -
         assert len(line.rstrip()) <= columns and shown in line
         assert line.rstrip().endswith("mpensating")
         assert re.search(r" 50%\|.{12}\| ", line), line
+
+
+def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No carriage return and no bar, from us or a library: a person reads the file of a job."""
+    monkeypatch.setattr(console, "SOONEST", 0.05)
+    stream = io.StringIO()
+    with Bars(stream) as bars:
+        progress = bars("Quantizing")
+        for done in range(5):
+            progress(done, 4, f"block {done}")
+            time.sleep(0.06)
+        bars.close()
+        for _ in tqdm(range(3), **bars.settings("Generating")):
+            time.sleep(0.06)
+    lines = stream.getvalue().splitlines()
+    assert all(re.fullmatch(r"\w+: \d+ %, [\d:]+ so far, [\d:?]+ left.*", line) for line in lines)
+    assert any(line.startswith("Quantizing: 50 %") and "block 2" in line for line in lines), lines
+    assert [line for line in lines if "100 %" in line][-1].startswith("Generating")
+    assert len(lines) == len(set(lines)) and not {"\r", "\x1b"} & set(stream.getvalue())
+
+
+def test_short_work_writes_no_line_and_without_a_stream_nothing_does() -> None:
+    stream = io.StringIO()
+    for bars in (Bars(stream), Bars()):
+        with bars:
+            progress = bars("Recording")
+            for done in range(3):
+                progress(done, 2, "")
+    assert stream.getvalue() == ""
 
 
 def test_no_bars_of_other_libraries_on_a_terminal(tiny_pixart_folder: Path, tmp_path: Path) -> None:

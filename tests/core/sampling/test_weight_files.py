@@ -153,5 +153,5 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_pipeline_says_what_would_be(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"it is a part of .*half: name that"):
         load(str(folder / "unet"))
-    with pytest.raises(ModelError, match=r"docs/diffusers\.md says how to make a folder"):
+    with pytest.raises(ModelError, match=r"is a file; a model is a diffusers folder"):
         load(str(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"))

@@ -35,6 +35,7 @@ from ...sampling import (
     wanted_prompts,
 )
 from ...sampling.loading import defaults
+from ...sampling.opened import opened
 from ...text import printable
 from ..given import needs_every_prompt, prompts_needed, scheme_of
 from ..presets import Preset, effort
@@ -97,13 +98,12 @@ def check(
 ) -> Check:
     """What calibration would make of `model`, what it would take, and what would stop it.
 
-    model: a pipeline, a denoiser, or, without loading it, a folder in diffusers format or
-    "demo:NAME". Everything else is what the functions take that do the work; text_encoder: whether
-    text encoders are to be quantized too. Nothing of the model runs, unless `run` is True: then it
-    generates up to its first call of the denoiser, which is timed; a bare denoiser takes `sample`
-    for that. The model is as it was. What is wrong with the model, the call or the machine is in
-    `problems` of the result; TenutoError where the question itself is wrong, such as an unknown
-    scheme.
+    model: a pipeline, a denoiser, or, without loading it, a folder in diffusers format, a hub id
+    that was downloaded, a checkpoint in a single file or "demo:NAME". Everything else is what the
+    functions take that do the work; text_encoder: whether text encoders are to be quantized too.
+    Nothing of the model runs, unless `run` is True: then it generates up to its first call of the
+    denoiser, which is timed; a bare denoiser takes `sample` for that. What is wrong with the model,
+    the call or the machine is in `problems` of the result; TenutoError where the question is wrong.
     """
     chosen, wanted, given = effort(preset), scheme_of(scheme), _given(model)
     chosen.rounding(rounding, wanted if isinstance(wanted, Scheme) else None)
@@ -136,7 +136,7 @@ def _given(model: Any) -> Any:
     """A pipeline, a denoiser, or the skeleton of what a name or a folder says."""
     if not isinstance(model, str | Path):
         return model
-    found = skeleton(str(model))
+    found = skeleton(opened(model))
     if found is None:
         raise TenutoError(f"What {model} is, only loading it tells: load it, and check that.")
     return found

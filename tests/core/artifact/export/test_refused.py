@@ -92,8 +92,8 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "8-bit codes": (with_codes(torch.int8), "transformer is already quantized"),
     "CLIP": (a_clip, "is not a diffusers folder"),
     "T5": (a_t5, "is not a diffusers folder"),
-    "one file": (one_file, "is a file; a model is a diffusers folder"),
-    "exported": (what_was_exported, "is a file; a model is a diffusers folder"),
+    "one file": (one_file, "is a part of "),
+    "exported": (what_was_exported, "is already quantized"),
 }
 
 
