@@ -1,6 +1,7 @@
-"""Denoisers that no key map knows: calls are skipped and layers quantized; a cache is refused.
+"""Denoisers without a key map: calls are skipped and layers quantized; a cache is refused.
 
-Of each version those that it has. Tiny, of random weights.
+But for HiDream, whose parts are called as in diffusers. Of each version those that it has. Tiny, of
+random weights.
 """
 
 from __future__ import annotations
@@ -119,9 +120,54 @@ def test_each_is_skipped_and_quantized_and_plain_again(name: str) -> None:
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.05
     assert len(part.ran) > 10 and part.how == {"int8": len(part.ran)}
     codes.detach()
-    with pytest.raises(ModelError, match="Tenuto cannot cache a "):
-        ComfyUI().install(model, Patches(policy=LateInterval(2, 2)))
+    by_branch = Patches(policy=LateInterval(2, 2))
+    if name == "HiDream":
+        cached = ComfyUI().install(model, by_branch)
+        found = sampled(cached.handle, shape, text)
+        assert found.isfinite().all() and int(cached.parts[0].last.reused.sum()) > 0
+        cached.detach()
+    else:
+        with pytest.raises(ModelError, match="Tenuto cannot cache a "):
+            ComfyUI().install(model, by_branch)
     assert torch.equal(sampled(model, shape, text), plain)
+
+
+def test_video_and_sound_in_one_latent() -> None:
+    """MiniMax H3 answers a list of two tensors, which the host packs into one."""
+    from comfy import nested_tensor, sample, supported_models
+
+    from comfy_nodes.adapter import ComfyUI
+
+    if not hasattr(supported_models, "MiniMaxH3"):
+        pytest.skip("this ComfyUI has no MiniMax H3")
+    model = built("MiniMaxH3", {
+        "hidden_size": 64, "num_layers": 2, "token_refiner_num_layers": 1,
+        "num_attention_heads": 1, "attention_head_dim": 128, "ffn_hidden_size": 64,
+        "text_dim": WIDTH, "time_embed_hidden_size": 32, "time_embed_dim": 16,
+    })  # fmt: skip
+    text, draw = conds(WIDTH), torch.Generator().manual_seed(3)
+    noises = [torch.randn(1, *shape, generator=draw) for shape in ((24, 2, 8, 8), (32, 2, 6))]
+    noise = nested_tensor.NestedTensor(noises)
+    empty = nested_tensor.NestedTensor([torch.zeros_like(one) for one in noises])
+
+    def latents(one: Any) -> list[Tensor]:
+        return sample.sample(
+            one, noise, STEPS, 2.0, "euler", "simple", text, text, empty, disable_pbar=True, seed=3
+        ).unbind()
+
+    plain = latents(model)
+    skips = ComfyUI().install(model, Patches(speedup=2.0))
+    found, run = latents(skips.handle), skips.parts[0].last
+    assert run.reused.sum() == run.computed.sum() > 0
+    skips.detach()
+    codes = ComfyUI().install(model, Patches(scheme=schemes.W8A8, execution="int8"))
+    rounded = latents(codes.handle)
+    assert codes.parts[0].ran
+    codes.detach()
+    for some in (found, rounded):
+        for one, other in zip(some, plain, strict=True):
+            assert 0 < float((one - other).norm() / other.norm()) < 0.05
+    assert all(map(torch.equal, latents(model), plain))
 
 
 # --- denoisers that keep something between their calls --------------------------------------------
