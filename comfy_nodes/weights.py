@@ -67,9 +67,16 @@ class Weights(Wrapped):
         return found
 
     def opened(self, times: Sequence[float], sampler: Any, guider: Any) -> Callable[[], None]:
-        """What the layers did is known when the run ends: core may unload them after it."""
+        """What the layers did is known when the run ends: core may unload them after it.
+
+        Keys and values of a prompt that a denoiser keeps longer than a run (HiDream-O1) are those
+        of the weights that it had: they are forgotten before a run and after it.
+        """
+        forget = getattr(guider.model_patcher.model.diffusion_model, "clear_kv_cache", lambda: None)
+        forget()
 
         def close() -> None:
+            forget()
             self.how = dict(Counter(layer.execution for layer in self.kept.values()))
             self.ran = sorted(self.kept)
 

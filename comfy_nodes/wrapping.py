@@ -21,6 +21,9 @@ from tenuto.sampling import Clock
 
 # A sampling run, an evaluation of its sampler, a denoiser call: one within the other.
 WRAPPED = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL)
+# In the options of a call that shows other frames to the same prompt: a window of a longer video,
+# or the next frames of one that is made in order, whose calls write what later ones attend to.
+OTHER_FRAMES = ("context_window", "ar_state")
 
 
 class Wrapped:
@@ -121,9 +124,10 @@ class Wrapped:
         image's place in its share of the rows.
         """
         ids, on = options.get("uuids") or (), patches_on(options)
-        fits = ids and batch % len(ids) == 0 and options.get("context_window") is None
+        same = all(options.get(name) is None for name in OTHER_FRAMES)
+        fits = ids and batch % len(ids) == 0 and same
         if not fits or self.passes is None:
-            self.clock.begin()  # windows show other frames to the same prompt: nothing is reused
+            self.clock.begin()  # what is stored is of other frames: nothing is reused
         self.clock.observe(times, batch, (), device)
         if not fits or self.passes is None:
             return

@@ -191,6 +191,42 @@ def test_qwen_image_has_the_same_names() -> None:
     assert seen == names, "each branch is called, in this order"
 
 
+def test_hidream_has_the_same_names() -> None:
+    """As Qwen-Image; what ComfyUI's answers has the other sign."""
+    from comfy import ops
+    from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel as Host
+    from diffusers import HiDreamImageTransformer2DModel as Own
+
+    facts = {
+        "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+        "num_single_layers": 1, "attention_head_dim": 128, "num_attention_heads": 1,
+        "caption_channels": [24, 24], "text_emb_dim": 24, "llama_layers": [0, 1],
+        "axes_dims_rope": (64, 32, 32), "max_resolution": (16, 16),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    own = Own(**facts).eval()
+    for p in own.parameters():  # what begins as zero too
+        p.data = torch.randn_like(p) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
+    made = {"operations": ops.disable_weight_init, "dtype": torch.float32, "device": "cpu"}
+    host = Host(**facts, **made).eval()
+    host.load_state_dict(own.state_dict())
+    assert families.key_map_of(host) is None and describe(host) == describe(own)
+    assert families.names_in_host(host) is not None
+    assert {n for n, _ in layers(host)} == {n for n, _ in layers(own)}
+    x, t, text = torch.randn(2, 4, 8, 8), torch.full((2,), 700.0), torch.randn(2, 5, 24)
+    llama, pooled = torch.randn(2, 2, 5, 24), torch.randn(2, 24)  # two layers of two prompts
+    out = own(
+        x, timesteps=t, encoder_hidden_states_t5=text, encoder_hidden_states_llama3=llama,
+        pooled_embeds=pooled,
+    ).sample  # fmt: skip
+    seen: list[str] = []
+    names = [b.name for b in describe(host).branches]
+    with watched(host, names, before=lambda name, *_: seen.append(name)):
+        found = host(x, t, pooled, text, encoder_hidden_states_llama3=llama.movedim(0, 1))
+    assert gap(-found, out) < 1e-5
+    assert sorted(seen) == sorted(names), "each branch is called once"
+
+
 def test_names_are_those_of_comfyui(in_comfy: Any) -> None:
     """Its own conversion, which is not ours: every canonical parameter goes to the same place."""
     from comfy import utils

@@ -231,11 +231,10 @@ def test_every_prediction_of_the_host_is_known() -> None:
     wanted = {
         "EPS": "eps", "V_PREDICTION": "v", "V_PREDICTION_EDM": "v", "STABLE_CASCADE": "eps",
         "EDM": "v", "FLOW": "flow", "V_PREDICTION_CONTINUOUS": "v", "FLUX": "flow",
-        "IMG_TO_IMG": "x0", "FLOW_COSMOS": "flow",
+        "IMG_TO_IMG": "x0", "FLOW_COSMOS": "flow", "IMG_TO_IMG_FLOW": "x0",
+        "V_PREDICTION_DDPM": "v", "FLOW_AV": "flow",
     }  # fmt: skip
     for kind in model_base.ModelType:
-        if kind.name not in wanted:
-            continue  # of a newer host
         made = model_base.model_sampling(supported_models.SD15({}), kind)
         assert host_prediction(made) == wanted[kind.name], kind
         noise = host_noise(made)
@@ -245,7 +244,7 @@ def test_every_prediction_of_the_host_is_known() -> None:
         for (alpha, sigma), given in zip(noise(times), sigmas, strict=True):
             unit = float(getattr(made, "sigma_data", 1.0)) if wanted[kind.name] != "flow" else 1.0
             ratio = float(given) / unit
-            if kind.name in ("FLOW", "FLUX"):
+            if kind.name in ("FLOW", "FLUX", "FLOW_AV"):
                 ratio = float(given) / max(1e-9, 1 - float(given))
             assert sigma / max(alpha, 1e-9) == pytest.approx(ratio, rel=1e-3) or alpha < 1e-4
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What is there keeps nothing of a call; A1111's lowvram moves weights.
-OURS = ("diffusers.models.", "diffusers.hooks.", "tenuto.", "modules.lowvram")
+# What is there keeps nothing of a call; A1111's lowvram moves weights. ComfyUI's models have
+# processors of their own, as HiDream.
+OURS = ("diffusers.models.", "diffusers.hooks.", "tenuto.", "modules.lowvram", "comfy.ldm.")
 
 
 def inner_patch(denoiser: nn.Module) -> str:

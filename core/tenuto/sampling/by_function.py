@@ -12,7 +12,7 @@ from typing import Any
 
 from .noise import STOCHASTIC
 
-WORDS = (*STOCHASTIC, "restart", "seeds", "sa_solver")  # in names of functions
+WORDS = (*STOCHASTIC, "restart", "seeds", "sa_solver", "ar_video")  # in names of functions
 
 
 def adds_noise(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:

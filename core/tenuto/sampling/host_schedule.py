@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .grid import places_of
 
-CLASSES = (  # the first that an object is of: several are EPS too
+CLASSES = (  # the first that an object is of: several are EPS too, and two of images are CONST
+    ("IMG_TO_IMG_FLOW", "x0"), ("IMG_TO_IMG_VELOCITY", ""), ("V_PREDICTION_DDPM", "v"),
     ("COSMOS_RFLOW", "flow"), ("CONST", "flow"), ("ModelSamplingDiscreteFlow", "flow"),
     ("LCM", ""), ("X0", "x0"), ("V_PREDICTION", "v"), ("EPS", "eps"),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 from ..backbone import Backbone, members, parts, present, sharing
 
 CLASSES = ("HiDreamImageTransformer2DModel",)
+SAME_IN_HOSTS = CLASSES  # in ComfyUI
 KINDS = {"attn1": "attention", "ff_i": "feed-forward", "ff_t": "feed-forward"}
 ATTENTION = (("to_q", "to_k", "to_v"), ("to_q_t", "to_k_t", "to_v_t"))
 
