@@ -231,7 +231,7 @@ def test_progress_is_seen_on_a_phone(app: Any, visit: Any) -> None:
     """Where Generate was pressed, and on nothing else's words."""
     tab = visit(app, width=390, height=700)
     page = tab.page
-    number(page, "#steps", "60")
+    number(page, "#steps", "900")  # or it would be over before Stop is pressed
     page.locator("#generate").scroll_into_view_if_needed()
     page.click("#generate")
     place = page.locator("#generate-working")
