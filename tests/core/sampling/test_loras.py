@@ -1,4 +1,4 @@
-"""LoRA files on a pipeline: what they do is seen, and what is none is told in one sentence."""
+"""LoRA files on a pipeline: they change images, and a file that is no LoRA gets one sentence."""
 
 from __future__ import annotations
 

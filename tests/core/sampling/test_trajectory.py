@@ -266,6 +266,6 @@ def test_what_a_models_own_cache_held_is_kept() -> None:
         for time in (2.0, 1.0):
             model(torch.ones(1, 1), torch.tensor(time), cache)
     cache.rows.clear()
-    held = [call.inputs["cache"].rows[0] for call in calls]
-    assert held[0] is held[1] and bool((held[0] == 1).all())
+    first, second = (call.inputs["cache"].rows[0] for call in calls)
+    assert first is second and bool((first == 1).all())
     assert model(**to_device(calls[0].inputs, "cpu"))[0] == 6.0
