@@ -68,7 +68,7 @@ def _of_header(model: str, error: ModelError) -> Answer | None:
     found = contents(path) if path.is_file() else None
     if found is None:
         return None
-    rows = [("file", str(path)), ("kind", found.kind or "diffusers knows none such")]
+    rows = [("file", str(path)), ("kind", found.kind or "not known to diffusers")]
     for part in sorted(found.sizes, key=lambda part: part != DENOISER):
         rows.append((part, f"{mib(found.sizes[part])} in {found.types[part]}"))
     data: dict[str, Any] = {"file": str(path), "kind": found.kind or None, "sizes": found.sizes}
