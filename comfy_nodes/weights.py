@@ -10,13 +10,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 from torch import Tensor, nn
 
 from tenuto.model import Override, layers, override_
-from tenuto.runtime import QLayer, Replacements, TemporalTable, follow_input, with_changes
+from tenuto.runtime import (
+    InFloat,
+    QLayer,
+    Replacements,
+    TemporalTable,
+    executions,
+    follow_input,
+    with_changes,
+)
 
-from .coded_weights import known
+from .coded_weights import CodedWeight, known
 from .wrapping import Wrapped
 
 PREFIX = "diffusion_model."
@@ -31,6 +40,8 @@ class Weights(Wrapped):
     def __init__(self, plan: Replacements) -> None:
         super().__init__()
         self.kept: dict[str, QLayer] = {}  # they outlive an ejection: core ejects at every run
+        self.floats: dict[str, InFloat] = {}  # what core's own layers compute in place of them
+        self.rounded = False  # whether layers were made since the last run ended
         self.token: Any = None  # what their weights were made of
         self.how: dict[str, int] = {}
         self.ran: list[str] = []  # layers of the last run
@@ -43,7 +54,7 @@ class Weights(Wrapped):
         found = []
         token = patcher.patches_uuid, patcher.current_hooks
         if self.token != token:
-            self.kept.clear()
+            self.forget()
             self.token = token
         for name in self.plan.tables:
             module = denoiser.get_submodule(name)
@@ -55,13 +66,15 @@ class Weights(Wrapped):
         for name, layer in layers(denoiser):
             if name in self.plan.schemes:
                 own = f"{name}.weight" not in changed
-                found.append(override_(layer, Quantized(self, name, own)))
+                width = layer.weight.shape[1]
+                found.append(override_(layer, Quantized(self, name, own, width)))
         return found
 
     def layer(self, name: str, module: Any, own: bool) -> QLayer:
         """The quantized layer in place of `module`; own: its weight is as the codes are of."""
         found = self.kept.get(name)
         if found is None:
+            self.rounded = True
             weight = None if own and self.plan.codes else effective(module)
             found = self.kept[name] = self.plan.layer(name, module, weight)
         return found
@@ -77,30 +90,49 @@ class Weights(Wrapped):
 
         def close() -> None:
             forget()
-            self.how = dict(Counter(layer.execution for layer in self.kept.values()))
-            self.ran = sorted(self.kept)
+            done = executions(self.kept, self.floats)
+            self.how, self.ran = dict(Counter(done.values())), sorted(done)
+            if self.rounded:  # what rounding and timing took is torch's still
+                self.rounded = False
+                comfy.model_management.soft_empty_cache()
 
         return close
+
+    def forget(self) -> None:
+        """No weight is as it was: codes go, and what was decided with them."""
+        self.kept.clear()
+        for one in self.floats.values():
+            one.decided.clear()
 
     def detached(self, patcher: Any, unpatch_all: bool) -> None:
         """The codes go with the MODEL that core unloads."""
         if unpatch_all:
-            self.kept.clear()
+            self.forget()
 
 
 class Quantized:
-    """The forward of one layer: from codes inside a call of ours, else the layer's own."""
+    """The forward of one layer: from codes inside a call of ours, else the layer's own.
 
-    def __init__(self, owner: Weights, name: str, own: bool) -> None:
+    width: of its input. Where "auto" decides for float, that is the layer's own forward, unless its
+    weight was given up.
+    """
+
+    def __init__(self, owner: Weights, name: str, own: bool, width: int) -> None:
         self.owner, self.name, self.own = owner, name, own
+        self.floats = owner.floats.setdefault(name, InFloat(width))
 
-    def __call__(self, original: Any, module: nn.Module, x: Tensor, *args: Any) -> Tensor:
-        if not self.owner.on:
+    def __call__(self, original: Any, module: Any, x: Tensor, *args: Any) -> Tensor:
+        if not self.owner.on or self.floats.takes(x):
             return original(x, *args)
         _run_every_op()
         layer = self.owner.layer(self.name, module, self.own)
         follow_input(layer, effective(module, "bias"), x.device)
-        return layer(x)
+        if isinstance(module.weight, CodedWeight):
+            return layer(x)
+        out = self.floats.compute(layer, lambda x: original(x, *args), module.weight, x)
+        if self.floats.alone(layer, x):
+            self.owner.kept.pop(self.name, None)
+        return out
 
 
 class Table:

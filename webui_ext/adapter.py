@@ -146,6 +146,7 @@ class Installed(Attached):
     def detach(self) -> None:
         """Take everything out. What another extension has put on top lets go of ours later."""
         self.run.on = False
+        self.weights.ended()
         while self.patches:
             patch = self.patches.pop()
             getattr(patch, "retire", patch.remove)()

@@ -150,6 +150,11 @@ def version_of(tensor: Tensor) -> tuple[int, int]:
 
 def autocast(x: Tensor) -> Tensor:
     """`x` as a layer of the host would take it under its autocast."""
+    return x.to(cast_dtype(x))
+
+
+def cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of it."""
     if x.is_cuda and torch.is_autocast_enabled() and x.is_floating_point():
-        return x.to(torch.get_autocast_gpu_dtype())
-    return x
+        return torch.get_autocast_gpu_dtype()
+    return x.dtype

@@ -66,6 +66,10 @@ class Changes:
             known = self._known[name] = token, found if bool(found.any()) else None
         return known[1]
 
+    def forget(self, name: str) -> None:
+        """The layer `name` is the host's own: it needs no side branch."""
+        self._known.pop(name, None)
+
     def count(self) -> int:
         """How many layers have a side branch."""
         return sum(found is not None for _, found in self._known.values())

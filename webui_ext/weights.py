@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenuto.model import Override, override_
-from tenuto.runtime import QLayer, Replacements, TemporalTable, follow_input
+from tenuto.runtime import (
+    InFloat,
+    QLayer,
+    Replacements,
+    TemporalTable,
+    executions,
+    follow_input,
+)
 
 from . import hosts
 from .lora import Changes
@@ -29,6 +37,8 @@ class Weights:
     def __init__(self, plan: Replacements, chosen: Any) -> None:
         self.plan, self.chosen, self.lora = plan, chosen, chosen.lora
         self.kept: dict[str, tuple[Any, QLayer]] = {}
+        self.floats: dict[str, InFloat] = {}  # what the host's own layers compute in place of them
+        self.rounded = False  # whether layers were made in this run
         self.run, self.changes = Run(), Changes(None)
 
     def overrides(self, denoiser: nn.Module, run: Run, changes: Changes) -> list[Override]:
@@ -42,7 +52,7 @@ class Weights:
             found.append(override_(module, table))
         for name, layer in hosts.layers(denoiser):
             if name in self.plan.schemes:
-                found.append(override_(layer, Quantized(self, name)))
+                found.append(override_(layer, Quantized(self, name, layer.weight.shape[1])))
         return found
 
     def layer(self, name: str, module: Any, device: torch.device) -> QLayer:
@@ -51,6 +61,7 @@ class Weights:
         token = hosts.version_of(module.weight) if again else None
         known = self.kept.get(name)
         if known is None or known[0] != token:
+            self.rounded = True
             with torch.inference_mode(False), torch.no_grad():
                 layer = self.plan.layer(name, module, self._rounded(name, module, again))
             known = self.kept[name] = token, layer.to(device)
@@ -65,32 +76,53 @@ class Weights:
 
     def how(self) -> dict[str, int]:
         """How the layers that were called compute: {"int8": count, ...}."""
-        return dict(Counter(layer.execution for _, layer in self.kept.values()))
+        layers = {name: layer for name, (_, layer) in self.kept.items()}
+        return dict(Counter(executions(layers, self.floats).values()))
+
+    def ended(self) -> None:
+        """A run is over: what rounding and timing took, if anything, is the card's again."""
+        if self.rounded and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self.rounded = False
 
 
 class Quantized:
-    """The forward of one layer: from codes and the LoRA's side branch, or the layer's own."""
+    """The forward of one layer: from codes and the LoRA's side branch, or the layer's own.
 
-    def __init__(self, owner: Weights, name: str) -> None:
+    width: of its input. Where "auto" decides for float, it is the layer's own, LoRAs and all.
+    """
+
+    def __init__(self, owner: Weights, name: str, width: int) -> None:
         self.owner, self.name = owner, name
+        self.floats = owner.floats.setdefault(name, InFloat(width))
 
     def __call__(self, original: Any, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner
         tiled = getattr(module, "padding_mode", "zeros") != "zeros"  # A1111's option Tiling
-        if not owner.run.on or tiled:
+        if not owner.run.on or tiled or self.floats.takes(x, hosts.cast_dtype(x)):
             return original(x, *args, **kwargs)
         try:
             owner.changes.settle(module)
             change = owner.changes.difference(self.name, module)
             if change is None or owner.lora != WHOLE:
-                x = hosts.autocast(x)
-                out = owner.layer(self.name, module, x.device)(x)
-                if change is None or owner.lora != SIDE:
+                cast = hosts.autocast(x)
+                out = self._computed(lambda x: original(x, *args, **kwargs), module, cast)
+                if change is None or owner.lora != SIDE or self.floats.takes(cast):
                     return out
-                return out + branch(module, x, change)
+                return out + branch(module, cast, change)
         except Exception as error:  # whatever it is, the host's own layer goes on
             owner.run.fail(f"{self.name} failed ({error}).")
         return original(x, *args, **kwargs)
+
+    def _computed(self, own: Callable[[Tensor], Tensor], module: Any, x: Tensor) -> Tensor:
+        """From codes, or by `own`: then the codes go, unless other numbers of rows want them."""
+        owner = self.owner
+        layer = owner.layer(self.name, module, x.device)
+        out = self.floats.compute(layer, own, module.weight, x)
+        if self.floats.alone(layer, x):
+            owner.kept.pop(self.name, None)
+            owner.changes.forget(self.name)
+        return out
 
 
 class Table:
@@ -106,7 +138,7 @@ class Table:
         if not owner.run.on or not owner.plan.clock.exact or self._changed():
             return original(*args, **kwargs)
         first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        self.table.to(first.device).dtype = hosts.autocast(first).dtype
+        self.table.to(first.device).dtype = hosts.cast_dtype(first)
         return self.table(*args, **kwargs)
 
     def _changed(self) -> bool:

@@ -97,7 +97,7 @@ def test_a_bias_goes_where_its_input_is(in_comfy: Any) -> None:
     from comfy_nodes.weights import Quantized
 
     weights.on = True
-    call = Quantized(weights, name, False)
+    call = Quantized(weights, name, False, module.in_features)
     x = torch.zeros(2, module.in_features)
     assert call(module.forward, module, x).device.type == "cpu"
     assert call(module.forward, module, x.to("meta")).device.type == "meta"

@@ -4,7 +4,7 @@ from .attachment import Tenuto, attach, check_free, encoder_layers, quantized
 from .default_forecast import host_kernel, with_kernel
 from .denoiser_call import Calls
 from .execution import DENSE, EXECUTIONS, Chooser, check_execution
-from .host import Host, InPlace, as_chosen, follow_input, with_changes
+from .host import Host, InFloat, InPlace, as_chosen, executions, follow_input, with_changes
 from .layers import QConv2d, QLayer, QLinear
 from .recipe import default_recipe, quantizable
 from .replacements import Patches, Policy, Replacements, replacements_for
@@ -17,6 +17,7 @@ __all__ = [
     "Calls",
     "Chooser",
     "Host",
+    "InFloat",
     "InPlace",
     "Latency",
     "Patches",
@@ -33,6 +34,7 @@ __all__ = [
     "check_free",
     "default_recipe",
     "encoder_layers",
+    "executions",
     "follow_input",
     "host_kernel",
     "latency",

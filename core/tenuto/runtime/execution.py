@@ -122,6 +122,11 @@ def decided(
     return None if name == DENSE else by_name.get(name, next(iter(by_name.values())))
 
 
+def rows_of(x: Tensor, width: int) -> tuple[int, torch.dtype]:
+    """What a choice is known by: about how many rows of `width` values `x` has, and its dtype."""
+    return (x.numel() // width).bit_length(), x.dtype
+
+
 def word(kernel: Kernel | None) -> str:
     """What a layer says of itself that computes with a kernel, or in float."""
     return DENSE if kernel is None else kernel.word

@@ -5,7 +5,7 @@ The cases of the contract are in tests/hosts; docs/hosts.md has the table of wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..artifact import Artifact
 from ..model import Attached, KeyMap, denoiser_of, key_map_of
 from .attachment import install
+from .execution import DENSE, rows_of
+from .kernels.quantize_input import compiling
 from .layers import QLayer
 from .replacements import Patches
 
@@ -76,6 +78,60 @@ def follow_input(layer: QLayer, bias: Tensor | None, device: torch.device) -> No
         bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
     if layer.bias is not bias:
         layer.bias = bias
+
+
+class InFloat:
+    """A layer that its host keeps in float: for which inputs "auto" leaves it to the host.
+
+    They need no codes: `takes` is asked first. decided, of each: about how many rows of `width`
+    values, their dtype, where they are.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.decided: set[tuple[int, torch.dtype, torch.device]] = set()
+
+    def takes(self, x: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether the host computes `x`. dtype: what its autocast makes of it."""
+        if not self.decided:
+            return False
+        rows, own = rows_of(x, self.width)
+        return (rows, dtype or own, x.device) in self.decided
+
+    def compute(
+        self, layer: QLayer, own: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor
+    ) -> Tensor:
+        """`layer` on `x`; under "auto" `own` where it is faster, the host's forward.
+
+        It is timed in place of the float layer with the codes' values, as it is: with the host's
+        casts and LoRAs. weight: the host's; where it lies is what that costs depends on.
+        """
+        key, fixed = rows_of(x, self.width), layer.scheme.activation is None or layer.simulate
+        if layer.wanted != "auto" or fixed or compiling() or layer.choices.get(key) is not None:
+            return layer(x)
+        for rows, dtype, device in self.decided:
+            if device == x.device:  # `layer` was made anew
+                layer.choices.setdefault((rows, dtype), None)
+        layer.own = own
+        layer.place = ("in a host", f"{weight.dtype} on {weight.device.type}")
+        try:
+            out = layer(x)
+        finally:
+            layer.own, layer.place = None, ()
+        able = layer._candidates(x.dtype)
+        if layer.choices.get(key, able[0] if able else None) is None:
+            self.decided.add((*key, x.device))
+        return out
+
+    def alone(self, layer: QLayer, x: Tensor) -> bool:
+        """Whether the host computes `x` and all else that `layer` was called for: codes may go."""
+        return self.takes(x) and all(kernel is None for kernel in layer.choices.values())
+
+
+def executions(layers: Mapping[str, QLayer], floats: Mapping[str, InFloat]) -> dict[str, str]:
+    """How each layer computes that was called, by name: `QLayer.execution`."""
+    found = {name: DENSE for name, one in floats.items() if one.decided}
+    return found | {name: layer.execution for name, layer in layers.items()}
 
 
 def with_changes(found: Tensor, changes: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:

@@ -52,7 +52,7 @@ class QLayer(Replacement):
         self.input_scale: Tensor | None
         self.input_zero: Tensor | None
         weight = layer.weight
-        self.scheme, self.clock, self.simulate = scheme, clock, simulate
+        self.scheme, self.clock, self.simulate, self.dtype = scheme, clock, simulate, weight.dtype
         self.memo = memo or input_memo.Memo()
         self.wanted, self.chooser = wanted, chooser or execution.process
         self.choices: dict[tuple[int, torch.dtype], Kernel | None] = {}  # by highest bit of rows
@@ -60,8 +60,9 @@ class QLayer(Replacement):
         self.packings = 0  # how often the memory of the weight changed
         self.siblings: tuple[QLayer, ...] = ()  # with it: what is chosen together
         self.whole = False  # whether compiled code keeps the quantization of rows as one operation
-        self.dtype, self.shape, self.bits = weight.dtype, qweight.shape, qweight.bits
-        self.rotation = qweight.rotation
+        self.shape, self.bits, self.rotation = qweight.shape, qweight.bits, qweight.rotation
+        self.own: Any = None  # while `in_host` computes: the host's forward, in float
+        self.place: tuple[str, ...] = ()  # then too: what this costs depends on
         self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)
         buffers = {
@@ -127,8 +128,7 @@ class QLayer(Replacement):
         """The weight in the form that a file has it."""
         form, parts = self.scheme.weight, (self.qdata, self.weight_scale, self.zero_point)
         facts = self.shape, self.bits, self.step, form.group, self.channel, form.dtype
-        facts = *facts, self.rotation
-        kept = QTensor(*parts, *facts)
+        kept = QTensor(*parts, *facts, self.rotation)
         if not self._packed:
             return kept
         return replace(kept, qdata=kept.qdata_of(next(iter(self._packed.values())).codes()))
@@ -193,14 +193,14 @@ class QLayer(Replacement):
             return able[0] if able else None
         if compiling():
             return self.latest[0] if self.latest else able[0]
-        key = (x.numel() // self.shape[1]).bit_length(), x.dtype
+        key = execution.rows_of(x, self.shape[1])
         if key not in self.choices and execution.may_measure(x):
             execution.decide(self, able, key, x)
         return self.choices.get(key, able[0])
 
     def by(self, kernel: Kernel | None, x: Tensor) -> Tensor:
         """The layer on `x` by a kernel, or in float."""
-        return self._dequantized(x) if kernel is None else self._executed(kernel, x)
+        return (self.own or self._dequantized)(x) if kernel is None else self._executed(kernel, x)
 
     def take(self, key: tuple[int, torch.dtype], kernel: Kernel | None) -> None:
         """Compute so from now on for about so many rows of this dtype."""
@@ -217,7 +217,7 @@ class QLayer(Replacement):
         grouped = self.step is not None  # wider codes than 4 bits: two passes on some processors
         facts = self.shape, self.bits, grouped, self.input_scale is None
         turned = (self.rotation,) if self.rotation else ()  # kept choices of others stay as named
-        return (type(self).__name__, *facts, *turned)
+        return (type(self).__name__, *facts, *turned, *self.place)
 
     def _forget(self) -> None:
         """Drop the caches that no choice so far has a use for."""
