@@ -243,7 +243,7 @@ def test_a_stop_before_the_image_begins_is_not_lost(tmp_path: Path) -> None:
         bench.stop(None, "generate")
 
     own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
-    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 0, *own]
+    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, *own]
     (found,) = making.made_now(bench, progress, *values)
     assert "Stopped." in found[1] and said == ["Loading the model"]
     assert not (tmp_path / "pictures").exists()
@@ -624,7 +624,7 @@ def test_a_model_that_fails_while_it_generates_is_told(
 ) -> None:
     from gradio_app.making import made_now
 
-    def out_of_memory(*args: Any) -> Any:
+    def out_of_memory(*args: Any, **options: Any) -> Any:
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))
