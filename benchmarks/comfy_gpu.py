@@ -49,6 +49,7 @@ SD15 = {
     "transformer_depth_middle": 1, "num_head_channels": -1, "use_linear_in_transformer": False,
 }  # fmt: skip
 SHAPES = {"sdxl": SDXL, "sd15": SD15}
+FILES = "files"  # the process that makes them
 TARGETS, RANK = 64, 16  # layers and rank of the LoRA
 
 
@@ -71,25 +72,23 @@ def main() -> None:
     if args.child is not None:
         return child(args)
     with tempfile.TemporaryDirectory() as folder:
-        given = [a for a in sys.argv[1:] if a != "--files"]
-        files = args.files or Path(folder)
-        for memory in args.memory:
-            more = ["--child", memory, "--files", str(files)]
-            done = subprocess.run([args.python, "-u", __file__, *given, *more])
+        for memory in (FILES, *args.memory):  # the last --files and --child given are taken
+            more = ["--child", memory, "--files", str(args.files or folder)]
+            done = subprocess.run([args.python, "-u", __file__, *sys.argv[1:], *more])
             if done.returncode:
                 print(json.dumps({"memory": memory, "failed": done.returncode}), flush=True)
 
 
 def child(args: argparse.Namespace) -> None:
-    """All rows of one way to hold weights."""
+    """All rows of one way to hold weights, or the files that they load."""
     begin(args.folder, args.child == "dynamic")
     import torch
 
     torch.set_grad_enabled(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, lora = args.files / f"{args.model}.safetensors", args.files / "lora.safetensors"
-    if not file.exists():
-        write(SHAPES[args.model], file, lora)
+    if args.child == FILES:  # where weights are held dynamically, a new layer has none yet
+        return None if file.exists() else write(SHAPES[args.model], file, lora)
     about = {"memory": args.child, "model": args.model, "pixels": args.pixels, **versions(device)}
     found: dict[str, Any] = {}
     for row, model in models(args, str(file), str(lora)):

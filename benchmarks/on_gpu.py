@@ -11,7 +11,9 @@ file has, so the same command goes on where it was cut off: by Ctrl-C, by `--min
 machine. A job whose data, features or ComfyUI is not given is left out, and said so.
 
 With several GPUs (`--devices 0 1`, all by default) what is timed runs on the first alone, one job
-at a time; the others take what is not timed, and so does the first at the end.
+at a time; the others take what is not timed, and so does the first at the end. A job has half of
+its share of the processors: beside one that took all, calls that wait for Python took half as long
+again. Rows of an untimed job that follow from another's (`flow-runs`) want that one first.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FID = ("--fid", "10000", "--data", "{data}", "--features", "{features}")
 CUDA = ("--device", "cuda")
+# What is installed beside a card warns of other things than the versions of constraints.txt.
+OTHER_VERSIONS = "-p", "no:cacheprovider", "-o", "filterwarnings=default"
+FLOW = "denoiser", "--flow", "--autoencoder", "assets/demo-transformer/vae", "--seconds", "400"
 TESTS = tuple(f"tests/core/runtime/test_{name}.py" for name in ("cuda", "fused_gate", "fused_rows"))
 
 
@@ -58,7 +63,7 @@ def speed(model: str) -> Job:
 
 
 JOBS = (
-    Job("tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS), timed=True),
+    Job("tests", ("-m", "pytest", "-q", *OTHER_VERSIONS, *TESTS), timed=True),
     script("comfy", "comfy_gpu", "{comfy}", "--python", "{comfy_python}", timed=True),
     speed("sdxl"),
     speed("dit2"),
@@ -66,6 +71,20 @@ JOBS = (
     speed("dit16"),
     script("schedules", "schedules", *CUDA, *FID, "--work", "{out}/schedules"),
     script("temporal", "temporal", *CUDA, *FID, "--setting", "paper", "--batch", "64"),
+    Job("flow", ("assets/train.py", *FLOW, "--data", "{data}", "--out", "{out}/flow")),
+    script(
+        "flow-runs",
+        "forecast_runs",
+        *CUDA,
+        "--model",
+        "trained flow",
+        "--flow",
+        "{out}/flow/demo-transformer",
+        "--count",
+        "128",
+        "--batch",
+        "32",
+    ),
     script("runs", "forecast_runs", *CUDA, "--count", "128", "--batch", "32"),
     script("formats", "native_formats", *CUDA, *FID, "--count", "64", "--batch", "32"),
     script("formats-unet", "native_formats", "--model", "demo:unet", *CUDA, *FID, "--batch", "32"),
@@ -86,6 +105,7 @@ class Queue:
     end: float
     ended: dict[str, str] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
+    threads: int = 4  # of a job: calls that are timed wait for Python, which wants a free processor
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next(self, first: bool) -> Job | None:
@@ -118,6 +138,7 @@ class Queue:
         """Run a job, at most until the end; says how it went."""
         environment = os.environ | {
             "CUDA_VISIBLE_DEVICES": device, "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": str(self.threads),
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(ROOT / "core"), str(ROOT), os.environ.get("PYTHONPATH")])
             ),
@@ -182,6 +203,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     queue = Queue(jobs, given, time.monotonic() + 60.0 * args.minutes)
     devices = args.devices or [str(n) for n in range(_cards())]
+    queue.threads = max(1, (os.cpu_count() or 1) // (2 * len(devices)))
     workers = [
         threading.Thread(target=queue.run, args=(device, n == 0), daemon=True)
         for n, device in enumerate(devices)

@@ -364,7 +364,7 @@ def in_triton(name: str) -> None:
     Without a GPU in a process of its own: the interpreter is chosen when triton is imported.
     """
     code = (
-        f"import torch, {name} as t\n"
+        f"import torch, {name} as t{', interpreted' if HERE == 'cpu' else ''}\n"
         "from tenuto.runtime.kernels import tiles_triton\n"
         "tiles_triton.fastest = lambda *_: None\n"  # the first ones: no time is spent on others
         "torch.use_deterministic_algorithms(True, warn_only=True)\n"

@@ -77,8 +77,8 @@ def _product(
 @triton.jit
 def scaled(
     total: tl.tensor, rows: tl.tensor, columns: tl.tensor, there: tl.tensor, inside: tl.tensor,
-    row_ptr: tl.tensor, column_ptr: tl.tensor, sums_ptr: Any, zero_ptr: Any, bias_ptr: Any,
-    PER_ROW: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
+    row_ptr: tl.tensor, column_ptr: tl.tensor, sums_ptr: tl.tensor, zero_ptr: tl.tensor,
+    bias_ptr: tl.tensor, PER_ROW: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """fp32: sums of codes times their scales, and the bias; the zero point is taken out first."""
     if ZERO:
