@@ -53,10 +53,10 @@ def build(bench: Bench) -> Any:
             watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
             [generation.model, *generation.filled], **QUIET,
         )  # fmt: skip
-        into, seen = [comparison.model, comparison.artifacts], [comparison.chosen, tabs]
-        _handed(bench, watch.compare, compare.used, watch.key, seen, into)
-        into, seen = [exporting.model, exporting.artifact], [exporting.chosen, tabs]
-        _handed(bench, watch.export, elsewhere.chosen, watch.key, seen, into)
+        into = [comparison.model, comparison.artifacts, tabs]
+        _handed(bench, watch.compare, compare.used, watch.key, comparison.chosen, into)
+        into = [exporting.model, exporting.artifact, tabs]
+        _handed(bench, watch.export, elsewhere.chosen, watch.key, exporting.chosen, into)
         lists = [generation.artifact, comparison.artifacts, exporting.artifact]
         filling(  # an answer closes a list that was opened meanwhile
             tabs.select, lambda *models: _artifacts(bench, *models),
@@ -70,19 +70,15 @@ def build(bench: Bench) -> Any:
     return page
 
 
-def _handed(
-    bench: Bench, button: Any, answer: Any, key: Any, seen: list[Any], fields: list[Any]
-) -> None:
-    """What a calibration made goes to the `fields` of another tab, once that is shown.
+def _handed(bench: Bench, button: Any, answer: Any, key: Any, seen: Any, fields: list[Any]) -> None:
+    """What a calibration made goes to the `fields` of another tab: first what is `seen` there.
 
-    seen: what was seen last there, and the tabs. Were they filled with the rest, the model would be
-    another one than was seen, which takes away the artifact that came with it; and a list that is
-    filled before it is shown says for ever that it has changed (Gradio 6.31).
+    Else the model is another one for a moment, which takes away the artifact that came with it.
     """
     from .viewer import QUIET
 
-    button.click(lambda now: answer(bench, now)[:2], key, seen, **QUIET).then(
-        lambda now: answer(bench, now)[2:], key, fields, **QUIET
+    button.click(lambda now: answer(bench, now)[0], key, seen, **QUIET).then(
+        lambda now: answer(bench, now)[1:], key, fields, **QUIET
     )
 
 
