@@ -18,23 +18,12 @@ module("app").SESSIONS = 4  # as many pages are remembered after a short while
 """
 
 
-class Plain:
-    """A client by the plain protocol, whose own part is little beside the server's."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    def predict(self, *given: Any, api_name: str, **named: Any) -> Any:
-        """As gradio_client does; the values by name are in the order of the function."""
-        found = self.app.asked(api_name.removeprefix("/"), *given, *named.values())
-        assert isinstance(found, dict), found
-        return found
-
-
 def test_memory_stays_flat(start: Any, models: Any, record_property: Any) -> None:
     """160 images and 160 other calls, every tenth by a page of its own: flat after the first 40."""
+    from gradio_client import Client
+
     with start(roots=models, before=FEW) as app:
-        client = Plain(app)
+        client = Client(app.url, verbose=False)
         for number in range(WARM):
             work(app.url, client, number, TINY, "", pages=10)
         first = settled(app.process.pid)
