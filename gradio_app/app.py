@@ -53,14 +53,10 @@ def build(bench: Bench) -> Any:
             watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
             [generation.model, *generation.filled], **QUIET,
         )  # fmt: skip
-        watch.compare.click(
-            lambda key: compare.used(bench, key), watch.key,
-            [comparison.model, comparison.artifacts, comparison.chosen, tabs], **QUIET,
-        )  # fmt: skip
-        watch.export.click(
-            lambda key: elsewhere.chosen(bench, key), watch.key,
-            [exporting.model, exporting.artifact, exporting.chosen, tabs], **QUIET,
-        )  # fmt: skip
+        into = [comparison.model, comparison.artifacts, tabs]
+        _handed(bench, watch.compare, compare.used, watch.key, comparison.chosen, into)
+        into = [exporting.model, exporting.artifact, tabs]
+        _handed(bench, watch.export, elsewhere.chosen, watch.key, exporting.chosen, into)
         lists = [generation.artifact, comparison.artifacts, exporting.artifact]
         filling(  # an answer closes a list that was opened meanwhile
             tabs.select, lambda *models: _artifacts(bench, *models),
@@ -72,6 +68,18 @@ def build(bench: Bench) -> Any:
         )  # fmt: skip
         opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page
+
+
+def _handed(bench: Bench, button: Any, answer: Any, key: Any, seen: Any, fields: list[Any]) -> None:
+    """What a calibration made goes to the `fields` of another tab: first what is `seen` there.
+
+    Else the model is another one for a moment, which takes away the artifact that came with it.
+    """
+    from .viewer import QUIET
+
+    button.click(lambda now: answer(bench, now)[0], key, seen, **QUIET).then(
+        lambda now: answer(bench, now)[1:], key, fields, **QUIET
+    )
 
 
 def _artifacts(bench: Bench, one: str, two: str, three: str) -> list[Any]:

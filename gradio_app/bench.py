@@ -62,10 +62,12 @@ class Bench:
         call: Any = None,
         speedup: Any = None,
         on_wait: Callable[[int], None] = lambda place: None,
+        stops: int | None = None,
     ) -> dict[str, Any]:
         """Generate and save, when it is its turn: on_wait(place) is called while it is in line.
 
-        Stopped while it waits it raises Cancelled. Returns paths of "full" and "artifact",
+        Stopped meanwhile it raises Cancelled; stops is the studio's count of stops when Generate
+        was pressed, where that was before now. Returns paths of "full" and "artifact",
         numbers, seconds and infotext.
 
         seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
@@ -86,11 +88,11 @@ class Bench:
             checked(folder, call, self.places.inputs), self.places.inputs,
             asked(folder, [file] if file else (), speedup),
         )  # fmt: skip
-        stops = self.studio.stops
+        stops = self.studio.stops if stops is None else stops
         text = f"{model}, {prompt}"
         with self.desk.turn(text, on_wait, lambda: self.studio.stops != stops):
             try:
-                found = self.studio.generate(wanted, on_call)
+                found = self.studio.generate(wanted, on_call, stops)
             finally:
                 give_back()
         made = saved(self.places, found)

@@ -21,7 +21,7 @@ from .view import in_line, loss_curve, notice, status, step_map
 from .viewer import AUDIBLE, QUIET
 
 IDLE = "Choose a model and how to calibrate it, name the artifact and press Start."
-STEADY = 0.5  # seconds between two looks at a job
+STEADY = 1.0  # seconds between two looks at a job: one takes a page 0.1 s of a processor
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def refreshed(bench: Bench, model: str) -> Any:
 
 
 def used(bench: Bench, key: Any) -> list[Any]:
-    """The model and the artifact of a calibration that is done, what was seen last, and this tab.
+    """What was seen last, the model and the artifact of a calibration that is done, and this tab.
 
     The artifact is not yet among what was seen last: its speedup follows.
     """
@@ -256,4 +256,4 @@ def used(bench: Bench, key: Any) -> list[Any]:
         choices=bench.places.artifacts(model), value=[name], multiselect=True,
         allow_custom_value=True,
     )  # fmt: skip
-    return [model, artifacts, [model, None], gr.Tabs(selected="compare")]
+    return [[model, None], model, artifacts, gr.Tabs(selected="compare")]

@@ -17,7 +17,7 @@ from .jobs import NAMES, Job
 from .view import WAITS, card, words_of
 from .viewer import QUIET
 
-EVERY = 1  # seconds between two looks
+EVERY = 2  # seconds between two looks: each takes a page 0.1 s of a processor
 TEXT = 120  # characters of a row
 
 

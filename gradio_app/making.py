@@ -103,7 +103,7 @@ def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list
             found = bench.generate(
                 model, prompt, seed if wanted == 1 else seed + done, steps, guidance,
                 artifact if on else NO_ARTIFACT, beside, on_call, given(bench, model, own),
-                usable(bench, model, artifact, speedup, on), on_wait,
+                usable(bench, model, artifact, speedup, on), on_wait, stops=stops,
             )  # fmt: skip
             one = _one(bench, found)
             made = [one, *made][:KEPT]

@@ -119,12 +119,17 @@ class Studio:
                 self._model = model
             return self._pipe
 
-    def generate(self, wanted: Wanted, on_call: OnCall) -> Generated:
-        """One image, or two: beside it the one of full precision, from the same noise."""
+    def generate(self, wanted: Wanted, on_call: OnCall, stops: int) -> Generated:
+        """One image, or two: beside it the one of full precision, from the same noise.
+
+        stops: what `self.stops` was when the image was asked for. Cancelled if it is more by now.
+        """
         from tenuto.cli.checks import load_artifact
         from tenuto.cli.session import sampling_of
 
         self._stop.clear()
+        if self.stops != stops:
+            raise Cancelled
         artifact = None if wanted.artifact is None else load_artifact(wanted.artifact)
         sampling = sampling_of(
             wanted.model, steps=wanted.steps, guidance=wanted.guidance, call=wanted.call,

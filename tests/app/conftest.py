@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -21,15 +23,17 @@ from typing import Any
 import pytest
 
 from tests.core import tiny_pipelines
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 QUIET = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--no-first-run", "--disable-default-apps",
+    "--no-first-run", "--disable-default-apps", "--process-per-site",
 )  # fmt: skip
 STRICT = ("-W", "error::UserWarning")  # Gradio warns so of options that it ignores
-PATIENCE = 120_000  # milliseconds: the machine may be busy with other work
+JOBS = ("calibrate", "compare", "export", "generate")
+ALIVE = ("waiting", "running", "stopping")
 ANSWERED = "!document.querySelector('[inert]')"  # no field waits for an answer
 TOLERATED = {"nested-interactive"}  # Gradio's own, on toasts
 MAIN = "import sys; from tenuto import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -53,16 +57,60 @@ class App:
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of a GET, whatever the status."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=120) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
+
+    def posted(self, name: str, body: bytes) -> str:
+        """What the API answers by the plain protocol: all events, or the text of the refusal."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/gradio_api/call/{name}", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as found:
+                event = json.load(found)["event_id"]
+            with urllib.request.urlopen(f"{request.full_url}/{event}", timeout=PATIENCE) as found:
+                return found.read().decode()
+        except urllib.error.HTTPError as error:
+            return f"{error.code} {error.read().decode()}"
+
+    def asked(self, name: str, *given: Any) -> dict[str, Any] | str:
+        """What the API answers: an object, or the one sentence of its refusal.
+
+        By the plain protocol, which is a fifth of the work of a call by gradio_client.
+        """
+        said = self.posted(name, json.dumps({"data": given}).encode())
+        found = json.loads(said.rpartition("data: ")[2])
+        if said.rpartition("event: ")[2].startswith("error"):
+            return found["error"]
+        assert isinstance(found[0], dict), (name, given, found)
+        return found[0]
+
+    def stop_all(self) -> None:
+        """Stop what runs and what stands in line, and wait until it has stopped."""
+        for kind in JOBS:
+            for _ in range(int(PATIENCE / 0.2)):
+                found = self.asked("job", kind)
+                if isinstance(found, str) or found["state"] not in ALIVE:
+                    break
+                self.asked("stop", kind)
+                time.sleep(0.2)
 
     @property
     def busy(self) -> float:
         """Seconds of a processor that it has used, threads and ended children too (Linux)."""
         rest = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, rest[11:15])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def workers(self) -> list[int]:
+        """The processes that it has started (Linux)."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:
+                    found.append(int(stat.parent.name))
+        return found
 
     @property
     def alive(self) -> bool:
@@ -72,12 +120,16 @@ class App:
 
 @pytest.fixture(scope="session")
 def environment(pytestconfig: pytest.Config) -> dict[str, str]:
-    """Of the app: with a folder for compiled modules, as an installation has them."""
+    """Of the app: with compiled modules, as an installation has them.
+
+    Where the tests may not write them beside the modules, in a folder of their own.
+    """
     out = ("PYTHONDONTWRITEBYTECODE", "DISPLAY", "WAYLAND_DISPLAY")
     kept = {k: v for k, v in os.environ.items() if k not in out}
+    if sys.dont_write_bytecode:
+        kept["PYTHONPYCACHEPREFIX"] = str(pytestconfig.cache.mkdir("bytecode"))
     return kept | {
         "PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPYCACHEPREFIX": str(pytestconfig.cache.mkdir("bytecode")),
     }  # fmt: skip
 
 
@@ -112,7 +164,7 @@ def start(
         url = f"http://127.0.0.1:{port}"
         app = App(url, base / "out", roots, base / "log", process, began)
         try:
-            for _ in range(1800):
+            for _ in range(int(PATIENCE / 0.1)):
                 assert process.poll() is None, (base / "log").read_text()[-3000:]
                 try:
                     app.get("/")
@@ -125,7 +177,7 @@ def start(
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(120)
+                process.wait(PATIENCE)
             finally:
                 process.kill()
 
@@ -151,6 +203,17 @@ def app(start: Any, models: Path) -> Iterator[App]:
     with start(roots=models) as found:
         yield found
     assert "Traceback" not in found.log.read_text(), found.log.read_text()[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def left_idle(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test leaves running in the shared app is stopped before the next one begins."""
+    app = request.getfixturevalue("app") if "app" in request.fixturenames else None
+    yield
+    if app is None or app.process.poll() is not None:
+        return
+    if ("failed", True) in request.node.user_properties or app.workers:
+        app.stop_all()
 
 
 # --- Chromium -------------------------------------------------------------------------------------
@@ -194,6 +257,15 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser: Any) -> Iterator[Any]:
+    """What holds the pages of a module, all in one process: the first one compiles the scripts."""
+    made = browser.new_context()
+    made.set_default_timeout(1000 * PATIENCE)
+    yield made
+    made.close()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Keep how a test ended, for what its fixtures say at its end."""
@@ -216,18 +288,23 @@ def seen(page: Any) -> str:
 
 
 @pytest.fixture
-def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Tab]]:
+def visit(context: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Tab]]:
     """visit(app, dark=False, width=1280): a new page of the app, ready, that is closed afterwards.
 
-    Pages of one test share their storage, as the tabs of one browser do.
+    Pages of one test share their storage, as the tabs of one browser do; of others they see none.
     """
-    context = browser.new_context()
-    context.set_default_timeout(PATIENCE)
     tabs: list[Tab] = []
     apps: list[App] = []
 
     def opened(app: App, dark: bool = False, width: int = 1280, height: int = 900) -> Tab:
+        if not context.pages:  # the process of the pages lives as long as one of them
+            context.new_page().goto(f"{app.url}/gradio_api/startup-events")
         page = context.new_page()
+        if app not in apps:
+            session = context.new_cdp_session(page)
+            whole = {"origin": app.url, "storageTypes": "all"}
+            session.send("Storage.clearDataForOrigin", whole)
+            session.detach()
         page.set_viewport_size({"width": width, "height": height})
         app.pages.append(page)
         apps.append(app)
@@ -253,7 +330,8 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
     yield opened
     if ("failed", True) in request.node.user_properties:
         print(*(seen(tab.page) for tab in tabs), sep="\n\n")
-    context.close()
+    for tab in tabs:
+        tab.page.close()
     for app in apps:
         app.pages.clear()
     for tab in tabs:

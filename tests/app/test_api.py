@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gradio_app.api import CALIBRATE, COMPARE
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -56,16 +57,6 @@ def answer(client: Any, name: str, /, **given: Any) -> dict[str, Any] | str:
     return found
 
 
-def asked(app: Any, name: str, /, **given: Any) -> dict[str, Any] | str:
-    """`answer` by the plain protocol, which is a fifth of the work of a client's call."""
-    said = posted(app, name, json.dumps({"data": list(given.values())}).encode())
-    found = json.loads(said.rpartition("data: ")[2])
-    if said.rpartition("event: ")[2].startswith("error"):
-        return found["error"]
-    assert isinstance(found[0], dict), (name, given, found)
-    return found[0]
-
-
 def sentence(text: Any) -> bool:
     return (
         isinstance(text, str) and text.isprintable() and text.endswith(".")
@@ -84,7 +75,7 @@ def test_the_names_are_those_of_the_documentation(client: Any) -> None:
 def test_wrong_types_get_one_sentence(app: Any, client: Any, name: str, field: str) -> None:
     """Every field of every endpoint; what happens to fit is answered with an object."""
     for value in WRONG:
-        said = asked(app, name, **(GOOD[name] | {field: value}))
+        said = app.asked(name, *(GOOD[name] | {field: value}).values())
         assert isinstance(said, dict) or sentence(said), (value, said)
         if isinstance(said, dict) and name in ("calibrate", "resume", "compare"):  # it has begun
             kind = "compare" if name == "compare" else "calibrate"
@@ -102,7 +93,7 @@ def test_wrong_types_among_options_get_one_sentence(
     usual: dict[str, Any] = {"model": TINY}
     usual |= {"name": "x"} if name == "calibrate" else {"artifacts": ["none"]}
     for value in WRONG:
-        said = asked(app, name, options=usual | {option: value})
+        said = app.asked(name, usual | {option: value})
         if isinstance(said, dict):  # it was right
             client.predict(name, api_name="/stop")
             over(client, name)
@@ -113,7 +104,8 @@ def test_wrong_types_among_options_get_one_sentence(
 
 def over(client: Any, kind: str) -> str:
     """The state of a job, once it is over."""
-    for _ in range(2400):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         state = client.predict(kind, api_name="/job")["state"]
         if state not in ("running", "stopping"):
             return state
@@ -121,25 +113,12 @@ def over(client: Any, kind: str) -> str:
     raise AssertionError(f"{kind} is not over")
 
 
-def posted(app: Any, name: str, body: bytes) -> str:
-    """What the plain protocol answers: the last event, or the text of the refusal."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{app.url}/gradio_api/call/{name}", body, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as found:
-            event = json.load(found)["event_id"]
-        with urllib.request.urlopen(f"{request.full_url}/{event}", timeout=120) as found:
-            return found.read().decode()
-    except urllib.error.HTTPError as error:
-        return f"{error.code} {error.read().decode()}"
-
-
 def test_a_call_of_an_older_program_still_works(app: Any, client: Any) -> None:
     """By name or by place, without what was added since."""
     old = {name: value for name, value in GENERATE.items() if name not in ("call", "speedup")}
     found = answer(client, "generate", **old)
     assert isinstance(found, dict), found
-    said = posted(app, "generate", json.dumps({"data": list(old.values())}).encode())
+    said = app.posted("generate", json.dumps({"data": list(old.values())}).encode())
     assert said.startswith("event: complete"), said
 
 
@@ -174,12 +153,12 @@ def test_a_call_that_cannot_be_gets_one_sentence(
 def test_too_few_and_too_many_values_get_a_sentence(app: Any, client: Any, name: str) -> None:
     good = list(GOOD.get(name, {}).values())
     for data in (good[:-1], [*good, "more", {}], [None] * len(good)):
-        said = posted(app, name, json.dumps({"data": data}).encode())
+        said = app.posted(name, json.dumps({"data": data}).encode())
         if name == "about" or said.startswith("event: complete"):
             continue
         assert sentence(json.loads(said.partition("data: ")[2])["error"]), (data, said)
     for body in (b"", b"[]", b'{"data": 1}', b'{"data": {}}', b"\xff", b'{"data": "x"}'):
-        said = posted(app, name, body)
+        said = app.posted(name, body)
         assert said and "null}" not in said.replace('"input":null}', ""), (body, said)
     assert "Traceback" not in app.log.read_text(), app.log.read_text()[-3000:]
     assert app.alive
@@ -194,14 +173,14 @@ def told(app: Any, listener: dict[str, Any], data: list[Any]) -> Any:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=120) as found:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as found:
             answered = json.load(found)
     except urllib.error.HTTPError as error:
         return json.load(error)
     if not queued:
         return answered
     events = f"{app.url}/gradio_api/queue/data?session_hash={session}"
-    with urllib.request.urlopen(events, timeout=120) as found:
+    with urllib.request.urlopen(events, timeout=PATIENCE) as found:
         for line in found:
             if b"process_completed" in line:
                 return json.loads(line.removeprefix(b"data: "))["output"]
@@ -209,18 +188,20 @@ def told(app: Any, listener: dict[str, Any], data: list[Any]) -> Any:
 
 
 def test_listeners_of_the_page_get_wrong_values_too(app: Any, client: Any) -> None:
-    """By their number, as anyone on this machine can call them: a sentence, nothing in the log."""
+    """By their number, as anyone on this machine can call them: a sentence, nothing in the log.
+
+    One call is enough of what takes no value, and of what the page does by itself.
+    """
     before = len(app.log.read_text())
     listeners = json.loads(app.get("/config")[1])["dependencies"]
     assert len(listeners) > 30
+    values = (None, True, -1, "x", [], {}, {"a": 1}, [[1]])
     for listener in listeners:
-        for value in (None, True, -1, "x", [], {}, {"a": 1}, [[1]]):
+        for value in values if listener["inputs"] and listener["backend_fn"] else values[:1]:
             answered = told(app, listener, [value] * len(listener["inputs"]))
             said = answered.get("error", "none")
             assert said and "Traceback" not in said and len(said) <= 300, (listener, value, said)
-    for kind in ("calibrate", "compare", "export", "generate"):
-        client.predict(kind, api_name="/stop")
-        over(client, kind)
+    app.stop_all()
     assert "Traceback" not in app.log.read_text()[before:], app.log.read_text()[before:][-3000:]
 
 
@@ -229,9 +210,8 @@ def test_stop_stops_a_calibration(app: Any, client: Any) -> None:
     client.predict(options, api_name="/calibrate")
     assert client.predict("compare", api_name="/stop")["state"] != "running"
     assert client.predict("calibrate", api_name="/job")["state"] == "running"
-    began = time.monotonic()
     assert client.predict("calibrate", api_name="/stop")["state"] in ("stopping", "stopped")
-    assert over(client, "calibrate") == "stopped" and time.monotonic() - began < 60
+    assert over(client, "calibrate") == "stopped"
     assert not (app.out / "stopped-by-api.safetensors").exists()
     assert "stopped-by-api" in client.predict(api_name="/about")["unfinished"]
 
@@ -245,8 +225,7 @@ def test_stop_stops_an_image(app: Any, client: Any) -> None:
         assert thread.is_alive(), said
         time.sleep(0.02)
     time.sleep(1)  # into its steps
-    began = time.monotonic()
     client.predict("generate", api_name="/stop")
-    thread.join(60)
-    assert said == ["Stopped."] and time.monotonic() - began < 60
+    thread.join(PATIENCE)
+    assert said == ["Stopped."]
     assert client.predict("generate", api_name="/job")["state"] == "none"

@@ -28,6 +28,7 @@ from tenuto.artifact import read_header
 from tenuto.errors import TenutoError
 from tenuto.sampling import described
 from tests.core.tiny_pipelines import picture, stable_diffusion
+from tests.patience import PATIENCE
 
 INPAINT = diffusers.StableDiffusionInpaintPipeline
 VIDEO = diffusers.StableVideoDiffusionPipeline
@@ -203,10 +204,10 @@ def test_a_calibration_keeps_its_image(
     upload = uploads / "a" / "my photo.png"
     call = {"image": {"path": str(upload)}, "strength": 0.5}
     job = bench.calibrate("inpaint", "x", "w4a8", "quick", None, call=call)
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     upload.unlink()
     job = bench.resume("x") if bench.places.request("x") else job
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     image = recalled(job.request["call"], Path(job.request["inputs"]))["image"]
     assert image.size == picture().size
     job.state = "running"

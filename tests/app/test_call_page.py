@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.core.tiny_pipelines import picture
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def made(tab: Any, count: int = 1) -> list[Path]:
     page, folder = tab.page, tab.out / "pictures"
     before = {*folder.glob("*.png")}
     page.click("#generate")
-    end, new = time.monotonic() + 120, list[Path]()
+    end, new = time.monotonic() + PATIENCE, list[Path]()
     while (
         len(new) < count and time.monotonic() < end
     ):  # the page need not show at once that it works

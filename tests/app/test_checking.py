@@ -17,6 +17,7 @@ from gradio_app.checking import looked_at
 from gradio_app.settings import Settings
 from tenuto.errors import TenutoError
 from tenuto.sampling import loading
+from tests.patience import PATIENCE
 
 OWN = [None, None, "", "", "", "", ""]  # fields of the pipeline's own settings, left empty
 ENDS = "import sys; sys.stdin.readline(); sys.exit(7)"
@@ -132,14 +133,14 @@ def test_quantized_weights_stop_what_would_quantize_them_alone(bench: Bench) -> 
         bench.calibrate(*asked(bench, *values()))
     assert 'data-state="failed"' not in last(bench, scheme="", reuse=0, encoder="w8")
     job = bench.calibrate(*asked(bench, *values(scheme="", reuse=0, encoder="w8")))
-    assert job.over.wait(20) and job.kind == "calibrate"
+    assert job.over.wait(PATIENCE) and job.kind == "calibrate"
 
 
 def test_a_resumed_calibration_is_checked_too(bench: Bench) -> None:
     from gradio_app.calibrate_fields import asked
 
     job = bench.calibrate(*asked(bench, *values()))
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     bench.places.keep_request("x", job.request)
     of_another_library(bench)
     with pytest.raises(TenutoError, match="quantized by torchao already"):
@@ -166,7 +167,7 @@ def test_what_only_loading_tells(bench: Bench) -> None:
     index = bench.places.roots[0] / "tiny" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "Unknown"}))
     assert check_view.UNKNOWN in words(last(bench))
-    assert bench.calibrate("tiny", "y", "w8a8", "quick", None).over.wait(20)
+    assert bench.calibrate("tiny", "y", "w8a8", "quick", None).over.wait(PATIENCE)
 
 
 def test_texts_are_escaped(bench: Bench) -> None:

@@ -19,6 +19,7 @@ from gradio_app.view import status
 from tenuto.artifact.export import FORMATS, read_exported
 from tenuto.errors import TenutoError
 from tenuto.resources import asset
+from tests.patience import PATIENCE
 
 MODEL, SHIPPED = "demo:transformer", "shipped:demo-transformer.w8a8"
 WAITS = "import sys; sys.stdin.readline(); sys.stdin.read()"
@@ -75,7 +76,7 @@ def test_a_stop_leaves_no_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TenutoError, match="is being made, or stands in line"):
         begun(bench, MODEL, "own", "gguf")
     bench.stop(job.id, "export")
-    assert job.over.wait(20) and job.state == STOPPED and not part.exists()
+    assert job.over.wait(PATIENCE) and job.state == STOPPED and not part.exists()
     assert seen(job, "gguf")[2].interactive is True
     bench.desk.close()
 
@@ -83,7 +84,7 @@ def test_a_stop_leaves_no_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_a_file_for_comfyui_is_made(bench: Bench) -> None:
     job = begun(bench, MODEL, "own", "comfy")
-    assert job.over.wait(300) and job.state == DONE, (job.error, job.log.read_text())
+    assert job.over.wait(PATIENCE) and job.state == DONE, (job.error, job.log.read_text())
     file = bench.places.out / "exports" / "own-comfy.safetensors"
     assert read_exported(file) and not job.log.exists()
     said = status(job, "")

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from gradio_app.guard import Guard
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ UPLOAD, FILE = ("POST", "/gradio_api/upload"), ("GET", "/gradio_api/file=/etc/pa
 
 def sent(url: str, method: str, path: str, **headers: str) -> tuple[int, bytes]:
     """Status and body of a request with these headers; host=None: none at all."""
-    link = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+    link = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     body = json.dumps({"data": ["compare"]}).encode() if method == "POST" else b""
     kind = "application/json"
     if path.endswith("upload"):
@@ -111,7 +112,7 @@ def test_other_machines_and_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SOON = """
 from tenuto.cli.app import module
-module("guard").PACE, module("guard").KEPT = 0.05, 1.0
+module("guard").PACE, module("guard").KEPT = 0.05, 4.0
 """
 
 
@@ -121,7 +122,7 @@ def test_uploads_that_nobody_uses_are_removed(start: Any) -> None:
         assert status == 200
         (name,) = json.loads(body)
         assert Path(name).read_bytes() == b"not a picture"
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while Path(name).parent.exists():  # which goes after what is in it
             assert time.monotonic() < end, "it is still there"
             time.sleep(0.05)

@@ -19,6 +19,7 @@ from gradio_app.places import Places
 from gradio_app.settings import Settings
 from tenuto.artifact import Artifact
 from tenuto.resources import asset
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -108,9 +109,9 @@ def test_a_running_job_keeps_its_images(places: Places, monkeypatch: pytest.Monk
     bounded(places, bench.desk.requests)
     assert there(places) == ["a", "d", "e", "f"]
     bench.stop(job.id, "calibrate")
-    assert job.over.wait(20) and not bench.desk.requests
+    assert job.over.wait(PATIENCE) and not bench.desk.requests
     monkeypatch.setattr(jobs, "WORKER", "import sys; sys.stdin.readline(); sys.exit(7)")
     job = bench.compare("demo:unet", ["shipped:demo-unet.w8a8"], 1)
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     assert there(places) == ["d", "e", "f"]
     assert json.loads(json.dumps(job.request))["speedup"] is None

@@ -16,6 +16,7 @@ from gradio_app.desk import LONGEST, Desk
 from gradio_app.jobs import Job
 from gradio_app.settings import Settings
 from tenuto.errors import Cancelled, TenutoError
+from tests.patience import PATIENCE
 
 ENDS = "import sys; sys.stdin.read()"  # until its input ends, which stops it
 GOES = """
@@ -61,12 +62,12 @@ def test_each_begins_when_the_one_before_is_over(desk: Desk, tmp_path: Path) -> 
     desk.remove(a.id)  # it has begun: a Stop stops it
     assert a.state == "running"
     go(tmp_path, "a")
-    assert a.over.wait(20) and a.state == "done"
+    assert a.over.wait(PATIENCE) and a.state == "done"
     assert (b.state, d.place) == ("running", 1)
     go(tmp_path, "d")
     b.stop()
-    assert b.over.wait(20) and b.state == "stopped"
-    assert d.over.wait(20) and d.state == "done" and over == ["c", "a", "b", "d"]
+    assert b.over.wait(PATIENCE) and b.state == "stopped"
+    assert d.over.wait(PATIENCE) and d.state == "done" and over == ["c", "a", "b", "d"]
     assert desk.busy == "" and not desk.requests
 
 
@@ -92,14 +93,14 @@ def test_an_image_stands_in_line_too(desk: Desk, tmp_path: Path) -> None:
     assert desk.image == "waiting" and last.place == 4
     stop.set()
     desk.remove(desk.line[2].id)
-    threads[1].join(20)
-    threads[2].join(20)
+    threads[1].join(PATIENCE)
+    threads[2].join(PATIENCE)
     assert ended == {"two": "cancelled", "three": "cancelled"} and last.place == 2
     go(tmp_path, "first")
-    threads[0].join(20)
-    assert ended["one"] == "made" and 1 in places and first.over.wait(20)
+    threads[0].join(PATIENCE)
+    assert ended["one"] == "made" and 1 in places and first.over.wait(PATIENCE)
     go(tmp_path, "last")
-    assert last.over.wait(20) and last.state == "done"
+    assert last.over.wait(PATIENCE) and last.state == "done"
 
 
 def test_what_cannot_begin_lets_the_next_begin(desk: Desk, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_what_cannot_begin_lets_the_next_begin(desk: Desk, tmp_path: Path) -> No
     last = desk.start(job("compare", tmp_path, "last"))
     go(tmp_path, "first")
     go(tmp_path, "last")
-    assert first.over.wait(20) and last.over.wait(20) and last.state == "done"
+    assert first.over.wait(PATIENCE) and last.over.wait(PATIENCE) and last.state == "done"
     assert broken.state == "failed" and broken.error.startswith("It cannot begin: ")
     with pytest.raises(OSError, match="no folder"):
         desk.start(Job("export", {"out": "x"}, tmp_path / "first.log" / "no folder" / "log"))
@@ -144,10 +145,10 @@ def test_what_is_shown_of_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert line.updates(bench, now)[3] == {"__type__": "update"}, "nothing changed"
     assert "second" in bench.places.unfinished()
     bench.stop(second.id, "calibrate")  # what runs is stopped first, whatever id a page has
-    assert first.over.wait(20) and first.state == "stopped" and second.state == "running"
+    assert first.over.wait(PATIENCE) and first.state == "stopped" and second.state == "running"
     bench.desk.remove(third.id)
     bench.stop(None, "calibrate")
-    assert second.over.wait(20) and line.updates(bench, now)[0].visible is False
+    assert second.over.wait(PATIENCE) and line.updates(bench, now)[0].visible is False
     assert bench.facts(third.id, "compare")["state"] == "stopped"
     fourth = bench.compare("demo:unet", ["shipped:demo-unet.w8a8"], 2)
     fifth = bench.calibrate(name="fifth", **wanted)

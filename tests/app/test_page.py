@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 pytestmark = pytest.mark.slow
 
 TABS = ("Generate", "Calibrate", "Compare", "Export")
@@ -112,11 +114,19 @@ def started(tab: Any, name: str) -> None:
     page.wait_for_selector("#calibrate-status [data-state=running]")
 
 
-def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
+SHARE = "Number(document.querySelector('#calibrate-status [role=progressbar]')?.ariaValueNow)"
+
+
+def test_a_reload_shows_what_is_running(app: Any, visit: Any, findings: Any) -> None:
     """In the fields and in the card; the card says it when the job is over, too."""
     tab = visit(app)
     page = tab.page
     started(tab, "seen-again")
+    assert not findings(page), "while it runs"
+    other = visit(app)  # another tab of the browser sees it
+    other.show("Calibrate")
+    other.page.wait_for_selector("#calibrate-status [data-state=running]")
+    other.page.close()
     said = (
         "demo:unet, w4a8, 45% reuse, quick, to seen-again.safetensors, negative_prompt blur, "
         "clip_skip 1"
@@ -133,6 +143,8 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any) -> None:
     assert page.input_value("#calibrate-name textarea, #calibrate-name input") == "seen-again"
     assert page.input_value("#calibrate-negative textarea") == "blur"
     assert page.input_value("#calibrate-more textarea") == "clip_skip = 1"
+    first = page.evaluate(SHARE)
+    page.wait_for_function(f"first => {SHARE} != first", arg=first)  # it is followed
 
     page.click("#calibrate-stop")
     page.wait_for_selector("#calibrate-status [data-state=stopped]")
@@ -265,7 +277,7 @@ def test_an_empty_seed_is_any_and_no_step_is_an_error(app: Any, visit: Any) -> N
     for count in (1, 2):
         page.wait_for_function("!document.querySelector('#generate').disabled")
         page.click("#generate")
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while len(list((app.out / "pictures").glob("an-empty-seed*.png"))) < count:
             assert time.monotonic() < end, tab.text("#numbers")
             time.sleep(0.1)

@@ -36,6 +36,7 @@ from tenuto.errors import TenutoError
 from tenuto.measure.sheet import difference
 from tenuto.resume import Work
 from tenuto.sampling.images import save_png
+from tests.patience import PATIENCE
 
 OWN = [None, None, "", "", "", "", ""]  # fields of the pipeline's own settings, left empty
 SETTINGS = {
@@ -231,6 +232,23 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stop_before_the_image_begins_is_not_lost(tmp_path: Path) -> None:
+    """Between the press of Generate and the first of its steps."""
+    from gradio_app import making
+
+    bench, said = Bench(Settings(tmp_path, device="cpu")), list[str]()
+
+    def progress(*_: Any, desc: str, **options: Any) -> None:
+        said.append(desc)
+        bench.stop(None, "generate")
+
+    own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
+    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, *own]
+    (found,) = making.made_now(bench, progress, *values)
+    assert "Stopped." in found[1] and said == ["Loading the model"]
+    assert not (tmp_path / "pictures").exists()
+
+
 def test_what_cannot_be_written_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +316,7 @@ def test_a_job_ends_in_its_state(
 ) -> None:
     desk, seen = Desk(), []
     found = desk.start(job(how, tmp_path, monkeypatch), lambda job: seen.append(job.state))
-    assert found.over.wait(20)
+    assert found.over.wait(PATIENCE)
     assert (found.state, found.error, seen) == (state, error, [state])
     with desk.turn("an image"):  # it is free again
         assert desk.busy == "image" and not desk.line
@@ -316,7 +334,7 @@ def test_a_stop_stops_even_who_does_not_listen(
     found.stop()
     assert found.state in ("stopping", "stopped")  # who listens may have ended by now
     found.stop()
-    assert found.over.wait(20)
+    assert found.over.wait(PATIENCE)
     assert found.state == "stopped"
 
 
@@ -324,7 +342,7 @@ def test_who_sees_which_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     desk = Desk()
     assert desk.job("", "calibrate") is None
     first = desk.start(job("done", tmp_path, monkeypatch))
-    first.over.wait(20)
+    first.over.wait(PATIENCE)
     second = desk.start(job("deaf", tmp_path, monkeypatch))
     assert desk.job(first.id, "calibrate") is second, "what runs is shown to everyone"
     assert desk.job("unknown", "calibrate") is second
@@ -369,7 +387,7 @@ def test_what_the_fields_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 *OWN,
             )
         )
-        assert job.over.wait(20)
+        assert job.over.wait(PATIENCE)
         found = [job.request[k] for k in ("scheme", "reuse", "text_encoder", "method", "rounding")]
         share = reuse / 100 or None
         want = [scheme, share, encoder, method if encoder else None, rounding]
@@ -408,7 +426,7 @@ def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         *filled, accordion = calibrate.filled(bench, job)
         assert filled == values and getattr(accordion, "open", False) is (values[-7:] != OWN)
         bench.stop(job.id, "calibrate")
-        assert job.over.wait(20) and "mine" not in map(str, calibrate.filled(bench, job))
+        assert job.over.wait(PATIENCE) and "mine" not in map(str, calibrate.filled(bench, job))
     values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb", 1.0]
     job = bench.compare(*values[:-1], speedup=values[-1])
     model, artifacts, *rest, _, chosen = compare.filled(bench, job)
@@ -424,14 +442,14 @@ def test_a_request_of_an_older_version_goes_on(
     bench = Bench(Settings(tmp_path))
     wanted = {"model": "demo:unet", "name": "x", "scheme": "w4a8", "preset": "quick"}
     job = bench.calibrate(**wanted, reuse=None)
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     new = {"text_encoder", "method", "rounding", "call"}
     ours = {"out", "first", "prompts", "device", "inputs"}
     old = {name: value for name, value in job.request.items() if name not in new | ours}
     assert len(old) == len(job.request) - 9
     for begin in (lambda: bench.resume("x"), lambda: bench.calibrate(**wanted, reuse=None)):
         bench.places.keep_request("x", old)
-        assert begin().over.wait(20)
+        assert begin().over.wait(PATIENCE)
     bench.places.keep_request("x", old)
     with pytest.raises(TenutoError, match="other settings"):
         bench.calibrate(**wanted, reuse=None, rounding="nearest")
@@ -447,7 +465,7 @@ def test_resume_opens_models_below_the_roots_only(
         (tmp_path / name / "model_index.json").write_text("{}")
     bench = Bench(Settings(tmp_path / "out", (tmp_path / "roots",)))
     job = bench.calibrate("mine", "x", "w4a8", "quick", None)
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     request = {
         k: v
         for k, v in job.request.items()
@@ -455,7 +473,7 @@ def test_resume_opens_models_below_the_roots_only(
     }
     bench.places.keep_request("x", request | {"model": str(tmp_path / "elsewhere")})
     job = bench.resume("x")
-    assert job.over.wait(20)
+    assert job.over.wait(PATIENCE)
     assert job.request["model"] == str(tmp_path / "roots" / "mine")
     for change in (
         {"shown_model": str(tmp_path / "elsewhere")}, {"shown_model": ["mine"]}, {"seed": "x"},
@@ -606,7 +624,7 @@ def test_a_model_that_fails_while_it_generates_is_told(
 ) -> None:
     from gradio_app.making import made_now
 
-    def out_of_memory(*args: Any) -> Any:
+    def out_of_memory(*args: Any, **options: Any) -> Any:
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))

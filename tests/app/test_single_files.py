@@ -14,6 +14,7 @@ from gradio_app.exports import begun
 from gradio_app.settings import Settings
 from tenuto.errors import TenutoError
 from tests.core import single_files, tiny_pipelines
+from tests.patience import PATIENCE
 
 FILE = "checkpoints/my model.safetensors"
 
@@ -39,7 +40,7 @@ def bench(roots: Path, tmp_path: Path) -> Any:
 
 
 def over(job: Any) -> Any:
-    assert job.over.wait(200)
+    assert job.over.wait(PATIENCE)
     assert job.state == "done", (job.error, job.log.read_text()[-2000:])
     return job
 

@@ -160,7 +160,8 @@ def test_off_is_off(bench: Bench) -> None:
     assert told(bench, 2, MODEL, "", 20, False) and usable(bench, MODEL, "", 2, False) == 2
     passed: list[Any] = []
 
-    def taken(*given: Any) -> Any:
+    def taken(*given: Any, stops: int) -> Any:
+        assert stops == bench.studio.stops
         passed.append(given)
         raise TenutoError("seen")
 

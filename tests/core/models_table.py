@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -64,12 +65,9 @@ class Row:
         """A search for a cache schedule, as short as it gets."""
         module = import_module("tenuto.calibration.router.effort")
         small = module.RoutePreset(module.HarmoniCa(iterations=1, batch=1), 1)
-        before = dict(module.PRESETS)
-        module.PRESETS["quick"] = small
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(module.PRESETS, "quick", small)
             return tn.train_router(self.model, self.trajectory, reuse=0.5)
-        finally:
-            module.PRESETS.update(before)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -77,11 +75,21 @@ class Row:
 
     @cached_property
     def w8a8(self) -> Artifact:
-        return tn.quantize(self.model, "w8a8", self.trajectory)
+        return self.quantized("w8a8")
 
     @cached_property
     def w4a8(self) -> Artifact:
-        return tn.quantize(self.model, "w4a8", self.trajectory)
+        return self.quantized("w4a8")
+
+    def quantized(self, scheme: str) -> Artifact:
+        """With a short search for layers that stay in float: with random weights none stands out.
+
+        `tests/core/calibration/test_spared.py` has the whole of it.
+        """
+        module = import_module("tenuto.calibration.spared")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "TRIALS", 3)
+            return tn.quantize(self.model, scheme, self.trajectory)
 
     @cached_property
     def whole(self) -> Artifact:

@@ -93,6 +93,10 @@ def all_frozen(denoisers: Iterable[nn.Module]) -> Iterator[None]:
 
 def device_and_dtype(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of a module's weights; the device of those that are there."""
-    floats = [p for p in denoiser.parameters() if p.is_floating_point()]
-    there = next((p.device for p in floats if not p.is_meta), torch.device("cpu"))
-    return there, floats[0].dtype if floats else torch.float32
+    floats = (p for p in denoiser.parameters() if p.is_floating_point())
+    dtype, there = torch.float32, torch.device("cpu")
+    for number, parameter in enumerate(floats):
+        dtype = parameter.dtype if number == 0 else dtype
+        if not parameter.is_meta:
+            return parameter.device, dtype
+    return there, dtype

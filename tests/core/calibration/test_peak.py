@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tenuto.calibration.check.peak import rounding_of
+from tests.patience import PATIENCE
 
 CODE = """
 import re, sys, torch
@@ -41,7 +42,11 @@ def test_what_rounding_takes(shape: tuple[int, int], scheme: str) -> None:
     words = [sys.executable, "-c", CODE, *map(str, shape), scheme]
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
-        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+        words,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert rounding_of(*shape) == pytest.approx(int(done.stdout), rel=0.2)

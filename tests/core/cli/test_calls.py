@@ -24,6 +24,7 @@ from tenuto.model import Signature
 from tenuto.sampling import described
 from tenuto.sampling.loading import class_of
 from tests.core import tiny_pipelines as tiny
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -143,7 +144,7 @@ def test_names_are_checked_before_a_model_is_loaded(
     run = subprocess.run(
         [sys.executable, "-c", code, "generate", "demo:unet", "--prompt", "a", "--frames", "3"],
         env=os.environ | {"PYTHONPATH": str(ROOT / "core")}, capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=PATIENCE, check=False,
     )  # fmt: skip
     said = "tenuto: StableDiffusionPipeline takes no num_frames.\n"
     assert (run.returncode, run.stdout, run.stderr) == (2, "", said)

@@ -28,6 +28,7 @@ from tenuto.cli import commands
 from tenuto.cli.console import Bars
 from tenuto.errors import TenutoError
 from tenuto.sampling.loading import load
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 QUANTIZE = ("quantize", "MODEL", "--scheme", "w8a8", "--prompts", "p.txt", "--out", "o.safetensors")
@@ -285,7 +286,7 @@ def test_a_model_that_would_be_unpickled_is_refused(
 def test_bad_input_in_a_process_of_its_own(here: Path) -> None:
     (here / "x.safetensors").write_bytes(b"\xff" * 100)
     process = start("inspect", "x.safetensors", "--json")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (2, "")
     assert "x.safetensors" in one_sentence(err)
 
@@ -299,7 +300,7 @@ def test_compare_prints_one_object(here: Path, made: Path, tiny_pixart_folder: P
         "--json", code="import tenuto.cli.session as c; old = c.load\n"
         "c.load = lambda *a: (print('noise'), old(*a))[1]",
     )  # fmt: skip
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     found = json.loads(out)
     assert {
@@ -551,14 +552,14 @@ def test_killed_and_interrupted_work_goes_on_and_ends_in_the_same_bytes(
     """Ctrl-C after the first unit, SIGKILL after another one: nothing finished is done again."""
     command = ("quantize", tiny_pixart_folder, "--scheme", "w4a8", "--prompts", "p.txt", "--out")
     whole = start(*command, "whole.safetensors", code=SAVES)
-    _, err = whole.communicate(timeout=600)
+    _, err = whole.communicate(timeout=PATIENCE)
     assert whole.returncode == 0 and saved(err) == ["trajectory", *UNITS], err
     work = here / "cut.work"
 
     process = start(*command, "cut.safetensors", code=SAVES)
     wait_for(work / "temporal.safetensors", process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (130, "")
     last = err.splitlines()[-1]
     assert last == "tenuto: stopped; the same command resumes, from cut.work."
@@ -570,14 +571,14 @@ def test_killed_and_interrupted_work_goes_on_and_ends_in_the_same_bytes(
     process = start(*command, "cut.safetensors", code=SAVES)
     wait_for(work / "transformer_blocks.0.safetensors", process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert not (here / "cut.safetensors").exists()
     kept = [unit for unit in UNITS if (work / f"{unit}.safetensors").exists()]
     assert kept[:3] == UNITS[:3] and len(kept) < 5
 
     process = start(*command, "cut.safetensors", code=SAVES)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert saved(err) == [unit for unit in UNITS if unit not in kept]
     assert (here / "cut.safetensors").read_bytes() == (here / "whole.safetensors").read_bytes()

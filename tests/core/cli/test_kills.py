@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from tenuto.lock import Lock
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
-KILLS = 20
+KILLS = 12
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,8 +27,6 @@ pytestmark = [
         not hasattr(os, "fork"), reason="Windows has no fork, by which a run starts at once"
     ),
 ]
-
-LIMIT = 300.0  # seconds that a command may take; the longest takes 10
 
 # Imports once, then runs each command line that it reads in a process of its own. A line says after
 # how many seconds that is killed, 0: not at all; answered with the exit status and the seconds.
@@ -52,7 +51,7 @@ SERVER = f"""
         if child == 0:
             log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1), os.dup2(log, 2)
-            faulthandler.dump_traceback_later({0.9 * LIMIT}, file=2)
+            faulthandler.dump_traceback_later({0.9 * PATIENCE}, file=2)
             code = 70
             try:
                 code = cli.main(arguments)
@@ -82,15 +81,15 @@ class Server:
         assert self._line() == "ready"
 
     def _line(self) -> str:
-        """The next answer, within `LIMIT` seconds."""
+        """The next answer, within `PATIENCE` seconds."""
         assert self.process.stdout is not None
-        limit = threading.Timer(LIMIT, os.killpg, (self.process.pid, signal.SIGKILL))
+        limit = threading.Timer(PATIENCE, os.killpg, (self.process.pid, signal.SIGKILL))
         limit.start()
         try:
             line = self.process.stdout.readline()
         finally:
             limit.cancel()
-        assert line, f"no answer within {LIMIT:.0f} s"
+        assert line, f"no answer within {PATIENCE:.0f} s"
         return line.strip()
 
     def run(self, *arguments: str, after: float = 0.0) -> tuple[int, float]:
@@ -113,19 +112,19 @@ def server(tiny_pixart_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("kills")
     found = Server(folder, tiny_pixart_folder)
     yield found
-    found.process.communicate(timeout=60)
+    found.process.communicate(timeout=PATIENCE)
 
 
 JOBS = {
     "quantize": ("quantize", "MODEL", "--scheme", "w4a8"),
-    "router": ("train-router", "MODEL", "--reuse", "0.25", "--iterations", "6"),
+    "router": ("train-router", "MODEL", "--reuse", "0.25", "--iterations", "3"),
     "encoder": ("quantize", "MODEL", "--text-encoder", "w4"),
 }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_at_any_moment(server: Server, tiny_pixart_folder: Path, name: str) -> None:
-    check(server, tiny_pixart_folder, name, KILLS // len(JOBS) + 1, seed=0)
+    check(server, tiny_pixart_folder, name, KILLS // len(JOBS), seed=0)
 
 
 @pytest.mark.parametrize("name", JOBS)

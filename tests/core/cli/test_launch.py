@@ -17,6 +17,7 @@ from tenuto.model import denoiser_of
 from tenuto.sampling.processes import NEEDED
 from tests.core import tiny_pipelines as small
 from tests.core.sampling.test_processes import launch, several
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 UNITS = 3  # that are finished when a process is killed
@@ -47,13 +48,13 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, capfd: pytest.Capture
         while len(list(work.glob("*.safetensors"))) < UNITS and first.poll() is None:
             time.sleep(0.02)
         second.kill()
-        assert first.wait(60) == 2
+        assert first.wait(PATIENCE) == 2
         _, said = first.communicate()
         assert "Another process of this job has ended" in said, said
     assert work.exists() and not shared.exists()
     with launch(["-m", "tenuto.cli", *words, str(shared)]) as (first, second):
-        answer, said = first.communicate(timeout=300)
-        other, other_said = second.communicate(timeout=60)
+        answer, said = first.communicate(timeout=PATIENCE)
+        other, other_said = second.communicate(timeout=PATIENCE)
     assert first.returncode == 0 and second.returncode == 0, said + other_said
     assert "2 processes share the work" in said
     assert "Calibrated on 5 prompts" in answer and not other and "tenuto" not in other_said
@@ -78,7 +79,7 @@ def test_what_accelerate_starts(tmp_path: Path) -> None:
         words += ["--dynamo_backend", "no", "--main_process_port", "0", str(script)]
         found = subprocess.run(
             [sys.executable, "-m", "accelerate.commands.launch", *words], capture_output=True,
-            text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT / "core")},
+            text=True, timeout=PATIENCE, env=os.environ | {"PYTHONPATH": str(ROOT / "core")},
         )  # fmt: skip
         assert found.returncode == 0, found.stderr
         assert found.stdout.count("tenuto: note:") == 1 and said in found.stdout, found.stderr

@@ -28,6 +28,7 @@ from tenuto.cli.arguments import spelled
 from tenuto.cli.calls import OPTIONS
 from tenuto.cli.console import Answer, Bars
 from tenuto.errors import ArtifactError, TenutoError
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "core"), "OMP_NUM_THREADS": "1"}
@@ -172,7 +173,8 @@ def test_ctrl_c_says_that_nothing_was_written(tiny_pixart_folder: Path, tmp_path
     )
     run = subprocess.run(
         [sys.executable, "-c", code, "generate", str(tiny_pixart_folder), "--prompt", "a"],
-        env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
+        check=False,
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (130, "")
     assert run.stderr == "tenuto: stopped; nothing was written.\n"
@@ -218,7 +220,7 @@ def test_a_shell_completes_commands_options_and_values() -> None:
         }  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-m", "tenuto.cli"], env=ENVIRONMENT | asked, capture_output=True,
-            text=True, timeout=300, check=True,
+            text=True, timeout=PATIENCE, check=True,
         )  # fmt: skip
         assert run.stdout.split() == wanted
 
@@ -304,6 +306,6 @@ def test_no_bars_of_other_libraries_on_a_terminal(tiny_pixart_folder: Path, tmp_
             break
         seen += part
     os.close(main)
-    assert process.wait(300) == 0
+    assert process.wait(PATIENCE) == 0
     labels = set(re.findall(r"([A-Z][\w .]*):\s+\d+%", seen.decode()))
     assert labels == {"Generating"}, seen.decode()

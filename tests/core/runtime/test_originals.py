@@ -22,6 +22,7 @@ from tenuto.runtime import TemporalTable
 from tenuto.sampling import Clock
 from tests.core.family_pipelines import qwen_image
 from tests.core.model.conftest import FAMILIES, built
+from tests.patience import PATIENCE
 
 STEPS = (4, 8, 20, 50)
 
@@ -163,7 +164,7 @@ def test_resident_memory_falls() -> None:
     In a process of its own: libraries of other tests tell malloc to keep what is freed.
     """
     command = [sys.executable, "-W", "ignore", "-c", RESIDENT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     fallen, equal = done.stdout.split()
     assert int(fallen) > 100 and equal == "True"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.patience import PATIENCE
+
 CODE = """
 import threading
 from tenuto.sampling.libraries import silence
@@ -28,4 +30,4 @@ assert len(found) == 4 and all(found.values()) and found["pipe"] is found["one"]
 
 def test_threads_never_see_half_a_library() -> None:
     """In a process that has imported neither diffusers nor transformers yet."""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], check=True, timeout=300)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], check=True, timeout=PATIENCE)

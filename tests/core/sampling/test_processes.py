@@ -22,6 +22,7 @@ from tenuto.errors import TenutoError
 from tenuto.resume import Work
 from tenuto.sampling.processes import NEEDED, Processes, launched, launched_size
 from tenuto.sampling.shared_work import work_in
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
@@ -69,7 +70,7 @@ def ran(code: str, size: int = 2) -> list[tuple[int, str, str]]:
     """
     text = textwrap.dedent(start) + textwrap.dedent(code)
     with launch(["-c", text], size) as started:
-        said = [process.communicate(timeout=100) for process in started]
+        said = [process.communicate(timeout=PATIENCE) for process in started]
         return [(p.returncode, *words) for p, words in zip(started, said, strict=True)]
 
 
@@ -197,6 +198,6 @@ def test_none_waits_for_ever(how: str) -> None:
     """,
         size=3 if how == "killed" else 2,
     )
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 450, "before the time that was given"
     assert found[0][0] == 2 and "Another process" in found[0][1]
     assert found[1][0] == {"killed": -signal.SIGKILL, "stopped": -signal.SIGINT, "silent": 1}[how]

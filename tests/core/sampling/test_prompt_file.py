@@ -22,6 +22,7 @@ from tenuto.lock import one_at_a_time
 from tenuto.sampling import PromptFile, prompt_file
 from tenuto.sampling.prompt_cache import Unknown
 from tests.core import tiny_pipelines as tiny
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_two_processes_lose_nothing(file: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(file)]
     given = os.environ | {"PYTHONPATH": str(Path(tn.__file__).parents[1])}
     jobs = [subprocess.Popen([*command, tag, "12"], env=given) for tag in "ab"]
-    assert [job.wait(60) for job in jobs] == [0, 0]
+    assert [job.wait(PATIENCE) for job in jobs] == [0, 0]
     store = PromptFile(file)
     assert len(store) == 24 and all(
         store.get(f"{tag}{i}") is not None for tag in "ab" for i in range(12)
