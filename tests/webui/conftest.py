@@ -62,9 +62,15 @@ def make_host(
     _forget()
 
 
-@pytest.fixture(params=KINDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each host in turn: of the module's HOSTS, if it has them."""
+    if "host" in metafunc.fixturenames:
+        metafunc.parametrize("host", getattr(metafunc.module, "HOSTS", KINDS), indirect=True)
+
+
+@pytest.fixture
 def host(request: pytest.FixtureRequest, make_host: Callable[..., Any]) -> Any:
-    """Each host in turn."""
+    """The host that `pytest_generate_tests` gives."""
     return make_host(request.param)
 
 

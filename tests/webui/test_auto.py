@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+HOSTS = ("a1111", "neo")  # the two that share the least: the others have their own parts elsewhere
 BALANCED = "Built-in: Balanced"
 ROUTER = "Router (from artifact)"
 ON = (True,)  # what a user ticks

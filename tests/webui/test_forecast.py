@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenuto.model import override_
 
+HOSTS = ("a1111", "neo")  # the two that share the least: the others have their own parts elsewhere
 BALANCED = "Built-in: Balanced"
 NAME = "half.safetensors"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,3 +183,12 @@ def test_weights_are_kept_from_run_to_run_and_dropped_with_the_model(host: Any) 
     assert session.host._known[1] is first and next(iter(first.kept.values()))[1] is layer
     host.fire("on_model_loaded", host.sd_model)
     assert session.host._known is None
+
+
+def test_the_denoiser_is_found_where_the_host_has_it(host: Any) -> None:
+    hosts = sys.modules["tenuto_webui.hosts"]
+    kinds = {"a1111": "a1111", "forge": "forge", "reforge": "forge-legacy", "neo": "forge"}
+    assert hosts.detect() == kinds[host.kind]
+    assert hosts.denoiser_of(host.sd_model) is host.unet
+    with pytest.raises(Exception, match="finds no denoiser"):
+        hosts.denoiser_of(SimpleNamespace(model=None))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+HOSTS = ("a1111", "neo")  # the two that share the least: the others have their own parts elsewhere
 BALANCED = "Built-in: Balanced"
 FIELDS = (  # label, default: the positional interface of the API. Append; never reorder or rename
     ("Tenuto", False), ("Artifact", BALANCED), ("Precision", "From artifact"),

@@ -122,8 +122,9 @@ def test_a_recipe_says_how_many_prompts_it_needs() -> None:
     assert prompts_needed(Recipe((Rule("*", static), Rule("x", None))), quick) == quick.prompts
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd", "z-image"])
-@pytest.mark.parametrize("temporal", ["auto", "tiar", "none"])
+@pytest.mark.parametrize(
+    ("kind", "temporal"), [("sd3", "auto"), ("sd", "tiar"), ("z-image", "none")]
+)
 def test_one_run_gives_the_same_bits(kind: str, temporal: str) -> None:
     """What more runs would add is not used."""
     mine, prompts, call = tiny.asked(kind)

@@ -192,7 +192,7 @@ def visited(how: Setting) -> int:
     return int(left) if how.family == "sd" else how.steps - int(how.steps - left)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_random_setting(bench: Bench, seed: int) -> None:
     check(bench, drawn(seed))
 
