@@ -12,6 +12,10 @@ and samples in turn:
     quantized, LoRA     the LoRA before it
     faster              Tenuto Speed Up at 2, the quantized model with the LoRA
     plain again         the model: its image must be the first one, bit for bit
+Then, in a process of its own, which never has the plain model on the card:
+    loader              Tenuto Loader: an artifact in W8A8 in the place of the float weights
+    loader, LoRA        and the LoRA after it
+    loader, faster      and Tenuto Speed Up at 2
 One JSON line a row: seconds of the second run of each (its first one packs and chooses), the most
 memory of the card while it ran (by the driver, so that the host's own pools count), PSNR of the
 latents to the row of the float model with the same LoRA. Random weights: no images to look at.
@@ -49,7 +53,8 @@ SD15 = {
     "transformer_depth_middle": 1, "num_head_channels": -1, "use_linear_in_transformer": False,
 }  # fmt: skip
 SHAPES = {"sdxl": SDXL, "sd15": SD15}
-FILES = "files"  # the process that makes them
+FILES, LOADER = "files", ", loader"  # the process that makes them; the end of one's name
+ARTIFACT = "mine"
 TARGETS, RANK = 64, 16  # layers and rank of the LoRA
 
 
@@ -72,7 +77,8 @@ def main() -> None:
     if args.child is not None:
         return child(args)
     with tempfile.TemporaryDirectory() as folder:
-        for memory in (FILES, *args.memory):  # the last --files and --child given are taken
+        both = [each + end for each in args.memory for end in ("", LOADER)]
+        for memory in (FILES, *both):  # the last --files and --child given are taken
             more = ["--child", memory, "--files", str(args.files or folder)]
             done = subprocess.run([args.python, "-u", __file__, *sys.argv[1:], *more])
             if done.returncode:
@@ -81,16 +87,18 @@ def main() -> None:
 
 def child(args: argparse.Namespace) -> None:
     """All rows of one way to hold weights, or the files that they load."""
-    begin(args.folder, args.child == "dynamic")
+    begin(args.folder, args.child.startswith("dynamic"), args.files)
     import torch
+    from safetensors.torch import load_file, save_file
 
     torch.set_grad_enabled(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, lora = args.files / f"{args.model}.safetensors", args.files / "lora.safetensors"
     if args.child == FILES:  # where weights are held dynamically, a new layer has none yet
-        return None if file.exists() else write(SHAPES[args.model], file, lora)
+        return None if file.exists() else written(args, file, lora)
     about = {"memory": args.child, "model": args.model, "pixels": args.pixels, **versions(device)}
-    found: dict[str, Any] = {}
+    latents = args.files / "latents.safetensors"  # of the float model
+    found: dict[str, Any] = load_file(latents) if args.child.endswith(LOADER) else {}
     for row, model in models(args, str(file), str(lora)):
         times = []
         with watched(device) as most:
@@ -98,7 +106,7 @@ def child(args: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 found[row] = sampled(model, args).cpu().float()
                 times.append(time.perf_counter() - start)
-        right = found["LoRA" if "LoRA" in row or row == "faster" else "plain"]
+        right = found["LoRA" if "LoRA" in row or "faster" in row else "plain"]
         line = {"row": row, "first": times[0], "seconds": times[1], "psnr": far(right, found[row])}
         if row == "plain again":
             line["equal"] = bool(torch.equal(found[row], found["plain"]))
@@ -108,15 +116,20 @@ def child(args: argparse.Namespace) -> None:
         if args.out:
             with args.out.open("a", encoding="utf-8") as out:
                 out.write(f"{text}\n")
+    if not args.child.endswith(LOADER):
+        save_file({name: found[name] for name in ("plain", "LoRA")}, latents)
 
 
-def begin(folder: Path, dynamic: bool) -> None:
-    """What ComfyUI's main.py does before it loads a model, as far as memory goes."""
+def begin(folder: Path, dynamic: bool, files: Path) -> None:
+    """What ComfyUI's main.py does before it loads a model, as far as memory and folders go."""
     sys.path[:0] = [str(folder), str(ROOT), str(ROOT / "core")]
     cuda = Path("/dev/nvidiactl").exists()
     sys.argv = [sys.argv[0], "--use-pytorch-cross-attention", *([] if cuda else ["--cpu"])]
     sys.argv += [] if dynamic else ["--disable-dynamic-vram"]
     importlib.import_module("comfy.options").enable_args_parsing()
+    places = importlib.import_module("folder_paths")
+    for kind in ("tenuto", "diffusion_models"):
+        places.add_model_folder_path(kind, str(files.absolute()), is_default=True)
     if not (dynamic and cuda):
         return
     control = importlib.import_module("comfy_aimdo.control")
@@ -133,6 +146,18 @@ def begin(folder: Path, dynamic: bool) -> None:
     patchers.CoreModelPatcher = patchers.ModelPatcherDynamic
     held: Any = importlib.import_module("comfy.memory_management")
     held.aimdo_enabled = True
+
+
+def written(args: argparse.Namespace, file: Path, lora: Path) -> None:
+    """The model's file, the LoRA's, and an artifact of the model: W8A8, recorded in four steps."""
+    write(SHAPES[args.model], file, lora)
+    calibrate = importlib.import_module("comfy_nodes.calibration").Calibrate
+    model = importlib.import_module("comfy.sd").load_diffusion_model(str(file))
+    (good, bad), latent = prompts(args)
+    calibrate.execute(
+        model, good, bad, {"samples": latent}, ARTIFACT, "W8A8", "quick", "none", 1, 0, 4, 6.0,
+        "euler", "normal",
+    )  # fmt: skip
 
 
 def write(shape: dict[str, Any], file: Path, lora: Path) -> None:
@@ -180,10 +205,24 @@ def models(args: argparse.Namespace, file: str, lora: str) -> Iterator[tuple[str
     """The MODEL of each row."""
     sd = importlib.import_module("comfy.sd")
     nodes = importlib.import_module("comfy_nodes.nodes")
-    plain = sd.load_diffusion_model(file)
+    speed = importlib.import_module("comfy_nodes.speed").SpeedUp
     weights = importlib.import_module("comfy.utils").load_torch_file(lora)
-    with_lora, _ = sd.load_lora_for_models(plain, None, weights, 0.8, 0)
-    assert len(with_lora.patches) == TARGETS, "the LoRA was not taken"
+
+    def changed(model: Any) -> Any:
+        found, _ = sd.load_lora_for_models(model, None, weights, 0.8, 0)
+        assert len(found.patches) == TARGETS, "the LoRA was not taken"
+        return found
+
+    if args.child.endswith(LOADER):
+        loader = importlib.import_module("comfy_nodes.loader").Loader
+        names = f"diffusion_models/{args.model}.safetensors", f"{ARTIFACT}.safetensors"
+        made = loader.execute(*names, "nothing", 1.0, execution=args.execution).args[0]
+        yield "loader", made
+        yield "loader, LoRA", changed(made)
+        yield "loader, faster", speed.execute(changed(made), 2.0).args[0]
+        return
+    plain = sd.load_diffusion_model(file)
+    with_lora = changed(plain)
 
     def quantized(model: Any) -> Any:
         made = nodes.QuantizeModel.execute(model, args.scheme, True, "", None, args.execution)
@@ -193,25 +232,31 @@ def models(args: argparse.Namespace, file: str, lora: str) -> Iterator[tuple[str
     yield "LoRA", with_lora
     yield "quantized", quantized(plain)
     yield "quantized, LoRA", quantized(with_lora)
-    speed = importlib.import_module("comfy_nodes.speed").SpeedUp
     yield "faster", speed.execute(quantized(with_lora), 2.0).args[0]
     yield "plain again", plain
+
+
+def prompts(args: argparse.Namespace) -> tuple[tuple[Any, Any], Any]:
+    """Random conditioning of two prompts, and an empty latent."""
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    width, size = SHAPES[args.model]["context_dim"], args.pixels // 8
+    pooled = {"pooled_output": torch.randn(1, 1280, generator=draw)}
+    good, bad = ([[torch.randn(1, 77, width, generator=draw), pooled]] for _ in range(2))
+    return (good, bad), torch.zeros(args.images, 4, size, size)
 
 
 def sampled(model: Any, args: argparse.Namespace) -> Any:
     """Latents by the host's own sampler: euler, guidance 6."""
     import torch
 
-    draw = torch.Generator().manual_seed(1)
-    width = SHAPES[args.model]["context_dim"]
-    pooled = {"pooled_output": torch.randn(1, 1280, generator=draw)}
-    good, bad = ([[torch.randn(1, 77, width, generator=draw), pooled]] for _ in range(2))
-    size = args.pixels // 8
-    noise = torch.randn(args.images, 4, size, size, generator=draw)
+    (good, bad), latent = prompts(args)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
     sample = importlib.import_module("comfy.sample").sample
     out = sample(
-        model, noise, args.steps, 6.0, "euler", "normal", good, bad, torch.zeros_like(noise),
-        disable_pbar=True, seed=1,
+        model, noise, args.steps, 6.0, "euler", "normal", good, bad, latent, disable_pbar=True,
+        seed=1,
     )  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.synchronize()
