@@ -53,10 +53,10 @@ def build(bench: Bench) -> Any:
             watch.use.click, lambda key: calibrate.used(bench, key), watch.key, into,
             [generation.model, *generation.filled], **QUIET,
         )  # fmt: skip
-        into = [comparison.model, comparison.artifacts, tabs]
-        _handed(bench, watch.compare, compare.used, watch.key, comparison.chosen, into)
-        into = [exporting.model, exporting.artifact, tabs]
-        _handed(bench, watch.export, elsewhere.chosen, watch.key, exporting.chosen, into)
+        into = comparison.chosen, [comparison.model, tabs], comparison.artifacts
+        _handed(watch.compare, lambda key: compare.used(bench, key), watch.key, *into)
+        into = exporting.chosen, [exporting.model, tabs], exporting.artifact
+        _handed(watch.export, lambda key: elsewhere.chosen(bench, key), watch.key, *into)
         lists = [generation.artifact, comparison.artifacts, exporting.artifact]
         filling(  # an answer closes a list that was opened meanwhile
             tabs.select, lambda *models: _artifacts(bench, *models),
@@ -70,16 +70,19 @@ def build(bench: Bench) -> Any:
     return page
 
 
-def _handed(bench: Bench, button: Any, answer: Any, key: Any, seen: Any, fields: list[Any]) -> None:
-    """What a calibration made goes to the `fields` of another tab: first what is `seen` there.
+def _handed(button: Any, answer: Any, key: Any, seen: Any, opened: list[Any], last: Any) -> None:
+    """What a calibration made goes to another tab, in three steps.
 
-    Else the model is another one for a moment, which takes away the artifact that came with it.
+    seen: what was seen there last, or the model would be another one, which takes away the artifact
+    that came with it. opened: the model and the tabs. last: the artifact, or the list of several: a
+    list that gets its value while its tab is closed says again and again that it has changed
+    (Gradio 6.31).
     """
     from .viewer import QUIET
 
-    button.click(lambda now: answer(bench, now)[0], key, seen, **QUIET).then(
-        lambda now: answer(bench, now)[1:], key, fields, **QUIET
-    )
+    first = button.click(lambda now: answer(now)[0], key, seen, **QUIET)
+    second = first.then(lambda now: answer(now)[1:3], key, opened, **QUIET)
+    second.then(lambda now: answer(now)[3], key, last, **QUIET)
 
 
 def _artifacts(bench: Bench, one: str, two: str, three: str) -> list[Any]:

@@ -244,7 +244,7 @@ def refreshed(bench: Bench, model: str) -> Any:
 
 
 def used(bench: Bench, key: Any) -> list[Any]:
-    """What was seen last, the model and the artifact of a calibration that is done, and this tab.
+    """What was seen last, the model of a calibration that is done, this tab, and the artifact.
 
     The artifact is not yet among what was seen last: its speedup follows.
     """
@@ -256,4 +256,4 @@ def used(bench: Bench, key: Any) -> list[Any]:
         choices=bench.places.artifacts(model), value=[name], multiselect=True,
         allow_custom_value=True,
     )  # fmt: skip
-    return [[model, None], model, artifacts, gr.Tabs(selected="compare")]
+    return [[model, None], model, gr.Tabs(selected="compare"), artifacts]

@@ -144,10 +144,10 @@ def how_to(bench: Bench, model: Any, artifact: Any) -> str:
 
 
 def chosen(bench: Bench, key: Any) -> list[Any]:
-    """What was seen, the model and the artifact of a calibration that is done, and this tab."""
+    """What was seen, the model of a calibration that is done, this tab, and the artifact."""
     job = bench.desk.job(key, "calibrate")
     if job is None or job.state != DONE:
         return [gr.skip()] * 4
     model, name = job.request["shown_model"], job.result["name"]
     artifact = gr.Dropdown(choices=bench.places.artifacts(model), value=name)
-    return [[model], model, artifact, gr.Tabs(selected="export")]
+    return [[model], model, gr.Tabs(selected="export"), artifact]

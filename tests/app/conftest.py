@@ -243,6 +243,19 @@ class Tab:
         return " ".join(self.page.inner_text(place).split())
 
 
+def choose(page: Any, place: str, label: Any) -> None:
+    """An entry of a list, by its text or a pattern. An answer that fills it closes it once more."""
+    from playwright.sync_api import TimeoutError
+
+    option = page.get_by_role("option", name=label).first
+    for _ in range(int(PATIENCE / 5)):
+        page.click(f"{place} input")
+        with contextlib.suppress(TimeoutError):
+            option.click(timeout=5000)
+            return
+    raise AssertionError(f"{place} has no {label}")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium of the distribution, without a window."""

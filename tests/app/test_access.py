@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from .test_browser import TABS, pick, wait
+from tests.app.conftest import choose
+
+from .test_browser import TABS, wait
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +22,7 @@ def open_all(tab: Any) -> None:
     if page.locator("#export-model").is_visible():  # nothing is folded there
         return
     if page.locator("#model").is_visible():
-        pick(tab, "#model", "mine/inpaint")
+        choose(page, "#model", "mine/inpaint")
     own = page.get_by_text("The pipeline's own settings").locator("visible=true")
     own.wait_for()
     for more in (*page.get_by_text("All options").locator("visible=true").all(), own):
@@ -54,8 +56,8 @@ def test_axe_finds_nothing_serious(app: Any, visit: Any, findings: Any, dark: bo
         open_all(tab)
         look(name)
     tab.show("Generate")
-    pick(tab, "#model", "demo:transformer")
-    pick(tab, "#artifact", "shipped:")
+    choose(page, "#model", "demo:transformer")
+    choose(page, "#artifact", "shipped:")
     page.wait_for_timeout(500)
     page.click("#steps input")
     page.keyboard.press("Control+a")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .test_browser import pick
+from tests.app.conftest import choose
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_what_is_typed_after_a_choice_stays(start: Any, visit: Any) -> None:
         typed(page, "#steps", "9")
         held = app.out.parent / HELD
         held.touch()
-        pick(tab, "#artifact", "none")
+        choose(page, "#artifact", "none")
         page.focus("#prompt textarea")  # what no answer fills is free
         page.keyboard.type("x")
         assert "x" in page.input_value("#prompt textarea")
@@ -59,7 +59,7 @@ def test_what_is_typed_after_a_choice_stays(start: Any, visit: Any) -> None:
         page.wait_for_timeout(1000 * LATE + 500)
         assert page.input_value(steps) == "8"
 
-        pick(tab, "#model", "demo:unet")
+        choose(page, "#model", "demo:unet")
         typed(page, "#steps", "7")
         assert page.input_value("#artifact input").startswith("none")
         page.click("#artifact input")  # looked at and left: nothing is waited for

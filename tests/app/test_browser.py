@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.app.conftest import ANSWERED
+from tests.app.conftest import ANSWERED, choose
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def test_a_first_image_with_what_is_chosen(start: Any, visit: Any, record_proper
 def fill(tab: Any, name: str, model: str = "mine/tiny", iterations: int = 12) -> None:
     """A short calibration: of a tiny model, if no other one is said; six steps, two prompts."""
     page = tab.page
-    pick(tab, "#calibrate-model", model)
+    choose(page, "#calibrate-model", model)
     page.wait_for_function(ANSWERED)
     page.fill("#calibrate-name textarea, #calibrate-name input", name)
     page.get_by_text("All options").locator("visible=true").click()
@@ -103,6 +104,8 @@ def test_a_calibration_is_stopped_resumed_and_used(
     tab.show("Calibrate")
     page.click("#calibrate-compare")
     page.wait_for_selector("#compare-start >> visible=true")
+    page.wait_for_function(ANSWERED)
+    assert not asked(page, "#compare-artifacts"), "a list that nobody touches asks for nothing"
     assert tab.text("#compare-artifacts .token") == "from-the-page"
     page.fill("#compare-count input[type=number]", "2")
     page.click("#compare-start")
@@ -114,10 +117,21 @@ def test_a_calibration_is_stopped_resumed_and_used(
     assert not findings(page), "a comparison"
 
 
-def pick(tab: Any, place: str, label: str) -> None:
-    """Choose in a dropdown."""
-    tab.page.click(f"{place} input")
-    tab.page.get_by_role("option", name=label).first.click()
+def asked(page: Any, place: str) -> list[Any]:
+    """What a component asks the server for in three seconds: bodies of requests."""
+    own = page.evaluate(
+        "id => window.gradio_config.components.find(c => c.props.elem_id == id).id", place[1:]
+    )
+    found: list[Any] = []
+
+    def look(request: Any) -> None:
+        body = json.loads(request.post_data or "{}") if request.method == "POST" else {}
+        found.extend([body] * (body.get("trigger_id") == own))
+
+    page.on("request", look)
+    page.wait_for_timeout(3000)
+    page.remove_listener("request", look)
+    return found
 
 
 def test_text_encoders_alone(app: Any, visit: Any) -> None:
@@ -126,15 +140,15 @@ def test_text_encoders_alone(app: Any, visit: Any) -> None:
     page = tab.page
     tab.show("Calibrate")
     fill(tab, "encoder-from-the-page")
-    pick(tab, "#calibrate-scheme", "none")
+    choose(page, "#calibrate-scheme", "none")
     page.fill("#calibrate-reuse input[type=number]", "0")
     page.locator("#calibrate-encoder").get_by_text("4 bits").click()
-    pick(tab, "#calibrate-method", "nearest")
-    pick(tab, "#calibrate-rounding", "adaround")
+    choose(page, "#calibrate-method", "nearest")
+    choose(page, "#calibrate-rounding", "adaround")
     page.click("#calibrate-start")
     page.get_by_text("Only weights below 8 bits can round otherwise").wait_for()
     assert page.locator("#calibrate-status [data-state=running]").count() == 0
-    pick(tab, "#calibrate-rounding", "the preset's choice")
+    choose(page, "#calibrate-rounding", "the preset's choice")
     page.click("#calibrate-start")
     page.wait_for_function(
         "document.querySelector('#calibrate-status').innerText.includes('weights alone')"

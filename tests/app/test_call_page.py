@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.app.conftest import choose
 from tests.core.tiny_pipelines import picture
 from tests.patience import PATIENCE
 
@@ -27,8 +28,7 @@ def opened(tab: Any, model: str) -> Any:
     """The pipeline's own settings of a model, in the tab Generate."""
     page = tab.page
     page.wait_for_selector("#generate-call")
-    page.click("#model input")
-    page.get_by_role("option", name=model).click()
+    choose(page, "#model", model)
     page.get_by_text("The pipeline's own settings").locator("visible=true").click()
     page.wait_for_selector("#generate-image-from")
     return page

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.app.conftest import choose
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -83,17 +84,14 @@ def test_a_choice_still_changes_what_belongs_to_it(app: Any, visit: Any) -> None
     page = tab.page
     assert page.input_value("#artifact input").startswith("shipped:")
     number(page, "#steps", "8")
-    page.click("#model input")
-    page.get_by_role("option", name="demo:unet").click()
+    choose(page, "#model", "demo:unet")
     page.wait_for_function("document.querySelector('#artifact input').value.startsWith('none')")
     assert page.input_value("#steps input") == "20"
     number(page, "#steps", "9")
-    page.click("#artifact input")
-    page.get_by_role("option", name="shipped:demo-unet.w8a8").click()
+    choose(page, "#artifact", "shipped:demo-unet.w8a8")
     page.wait_for_function("document.querySelector('#steps input').value == '20'")
     tab.show("Compare")
-    page.click("#compare-model input")
-    page.get_by_role("option", name="demo:unet").click()
+    choose(page, "#compare-model", "demo:unet")
     page.wait_for_function("!document.querySelector('#compare-artifacts .token')")
 
 
@@ -101,15 +99,13 @@ def started(tab: Any, name: str) -> None:
     """A calibration that takes a while, with other settings than the page begins with."""
     page = tab.page
     tab.show("Calibrate")
-    page.click("#calibrate-model input")
-    page.get_by_role("option", name="demo:unet").click()
-    page.click("#calibrate-scheme input")
-    page.get_by_role("option", name=re.compile("^W4A8: ")).click()
+    choose(page, "#calibrate-model", "demo:unet")
+    choose(page, "#calibrate-scheme", re.compile("^W4A8: "))
     page.fill("#calibrate-reuse input[type=number]", "45")
     page.fill("#calibrate-name textarea, #calibrate-name input", name)
     page.get_by_text("The pipeline's own settings").locator("visible=true").click()
     page.fill("#calibrate-negative textarea", "blur")
-    page.fill("#calibrate-more textarea", "clip_skip = 1")
+    page.fill("#calibrate-more textarea", "guidance_rescale = 0.1")
     page.click("#calibrate-start")
     page.wait_for_selector("#calibrate-status [data-state=running]")
 
@@ -129,7 +125,7 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any, findings: Any) -> 
     other.page.close()
     said = (
         "demo:unet, w4a8, 45% reuse, quick, to seen-again.safetensors, negative_prompt blur, "
-        "clip_skip 1"
+        "guidance_rescale 0.1"
     )
     assert said in tab.text("#calibrate-status")
     page.reload()
@@ -142,7 +138,7 @@ def test_a_reload_shows_what_is_running(app: Any, visit: Any, findings: Any) -> 
     assert page.input_value("#calibrate-reuse input[type=number]") == "45"
     assert page.input_value("#calibrate-name textarea, #calibrate-name input") == "seen-again"
     assert page.input_value("#calibrate-negative textarea") == "blur"
-    assert page.input_value("#calibrate-more textarea") == "clip_skip = 1"
+    assert page.input_value("#calibrate-more textarea") == "guidance_rescale = 0.1"
     first = page.evaluate(SHARE)
     page.wait_for_function(f"first => {SHARE} != first", arg=first)  # it is followed
 

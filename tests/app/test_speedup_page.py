@@ -13,6 +13,7 @@ import pytest
 
 from tenuto.artifact import Artifact
 from tenuto.resources import asset
+from tests.app.conftest import choose
 from tests.app.kernels import kernel, without_forecast
 
 pytestmark = pytest.mark.slow
@@ -30,11 +31,6 @@ def forecast(app: Any) -> str:
     old = without_forecast(asset("artifacts/demo-transformer.w8a8.safetensors"))
     old.save(app.out / f"{WITHOUT}.safetensors")
     return "forecast"
-
-
-def chosen(page: Any, place: str, name: str) -> None:
-    page.click(f"{place} input")
-    page.get_by_role("option", name=name).first.click()
 
 
 @contextmanager
@@ -77,7 +73,7 @@ def test_a_speedup_is_told_used_and_restored(
     tab.show("Compare")  # the lists are read anew where a tab is chosen
     tab.show("Generate")
     with answered(page):
-        chosen(page, "#artifact", WITHOUT)
+        choose(page, "#artifact", WITHOUT)
     page.wait_for_selector(f"{SAID} figure svg")
     page.click("#generate-speedup-auto")  # of the one that ships
     page.wait_for_selector(f"{SAID} circle.here")
@@ -85,7 +81,7 @@ def test_a_speedup_is_told_used_and_restored(
     assert 1.5 < float(page.input_value("#generate-speedup input[type=number]")) < 3
     speedup(page, "1")
     with answered(page):
-        chosen(page, "#artifact", forecast)
+        choose(page, "#artifact", forecast)
     page.wait_for_function(
         "place => document.querySelector(place).innerText.startsWith('Off: each of the 20')",
         arg=SAID,
@@ -170,7 +166,7 @@ def test_the_check_is_read_before_start(app: Any, visit: Any, findings: Any) -> 
     first = tab.text("#calibrate-checked")
     assert "It can be calibrated." in first and "97 in w8a8" in first and "GiB free" in first
     assert not findings(page)
-    chosen(page, "#calibrate-scheme", "W4A8: ")
+    choose(page, "#calibrate-scheme", "W4A8: ")
     page.wait_for_function(
         "document.querySelector('#calibrate-checked').innerText.includes('93 in w4a8')"
     )
