@@ -94,7 +94,7 @@ def child(args: argparse.Namespace) -> None:
     torch.set_grad_enabled(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, lora = args.files / f"{args.model}.safetensors", args.files / "lora.safetensors"
-    if args.child == FILES:  # where weights are held dynamically, a new layer has none yet
+    if args.child == FILES:  # under dynamic VRAM a new layer has no weight to write
         return None if file.exists() else written(args, file, lora)
     about = {"memory": args.child, "model": args.model, "pixels": args.pixels, **versions(device)}
     latents = args.files / "latents.safetensors"  # of the float model

@@ -1,4 +1,4 @@
-"""Layers that "auto" leaves in float are ComfyUI's own: exact, and held once."""
+"""Layers that "auto" leaves in float are ComfyUI's own: exact, and in memory once."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def sampled(model: Any) -> Tensor:
     return sampled_in(model, steps=2)
 
 
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Computed by the same operations on the same numbers: codes are a thousand times as far."""
+    return float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def installed(model: Any, answer: Callable[[Any], str], **options: Any) -> Any:
     """W8A8 under "auto", its choices by `answer`; with `says`, the chooser."""
     from comfy_nodes.adapter import ComfyUI
@@ -48,7 +53,7 @@ def installed(model: Any, answer: Callable[[Any], str], **options: Any) -> Any:
 
 
 def test_all_in_float_is_the_plain_model(in_comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, without codes or float copies; what the trials took is freed once."""
+    """Without codes or float copies; what the trials took is freed once."""
     import comfy.model_management
 
     freed: list[int] = []
@@ -59,13 +64,13 @@ def test_all_in_float_is_the_plain_model(in_comfy: Any, monkeypatch: pytest.Monk
     free = lambda *args: freed.append(len(part.kept))  # noqa: E731
     monkeypatch.setattr(comfy.model_management, "soft_empty_cache", free)
     for _ in range(2):
-        assert torch.equal(sampled(made.handle), plain)
+        assert same(sampled(made.handle), plain)
         assert not part.kept and part.how == {DENSE: len(part.ran)}
         assert sorted(part.ran) == sorted(part.plan.schemes)
     assert freed == [0]
     assert made.says.asked and all("in a host" in kind for kind in made.says.asked)
     made.detach()
-    assert torch.equal(sampled(model), plain)
+    assert same(sampled(model), plain)
 
 
 def test_some_in_float(in_comfy: Any) -> None:
@@ -79,7 +84,7 @@ def test_some_in_float(in_comfy: Any) -> None:
     assert part.kept and all(isinstance(layer, QConv2d) for layer in part.kept.values())
     assert all(x._float is None and x._dense_packed is None for x in part.kept.values())
     assert part.how == {"int8": len(part.kept), DENSE: len(part.ran) - len(part.kept)}
-    assert torch.equal(sampled(made.handle), found)
+    assert same(sampled(made.handle), found)
 
 
 def test_other_numbers_of_rows_and_other_executions(in_comfy: Any) -> None:
@@ -99,23 +104,23 @@ def test_other_numbers_of_rows_and_other_executions(in_comfy: Any) -> None:
     part, part.on = made.parts[0], True
     call = Quantized(part, NAME, True, module.in_features)
     for _ in range(2):
-        assert torch.equal(call(original, module, few), module(few))
+        assert same(call(original, module, few), module(few))
         assert not part.kept
     asked = len(calls)
     assert asked >= 3 and set(calls) == {4}, "the trial runs it too"
     out = call(original, module, many)
-    assert not torch.equal(out, module(many)) and len(made.says.asked) == 2
+    assert not same(out, module(many)) and len(made.says.asked) == 2
     assert part.kept[NAME].execution == "int8 or dequantized"
-    assert torch.equal(call(original, module, few), module(few))
-    assert torch.equal(call(original, module, many), out) and len(made.says.asked) == 2
+    assert same(call(original, module, few), module(few))
+    assert same(call(original, module, many), out) and len(made.says.asked) == 2
     part.forget()
-    assert torch.equal(call(original, module, few), module(few)) and len(made.says.asked) == 3
+    assert same(call(original, module, few), module(few)) and len(made.says.asked) == 3
     calls.clear()
     for execution in ("float", "int8"):
         other = installed(model, lambda kind: DENSE, execution=execution).parts[0]
         other.on = True
         coded = Quantized(other, NAME, True, module.in_features)
-        assert not torch.equal(coded(original, module, few), module(few)) and not calls
+        assert not same(coded(original, module, few), module(few)) and not calls
         assert NAME in other.kept
 
 
@@ -124,13 +129,13 @@ def test_a_lora_is_the_hosts(in_comfy: Any) -> None:
     model = in_comfy("unet")
     plain, (changed, change) = sampled(model), with_lora(model)
     full = sampled(changed)
-    assert not torch.equal(full, plain)
+    assert not same(full, plain)
     without = installed(model, lambda kind: DENSE)
-    assert torch.equal(sampled(without.handle), plain)
+    assert same(sampled(without.handle), plain)
     within = installed(changed, lambda kind: DENSE)
-    assert torch.equal(sampled(within.handle), full)
+    assert same(sampled(within.handle), full)
     after = without.handle.clone()
     after.add_patches({KEY: ("diff", (change,))})
-    assert torch.equal(sampled(after), full)
-    assert torch.equal(sampled(without.handle), plain)
-    assert torch.equal(sampled(model), plain)
+    assert same(sampled(after), full)
+    assert same(sampled(without.handle), plain)
+    assert same(sampled(model), plain)

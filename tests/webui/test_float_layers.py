@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tenuto.runtime import DENSE, Chooser
 
@@ -14,12 +15,17 @@ W8A8 = (True, "Built-in: Balanced", "W8A8", "Off")
 NAME = "middle_block.1.transformer_blocks.0.attn1.to_q"
 
 
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Computed by the same operations on the same numbers: codes are a thousand times as far."""
+    return float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_all_in_float_is_the_plain_model(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a change of a weight as functions of it, and without; no codes are kept."""
     monkeypatch.setattr(Chooser, "__call__", lambda self, kind, runs: DENSE)
     layer = host.unet.get_submodule(NAME)
     plain = host.pictures(host.p(False))
-    assert torch.equal(host.pictures(host.p(*W8A8)), plain)
+    assert same(host.pictures(host.p(*W8A8)), plain)
     weights = sys.modules["tenuto_webui.session"].session.host._known[1]
     assert not weights.kept and weights.how() == {DENSE: len(weights.plan.schemes)}
     own = layer.weight.data
@@ -34,11 +40,11 @@ def test_all_in_float_is_the_plain_model(host: Any, monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(holder.backup, key, own.clone())
     layer.weight.data = own + change
     full = host.pictures(host.p(False))
-    assert not torch.equal(full, plain)
+    assert not same(full, plain)
     for fresh in (False, True):  # decided before, or with the LoRA in place
         if fresh:
             sys.modules["tenuto_webui.session"].session.host.forget()
         p = host.p(*W8A8)
-        assert torch.equal(host.pictures(p), full)
+        assert same(host.pictures(p), full)
         assert "LoRA" not in p.processed.comments
     layer.weight.data = own

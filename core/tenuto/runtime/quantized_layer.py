@@ -61,7 +61,7 @@ class QLayer(Replacement):
         self.siblings: tuple[QLayer, ...] = ()  # with it: what is chosen together
         self.whole = False  # whether compiled code keeps the quantization of rows as one operation
         self.shape, self.bits, self.rotation = qweight.shape, qweight.bits, qweight.rotation
-        self.own: Any = None  # while `in_host` computes: the host's forward, in float
+        self.own: Any = None  # while `InFloat` computes: the host's forward
         self.place: tuple[str, ...] = ()  # then too: what this costs depends on
         self.bias, q = layer.bias, qweight.to(weight.device)
         scale, zero = (None, None) if ranges is None else (r.to(weight.device) for r in ranges)

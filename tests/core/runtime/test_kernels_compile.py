@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.core.runtime.test_triton_kernels import needs_triton
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton has no wheel for this platform"
-)
+@needs_triton
 def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
     """In a process of its own: a file's kernels belong to the interpreter or to the compiler."""
     script = Path(__file__).with_name("compile_kernels.py")
