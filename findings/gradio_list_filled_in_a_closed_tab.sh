@@ -6,8 +6,8 @@
 # list is. So it is where the tab was opened before. Where the same answer fills the list and opens its tab, and two
 # listeners of `change` answer with other components alone, `change` comes again and again, with the value as it was:
 #
-#   opened before      1 or 2 calls of the first listener in 8 seconds
-#   opened with it     8 and more, on and on
+#   opened before      1 call of the first listener
+#   opened with it     5, where the script stops; it saw 25 in 8 seconds on a machine with nothing else to do
 #
 # Needs `chromium` on the PATH.
 set -euo pipefail
@@ -64,7 +64,9 @@ def changes(before):
         tab = browser.new_page()
         tab.goto(url)
         tab.click("#go")
-        time.sleep(8)
+        end = time.monotonic() + (10 if before else 60)  # a machine may be slow
+        while time.monotonic() < end and count[0] < 4:
+            time.sleep(0.5)
         browser.close()
     page.close(verbose=False)
     print(f"{'opened before' if before else 'opened with it':19}{count[0]}", flush=True)
@@ -72,5 +74,5 @@ def changes(before):
 
 
 seen = changes(True), changes(False)
-assert seen[0] <= 2 < 8 <= seen[1], seen
+assert seen[0] <= 2 < 4 <= seen[1], seen
 PY
