@@ -7,7 +7,7 @@
 # listeners of `change` answer with other components alone, `change` comes again and again, with the value as it was:
 #
 #   opened before      1 call of the first listener
-#   opened with it     5, where the script stops; it saw 25 in 8 seconds on a machine with nothing else to do
+#   opened with it     5, where the script stops; an earlier run saw 25 in 8 seconds
 #
 # Needs `chromium` on the PATH.
 set -euo pipefail
