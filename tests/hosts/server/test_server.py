@@ -203,5 +203,8 @@ def test_layers_compute_as_they_are_faster(server: Any, make: Any) -> None:
     assert sum(map(int, counts.values())) == total
     assert ("int8 is slower here for" in texts["auto"]) == ("dequantized" in counts)
     plain = server.latent(server.run(graph))
-    for found in latents.values():
-        assert 0 < float((found - plain).norm() / plain.norm()) < 0.5
+    for how, found in latents.items():
+        gap = float((found - plain).norm() / plain.norm())
+        # A layer that is left in float is the host's own: where all are, the image is the host's.
+        host_alone = how == "auto" and set(counts) == {"dequantized"}
+        assert gap == 0 if host_alone else 0 < gap < 0.5, how
