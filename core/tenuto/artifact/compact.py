@@ -100,7 +100,7 @@ def _grid(tensors: dict[str, Tensor], name: str, form: Format) -> Grid:
     zero, step = (None if t is None else t.cpu() for t in parts)
     if step is not None:
         own = form.dtype in LEVELS
-        step = float8.values(float8.level_of(step)) if own else step.float()
+        step = float8.numbers(step) if own else step.float()
     zero = None if zero is None else zero.float()
     scale = tensors[f"weights/{name}.scale"].cpu()
     if zero is None or form.symmetric:

@@ -68,7 +68,7 @@ def values_near(step: Tensor, scale: Tensor, bits: int) -> Callable[[int, Tensor
 
 def decoded(qdata: Tensor, step: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """Values (N, columns) of `stored` rows. step: e4m3 bytes (N, G); scale: (N, 1)."""
-    wide = float8.values(float8.level_of(step)).repeat_interleave(columns // step.shape[1], 1)
+    wide = float8.numbers(step).repeat_interleave(columns // step.shape[1], 1)
     return value(levels(qdata, columns, bits), wide, scale, bits)
 
 

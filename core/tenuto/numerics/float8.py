@@ -58,6 +58,11 @@ def cast(x: Tensor) -> Tensor:
 
 def values(level: Tensor) -> Tensor:
     """What levels stand for, fp32."""
+    return bytes_of(level).view(CODES).float() if _has(level) else reference_values(level)
+
+
+def reference_values(level: Tensor) -> Tensor:
+    """`values` by the table."""
     table = torch.tensor(VALUES, device=level.device)
     size = table[level.abs().long()]
     return torch.where(level < 0, -size, size)
@@ -71,6 +76,11 @@ def bits_of(codes: Tensor) -> Tensor:
 def codes_of(bits: Tensor) -> Tensor:
     """Bytes, uint8, in torch's 8-bit type; as fp32 on a device that has none."""
     return bits.view(CODES) if _has(bits) else values(level_of(bits))
+
+
+def numbers(bits: Tensor) -> Tensor:
+    """What bytes (uint8) stand for, fp32."""
+    return codes_of(bits).float()
 
 
 def level_of(bits: Tensor) -> Tensor:

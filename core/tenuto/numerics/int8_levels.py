@@ -142,7 +142,7 @@ def decoded(qdata: Tensor, step: Tensor, scale: Tensor, columns: int, bits: int)
     """Values (N, columns) of `stored` rows. step: e4m3 bytes (N, G); scale: (N, 1)."""
     group = columns // step.shape[1]
     if bits != 4:
-        wide = float8.values(float8.level_of(step)).repeat_interleave(group, 1)
+        wide = float8.numbers(step).repeat_interleave(group, 1)
         return value(levels(qdata, columns, bits), wide, scale, bits)
     place = qdata.to(torch.int32).unflatten(1, (-1, group // 2))
     place = place.add_(step.to(torch.int32).mul_(256)[..., None]).flatten()

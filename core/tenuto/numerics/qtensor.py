@@ -75,7 +75,7 @@ class QTensor:
         zero, step = self.zero_point, self.step
         if form.dtype in LEVELS:
             assert step is not None
-            step = float8.values(float8.level_of(step))
+            step = float8.numbers(step)
             return Grid(self.scale, torch.zeros_like(step), step, form)
         if form.symmetric or zero is None:
             zero = torch.zeros_like(self.scale)
@@ -150,7 +150,7 @@ class QTensor:
     def steps(self) -> Tensor:
         """The e4m3 number of every column, fp32 (N, K): of the dtypes in `scheme.LEVELS`."""
         assert self.step is not None
-        found = float8.values(float8.level_of(self.step))
+        found = float8.numbers(self.step)
         return spread(found, self.group, self._size)
 
     @property

@@ -52,6 +52,8 @@ def test_all_codes() -> None:
     level, valid = float8.level_of(bits), ~expected.isnan()
     assert torch.equal(float8.codes_of(bits).double()[valid], expected[valid])
     assert torch.equal(float8.values(level).double()[valid], expected[valid])
+    assert torch.equal(float8.reference_values(level).double()[valid], expected[valid])
+    assert torch.equal(float8.numbers(bits).double()[valid], expected[valid])
     assert float8.values(level)[~valid].isnan().all() and int((~valid).sum()) == 2
     assert level[valid].min() == -float8.HIGHEST and level[valid].max() == float8.HIGHEST
     some = valid & (bits != 128)  # -0 is stored as 0

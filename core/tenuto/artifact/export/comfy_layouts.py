@@ -76,9 +76,8 @@ def _fp8(weight: Tensor, codes: QTensor | None) -> Coded:
         tensors = {"weight": codes.qdata.view(float8.CODES), "weight_scale": codes.scale[0].clone()}
         return Coded(tensors, codes.dequantize(), True)
     scale = (weight.abs().amax() / float8.MOST).clamp_min(float8.TINY)
-    levels = float8.levels(weight / scale)
-    tensors = {"weight": float8.bytes_of(levels).view(float8.CODES), "weight_scale": scale}
-    return Coded(tensors, float8.values(levels) * scale)
+    nearest = float8.cast(weight / scale)
+    return Coded({"weight": nearest, "weight_scale": scale}, nearest.float() * scale)
 
 
 # --- the numbers of `numerics.native` -------------------------------------------------------------

@@ -62,7 +62,7 @@ def unpack(tensors: Tensors, facts: Facts, shape: Any, form: Format) -> QTensor:
 def decode(tensors: Tensors, facts: Facts, shape: Any) -> Tensor:
     """The weight (N, K) fp32 that a reader finds in the tensors of a file."""
     codes, step, scale = _parts(tensors, shape)
-    wide = float8.values(float8.level_of(step)).repeat_interleave(TILE, 1)
+    wide = float8.numbers(step).repeat_interleave(TILE, 1)
     value = e2m1.value(e2m1.levels(codes, shape[1], 4), wide, scale, 4)
     channel = _channel(tensors, shape)
     return value if channel is None else value * channel

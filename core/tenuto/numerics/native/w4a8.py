@@ -68,7 +68,7 @@ def decode(tensors: Tensors, facts: Facts, shape: Any) -> Tensor:
     else:
         entry = level.float()
     group = number(facts, "group_size", 16)
-    wide = float8.values(float8.level_of(step)).repeat_interleave(group, 1)
+    wide = float8.numbers(step).repeat_interleave(group, 1)
     value = (entry * wide).round().clamp(-127, 127) * scale[:, None]
     return rotated(value, rotation(facts, 256, shape[1]))
 
