@@ -17,6 +17,7 @@ from tenuto import Artifact, describe, quantize, record, schemes
 from tenuto.artifact.curve_tables import with_rows
 from tenuto.artifact.fingerprint import fingerprint
 from tenuto.artifact.host_names import canonicalized, localized
+from tenuto.calibration.presets import recipe_for
 from tenuto.errors import ArtifactError, ModelError
 from tenuto.model import families, watched
 from tenuto.model.backbone import layers
@@ -144,7 +145,10 @@ def artifact(original: Any, trajectory: Any) -> Callable[..., Artifact]:
     def build(family: str, scheme: str = "W8A8_STATIC", temporal: str = "table") -> Artifact:
         if (family, scheme, temporal) not in known:
             model, seen = original(family), trajectory(family)
-            made = quantize(model, getattr(schemes, scheme), seen, temporal=temporal)
+            how: Any = getattr(schemes, scheme)
+            if family != "unet":  # a recipe: which layers are better left in float is not asked
+                how = recipe_for(how, describe(model))
+            made = quantize(model, how, seen, temporal=temporal)
             branches = [b.name for b in describe(model).branches]
             draw = torch.Generator().manual_seed(1)
             table = torch.rand(len(TIMES), len(branches), generator=draw) < 0.6
