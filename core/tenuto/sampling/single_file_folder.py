@@ -30,6 +30,7 @@ from .single_file import (
 from .single_file_reading import by_map
 from .weight_files import INDEX, variant_of, weight_files
 
+CONFIG = "scheduler/scheduler_config.json"
 SPARED = {"text_encoder_3": "tokenizer_3"}  # the T5 of Stable Diffusion 3: it works without
 
 
@@ -166,8 +167,24 @@ def _write(single: SingleFile, folder: Path) -> None:
                 if small.suffix in SMALL and ".index." not in small.name:
                     (made / name).mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(small, made / name / small.name)
+        _predicts(single.file, made / CONFIG)
         write_text(made / INDEX, json.dumps(index, indent=1) + "\n")
         note = {"file": str(single.file), "rest": str(donor), "mapped": single.mapped}
         write_text(made / NOTE, json.dumps(note, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
+
+
+def _predicts(file: Path, config: Path) -> None:
+    """Write into `config` what the weights predict, where `file` says so as ComfyUI reads it.
+
+    Files of SDXL have an empty tensor "v_pred" where it is the velocity and not the noise, and
+    "ztsnr" where runs begin at noise alone (Lin et al. 2024, arXiv 2305.08891): models that are
+    else like SDXL, which lends them its scheduler's configuration.
+    """
+    if "v_pred" not in header(file) or not config.is_file():
+        return
+    facts = json.loads(config.read_text("utf-8")) | {"prediction_type": "v_prediction"}
+    if "ztsnr" in header(file):
+        facts |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    write_text(config, json.dumps(facts, indent=1) + "\n")

@@ -136,3 +136,26 @@ def test_what_cannot_be_opened_is_told(
     with pytest.raises(ModelError, match=r"Cannot load|has no "):
         load(str(opened_folder(written("half", half), tmp_path / "opened", [bare])))
     assert not list((tmp_path / "opened").glob(".opening-*"))
+
+
+def test_a_file_says_that_its_weights_predict_the_velocity(
+    pipe: Any, file: Path, bare: Path, tmp_path: Path
+) -> None:
+    """By the empty tensors that ComfyUI and the WebUIs look for; the lender is as it was."""
+    before = (bare / "scheduler" / "scheduler_config.json").read_text()
+    for marks, wanted in {
+        (): (pipe.scheduler.config.prediction_type, False),
+        ("v_pred",): ("v_prediction", False),
+        ("v_pred", "ztsnr"): ("v_prediction", True),
+    }.items():
+        name = "-".join(("own", *marks))
+        marked = tmp_path / f"{name}.safetensors"
+        save_file(load_file(file) | {mark: torch.zeros(0) for mark in marks}, marked)
+        found = load(str(opened_folder(marked, tmp_path / "opened", [bare])))
+        config = found.scheduler.config
+        assert (config.prediction_type, config.rescale_betas_zero_snr) == wanted
+        assert (config.timestep_spacing == "trailing") == wanted[1]
+        assert same(found.unet, pipe.unet) and same(found.text_encoder, pipe.text_encoder)
+        first = found.scheduler.alphas_cumprod[-1]
+        assert (float(first) < 1e-6) == wanted[1], "the first step is noise alone"
+    assert (bare / "scheduler" / "scheduler_config.json").read_text() == before
