@@ -28,18 +28,18 @@ def add(bench: Bench) -> None:
     """
 
     def about() -> dict[str, Any]:
-        """Models, artifacts and unfinished calibrations."""
+        """Models, artifacts, LoRAs and unfinished calibrations."""
         return _about(bench)
 
     def generate(
         model: str, prompt: str, seed: float | None, steps: float, guidance: float | None,
         artifact: str | None, beside: bool, call: dict[str, Any] | None = None,
-        speedup: float | str | None = None,
+        speedup: float | str | None = None, loras: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Generate an image; the answer has the paths of its files, to be fetched from the app."""
         return bench.generate(
             model, prompt, seed, steps, guidance, artifact or "", beside,
-            lambda done, total: None, call, speedup,
+            lambda done, total: None, call, speedup, loras=loras,
         )  # fmt: skip
 
     def calibrate(options: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def _about(bench: Bench) -> dict[str, Any]:
     return facts(bench.settings) | {
         "models": models,
         "artifacts": {model: places.artifacts(model) for model in models},
+        "loras": [*places.loras()],
         "unfinished": places.unfinished(),
     }
 
@@ -94,6 +95,7 @@ CALIBRATE = {
 COMPARE = {
     "model": "demo:transformer", "artifacts": [], "count": 8, "steps": None, "guidance": None,
     "seed": 10_000, "execution": "int8", "prompts": "", "call": None, "speedup": None,
+    "loras": "",
 }  # fmt: skip
 
 

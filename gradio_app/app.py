@@ -25,7 +25,18 @@ def build(bench: Bench) -> Any:
     """The page: `gr.Blocks` with its tabs and the API."""
     import gradio as gr
 
-    from . import api, calibrate, checking, compare, elsewhere, generate, line, machine, opening
+    from . import (
+        api,
+        calibrate,
+        checking,
+        compare,
+        elsewhere,
+        generate,
+        line,
+        lora_field,
+        machine,
+        opening,
+    )
     from .answers import filling
     from .page import Page
     from .viewer import QUIET
@@ -66,6 +77,8 @@ def build(bench: Bench) -> Any:
             lambda: _models(bench, 3), None,
             [calibration.model, comparison.model, exporting.model], **QUIET,
         )  # fmt: skip
+        for part in (generation, comparison):
+            lora_field.watch(bench.places, part.model, part.loras, generation.added)
         opening.wire(page, bench, generation, calibration, comparison, exporting)
     return page
 

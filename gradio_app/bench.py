@@ -8,34 +8,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenuto.caching import DEFAULT_FORECAST
 from tenuto.errors import TenutoError
 from tenuto.files import clear_parts, whole_file, write_text
 from tenuto.sampling.model_folders import hub_cache
 
 from . import folders
-from .call import checked, kept, prompted
+from .call import checked, prompted
 from .desk import Desk
 from .given import disk_told, given, real, whole, words
 from .infotext import LONGEST
 from .inputs import bounded
 from .jobs import DONE, FAILED, STOPPED, WAITING, Job
+from .loras import chosen
 from .memory import give_back
 from .pictures import saved
-from .places import SHIPPED, Places, checked_name
-from .requests import CHOSEN, HOW, LINES, calibration, expected
+from .places import Places, checked_name
+from .requests import CHOSEN, HOW, STEPS, calibration, comparison, expected
 from .settings import Settings
 from .speedup import asked
 from .studio import OnCall, Studio, Wanted
 
 NO_ARTIFACT = ""
 GENERATE = "generate"  # is no job, but can be stopped like one
-FIRST = 10_000  # seed of a comparison, where none is given
-NOTHING = "Choose one artifact or more, or a speedup, to compare with full precision."
-STEPS = ("The number of steps", 1, 1000)
-COUNT = {"least": 1, "most": 512}  # of images in a comparison
-SHOWN = 24  # images of a comparison that can be looked at
-BATCH = 4  # of a comparison: large enough, and a Stop is never far
 
 
 class Bench:
@@ -63,6 +57,7 @@ class Bench:
         speedup: Any = None,
         on_wait: Callable[[int], None] = lambda place: None,
         stops: int | None = None,
+        loras: Any = "",
     ) -> dict[str, Any]:
         """Generate and save, when it is its turn: on_wait(place) is called while it is in line.
 
@@ -72,7 +67,7 @@ class Bench:
 
         seed: None takes one by chance. call: what else the pipeline takes. speedup: skip calls by
         the artifact's forecast, or by the one that ships; "auto": as many as are predicted unseen;
-        None: as the artifact says.
+        None: as the artifact says. loras: a line each, NAME or NAME:WEIGHT.
         """
         prompt, folder = words(prompt, "The prompt", LONGEST), self.places.model(model)
         if not prompted(folder):
@@ -86,7 +81,7 @@ class Bench:
             given(seed, whole, "The seed", 0, 2**53, absent=random.randrange(2**32)),
             count, given(guidance, real, "Guidance", 0, 1000), file, artifact or "", beside,
             checked(folder, call, self.places.inputs), self.places.inputs,
-            asked(folder, [file] if file else (), speedup),
+            asked(folder, [file] if file else (), speedup), chosen(self.places, folder, loras),
         )  # fmt: skip
         stops = self.studio.stops if stops is None else stops
         text = f"{model}, {prompt}"
@@ -234,41 +229,22 @@ class Bench:
         prompts: str = "",
         call: Any = None,
         speedup: Any = None,
+        loras: Any = "",
     ) -> Job:
         """Start a comparison; TenutoError if it is refused. call: what else the pipeline takes.
 
         speedup: as in `generate`, of all the artifacts; it can be compared without any. "auto": of
-        each as many as are predicted unseen.
+        each as many as are predicted unseen. loras: as in `generate`, for full precision too.
         """
-        from tenuto.runtime import check_execution
-
-        check_execution(execution)
-        listed = isinstance(artifacts, list | tuple)
-        if not listed or not all(isinstance(name, str) for name in artifacts):
-            raise TenutoError(NOTHING)
-        lines, inputs = words(prompts, "The list of prompts", LINES), self.places.inputs
-        files = {name: self.places.artifact(name) for name in dict.fromkeys(artifacts)}
-        place, count_of = self.places.model(model), given(steps, whole, *STEPS)
-        skipping = asked(place, files.values(), speedup)
-        if not files and skipping is None:
-            raise TenutoError(NOTHING)
-        shown = {name.removeprefix(SHIPPED): name for name in files} or {DEFAULT_FORECAST: ""}
-        request = {
-            "model": place, "shown_model": model, "inputs": str(inputs),
-            "call": kept(checked(place, call, inputs), inputs),
-            "artifacts": {s: str(files[n]) if n else None for s, n in shown.items()},
-            "names": shown,
-            "count": whole(count, "The number of images", COUNT["least"], COUNT["most"]),
-            "steps": count_of, "guidance": given(guidance, real, "Guidance", 0, 1000),
-            "seed": given(seed, whole, "The seed", 0, 2**53, absent=FIRST),
-            "execution": execution, "shown": SHOWN, "batch": BATCH, "device": self.settings.device,
-            "prompts": None, "prompts_text": lines, "speedup": skipping,
-        }  # fmt: skip
+        request = comparison(
+            self.places, model, artifacts, count, steps, guidance, seed, execution, prompts, call,
+            speedup, loras,
+        ) | {"device": self.settings.device}  # fmt: skip
         bounded(self.places, [request, *self.desk.requests])
         folder = self.places.comparison()
         request["folder"] = str(folder)
-        if lines:
-            write_text(folder / "prompts.txt", lines + "\n")
+        if request["prompts_text"]:
+            write_text(folder / "prompts.txt", request["prompts_text"] + "\n")
             request["prompts"] = str(folder / "prompts.txt")
         try:
             return self.desk.start(Job("compare", request, folder / "log.txt"))

@@ -13,14 +13,18 @@ from tenuto.measure import BF16, FIRST_SEED, FULL
 from tenuto.runtime import EXECUTIONS
 
 from .answers import filling, same_model, seen_last
-from .bench import COUNT, Bench
+from .bench import Bench
 from .calibrate import STEADY
 from .call import OPTIONS, as_fields
 from .call_fields import CallFields, call_fields, given, watch
 from .call_fields import filled as own_filled
 from .fields import goes_on, noticed, optional
 from .jobs import DONE, FAILED, RUNNING, WAITING, Job
+from .lora_field import given as loras_given
+from .lora_field import lora_field
+from .loras import as_text
 from .measured import compared
+from .requests import COUNT
 from .speedup import MOST
 from .speedup_fields import (
     OFF,
@@ -34,7 +38,7 @@ from .speedup_fields import (
 from .view import in_line, notice, status
 from .viewer import AUDIBLE, CHOICE, QUIET, Viewer, show, viewer
 
-CHOSEN = 9  # fields before those of the pipeline's own settings
+CHOSEN = 10  # fields before those of the pipeline's own settings
 IDLE = "Choose a model, artifacts or a speedup, and press Compare."
 
 
@@ -52,6 +56,7 @@ class Compare:
     fields: list[Any]
     chosen: gr.JSON
     own: CallFields
+    loras: gr.Textbox
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
 
@@ -81,6 +86,7 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="compare-stop")
             refused = noticed("compare-refused")
             rest = _options()
+            loras = lora_field("compare")
             own = call_fields("compare")
         with gr.Column(scale=3, min_width=320):
             said = gr.HTML(status(None, IDLE), elem_id="compare-status")
@@ -95,10 +101,10 @@ def tab(bench: Bench, model_name: str) -> Compare:
                 log = gr.DownloadButton("Download the log", visible=False)
     outputs = [timer, said, go, stop, numbers, chooser, which, number, file, log]
     looks = [view.pair, prompt, *view.outputs]
-    fields = [model, artifacts, count, *rest, speedup.slider, *own.fields]
+    fields = [model, artifacts, count, *rest, speedup.slider, loras, *own.fields]
     speeds = [model, artifacts, rest[0]]
     chosen = seen_last(model_name, choices[-1:])
-    made = Compare(key, model, artifacts, outputs, fields, chosen, own, speedup, speeds)
+    made = Compare(key, model, artifacts, outputs, fields, chosen, own, loras, speedup, speeds)
     _wire(bench, made, (timer, go, stop, refused))
     watch(bench, model, own)
     follow(bench, speedup, speeds)
@@ -124,11 +130,12 @@ def _wire(bench: Bench, made: Compare, parts: tuple[Any, ...]) -> None:
     timer, go, stop, refused = parts
 
     def start(*values: Any) -> list[Any]:
-        *chosen, speedup = values[:CHOSEN]
+        *chosen, speedup, loras = values[:CHOSEN]
         try:
             call = given(bench, chosen[0], values[CHOSEN:])
             faster = usable(bench, chosen[0], chosen[1], speedup)
-            job = bench.compare(*chosen, call=call, speedup=faster)
+            loras = loras_given(bench.places, chosen[0], loras)
+            job = bench.compare(*chosen, call=call, speedup=faster, loras=loras)
             return [job.id, in_line(job)]
         except TenutoError as error:
             return [gr.skip(), notice("It is not started.", str(error))]
@@ -184,6 +191,7 @@ def filled(bench: Bench, job: Job | None) -> list[Any]:
     speedup = asked["speedup"] or OFF
     auto = isinstance(speedup, str)  # by the API
     rest.append(safest(bench, model, names, asked["steps"]) if auto else min(speedup, MOST))
+    rest.append(as_text(asked["loras"]))
     own = as_fields(asked["call"], bench.places.inputs)
     return [model, artifacts, asked["count"], *shown, *rest, *own_filled(own), [model, names]]
 

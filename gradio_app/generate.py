@@ -14,6 +14,7 @@ from .answers import filling, same_model, seen_last
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import CallFields, call_fields, watch
 from .fields import artifact_choices, noticed, optional, shown_number
+from .lora_field import lora_field
 from .making import image_side, made_now
 from .restore import aside
 from .speedup_fields import OFF, SpeedupFields, default_for, follow, speedup_fields
@@ -37,6 +38,7 @@ class Generate:
     artifact: gr.Dropdown
     chosen: gr.JSON
     own: CallFields
+    loras: gr.Textbox
     speedup: SpeedupFields
     speeds: list[Any]  # the components that decide what the speedup would do
     filled: list[Any]
@@ -75,14 +77,15 @@ def tab(bench: Bench) -> Generate:
                 steps_of = gr.Number(steps, label="Steps", step=1, elem_id="steps")
                 guidance_of = optional("Guidance", "the model's own", "guidance", guidance)
             chosen = seen_last(model_name, choices[-1][1])
+            loras = lora_field("generate")
             own = call_fields("generate")
             settings = [steps_of, guidance_of, speedup.slider]
             filled = [artifact, *settings, speedup.auto, go]
-            fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, chosen]
-            added = aside(bench, model, artifact, [*fields, *own.outputs], filled)
+            fields = [prompt, seed, steps_of, guidance_of, model, artifact, speedup.slider, loras]
+            added = aside(bench, model, artifact, [*fields, chosen, *own.outputs], filled)
         seen = image_side()
     values = [model, prompt, seed, steps_of, guidance_of, artifact, on, beside]
-    values += [seen.view.mode, count, seen.made, speedup.slider, *own.fields]
+    values += [seen.view.mode, count, seen.made, speedup.slider, loras, *own.fields]
     _wire(bench, [go, stop, working], prompt, values, seen.outputs)
     watch(bench, model, own)
     told, asked = [*settings, chosen, refused], [model, artifact, chosen]
@@ -96,7 +99,7 @@ def tab(bench: Bench) -> Generate:
     )  # fmt: skip
     speeds = [model, artifact, steps_of, on]
     follow(bench, speedup, speeds)
-    return Generate(model, artifact, chosen, own, speedup, speeds, filled, added)
+    return Generate(model, artifact, chosen, own, loras, speedup, speeds, filled, added)
 
 
 def _seed_and_count() -> tuple[gr.Number, gr.Number]:

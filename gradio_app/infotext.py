@@ -35,14 +35,15 @@ FIELDS = {
     "Model": "model",
     "Tenuto artifact": "artifact",
     "Tenuto speedup": "speedup",
+    "Tenuto LoRAs": "loras",
 }
 
 
 def written(settings: dict[str, Any]) -> str:
     """The infotext of an image.
 
-    settings: prompt, steps, guidance, seed and model; perhaps artifact, speedup, sampler, size,
-    call.
+    settings: prompt, steps, guidance, seed and model; perhaps artifact, speedup, loras (a line
+    each), sampler, size, call.
     """
     call = settings.get("call") or {}
     values = [
@@ -54,6 +55,7 @@ def written(settings: dict[str, Any]) -> str:
         ("Model", settings["model"]),
         ("Tenuto artifact", settings.get("artifact")),
         ("Tenuto speedup", _shown(settings.get("speedup"))),
+        ("Tenuto LoRAs", "\n".join(settings.get("loras", ())) or None),
         (CALL, json.dumps(call, ensure_ascii=False) if call else None),
         ("Version", settings.get("version")),
     ]

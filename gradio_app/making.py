@@ -16,6 +16,7 @@ from .bench import NO_ARTIFACT, Bench
 from .call_fields import given
 from .given import given as or_absent
 from .given import whole
+from .lora_field import given as loras_given
 from .measured import compared, generated
 from .speedup_fields import usable
 from .view import card
@@ -81,7 +82,7 @@ def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list
     Several images have seeds that follow each other; each is shown when it is there.
     """
     model, prompt, seed, steps, guidance, artifact, on, beside, mode, count, made, *rest = values
-    speedup, *own = rest
+    speedup, loras, *own = rest
     done, stops = 0, bench.studio.stops
     skip: list[Any] = [gr.skip()] * 10
     try:
@@ -104,6 +105,7 @@ def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list
                 model, prompt, seed if wanted == 1 else seed + done, steps, guidance,
                 artifact if on else NO_ARTIFACT, beside, on_call, given(bench, model, own),
                 usable(bench, model, artifact, speedup, on), on_wait, stops=stops,
+                loras=loras_given(bench.places, model, loras),
             )  # fmt: skip
             one = _one(bench, found)
             made = [one, *made][:KEPT]

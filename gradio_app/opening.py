@@ -10,6 +10,7 @@ from . import calibrate, calibrate_fields, compare, elsewhere
 from .bench import Bench
 from .call_fields import shown
 from .fields import goes_on
+from .lora_field import shown as loras_shown
 from .speedup_fields import told
 from .viewer import QUIET
 
@@ -89,11 +90,15 @@ def _fill(bench: Bench, generation: Any, calibration: Any, comparison: Any) -> l
     def taken(name: str) -> Any:
         return shown(bench, name)
 
+    def loras(name: str) -> Any:
+        return loras_shown(bench.places, name)
+
     asks: list[dict[str, Any]] = [
         {"fn": taken, "inputs": part.model, "outputs": part.own.outputs}
         for part in (generation, calibration, comparison)
     ]
     for part in (generation, comparison):
+        asks.append({"fn": loras, "inputs": part.model, "outputs": part.loras})
         given = [part.speedup.slider, *part.speeds]
         asks.append({"fn": speeds, "inputs": given, "outputs": part.speedup.outputs})
     return [ask | QUIET for ask in asks]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from tenuto.files import write_text
 from tenuto.resources import asset
 from tenuto.resume import Work
 from tenuto.sampling.loading import HUB_ID, PREFIX, check_model
-from tenuto.sampling.model_folders import ENDING, bare, downloaded, inside, models_in
+from tenuto.sampling.model_folders import (
+    ENDING,
+    bare,
+    downloaded,
+    inside,
+    loose_files,
+    models_in,
+)
 from tenuto.sampling.opened import OPENED
-from tenuto.sampling.single_file import NOTE
+from tenuto.sampling.single_file import NOTE, is_lora
 from tenuto.sampling.single_file_folder import opened_folder
 from tenuto.text import printable
 
@@ -27,6 +35,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 SHIPPED = "shipped:"
 DEMOS = ("demo:transformer", "demo:unet")
 LENGTH = 4096  # characters of a name that is looked at
+NO_FOLDER = "here, and no folder of models: start the app with --roots, or add one in Generate"
 
 
 def checked_name(name: str) -> str:
@@ -35,6 +44,16 @@ def checked_name(name: str) -> str:
     if NAME.fullmatch(name) is None:
         raise TenutoError("A name has letters, digits, dots, hyphens and underscores.")
     return name
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _called(name: str, files: Mapping[str, Path]) -> str:
+    """A path among others in short: by its last part, where no other has the same."""
+    last = _stem(name)
+    return last if Counter(map(_stem, files))[last] == 1 else name
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,44 @@ class Places:
         except (OSError, ValueError, RuntimeError):
             pass  # no such home, a zero in the name, links in a circle
         return None
+
+    # --- LoRAs ----------------------------------------------------------------------------------
+
+    def loras(self) -> Iterator[str]:
+        """The LoRAs below the folders of models, as they are called: by header, one by one.
+
+        A name is the file's without its ending; where files have the same, the path to it.
+        """
+        files = self._lora_files()
+        yield from (_called(name, files) for name, file in files.items() if is_lora(file))
+
+    def lora(self, name: str) -> tuple[str, Path]:
+        """What the LoRA of that name is called in `loras`, and its file; ModelError for others."""
+        name = words(name, "The name of a LoRA", LENGTH).removesuffix(ENDING)
+        files = self._lora_files()
+        named = [path for path in files if name in (path, _stem(path))]
+        found = [path for path in named if is_lora(files[path])]
+        found = [name] if name in found else found
+        if len(found) == 1:
+            return _called(found[0], files), files[found[0]]
+        if found:
+            these = printable(" or ".join(found), 150)
+            raise ModelError(f"Several LoRAs are called '{printable(name, 60)}': write {these}.")
+        if named:
+            raise ModelError(f"{printable(named[0], 150)} is no LoRA: its tensors are others.")
+        here = "in the folders of models" if self.roots or self.added else NO_FOLDER
+        raise ModelError(f"There is no LoRA '{printable(name, 100)}' {here}.")
+
+    def _lora_files(self) -> dict[str, Path]:
+        """All files that may be LoRAs, by their path below a root without the ending; unopened."""
+        found, seen = dict[str, Path](), set[Path]()
+        for root in (*self.roots, *self.added):
+            for file in loose_files(root):
+                name = file.relative_to(root).as_posix().removesuffix(ENDING)
+                if name.isprintable() and file not in seen:
+                    found.setdefault(name, file)
+                    seen.add(file)
+        return found
 
     # --- artifacts ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from tenuto.errors import TenutoError
+from tenuto.text import printable
 
 from .answers import filling
 from .bench import Bench
@@ -16,14 +17,15 @@ from .call_fields import filled
 from .fields import artifact_choices, shown_number
 from .folders import added
 from .guard import drop
+from .loras import there as loras_there
 from .pictures import restored
 from .speedup import MOST
 from .speedup_fields import OFF
 from .view import card, counted
 from .viewer import QUIET
 
-NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact", "speedup")
-FIELDS = 16  # those of `NAMES`, the model that was seen last, the pipeline's own
+NAMES = ("prompt", "seed", "steps", "guidance", "model", "artifact", "speedup", "loras")
+FIELDS = 17  # those of `NAMES`, the model that was seen last, the pipeline's own
 
 
 def aside(
@@ -75,11 +77,14 @@ def _restored(bench: Bench, path: str | None) -> list[Any]:
     finally:
         drop(Path(path))
     call = found.pop("call", {})
+    loras, missing = loras_there(bench.places, found.pop("loras", ""))
     own = as_fields(call, bench.places.inputs)
     there = [name.replace("_", " ") for name in call if name not in own.lost]
-    said = ", ".join([*found, *there])
+    said = ", ".join([*found, *["LoRAs"] * bool(loras), *there])
     said += "." if "model" in found else ". Its model is not here."
     said += f" Choose again: {', '.join(own.lost.values())}." if own.lost else ""
+    said += f" Not here: {printable(', '.join(missing))}." if missing else ""
+    found |= {"loras": loras}
     found["guidance"] = shown_number(found.get("guidance"))
     values = [found.get(name, gr.skip()) for name in NAMES]
     faster = found.get("speedup", OFF)

@@ -14,10 +14,11 @@ from tenuto.caching import DEFAULT_FORECAST, predicted
 from tenuto.errors import TenutoError
 
 from .answers import filling
-from .bench import STEPS, Bench
+from .bench import Bench
 from .curve import curve
 from .given import given, whole
 from .places import SHIPPED
+from .requests import STEPS
 from .speedup import (
     MOST,
     Outlook,

@@ -15,8 +15,10 @@ from tenuto.caching import Speedup
 from tenuto.errors import Cancelled
 from tenuto.sampling import PromptCache
 from tenuto.sampling.loading import Defaults, defaults
+from tenuto.sampling.loras import Lora, with_loras
 
 from .infotext import as_number, written
+from .loras import described
 from .settings import Settings
 
 OnCall = Callable[[int, int], None]  # denoiser calls made, and about how many there will be
@@ -31,7 +33,7 @@ class Wanted:
 
     artifact: its file. call: the pipeline's own keywords, images opened. described: the same as
     plain data. inputs: where the images lie that an artifact was calibrated with. speedup: as
-    `attach` takes it.
+    `attach` takes it. loras: by their lines in the field, for both images.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Wanted:
     call: Mapping[str, Any] = field(default_factory=dict)
     inputs: Path | None = None
     speedup: Speedup | None = None
+    loras: Mapping[str, Lora] = field(default_factory=dict)
 
     @property
     def changes(self) -> bool:
@@ -86,7 +89,7 @@ def settings_of(wanted: Wanted, which: str, call: Mapping[str, Any]) -> dict[str
         "guidance": wanted.guidance, "seed": wanted.seed,
         "artifact": (wanted.artifact_name or None) if own else None,
         "speedup": wanted.speedup if own else None,
-    } | ({"call": dict(call)} if call else {})  # fmt: skip
+    } | described(wanted.loras) | ({"call": dict(call)} if call else {})  # fmt: skip
 
 
 class Studio:
@@ -119,6 +122,11 @@ class Studio:
                 self._model = model
             return self._pipe
 
+    def _forget(self) -> None:
+        """Load the model anew for the next image."""
+        with self._loading:
+            self._model, self._pipe = "", None
+
     def generate(self, wanted: Wanted, on_call: OnCall, stops: int) -> Generated:
         """One image, or two: beside it the one of full precision, from the same noise.
 
@@ -141,7 +149,8 @@ class Studio:
         wanted = replace(wanted, guidance=sampling.guidance, call=sampling.called(pipe))
         beside = wanted.beside and wanted.changes
         calls = 2 * (wanted.steps + WARM) if beside else wanted.steps
-        with self._watched(pipe, calls, on_call):
+        loras = with_loras(pipe, [*wanted.loras.values()], self._forget)
+        with loras, self._watched(pipe, calls, on_call):
             if beside:  # it measures whole calls: the text encoder runs in each
                 found = _beside(pipe, artifact, wanted)
             else:

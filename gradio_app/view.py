@@ -109,6 +109,7 @@ def words_of(job: Job) -> str:
         if asked.get("speedup"):
             speedup = asked["speedup"]
             parts.append(f"speedup {speedup if isinstance(speedup, str) else f'{speedup:g}'}")
+        parts += [f"LoRA {line}" for line in asked.get("loras", ())]
     elif job.kind == "export":
         parts += [asked["shown_artifact"], f"to {Path(asked['out']).name}"]
     else:

@@ -22,6 +22,7 @@ from tenuto.progress import Progress
 
 from .call import kept, recalled
 from .infotext import as_number, written
+from .loras import described
 
 GRACE = 10.0  # seconds after the end of the input until the process ends itself
 PACE = 0.1  # seconds between two lines of progress
@@ -157,6 +158,7 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     from tenuto.files import write_text
     from tenuto.measure import compare_all
     from tenuto.sampling import one_by_one, wanted_prompts
+    from tenuto.sampling.loras import Lora, add_loras
 
     files = {name: _path(path) for name, path in request["artifacts"].items()}
     artifacts = {name: path and load_artifact(path) for name, path in files.items()}
@@ -169,6 +171,8 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
         images=Path(request.get("inputs", ".")),
     )  # fmt: skip
     pipe = pipeline(model, sampling, bars, artifacts[first], files[first], use="compare")
+    loras = request.get("loras", {})
+    add_loras(pipe, [Lora(Path(file), weight) for file, weight in loras.values()])
     call = sampling.called(pipe)
     batch = 1 if one_by_one(pipe, call) else min(request["batch"], -(-count // 2))
     bars.plan = ["Generating"]
@@ -184,6 +188,7 @@ def compare(request: dict[str, Any], bars: Reports) -> dict[str, Any]:
     prompts, pictures = _saved(request, generated, lines, used, faster)
     data = {
         "model": request["shown_model"], "prompts": prompts, "pictures": pictures,
+        **described(loras),
         "numbers": {
             name: comparison.to_json() | {"asked_speedup": asked}
             for name, comparison in found.items()
@@ -237,7 +242,7 @@ def _saved(
                 "steps": sampling.steps, "guidance": sampling.guidance,
                 "artifact": request["names"].get(name) or None,
                 "speedup": speedups.get(name),
-            } | ({"call": call} if call else {})  # fmt: skip
+            } | described(request.get("loras", {})) | ({"call": call} if call else {})  # fmt: skip
             save_png(image, folder / file, settings | {"drawn": name}, written(settings))
     return prompts, pictures
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..errors import ModelError
 from ..text import first_line, printable
 from .libraries import quiet_loading
 from .model_folders import ENDING
-from .single_file import header, is_checkpoint
-
-MARKS = ("lora", "loha", "lokr", "hada_", ".alpha", "dora_scale")  # of names in such files
+from .single_file import header, is_lora
 
 
 class Lora(NamedTuple):
@@ -40,9 +38,23 @@ class Lora(NamedTuple):
             raise ModelError(f"There is no LoRA file {found.file}.")
         if file.suffix.lower() != ENDING:
             raise ModelError(f"{file.name} is no {ENDING} file, and no other LoRA is read.")
-        if is_checkpoint(file) or not any(m in n for n in header(file) for m in MARKS):
+        if not is_lora(file):
+            header(file)  # or it cannot be read
             raise ModelError(f"{file.name} is no LoRA: its tensors are others.")
         return found._replace(file=file)
+
+
+def takes_loras(kind: type | None) -> TypeGuard[type]:
+    """Whether pipelines of a class of diffusers load LoRAs."""
+    return hasattr(kind, "load_lora_weights")
+
+
+def check_takes_loras(kind: type) -> None:
+    """ModelError if PEFT is missing, or pipelines of that class take no LoRA."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError("LoRAs need PEFT, which is not installed: pip install peft.")
+    if not takes_loras(kind):
+        raise ModelError(f"{kind.__name__} of diffusers takes no LoRA.")
 
 
 def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
@@ -53,10 +65,7 @@ def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     """
     if not loras:
         return
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError("LoRAs need PEFT, which is not installed: pip install peft.")
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ModelError(f"{type(pipe).__name__} of diffusers takes no LoRA.")
+    check_takes_loras(type(pipe))
     names = [f"lora_{number}" for number in range(len(loras))]
     for name, (file, _) in zip(names, loras, strict=True):
         with _fits(pipe, file):
@@ -67,6 +76,42 @@ def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
         if not any(name in known for known in pipe.get_list_adapters().values()):
             raise _other(pipe, file, "it has no such layers")
     pipe.set_adapters(names, [lora.weight for lora in loras])
+
+
+@contextmanager
+def with_loras(
+    pipe: Any, loras: Sequence[Lora], on_changed: Callable[[], object]
+) -> Iterator[None]:
+    """LoRAs on a pipeline while it lasts, as `add_loras` puts them on, and then off again.
+
+    An artifact is attached inside of it. on_changed is called where the pipeline has other
+    parameters afterwards than before, and must be loaded anew: a Control LoRA of FLUX widens its
+    first layer for good.
+    """
+    if not loras:
+        yield
+        return
+    check_takes_loras(type(pipe))
+    before = _parameters(pipe)
+    try:
+        add_loras(pipe, loras)
+        yield
+    finally:
+        with suppress(Exception):  # what it leaves is seen
+            pipe.unload_lora_weights()
+        after = _parameters(pipe)
+        if before.keys() != after.keys() or any(before[n] is not after[n] for n in before):
+            on_changed()
+
+
+def _parameters(pipe: Any) -> dict[str, Any]:
+    """Those of all parts of a pipeline, and their buffers, by name."""
+    return {
+        f"{part}.{name}": value
+        for part, module in pipe.components.items()
+        if hasattr(module, "named_parameters")
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 @contextmanager

@@ -38,6 +38,24 @@ def models_in(root: Path, depth: int = DEPTH, single: bool = True) -> list[str]:
     return found
 
 
+def loose_files(root: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """All safetensors files below `root` that are not of a model's folder, unopened, by name.
+
+    No link to a folder is followed, and none to a file elsewhere.
+    """
+    for seen, (folder, below, files) in enumerate(os.walk(root)):
+        path = Path(folder)
+        if INDEX in files:
+            below.clear()
+        else:
+            names = sorted(n for n in files if n.endswith(ENDING))
+            yield from (path / name for name in names if inside(path / name, root))
+        deep = len(path.relative_to(root).parts)
+        below[:] = sorted(d for d in below if not d.startswith(".") and deep < depth)
+        if seen >= 20 * MANY:
+            break
+
+
 def inside(path: Path, folder: Path) -> bool:
     """Whether `path`, with links followed, lies in `folder`."""
     return path.resolve().is_relative_to(folder.resolve())

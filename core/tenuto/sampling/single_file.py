@@ -32,6 +32,7 @@ MARKS = (  # how names in a denoiser begin, in a file of its own or among other 
     "transformer_blocks.0.", "blocks.0.self_attn.", "layers.0.attention.",
 )  # fmt: skip
 OTHERS = re.compile(r"lora_|\.lora|control_model\.|controlnet|motion_modules")  # no whole model's
+OF_LORAS = ("lora", "loha", "lokr", "hada_", ".alpha", "dora_scale")  # in names of their tensors
 PLACES = {  # how names of a part begin
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": (
@@ -101,21 +102,32 @@ def _header(file: Path, *_: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def is_checkpoint(file: Path) -> bool:
     """Whether a file has a denoiser, as its header says; False where it cannot be read."""
+    return _kind(file) == "checkpoint"
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a file has a LoRA and no denoiser, as its header says; False if it is unreadable."""
+    return _kind(file) == "lora"
+
+
+def _kind(file: Path) -> str:
     try:
         about = file.stat()
-        return _is_checkpoint(file, about.st_mtime_ns, about.st_size)
+        return _kind_by_names(file, about.st_mtime_ns, about.st_size)
     except Exception:  # the reader of safetensors has several
-        return False
+        return ""
 
 
 @lru_cache(8192)
-def _is_checkpoint(file: Path, *_: int) -> bool:
-    """The same, by names alone: folders have many files."""
+def _kind_by_names(file: Path, *_: int) -> str:
+    """What it is, by names alone, remembered: folders have many files."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
-    return any(n.startswith(MARKS) for n in names) and not any(OTHERS.search(n) for n in names)
+    if any(n.startswith(MARKS) for n in names) and not any(OTHERS.search(n) for n in names):
+        return "checkpoint"
+    return "lora" if any(mark in name for name in names for mark in OF_LORAS) else ""
 
 
 def hub_id(file: Path) -> str | None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import tenuto as tn
 from tenuto.errors import ModelError
-from tenuto.sampling.loras import Lora, add_loras
+from tenuto.sampling.loras import Lora, add_loras, with_loras
 from tests.core import lora_files, single_files
 from tests.core import tiny_pipelines as tiny
 
@@ -97,3 +97,26 @@ def test_a_lora_of_another_model_is_told(
 def test_a_pipeline_that_takes_none(files: Path) -> None:
     with warnings.catch_warnings(), pytest.raises(ModelError, match="takes no LoRA"):
         add_loras(tn.demo("transformer"), [Lora(files / "style.safetensors")])
+
+
+def test_they_come_off_again_or_it_is_said(files: Path, tmp_path: Path) -> None:
+    """A Control LoRA widens FLUX's first layer for good: the pipeline is another one then."""
+    changed = list[int]()
+
+    def used(pipe: Any, file: Path) -> None:
+        with with_loras(pipe, [Lora(file)], lambda: changed.append(1)):
+            pass
+
+    pipe = tiny.flux()
+    before = {n: x.clone() for n, x in pipe.transformer.state_dict().items()}
+    used(pipe, files / "flux.safetensors")
+    after = pipe.transformer.state_dict()
+    assert not changed and all(torch.equal(before[n], after[n]) for n in before | after)
+    first = pipe.transformer.x_embedder
+    wide = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 2 * first.in_features),
+        "transformer.x_embedder.lora_B.weight": torch.ones(first.out_features, 2),
+    }
+    save_file(wide, tmp_path / "control.safetensors")
+    used(pipe, tmp_path / "control.safetensors")
+    assert changed
