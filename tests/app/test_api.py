@@ -22,7 +22,7 @@ NAMES = {"/about", "/generate", "/calibrate", "/resume", "/compare", "/export", 
 TINY = "mine/tiny"
 GENERATE = {
     "model": TINY, "prompt": "a red dog", "seed": 3, "steps": 1, "guidance": 2.0, "artifact": "",
-    "beside": False, "call": {}, "speedup": None,
+    "beside": False, "call": {}, "speedup": None, "loras": "",
 }  # fmt: skip
 GOOD: dict[str, dict[str, Any]] = {
     "generate": GENERATE, "resume": {"name": "none"}, "job": {"kind": "compare"},
@@ -30,6 +30,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "compare": {"options": {"model": "none"}},
     "export": {"model": TINY, "artifact": "none", "to": "comfy"},
 }  # fmt: skip
+ADDED = ("call", "speedup", "loras")  # later than the rest of `generate`
 OPTIONS = {"calibrate": CALIBRATE, "compare": COMPARE}
 WRONG: list[Any] = [
     None, True, 0, -1, 1.5, 10**400, 1e308, "x", "a\0b", "~nobody/x", "y" * 5000, [], [[]], [{}],
@@ -115,7 +116,7 @@ def over(client: Any, kind: str) -> str:
 
 def test_a_call_of_an_older_program_still_works(app: Any, client: Any) -> None:
     """By name or by place, without what was added since."""
-    old = {name: value for name, value in GENERATE.items() if name not in ("call", "speedup")}
+    old = {name: value for name, value in GENERATE.items() if name not in ADDED}
     found = answer(client, "generate", **old)
     assert isinstance(found, dict), found
     said = app.posted("generate", json.dumps({"data": list(old.values())}).encode())

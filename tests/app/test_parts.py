@@ -243,7 +243,7 @@ def test_a_stop_before_the_image_begins_is_not_lost(tmp_path: Path) -> None:
         bench.stop(None, "generate")
 
     own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
-    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, *own]
+    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, "", *own]
     (found,) = making.made_now(bench, progress, *values)
     assert "Stopped." in found[1] and said == ["Loading the model"]
     assert not (tmp_path / "pictures").exists()
@@ -427,8 +427,8 @@ def test_the_fields_show_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert filled == values and getattr(accordion, "open", False) is (values[-7:] != OWN)
         bench.stop(job.id, "calibrate")
         assert job.over.wait(PATIENCE) and "mine" not in map(str, calibrate.filled(bench, job))
-    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb", 1.0]
-    job = bench.compare(*values[:-1], speedup=values[-1])
+    values = ["demo:unet", ["shipped:demo-unet.w8a8"], 5, "4", "", 77, "float", "a\nb", 1.0, ""]
+    job = bench.compare(*values[:-2], speedup=values[-2], loras=values[-1])
     model, artifacts, *rest, _, chosen = compare.filled(bench, job)
     assert [model, artifacts.value, *rest] == [*values, *OWN] and chosen == values[:2]
     bench.desk.close()
@@ -629,7 +629,7 @@ def test_a_model_that_fails_while_it_generates_is_told(
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
-    values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, *OWN]
+    values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, "", *OWN]
     ((_, card, *_),) = made_now(bench, lambda *args, **options: None, *values)
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err

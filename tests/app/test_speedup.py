@@ -160,15 +160,15 @@ def test_off_is_off(bench: Bench) -> None:
     assert told(bench, 2, MODEL, "", 20, False) and usable(bench, MODEL, "", 2, False) == 2
     passed: list[Any] = []
 
-    def taken(*given: Any, stops: int) -> Any:
-        assert stops == bench.studio.stops
+    def taken(*given: Any, stops: int, loras: str) -> Any:
+        assert stops == bench.studio.stops and loras == ""
         passed.append(given)
         raise TenutoError("seen")
 
     bench.generate = taken  # type: ignore[method-assign]
     own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
     for on in (True, False):
-        values = [MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 1, [], 2, *own]
+        values = [MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 1, [], 2, "", *own]
         assert list(making.made_now(bench, lambda *_, **__: None, *values))
     assert [given[5] for given in passed] == ["plain", ""]
     assert [given[-2] for given in passed] == [2, 1]  # the last tells of the line
@@ -326,7 +326,7 @@ def test_calls_are_skipped_and_the_image_says_so(bench: Bench) -> None:
     path = Path(made["pictures"]["artifact"])
     assert restored(bench.places, path)["speedup"] == 2
     assert "speedup" not in restored(bench.places, made["pictures"]["full"])
-    *values, chosen = _restored(bench, str(path))[2:10]
+    *values, chosen = _restored(bench, str(path))[2:11]
     assert values[6].value == 2 and chosen == [MODEL, "plain"]
     path.write_bytes(path.read_bytes().replace(b"Tenuto speedup: 2", b"Tenuto speedup: 9"))
     fast = _restored(bench, str(path))
