@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _called(name: str, files: Mapping[str, Path]) -> str:
-    """A path among others in short: by its last part, where no other has the same."""
-    last = _stem(name)
-    return last if Counter(map(_stem, files))[last] == 1 else name
+def _short(names: Collection[str]) -> dict[str, str]:
+    """What each path is called: its last part, where no other has the same."""
+    count = Counter(map(_stem, names))
+    return {name: _stem(name) if count[_stem(name)] == 1 else name for name in names}
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class Places:
         A name is the file's without its ending; where files have the same, the path to it.
         """
         files = self._lora_files()
-        yield from (_called(name, files) for name, file in files.items() if is_lora(file))
+        short = _short(files)
+        yield from (short[name] for name, file in files.items() if is_lora(file))
 
     def lora(self, name: str) -> tuple[str, Path]:
         """What the LoRA of that name is called in `loras`, and its file; ModelError for others."""
@@ -165,7 +166,7 @@ class Places:
         found = [path for path in named if is_lora(files[path])]
         found = [name] if name in found else found
         if len(found) == 1:
-            return _called(found[0], files), files[found[0]]
+            return _short(files)[found[0]], files[found[0]]
         if found:
             these = printable(" or ".join(found), 150)
             raise ModelError(f"Several LoRAs are called '{printable(name, 60)}': write {these}.")

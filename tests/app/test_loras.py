@@ -28,6 +28,7 @@ from gradio_app.settings import Settings
 from gradio_app.worker import Reports, compare
 from tenuto.errors import Cancelled, TenutoError
 from tests.core import lora_files, single_files
+from tests.core import tiny_pipelines as tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 UNET, DIT, ARTIFACT = "demo:unet", "demo:transformer", "shipped:demo-unet.w8a8"
@@ -181,6 +182,31 @@ def test_the_states_of_a_prompt_are_those_of_its_encoder(bench: Bench) -> None:
     assert not made(bench, "words:0.5")["numbers"]["prompt_reused"]
     after = made(bench)
     assert after["numbers"]["prompt_reused"] and pixels(after) == pixels(plain)
+
+
+def test_a_lora_that_changes_a_model_for_good(tmp_path: Path) -> None:
+    """A Control LoRA widens FLUX's first layer: the next image is of a model loaded anew."""
+    root, pipe = tmp_path / "roots", tiny.flux()
+    pipe.save_pretrained(root / "flux")
+    first = pipe.transformer.x_embedder
+    wide = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 2 * first.in_features),
+        "transformer.x_embedder.lora_B.weight": torch.ones(first.out_features, 2),
+    }
+    save_file(wide, root / "control.safetensors")
+    bench = opened(root, tmp_path / "out")
+
+    def image(loras: str) -> dict[str, Any]:
+        size = {"height": 32, "width": 32}
+        return bench.generate(
+            "flux", "a", 3, 1, 2.0, "", False, lambda *_: None, size, loras=loras
+        )  # fmt: skip
+
+    plain, pipe = pixels(image("")), bench.studio.pipe(bench.places.model("flux"))
+    with pytest.raises((RuntimeError, ValueError), match=r"\d"):  # its latents do not fit
+        image("control")
+    assert pixels(image("")) == plain
+    assert bench.studio.pipe(bench.places.model("flux")) is not pipe
 
 
 # --- kept and read back ---------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def loose_files(root: Path, depth: int = DEPTH) -> Iterator[Path]:
         if INDEX in files:
             below.clear()
         else:
-            names = sorted(n for n in files if n.endswith(ENDING))
-            yield from (path / name for name in names if inside(path / name, root))
+            found = (path / name for name in sorted(files) if name.endswith(ENDING))
+            yield from (file for file in found if not file.is_symlink() or inside(file, root))
         deep = len(path.relative_to(root).parts)
         below[:] = sorted(d for d in below if not d.startswith(".") and deep < depth)
         if seen >= 20 * MANY:
