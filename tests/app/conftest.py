@@ -256,6 +256,13 @@ def choose(page: Any, place: str, label: Any) -> None:
     raise AssertionError(f"{place} has no {label}")
 
 
+def restore(page: Any, file: Path) -> None:
+    """Drop an image under *Restore settings*, and wait until they are back."""
+    page.get_by_text("Restore settings").click()
+    page.set_input_files("#restore input[type=file]", file)
+    page.wait_for_selector("#aside-said [data-state=done]")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium of the distribution, without a window."""

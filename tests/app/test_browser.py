@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.app.conftest import ANSWERED, choose
+from tests.app.conftest import ANSWERED, choose, restore
 
 pytestmark = pytest.mark.slow
 
@@ -191,9 +191,7 @@ def test_a_dropped_picture_restores_its_settings(app: Any, visit: Any, tmp_path:
     page.reload()
     page.wait_for_selector("#generate")
     assert page.input_value("#seed input") == "7"
-    page.get_by_text("Restore settings").click()
-    page.set_input_files("#restore input[type=file]", picture)
-    page.wait_for_selector("#aside-said [data-state=done]")
+    restore(page, picture)
     assert page.input_value("#prompt textarea") == 'a lemon, on a "table": two\nlines'
     assert page.input_value("#seed input") == "41"
     assert page.input_value("#steps input[type=number]") == "3"

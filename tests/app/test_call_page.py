@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.app.conftest import choose
+from tests.app.conftest import choose, restore
 from tests.core.tiny_pipelines import picture
 from tests.patience import PATIENCE
 
@@ -96,9 +96,7 @@ def test_an_image_from_an_image_comes_back(app: Any, visit: Any, photo: Path) ->
 
     page.reload()
     page.wait_for_selector("#generate-call")
-    page.get_by_text("Restore settings").click()
-    page.set_input_files("#restore input[type=file]", file)
-    page.wait_for_selector("#aside-said [data-state=done]")
+    restore(page, file)
     assert "mask image" in tab.text("#aside-said")
     page.wait_for_selector("#generate-image-from img")  # it is not folded any more
     page.wait_for_selector("#generate-mask img")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tenuto as tn
-from tests.app.conftest import ANSWERED, choose
+from tests.app.conftest import ANSWERED, choose, restore
 from tests.core import lora_files
 
 pytestmark = pytest.mark.slow
@@ -52,9 +52,7 @@ def test_loras_in_generate_and_compare(app: Any, visit: Any, style: Path) -> Non
 
     page.reload()
     page.wait_for_selector(".gradio-container[data-tenuto=ready]")
-    page.get_by_text("Restore settings").click()
-    page.set_input_files("#restore input[type=file]", newest)
-    page.wait_for_selector("#aside-said [data-state=done]")
+    restore(page, newest)
     assert "LoRAs" in tab.text("#aside-said")
     page.wait_for_selector(FIELD)
     page.wait_for_function(HAS, arg=[FIELD, "style:0.5"])

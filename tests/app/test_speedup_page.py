@@ -13,7 +13,7 @@ import pytest
 
 from tenuto.artifact import Artifact
 from tenuto.resources import asset
-from tests.app.conftest import choose
+from tests.app.conftest import choose, restore
 from tests.app.kernels import kernel, without_forecast
 
 pytestmark = pytest.mark.slow
@@ -109,9 +109,7 @@ def test_a_speedup_is_told_used_and_restored(
     (file,) = {*(app.out / "pictures").glob("*.png")} - before
     page.reload()
     page.wait_for_selector("#generate")
-    page.get_by_text("Restore settings").click()
-    page.set_input_files("#restore input[type=file]", file)
-    page.wait_for_selector("#aside-said [data-state=done]")
+    restore(page, file)
     page.wait_for_selector(f"{SAID} [data-calls='4'][data-steps='10']")
     assert page.input_value("#generate-speedup input[type=number]") == "2.1"
     assert page.input_value("#artifact input") == forecast
