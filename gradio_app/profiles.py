@@ -48,7 +48,7 @@ PROFILES = {
     ),
     "best": Profile(
         "Best quality", "w8a8", "standard", 0, "", "8-bit weights, about half of 16 bits",
-        "45 to 49 dB: differences that one has to look for",
+        "45 to 49 dB: at most differences that one has to look for",
     ),
 }  # fmt: skip
 FIRST = "balanced"

@@ -82,7 +82,7 @@ class Outlook:
 
 def in_words(db: float) -> str:
     """What one sees of so many dB."""
-    return next((words for least, words in SEEN if db >= least), WORST)
+    return next((words for least, words in SEEN if round(db) >= least), WORST)
 
 
 def known(file: Path) -> Known:

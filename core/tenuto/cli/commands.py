@@ -20,7 +20,7 @@ from ..caching import Speedup
 from ..calibration import prompts_needed
 from ..errors import TenutoError
 from ..measure import FIRST_SEED
-from ..sampling import one_by_one
+from ..sampling import one_by_one, wanted_prompts
 from ..sampling.libraries import silence
 from ..sampling.loading import PREFIX, check_model
 from ..sampling.loras import add_loras
@@ -30,6 +30,7 @@ from .check import check
 from .checks import (
     calibration_prompts,
     check_file,
+    check_image,
     check_kernel,
     check_out,
     check_quantization,
@@ -194,12 +195,15 @@ def compare(
     graphs: bool | None = None,
     config: str | None = None,
     lora: Sequence[str] = (),
+    sheet: Path | None = None,
     bars: Bars | None = None,
 ) -> Answer:
     """Measure time, memory and the distance from full precision at equal seeds."""
-    from ..measure import compare
+    from ..measure import ARTIFACT, compare_all
 
     bars = bars or Bars()
+    if sheet is not None:
+        check_image(sheet)
     source = model_source(model, config, bars, lora)
     if artifact is None and speedup is None:
         raise TenutoError("Say what to compare: --artifact, --speedup or both.")
@@ -212,16 +216,25 @@ def compare(
     pipe = pipeline(source.place, sampling, bars, found, artifact, use="compare")
     add_loras(pipe, source.loras)
     given = sampling.called(pipe)
-    measured = compare(
-        pipe, found, lines, count=count, steps=sampling.steps, guidance=sampling.guidance,
-        call=given, batch=1 if one_by_one(pipe, given) else 8, seed=seed, execution=execution,
+    compared, generated = compare_all(
+        pipe, {ARTIFACT: found}, lines, count=count, steps=sampling.steps, call=given, seed=seed,
+        guidance=sampling.guidance, batch=1 if one_by_one(pipe, given) else 8, execution=execution,
         speedup=speedup, on_progress=bars("Comparing"), **how_called(compile, graphs),
     )  # fmt: skip
     bars.close()
+    measured, more = compared[ARTIFACT], ""
+    if sheet is not None:
+        from .side_by_side import save_sheet
+
+        changed = "With the artifact" if artifact else "With skipped calls"
+        shown = measured, generated, wanted_prompts(pipe, lines, given)
+        save_sheet(sheet, Path(model).name or model, changed, *shown, seed)
+        more = f"\nImages: {sheet}"
     with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else ""
-    with_it += f" --speedup {speedup}" if speedup is not None else ""
+    faster = speedup if isinstance(speedup, str | None) else f"{speedup:g}"
+    with_it += f" --speedup {faster}" if faster else ""
     use = f"tenuto generate {source.with_loras}{with_it} --prompt TEXT"
-    return Answer(str(measured), measured.to_json(), next=use)
+    return Answer(f"{measured}{more}", measured.to_json(), next=use)
 
 
 def demo(

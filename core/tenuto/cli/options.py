@@ -224,6 +224,13 @@ Image = Annotated[
 Count = Annotated[
     int, Option("--count", metavar="N", parser=whole(1), help="Number of images to compare.")
 ]
+SideBySide = Annotated[
+    Path | None,
+    Option(
+        "--sheet", metavar="FILE", rich_help_panel=OUTPUT,
+        help="A PNG with the first eight images with and without, and their difference.",
+    ),
+]  # fmt: skip
 File = Annotated[Path, Argument(metavar="FILE", help="An artifact.")]
 Plot = Annotated[
     str | None,

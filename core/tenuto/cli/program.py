@@ -190,7 +190,7 @@ def generate(
 
 
 @program.command(
-    epilog="example: tenuto compare demo:transformer --artifact demo.safetensors --count 16 --json"
+    epilog="example: tenuto compare demo:transformer --speedup 2 --count 8 --sheet sheet.png"
 )
 def compare(
     model: mo.Model,
@@ -214,6 +214,7 @@ def compare(
     execution: o.Execution = "int8",
     compile: c.Compile = False,
     graphs: c.Graphs = None,
+    sheet: o.SideBySide = None,
     as_json: o.Json = False,
 ) -> int:
     """Measure what an artifact costs and what it gains."""

@@ -454,7 +454,7 @@ def test_compare_measures_what_generate_runs(
         raise TenutoError("seen")
 
     monkeypatch.setattr("tenuto.cli.session.attach", note)
-    monkeypatch.setattr("tenuto.measure.compare", note)
+    monkeypatch.setattr("tenuto.measure.compare_all", note)
     shared = [str(tiny_pixart_folder), "--steps", "2", "--speedup", "2", *asked]
     for command in (["generate", "--prompt", "a"], ["compare", "--prompts", "p.txt"]):
         assert cli.main([*command, *shared]) == 2

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +15,10 @@ from PIL import Image
 from tenuto import cli
 from tenuto.calibration.quantize import quantize
 from tenuto.calibration.train_router import train_router
+from tenuto.cli import commands
 from tenuto.errors import ModelError, TenutoError
 from tenuto.measure.compare import BF16, FULL, compare, compare_all
+from tenuto.measure.sheet import EDGE, GAP, LABEL
 from tenuto.model.parts import denoiser_of
 from tenuto.numerics.scheme import schemes
 from tenuto.resume import Work
@@ -273,3 +276,31 @@ def test_the_demo_makes_a_sheet_and_numbers(
         assert three.size[0] == size[0] and three.size[1] > size[1] + 90
         assert json.loads(three.info["tenuto"])["prompts"] == list(SHOWCASE.CAPTIONS)
     assert sorted(p.name for p in out.iterdir()) == ["demo.json", "demo.png"]
+
+
+@pytest.mark.parametrize("speedup", [1.0, 2.0])
+def test_compare_shows_its_images(
+    tiny_pixart_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speedup: float
+) -> None:
+    """With nothing changed the rows are equal, and what is between them is black."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    asked: dict[str, Any] = {"speedup": speedup, "prompts": Path("p.txt"), "count": 2, "steps": 10}
+    said = commands.compare(str(tiny_pixart_folder), sheet=Path("sheet.png"), **asked)
+    assert "Images: sheet.png" in str(said) and f"--speedup {speedup:g} --prompt" in str(said.next)
+    with Image.open("sheet.png") as paper:
+        facts = json.loads(paper.text["tenuto"])
+        rows = [pixels(paper, row, len(facts["prompts"])) for row in range(3)]
+    assert sorted(facts["prompts"]) == ["a cat", "a dog"]
+    assert torch.equal(rows[0], rows[1]) == (speedup == 1)
+    assert (rows[2].max() == 0) == (speedup == 1)
+    with pytest.raises(TenutoError, match=r"ends in \.png"):
+        commands.compare("no such model", sheet=Path("sheet.jpg"), **asked)
+
+
+def pixels(paper: Any, row: int, columns: int) -> torch.Tensor:
+    """Those of the first image in a row of a sheet of square ones."""
+    width = (paper.width - 2 * EDGE - LABEL + GAP) // columns - GAP
+    top, left = EDGE + 46 + row * (width + GAP), EDGE + LABEL
+    box = (left, top, left + width, top + width)
+    return torch.from_numpy(np.array(paper.convert("RGB").crop(box)))
