@@ -256,6 +256,12 @@ def choose(page: Any, place: str, label: Any) -> None:
     raise AssertionError(f"{place} has no {label}")
 
 
+def number_of(page: Any, place: str) -> int:
+    """By which the page's requests name a component: their `trigger_id`."""
+    find = "id => window.gradio_config.components.find(c => c.props.elem_id == id).id"
+    return page.evaluate(find, place[1:])
+
+
 def restore(page: Any, file: Path) -> None:
     """Drop an image under *Restore settings*, and wait until they are back."""
     page.get_by_text("Restore settings").click()

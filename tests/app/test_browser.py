@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.app.conftest import ANSWERED, choose, restore
+from tests.app.conftest import ANSWERED, choose, number_of, restore
 
 pytestmark = pytest.mark.slow
 
@@ -119,9 +119,7 @@ def test_a_calibration_is_stopped_resumed_and_used(
 
 def asked(page: Any, place: str) -> list[Any]:
     """What a component asks the server for in three seconds: bodies of requests."""
-    own = page.evaluate(
-        "id => window.gradio_config.components.find(c => c.props.elem_id == id).id", place[1:]
-    )
+    own = number_of(page, place)
     found: list[Any] = []
 
     def look(request: Any) -> None:
