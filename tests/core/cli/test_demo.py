@@ -16,6 +16,7 @@ from tenuto import cli
 from tenuto.calibration.quantize import quantize
 from tenuto.calibration.train_router import train_router
 from tenuto.cli import commands
+from tenuto.cli.side_by_side import GAIN
 from tenuto.errors import ModelError, TenutoError
 from tenuto.measure.compare import BF16, FULL, compare, compare_all
 from tenuto.measure.sheet import EDGE, GAP, LABEL
@@ -282,7 +283,7 @@ def test_the_demo_makes_a_sheet_and_numbers(
 def test_compare_shows_its_images(
     tiny_pixart_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speedup: float
 ) -> None:
-    """With nothing changed the rows are equal, and what is between them is black."""
+    """With nothing changed the rows are alike, and what is between them is nearly black."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     asked: dict[str, Any] = {"speedup": speedup, "prompts": Path("p.txt"), "count": 2, "steps": 10}
@@ -292,8 +293,9 @@ def test_compare_shows_its_images(
         facts = json.loads(paper.text["tenuto"])
         rows = [pixels(paper, row, len(facts["prompts"])) for row in range(3)]
     assert sorted(facts["prompts"]) == ["a cat", "a dog"]
-    assert torch.equal(rows[0], rows[1]) == (speedup == 1)
-    assert (rows[2].max() == 0) == (speedup == 1)
+    apart = (rows[0] - rows[1]).abs().max()
+    assert (apart <= 2) == (speedup == 1)
+    assert (rows[2].max() <= 2 * GAIN) == (speedup == 1)
     with pytest.raises(TenutoError, match=r"ends in \.png"):
         commands.compare("no such model", sheet=Path("sheet.jpg"), **asked)
 
@@ -303,4 +305,4 @@ def pixels(paper: Any, row: int, columns: int) -> torch.Tensor:
     width = (paper.width - 2 * EDGE - LABEL + GAP) // columns - GAP
     top, left = EDGE + 46 + row * (width + GAP), EDGE + LABEL
     box = (left, top, left + width, top + width)
-    return torch.from_numpy(np.array(paper.convert("RGB").crop(box)))
+    return torch.from_numpy(np.array(paper.convert("RGB").crop(box))).int()
