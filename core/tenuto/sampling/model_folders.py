@@ -20,20 +20,16 @@ def models_in(root: Path, depth: int = DEPTH, single: bool = True) -> list[str]:
 
     No link to a folder is followed. single: False for the folders alone.
     """
-    found, seen = [], 0
-    for folder, below, files in os.walk(root):
-        path, seen = Path(folder), seen + 1
-        deep = len(path.relative_to(root).parts)
+    found: list[str] = []
+    for path, files in _folders(root, depth):
         if INDEX in files:
             if NOTE not in files:  # or it opens a single file, which is listed itself
-                found.append(path.relative_to(root).as_posix() if deep else str(root))
-            below.clear()
+                found.append(str(root) if path == root else path.relative_to(root).as_posix())
         elif single:
             names = [path / name for name in sorted(files) if name.endswith(ENDING)][:MANY]
             names = (file for file in names if inside(file, root) and is_checkpoint(file))
             found += [file.relative_to(root).as_posix() for file in names]
-        below[:] = sorted(d for d in below if not d.startswith(".") and deep < depth)
-        if len(found) >= MANY or seen >= 20 * MANY:
+        if len(found) >= MANY:
             break
     return found
 
@@ -43,15 +39,20 @@ def loose_files(root: Path, depth: int = DEPTH) -> Iterator[Path]:
 
     No link to a folder is followed, and none to a file elsewhere.
     """
-    for seen, (folder, below, files) in enumerate(os.walk(root)):
-        path = Path(folder)
-        if INDEX in files:
-            below.clear()
-        else:
+    for path, files in _folders(root, depth):
+        if INDEX not in files:
             found = (path / name for name in sorted(files) if name.endswith(ENDING))
             yield from (file for file in found if not file.is_symlink() or inside(file, root))
-        deep = len(path.relative_to(root).parts)
-        below[:] = sorted(d for d in below if not d.startswith(".") and deep < depth)
+
+
+def _folders(root: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and the folders below it with the names of their files; none inside a model's."""
+    for seen, (folder, below, files) in enumerate(os.walk(root), 1):
+        path = Path(folder)
+        yield path, files
+        if INDEX in files or len(path.relative_to(root).parts) >= depth:
+            below.clear()
+        below[:] = sorted(d for d in below if not d.startswith("."))
         if seen >= 20 * MANY:
             break
 
