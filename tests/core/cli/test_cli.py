@@ -384,7 +384,7 @@ def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         progress(0, 4, "first")
         time.sleep(0.1)
         progress(2, 4, "second")
-    assert re.search(r"Recording: 50 %, 00:00 so far, 00:0\d left, second", stream.getvalue())
+    assert re.search(r"Recording: 50 %, 00:\d\d so far, 00:\d\d left, second", stream.getvalue())
 
 
 # --- the main job ---------------------------------------------------------------------------------
