@@ -13,6 +13,7 @@ from tenuto.errors import TenutoError
 from .answers import filling, same_model, seen_last
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import CallFields, call_fields, watch
+from .far import starting
 from .fields import artifact_choices, noticed, optional, shown_number
 from .lora_field import lora_field
 from .making import image_side, made_now
@@ -116,17 +117,18 @@ def _wire(bench: Bench, parts: list[Any], prompt: gr.Textbox, inputs: Any, outpu
     """Generate and Stop: one of them is always there to be pressed. Progress is below them."""
     go, stop, working = parts
 
-    def on_generate(*values: Any, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
-        yield from made_now(bench, progress, *values)
+    def on_generate(*values: Any) -> Iterator[Any]:
+        yield from made_now(bench, *values)
 
     def buttons(generating: bool) -> list[Any]:
         pressed = [gr.Button(interactive=not generating), gr.Button(interactive=generating)]
-        return [*pressed, gr.HTML(visible=generating)]
+        said = starting(bench.desk.image != "none") if generating else ""
+        return [*pressed, gr.HTML(said, visible=generating)]
 
     pressed = gr.on([go.click, prompt.submit], lambda: buttons(True), None, parts, **QUIET)
     made = pressed.then(
-        on_generate, inputs, outputs, api_visibility="private", concurrency_id="machine",
-        show_progress_on=[working],
+        on_generate, inputs, [working, *outputs], api_visibility="private",
+        concurrency_id="machine", show_progress="hidden",
     )  # fmt: skip
     for over in (made.then, made.failure):  # Gradio 6.31 runs `then` after an answer alone
         over(lambda: buttons(False), None, parts, **QUIET)

@@ -6,6 +6,7 @@ import random
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,7 @@ from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import given
+from .far import Far, meanwhile
 from .given import given as or_absent
 from .given import whole
 from .lora_field import given as loras_given
@@ -76,15 +78,14 @@ def _again(made: list[dict[str, Any]], mode: str, chosen: gr.EventData) -> list[
     return [one["pair"], one["numbers"], info, *show(one["pair"], mode)]
 
 
-def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list[Any]]:
-    """What the image side shows after a press of Generate: made, stopped or failed.
+def made_now(bench: Bench, *values: Any) -> Iterator[list[Any]]:
+    """What a press of Generate shows: updates for the place of progress and the image side.
 
     Several images have seeds that follow each other; each is shown when it is there.
     """
     model, prompt, seed, steps, guidance, artifact, on, beside, mode, count, made, *rest = values
     speedup, loras, *own = rest
     done, stops = 0, bench.studio.stops
-    skip: list[Any] = [gr.skip()] * 10
     try:
         wanted = or_absent(count, whole, "The number of images", 1, MOST_IMAGES, absent=1)
         if wanted > 1:
@@ -92,35 +93,40 @@ def made_now(bench: Bench, progress: gr.Progress, *values: Any) -> Iterator[list
         for done in range(wanted):
             if bench.studio.stops != stops:
                 raise Cancelled
-            which = f"Image {done + 1} of {wanted}" if wanted > 1 else "Generating"
-
-            def on_call(now: int, total: int, which: str = which) -> None:
-                progress((now, total), desc=which, unit="calls")
-
-            def on_wait(place: int, which: str = which) -> None:
-                progress(0, desc=f"{which}: in line, place {place}. It begins by itself")
-
-            progress(0, desc="Loading the model")
-            found = bench.generate(
-                model, prompt, seed if wanted == 1 else seed + done, steps, guidance,
-                artifact if on else NO_ARTIFACT, beside, on_call, given(bench, model, own),
-                usable(bench, model, artifact, speedup, on), on_wait, stops=stops,
-                loras=loras_given(bench.places, model, loras),
+            far = Far(done + 1, wanted)
+            work = partial(
+                bench.generate, model, prompt, seed if wanted == 1 else seed + done, steps,
+                guidance, artifact if on else NO_ARTIFACT, beside, far.on_call,
+                given(bench, model, own), usable(bench, model, artifact, speedup, on), far.on_wait,
+                stops=stops, loras=loras_given(bench.places, model, loras),
             )  # fmt: skip
+            found = yield from meanwhile(work, partial(_working, far))
             one = _one(bench, found)
             made = [one, *made][:KEPT]
             gallery = gr.Gallery([(x["file"], x["caption"]) for x in made], visible=True)
             info = gr.Textbox(one["infotext"], visible=True)
-            yield [one["pair"], one["numbers"], info, *show(one["pair"], mode), gallery, made]
+            shown = [one["pair"], one["numbers"], info, *show(one["pair"], mode), gallery, made]
+            yield [gr.skip(), *shown]
     except Cancelled:
         kept = f"{done} of the images are kept." if done else "Nothing was saved."
-        yield [skip[0], card("stopped", "Stopped.", kept), *skip[2:]]
+        yield _said(card("stopped", "Stopped.", kept))
     except TenutoError as error:
-        yield [skip[0], card("failed", "It cannot be generated.", str(error)), *skip[2:]]
+        yield _said(card("failed", "It cannot be generated.", str(error)))
     except Exception as error:  # of the model itself: no memory left, say
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}"[:300]
-        yield [skip[0], card("failed", "Generating failed.", said), *skip[2:]]
+        yield _said(card("failed", "Generating failed.", said))
+
+
+def _working(far: Far) -> list[Any]:
+    """How far it is; in the place of the numbers, too, until there are some of this press."""
+    return _said(far.card() if far.number == 1 else gr.skip(), far.bar())
+
+
+def _said(numbers: Any, working: Any = None) -> list[Any]:
+    """Updates that change the place of the numbers, and that of progress, and leave the rest."""
+    skip = gr.skip()
+    return [skip if working is None else working, skip, numbers, *[skip] * 8]
 
 
 def _one(bench: Bench, found: dict[str, Any]) -> dict[str, Any]:

@@ -136,16 +136,26 @@ def report(result: dict[str, Any]) -> str:
 
 def bar(job: Job) -> str:
     """How far the part is, and how long it may still take."""
-    share = min(1.0, job.done / job.total) if job.total else 0.0
-    left = f"about {lasting(job.left)} left in this part" if job.left else ""
+    left = [f"{lasting(job.left)} left in this part"] if job.left else []
     if job.left_in_all is not None and job.part < job.parts:
-        left += f", {lasting(job.left_in_all)} in all"
-    words = " · ".join(filter(None, [job.note, f"{lasting(job.seconds)} so far", left]))
+        left.append(f"{lasting(job.left_in_all)} {'' if left else 'left '}in all")
+    about = f"about {', '.join(left)}" if left else ""
+    said = [job.note, f"{lasting(job.seconds)} so far", about]
+    return progress_bar(job.stage, job.done, job.total, said)
+
+
+def progress_bar(label: str, done: int, total: int, words: Sequence[str]) -> str:
+    """A bar, `done` of `total` long, and below it the share and `words`; empty ones are left out.
+
+    label: what it is called for who cannot see it.
+    """
+    share = min(1.0, done / total) if total else 0.0
+    said = " · ".join(filter(None, [f"{share:.0%}", *words]))
     return (
-        f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(job.stage)}" '
+        f'<div class="tenuto-bar" role="progressbar" aria-label="{escape(label)}" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share * 100:.0f}">'
         f'<div style="width:{share * 100:.1f}%"></div></div>'
-        f'<div class="tenuto-small">{share:.0%} · {escape(words)}</div>'
+        f'<div class="tenuto-small">{escape(said)}</div>'
     )
 
 

@@ -253,7 +253,10 @@ def test_progress_is_seen_on_a_phone(app: Any, visit: Any) -> None:
     )
     box = place.bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= 700, "it is on the screen"
-    assert "No image yet" not in place.inner_text()
+    page.wait_for_selector("#numbers [role=progressbar]")
+    assert "No image yet" not in tab.text("#numbers")
+    bar, words = (place.locator(part).bounding_box() for part in (".tenuto-bar", ".tenuto-small"))
+    assert bar["y"] + bar["height"] <= words["y"], "nothing is printed over the bar"
     page.click("#generate-stop")
     page.wait_for_selector("#numbers [data-state=stopped]", state="attached")
     place.wait_for(state="hidden")

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tenuto
-from gradio_app import jobs, view
+from gradio_app import jobs, making, view
 from gradio_app.bench import Bench
 from gradio_app.desk import Desk
 from gradio_app.given import given, real, whole
@@ -232,20 +232,22 @@ def test_what_cannot_be_calibrated_is_refused_without_a_trace(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stop_before_the_image_begins_is_not_lost(tmp_path: Path) -> None:
+def test_a_stop_before_the_image_begins_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the press of Generate and the first of its steps."""
-    from gradio_app import making
+    bench = Bench(Settings(tmp_path, device="cpu"))
+    begin = bench.studio.generate
 
-    bench, said = Bench(Settings(tmp_path, device="cpu")), list[str]()
-
-    def progress(*_: Any, desc: str, **options: Any) -> None:
-        said.append(desc)
+    def stopped_first(*wanted: Any) -> Generated:
         bench.stop(None, "generate")
+        return begin(*wanted)
 
-    own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
-    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, "", *own]
-    (found,) = making.made_now(bench, progress, *values)
-    assert "Stopped." in found[1] and said == ["Loading the model"]
+    monkeypatch.setattr(bench.studio, "generate", stopped_first)
+    values = ["demo:unet", "a", 7, 1, 2.0, "", False, False, "A", 1, [], 1, "", *OWN]
+    first, *_, last = making.made_now(bench, *values)
+    assert "loading the model" in first[0] and 'data-state="running"' in first[2]
+    assert "Stopped." in last[2] and len(first) == len(last) == 11
     assert not (tmp_path / "pictures").exists()
 
 
@@ -622,15 +624,13 @@ def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_that_fails_while_it_generates_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gradio_app.making import made_now
-
     def out_of_memory(*args: Any, **options: Any) -> Any:
         raise RuntimeError(f"no memory left {EVIL}")
 
     bench = Bench(Settings(tmp_path))
     monkeypatch.setattr(bench, "generate", out_of_memory)
     values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, "", *OWN]
-    ((_, card, *_),) = made_now(bench, lambda *args, **options: None, *values)
+    *_, (_, _, card, *_) = making.made_now(bench, *values)
     assert "no memory left" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 

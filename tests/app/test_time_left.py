@@ -48,6 +48,8 @@ def test_a_job_says_both() -> None:
     job.use_began = job.stage_began = time.monotonic() - 2
     job.take({"stage": "Recording", "part": 1, "parts": 4, "done": 50, "total": 100})
     assert "about 2.0 s left in this part, 1 min 48 s in all" in bar(job)
+    job.take({"stage": "Recording", "part": 1, "parts": 4, "done": 100, "total": 100})
+    assert "0.0 s so far · about 1 min 48 s left in all</div>" in bar(job)
     job.take({"stage": "Quantizing", "part": 2, "parts": 4, "done": 0, "total": 100})
     assert time.monotonic() - job.use_began > 1.9, "of the same use"
     job.take({"stage": "Recording", "part": 3, "parts": 4, "done": 0, "total": 100})
