@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+from torch import nn
+
 from ..errors import ModelError
+from ..model import denoisers_of
 from ..text import first_line, printable
 from .libraries import quiet_loading
 from .model_folders import ENDING
@@ -61,12 +65,13 @@ def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     """Put LoRAs on a pipeline, together, each with its weight.
 
     Before or after an artifact is attached. ModelError if PEFT is missing, the pipeline takes none,
-    or one is of another model; the pipeline may have some of them then.
+    or one is of another model; the pipeline may have some of them then, and a layer that such a
+    file has widened.
     """
     if not loras:
         return
     check_takes_loras(type(pipe))
-    names = [f"lora_{number}" for number in range(len(loras))]
+    names, sizes = [f"lora_{number}" for number in range(len(loras))], _sizes(pipe)
     for name, (file, _) in zip(names, loras, strict=True):
         with _fits(pipe, file):
             pipe.load_lora_weights(
@@ -75,6 +80,7 @@ def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
             )  # fmt: skip
         if not any(name in known for known in pipe.get_list_adapters().values()):
             raise _other(pipe, file, "it has no such layers")
+        _check_sizes(pipe, file, sizes)
     pipe.set_adapters(names, [lora.weight for lora in loras])
 
 
@@ -102,6 +108,38 @@ def with_loras(
         after = _parameters(pipe)
         if before.keys() != after.keys() or any(before[n] is not after[n] for n in before):
             on_changed()
+
+
+def _sizes(pipe: Any) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of the denoisers, by name, with LoRAs or without."""
+    return {
+        f"{part}.{name}".replace(".base_layer", ""): (layer.in_features, layer.out_features)
+        for part, denoiser in denoisers_of(pipe).items()
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def _check_sizes(pipe: Any, file: Path, before: dict[str, tuple[int, int]]) -> None:
+    """ModelError where a LoRA has changed the size of a layer, for which diffusers has no error.
+
+    It widens any layer of FLUX that a file has wider, and a run fails. That is meant for the first
+    layer alone, and for pipelines that feed it an image for control beside the latents.
+    """
+    now = _sizes(pipe)
+    changed = [name for name, size in before.items() if now.get(name, size) != size]
+    if not changed:
+        return
+    if not all(name.endswith(".x_embedder") for name in changed):
+        raise _other(pipe, file, "the layers have other sizes")
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "control_image" not in takes or "controlnet" in pipe.components:
+        wide, has = now[changed[0]][0], before[changed[0]][0]
+        raise ModelError(
+            f"{file.name} is a Control LoRA: it adds a control image to the input ({wide} channels "
+            f"in place of {has}), and a {type(pipe).__name__} takes none. Choose another LoRA, or "
+            "use it in diffusers with a FluxControlPipeline."
+        )
 
 
 def _parameters(pipe: Any) -> dict[str, Any]:

@@ -112,11 +112,39 @@ def test_they_come_off_again_or_it_is_said(files: Path, tmp_path: Path) -> None:
     used(pipe, files / "flux.safetensors")
     after = pipe.transformer.state_dict()
     assert not changed and all(torch.equal(before[n], after[n]) for n in before | after)
-    first = pipe.transformer.x_embedder
-    wide = {
-        "transformer.x_embedder.lora_A.weight": torch.ones(2, 2 * first.in_features),
-        "transformer.x_embedder.lora_B.weight": torch.ones(first.out_features, 2),
-    }
-    save_file(wide, tmp_path / "control.safetensors")
-    used(pipe, tmp_path / "control.safetensors")
+    with pytest.raises(ModelError, match=r"control\.safetensors is a Control LoRA"):
+        used(pipe, wide_file(pipe, tmp_path / "control.safetensors"))
     assert changed
+
+
+def wide_file(pipe: Any, file: Path, layer: str = "x_embedder") -> Path:
+    """A LoRA of one layer of FLUX, with twice as many inputs as it has, written to `file`."""
+    linear = pipe.transformer.get_submodule(layer)
+    save_file({
+        f"transformer.{layer}.lora_A.weight": torch.ones(2, 2 * linear.in_features),
+        f"transformer.{layer}.lora_B.weight": torch.ones(linear.out_features, 2),
+    }, file)  # fmt: skip
+    return file
+
+
+def test_what_widens_a_layer_is_refused_unless_the_pipeline_feeds_it(tmp_path: Path) -> None:
+    """Diffusers widens any layer of FLUX without a word, and the run fails."""
+    from diffusers import FluxControlPipeline
+
+    pipe = tiny.flux()
+    file = wide_file(pipe, tmp_path / "depth.safetensors")
+    channels = pipe.transformer.x_embedder.in_features
+    said = rf"\({2 * channels} channels in place of {channels}\), and a FluxPipeline takes none"
+    with pytest.raises(ModelError, match=said):
+        add_loras(pipe, [Lora(file)])
+    pipe = tiny.flux()
+    with pytest.raises(
+        ModelError, match=r"no LoRA of this FluxPipeline, .*: the layers have other"
+    ):
+        add_loras(pipe, [Lora(wide_file(pipe, tmp_path / "other.safetensors", "context_embedder"))])
+    parts = tiny.flux().components
+    for other in ("image_encoder", "feature_extractor"):
+        parts.pop(other, None)
+    control = FluxControlPipeline(**parts)
+    add_loras(control, [Lora(file)])
+    assert control.transformer.config.in_channels == 2 * channels
