@@ -183,8 +183,8 @@ def _warm(bench: Bench) -> None:
         models = bench.places.models()
         if models:
             bench.studio.pipe(bench.places.model(models[0]))
-    except TenutoError:
-        pass  # generating with it says why it cannot be loaded
+    except Exception:
+        pass  # generating with it says why it cannot be loaded: no memory left, say
 
 
 def _say(text: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import tenuto
 
+from .failures import ended
 from .time_left import in_all, use_of
 
 PATIENCE = 0.25  # seconds that a worker has to stop by itself
@@ -170,7 +171,7 @@ class Job:
             self.state = STOPPED
         else:
             self.state = FAILED
-            self.error = self.error or f"The worker ended by itself (exit code {code})."
+            self.error = self.error or ended(code)
 
 
 def _event(line: str) -> dict[str, Any]:

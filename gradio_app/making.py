@@ -15,6 +15,7 @@ from tenuto.errors import Cancelled, TenutoError
 
 from .bench import NO_ARTIFACT, Bench
 from .call_fields import given
+from .failures import sentence
 from .far import Far, meanwhile
 from .given import given as or_absent
 from .given import whole
@@ -114,8 +115,7 @@ def made_now(bench: Bench, *values: Any) -> Iterator[list[Any]]:
         yield _said(card("failed", "It cannot be generated.", str(error)))
     except Exception as error:  # of the model itself: no memory left, say
         traceback.print_exc()
-        said = f"{type(error).__name__}: {error}"[:300]
-        yield _said(card("failed", "Generating failed.", said))
+        yield _said(card("failed", "Generating failed.", sentence(error)))
 
 
 def _working(far: Far) -> list[Any]:

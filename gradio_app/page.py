@@ -11,7 +11,9 @@ import gradio as gr
 from tenuto.errors import TenutoError
 from tenuto.text import printable
 
-SENTENCE = 300  # characters
+from .failures import sentence
+
+SENTENCE = 500  # characters
 
 
 class Page(gr.Blocks):
@@ -51,7 +53,7 @@ class Page(gr.Blocks):
             raise refusal(str(error)) from error
         except Exception as error:
             traceback.print_exc()
-            raise refusal(f"It failed: {type(error).__name__}: {error}") from error
+            raise refusal(sentence(error)) from error
 
 
 def _whole(block_fn: Any, inputs: Any) -> Any:

@@ -21,6 +21,7 @@ from tenuto.errors import Cancelled, TenutoError
 from tenuto.progress import Progress
 
 from .call import kept, recalled
+from .failures import sentence
 from .infotext import as_number, written
 from .loras import described
 
@@ -53,7 +54,7 @@ def main() -> int:
         return 2
     except Exception as error:  # the app shows it, the log has the rest
         traceback.print_exc()
-        send(error=f"{type(error).__name__}: {error}"[:500])
+        send(error=sentence(error))
         return 1
     return 0
 

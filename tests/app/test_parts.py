@@ -23,6 +23,7 @@ import tenuto
 from gradio_app import jobs, making, view
 from gradio_app.bench import Bench
 from gradio_app.desk import Desk
+from gradio_app.failures import ended
 from gradio_app.given import given, real, whole
 from gradio_app.infotext import parsed, written
 from gradio_app.jobs import Job
@@ -309,7 +310,7 @@ def job(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     ("how", "state", "error"),
     [("done", "done", ""), ("failed", "failed", "It cannot be."),
      ("crashed", "failed", "The worker ended by itself (exit code 7)."),
-     ("half a line", "failed", "The worker ended by itself (exit code -9)."),
+     ("half a line", "failed", ended(-9)),
      ("noise", "failed", "The worker ended by itself (exit code 7)."),
      ("noise between", "done", "")],
 )  # fmt: skip
@@ -624,14 +625,14 @@ def test_a_window_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_that_fails_while_it_generates_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def out_of_memory(*args: Any, **options: Any) -> Any:
-        raise RuntimeError(f"no memory left {EVIL}")
+    def unlucky(*args: Any, **options: Any) -> Any:
+        raise RuntimeError(f"no luck {EVIL}")
 
     bench = Bench(Settings(tmp_path))
-    monkeypatch.setattr(bench, "generate", out_of_memory)
+    monkeypatch.setattr(bench, "generate", unlucky)
     values = ["demo:unet", *["x"] * 7, "A", 1, [], 1, "", *OWN]
     *_, (_, _, card, *_) = making.made_now(bench, *values)
-    assert "no memory left" in card and "Generating failed" in card and escaped(card)
+    assert "RuntimeError: no luck" in card and "Generating failed" in card and escaped(card)
     assert "RuntimeError" in capsys.readouterr().err
 
 
