@@ -23,16 +23,40 @@ FORMS = {
     "diffusers": "A folder for diffusers, without Tenuto",
 }
 ENDINGS = {"comfy": ".safetensors", "gguf": ".gguf", "diffusers": ""}
-HOSTS = (
-    ("In ComfyUI", "Copy {file} into ComfyUI's folder models/tenuto. The node Tenuto Loader has it "
-     "beside the model; the nodes come with ComfyUI-Manager, as Tenuto."),
-    ("In Forge, Forge Neo, reForge and A1111", "Copy {file} into the folder models/tenuto of the "
-     "WebUI. The extension Tenuto has it in its list of artifacts."),
-    ("In Python", "tenuto.attach(pipe, {name!r}) of a diffusers pipeline of this model."),
-)  # fmt: skip
+COMFY, FORGE = "In ComfyUI", "In Forge, Forge Neo, reForge and A1111"
+HOW = {  # in each host, by form; `file` stands for the path
+    AS_IT_IS: {
+        COMFY: "Copy the file into ComfyUI's folder models/tenuto. The node Tenuto Loader has it "
+        "beside the model; the nodes come with ComfyUI-Manager, as Tenuto.",
+        FORGE: "Copy the file into the folder models/tenuto of the WebUI. The extension Tenuto has "
+        "it in its list of artifacts.",
+    },
+    "comfy": {
+        COMFY: "Copy the file into ComfyUI's folder models/diffusion_models. The node Load "
+        "Diffusion Model has it; load the text encoders and the VAE beside it.",
+        "In Forge Neo": "Copy the file into the folder models/Stable-diffusion. It is in the list "
+        "of checkpoints; choose the text encoders and the VAE beside it.",
+    },
+    "gguf": {
+        COMFY: "Copy the file into ComfyUI's folder models/unet. The node Unet Loader (GGUF) of "
+        "ComfyUI-GGUF has it; load the text encoders and the VAE beside it.",
+    },
+    "diffusers": {},
+}  # fmt: skip
+NEEDS = {  # beside the lines of Python
+    AS_IT_IS: "With Tenuto, by the lines below.",
+    "gguf": "By the lines below, after pip install gguf.",
+    "diffusers": "By the lines below, after pip install torchao.",
+}
+WHERE = {
+    True: "The file is {}.",
+    False: "Press Export to write {}. What is there already is not replaced.",
+}
 NO_HOST = (
     "A demo model is for this app and for diffusers: ComfyUI and the WebUIs have none as small."
 )
+NO_EXPORT = "The artifact is a file already, and needs no export: choose another format for that."
+NO_ARTIFACT = "There is no artifact yet.", "Calibrate a model, or add an artifact in Generate."
 
 
 def exported(bench: Bench, name: str, form: str) -> Path:

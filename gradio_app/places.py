@@ -112,6 +112,10 @@ class Places:
             raise ModelError(f"'{printable(name)}' has its weights elsewhere: choose their file.")
         return found
 
+    def source(self, name: str) -> str:
+        """What `tn.open_model` takes for the model called `name`: a path, or what it is called."""
+        return name if name.startswith(PREFIX) else self._model(name) or name
+
     def _donors(self) -> Iterator[Path]:
         """Folders of models, which may lend a single file what it lacks."""
         yield from (Path(place) for place in downloaded(self.hub).values())
