@@ -10,7 +10,6 @@ from tenuto.files import clear_parts
 
 from .given import disk_told, words
 from .jobs import Job
-from .places import SHIPPED
 
 if TYPE_CHECKING:
     from .bench import Bench
@@ -60,8 +59,8 @@ NO_ARTIFACT = "There is no artifact yet.", "Calibrate a model, or add an artifac
 
 
 def exported(bench: Bench, name: str, form: str) -> Path:
-    """Where an export goes: a file, or a folder for diffusers."""
-    stem = name.removeprefix(SHIPPED)
+    """Where an export goes: a file, or a folder for diffusers. ArtifactError if there is none."""
+    stem = bench.places.artifact(name).stem
     return bench.places.out / "exports" / f"{stem}-{form}{ENDINGS[form]}"
 
 

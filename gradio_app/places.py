@@ -30,6 +30,7 @@ from tenuto.sampling.single_file_folder import opened_folder
 from tenuto.text import printable
 
 from .given import words
+from .loose_artifacts import below, fitting
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 SHIPPED = "shipped:"
@@ -193,11 +194,15 @@ class Places:
     # --- artifacts ------------------------------------------------------------------------------
 
     def artifacts(self, model: str = "") -> list[str]:
-        """The artifacts in the output folder, newest first, and those that ship with `model`."""
+        """The artifacts in the output folder, newest first, and those of `model`.
+
+        These lie below the folders of models, and are called by their path, or ship with it.
+        """
         made = [p for p in self.out.glob(f"*{ENDING}") if p.is_file() and inside(p, self.out)]
         made = [p for p in made if NAME.fullmatch(p.stem)]
         names = [p.stem for p in sorted(made, key=lambda p: p.stat().st_mtime, reverse=True)]
         known = isinstance(model, str) and model.startswith(PREFIX)
+        names += self._beside(model) if isinstance(model, str) and model else []
         kind = model.removeprefix(PREFIX) if known else None
         if kind is None:
             return names
@@ -210,12 +215,23 @@ class Places:
     def artifact(self, name: str) -> Path:
         """The file of an artifact; ArtifactError unless it is one of `artifacts`."""
         name = words(name, "The name of an artifact", LENGTH)
+        found = self._below().get(name) if name.endswith(ENDING) else None
+        if found is not None:
+            return found
         shipped = name.startswith(SHIPPED)
         folder = asset("artifacts") if shipped else self.out
         path = folder / f"{checked_name(name.removeprefix(SHIPPED))}{ENDING}"
         if not path.is_file() or not inside(path, folder):
-            raise ArtifactError(f"There is no artifact '{printable(name)}' in the output folder.")
+            here = "in the output folder or below the folders of models"
+            raise ArtifactError(f"There is no artifact '{printable(name)}' {here}.")
         return path
+
+    def _beside(self, model: str) -> list[str]:
+        place = model if model.startswith(PREFIX) else self._model(model)
+        return fitting(self._below(), place or downloaded(self.hub).get(model))
+
+    def _below(self) -> dict[str, Path]:
+        return below((*self.roots, *self.added), self.out)
 
     def new_artifact(self, name: str) -> Path:
         """Where an artifact of that name goes; TenutoError if there is one."""

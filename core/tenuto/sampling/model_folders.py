@@ -34,13 +34,14 @@ def models_in(root: Path, depth: int = DEPTH, single: bool = True) -> list[str]:
     return found
 
 
-def loose_files(root: Path, depth: int = DEPTH) -> Iterator[Path]:
+def loose_files(root: Path, depth: int = DEPTH, models: bool = False) -> Iterator[Path]:
     """All safetensors files below `root` that are not of a model's folder, unopened, by name.
 
-    No link to a folder is followed, and none to a file elsewhere.
+    models: those beside a model_index.json too. No link to a folder is followed, and none to a
+    file elsewhere.
     """
     for path, files in _folders(root, depth):
-        if INDEX not in files:
+        if models or INDEX not in files:
             found = (path / name for name in sorted(files) if name.endswith(ENDING))
             yield from (file for file in found if not file.is_symlink() or inside(file, root))
 
