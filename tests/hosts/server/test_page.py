@@ -71,6 +71,22 @@ def test_there_are_two_that_use_an_artifact() -> None:
     assert [path.stem for path in OWN] == ["tenuto-calibrate", "tenuto-use"]
 
 
+def test_they_go_with_each_other_and_with_the_page_that_names_them() -> None:
+    """docs/faster-in-comfyui.md: SDXL, at the settings of its template, and plain W8A8."""
+    said = (HERE.parents[3] / "docs" / "faster-in-comfyui.md").read_text("utf-8")
+    assert "to the scheme `W8A8`" in said and "It is set to SDXL, to 25 steps" in said
+    names = ("tenuto-speed-up-sdxl", "tenuto-calibrate", "tenuto-use")
+    flows = [{n["type"]: n.get("widgets_values") for n in json.loads(p.read_text("utf-8"))["nodes"]}
+             for name in names for p in FLOWS if p.stem == name]  # fmt: skip
+    for kind in ("CheckpointLoaderSimple", "EmptyLatentImage"):
+        assert len({json.dumps(flow[kind]) for flow in flows}) == 1, kind
+    one, made, use = flows
+    assert made["Tenuto_Calibrate"][1] == "W8A8"
+    assert use["Tenuto_LoadArtifact"] == [f"{made['Tenuto_Calibrate'][0]}.safetensors"]
+    how = one["KSampler"][2:6]  # steps, cfg, sampler_name, scheduler
+    assert use["KSampler"][2:6] == how == made["Tenuto_Calibrate"][7:]
+
+
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_every_node_is_there_and_none_is_red(tab: Any, path: Path) -> None:
     flow = json.loads(path.read_text("utf-8"))
