@@ -177,7 +177,7 @@ def test_a_line_on_the_page(app: Any, visit: Any, findings: Any) -> None:
     page.click("#generate")
     page.wait_for_function("document.querySelector('#line-said')?.innerText.includes('Image: ')")
     page.wait_for_function(
-        "document.querySelector('#generate-working')?.textContent.includes('in line, place 2')"
+        "document.querySelector('#generate-working')?.textContent.includes('In line, place 2')"
     )
     assert not findings(page), "a line"
     page.click("#generate-stop")
