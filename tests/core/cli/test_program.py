@@ -208,6 +208,38 @@ def test_help_fits_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
         assert not re.search(r"\b(draws?|drawn|pictures?|holds?|held|routes?|lay)\b", text)
 
 
+def test_help_names_no_type(capfd: pytest.CaptureFixture[str]) -> None:
+    """What takes a value has a word of its own for it; switches take none."""
+    for name in ("", *commands.__all__):
+        assert cli.main([*([name.replace("_", "-")] if name else []), "--help"]) == 0
+        text = capfd.readouterr().out
+        assert "--help" in text and not re.search(r"<\w+>", text), name
+
+
+@pytest.mark.parametrize("name", commands.__all__)
+def test_help_names_options_that_the_command_has(name: str) -> None:
+    program = typer.main.get_command(declared.program)
+    assert isinstance(program, TyperGroup)
+    params = program.commands[name.replace("_", "-")].params
+    known = {flag for param in params for flag in (*param.opts, *param.secondary_opts)}
+    for param in params:
+        said = set(re.findall(r"--[a-z][a-z-]*", getattr(param, "help", "") or ""))
+        assert said <= known, param.name
+
+
+def test_help_says_what_a_seed_is_of() -> None:
+    program = typer.main.get_command(declared.program)
+    assert isinstance(program, TyperGroup)
+    said = {
+        name: next((str(getattr(p, "help", "")) for p in command.params if "--seed" in p.opts), "")
+        for name, command in program.commands.items()
+    }
+    images = {name for name, help in said.items() if help.startswith("Seed of the first image")}
+    assert images == {"generate", "compare"}
+    assert "image" in said["quantize"] and said["quantize"] == said["train-router"]
+    assert said["text-encoder"] and "image" not in said["text-encoder"]
+
+
 def test_a_shell_completes_commands_options_and_values() -> None:
     for words, wanted in (
         ("tenuto tra", ["train-router"]), ("tenuto quantize --rou", ["--rounding"]),
