@@ -20,6 +20,7 @@ from ..artifact import Artifact
 from .beside import applicable, companion, exported_facts, read_companion, read_exported
 from .plan import Plan, Settings, planned
 from .report import COMPANION, Report, lines_of
+from .size import size_note
 
 __all__ = [
     "COMPANION",
@@ -111,6 +112,9 @@ def export(
     settings = Settings(scheme, prefix, inputs or {}, library)
     form.check(plan, settings)
     try:
-        return form.write(plan, Path(out), settings, on_progress)
+        report = form.write(plan, Path(out), settings, on_progress)
     except OSError as error:
         raise TenutoError(f"Cannot write {out}: {error.strerror or error}.") from error
+    if form.SCHEMES:  # else it is to be as large
+        report.notes += filter(None, [size_note(report)])
+    return report
