@@ -49,10 +49,8 @@ def generate(
     how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
     check_image(out)
-    found, states = (
-        load_artifact(artifact) if artifact else None,
-        PromptStates(prompt_cache, source.loras),
-    )
+    found = load_artifact(artifact) if artifact else None
+    states = PromptStates(prompt_cache, source.loras)
     sampling = sampling_of(
         source.place, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tenuto import cli
-from tenuto.calibration.spared import USUAL
+from tenuto.calibration.costs import USUAL
 from tenuto.cli import commands, session
 from tenuto.sampling.loading import load
 

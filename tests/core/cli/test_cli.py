@@ -377,7 +377,7 @@ def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_ten_seconds() -> No
 
 
 def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenuto.cli.console.SOONEST", 0.05)
+    monkeypatch.setattr("tenuto.progress.SOONEST", 0.05)
     stream = Stream(False)
     with Bars(stream) as bars:
         progress = bars("Recording")

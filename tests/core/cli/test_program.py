@@ -22,7 +22,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from tenuto import cli
-from tenuto.cli import commands, console
+from tenuto.cli import commands
 from tenuto.cli import program as declared
 from tenuto.cli.arguments import spelled
 from tenuto.cli.calls import OPTIONS
@@ -291,7 +291,7 @@ def test_a_long_note_leaves_the_bar_its_width(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """No carriage return and no bar, from us or a library: a person reads the file of a job."""
-    monkeypatch.setattr(console, "SOONEST", 0.05)
+    monkeypatch.setattr("tenuto.progress.SOONEST", 0.05)
     stream = io.StringIO()
     with Bars(stream) as bars:
         progress = bars("Quantizing")

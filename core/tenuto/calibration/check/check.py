@@ -37,11 +37,11 @@ from ...sampling import (
 from ...sampling.loading import defaults
 from ...sampling.opened import opened
 from ...text import printable
+from ..costs import USUAL
 from ..given import needs_every_prompt, prompts_needed, scheme_of
 from ..presets import Preset, effort
 from ..route_job import DEFAULT_REUSE, SPREADS
 from ..router.effort import PRESETS, calls_of_search
-from ..spared import USUAL
 from . import estimates, problems
 from .file_size import size_of
 from .layers import Sorted, parameters
