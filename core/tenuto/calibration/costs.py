@@ -11,6 +11,13 @@ NEAREST = 2  # recorded calls that rounding to nearest takes about as long as
 PLAIN = 3  # calls in full precision that trials are compared with
 USUAL = 3 * 16  # calls of a search for layers that stay in float: 12 to 22 trials of three calls
 RESULT = 6  # calls of the check of the result: three in full precision, three quantized
+SPEEDUPS = (1.4, 2.0, 2.5)  # at which a forecast is measured
+COUNT = 4  # images that it is measured on
+
+
+def images_of(steps: int) -> int:
+    """Calls of the denoiser times images that measuring a forecast takes, at so many steps."""
+    return round(COUNT * steps * (1 + sum(1 / speedup for speedup in SPEEDUPS)))
 
 
 def layer_costs(

@@ -25,8 +25,8 @@ from ..runtime import check_free
 from ..sampling import Trajectory, processes, work_in
 from ..sampling.loading import defaults
 from .by_denoiser import joined, part_seed, recordings, weights_of
-from .costs import layer_costs
-from .forecast_scores import images_of, measurable, with_scores
+from .costs import images_of, layer_costs
+from .forecast_scores import measurable, with_scores
 from .given import (
     check_place,
     check_recipe,
@@ -153,7 +153,7 @@ def _measured(
         return make(on_progress)
     calls, batch = len(trajectory.calls) * trajectory.batch, trajectory.batch
     worth = _worth(scheme, effort(settings["preset"]), settings["rounding"], calls, batch)
-    sizes = {"layers": worth, "forecast": images_of(trajectory)}
+    sizes = {"layers": worth, "forecast": images_of(len(trajectory.timesteps))}
     sizes["rounding"] = 2 * len(trajectory.timesteps) * trajectory.batch
     notes = parts(on_progress, sizes)
     made = with_scores(model, make(notes["layers"]), trajectory, notes["forecast"])

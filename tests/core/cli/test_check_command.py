@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tenuto import cli
-from tenuto.calibration.costs import USUAL
+from tenuto.calibration.costs import images_of, layer_costs
 from tenuto.cli import commands, session
 from tenuto.sampling.loading import load
 
@@ -38,7 +38,10 @@ def test_a_folder_is_checked_without_loading_it(
     found = json.loads(out)
     assert not err and found["family"] == "pixart" and not found["problems"]
     assert set(found["layers"]) == {"w4a8", "w8a8"}
-    assert found["time"]["uses"]["quantize"]["calls"] == 3 * 16 * 20 * 2 + USUAL * 4 * 2
+    parts = layer_costs(16 * 20, 4, replays=True, stored=False, search=True)
+    measured = images_of(20) + 2 * 20 * 4  # a forecast, and what rounding adds to it
+    expected = 2 * (16 * 20 + sum(parts.values()) + measured)  # with guidance
+    assert found["time"]["uses"]["quantize"]["calls"] == expected
     assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
     lines = out.replace(str(tiny_pixart_folder), "MODEL").splitlines()
