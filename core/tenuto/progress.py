@@ -82,6 +82,7 @@ class Bars:
         self.stages = list[str]()
         self._bar: Any = None
         self._done = 0
+        self._form = BAR if self.watched else LINE
 
     def settings(self, label: str) -> dict[str, Any]:
         """How a tqdm bar called `label` is shown."""
@@ -90,10 +91,10 @@ class Bars:
         if self.watched:
             pace: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True, "miniters": 0}
             pace["smoothing"] = 0  # what is left by the time so far: parts are sized by theirs
-            return {"desc": label, "file": self.stream, "bar_format": BAR} | pace
+            return {"desc": label, "file": self.stream, "bar_format": self._form} | pace
         pace = {"mininterval": SOONEST, "miniters": 1, "delay": SOONEST, "ncols": WIDTH - 1}
         pace["smoothing"] = 0
-        return {"desc": label, "file": Lines(self.stream), "bar_format": LINE} | pace
+        return {"desc": label, "file": Lines(self.stream), "bar_format": self._form} | pace
 
     def __call__(self, label: str) -> Progress:
         """A new bar; returns the `on_progress` that moves it."""
@@ -108,6 +109,7 @@ class Bars:
 
                 self._bar = tqdm(total=total, initial=at_most, **self.settings(label))
             self._bar.total, self._done = total, done
+            self._bar.bar_format = self._form if done < total else _soon_over(self._form)
             if self.stream is not None and not self.watched:
                 so_far = SHARE * (time.time() - self._bar.start_t)
                 self._bar.mininterval = min(max(SOONEST, so_far), LATEST)
@@ -132,7 +134,7 @@ class Bars:
     def close(self) -> None:
         """Finish the bar in progress."""
         if self._bar is not None:
-            self._bar.n = self._done
+            self._bar.n, self._bar.bar_format = self._done, self._form
             self._bar.close()
             self._bar = None
 
@@ -141,6 +143,11 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _soon_over(form: str) -> str:
+    """A bar whose parts are all done, while what follows them is not: no time is named."""
+    return form.replace("{remaining} left", "soon over").replace("{remaining}", "soon")
 
 
 @contextmanager

@@ -110,8 +110,11 @@ def test_all_is_done_when_the_work_is_over() -> None:
         for done in range(5):
             progress(done, 4, "")
         bars._bar.refresh()
-        assert "2/2 Quantizing:  99%" in stream.getvalue() and "100%" not in stream.getvalue()
-    assert "2/2 Quantizing: 100%" in stream.getvalue()
+        last = stream.getvalue().split("\r")[-1]
+        assert last.startswith("2/2 Quantizing:  99%") and "<soon" in last
+        assert "100%" not in stream.getvalue()
+    last = stream.getvalue().split("\r")[-1]
+    assert last.startswith("2/2 Quantizing: 100%") and "<soon" not in last
 
 
 def test_every_long_function_shows_a_bar_unless_told_otherwise() -> None:

@@ -302,7 +302,10 @@ def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatc
         for _ in tqdm(range(3), **bars.settings("Generating")):
             time.sleep(0.06)
     lines = stream.getvalue().splitlines()
-    assert all(re.fullmatch(r"\w+: \d+ %, [\d:]+ so far, [\d:?]+ left.*", line) for line in lines)
+    assert all(
+        re.fullmatch(r"\w+: \d+ %, [\d:]+ so far, ([\d:?]+ left|soon over).*", line)
+        for line in lines
+    )
     assert any(line.startswith("Quantizing: 50 %") and "block 2" in line for line in lines), lines
     assert [line for line in lines if "100 %" in line][-1].startswith("Generating")
     assert len(lines) == len(set(lines)) and not {"\r", "\x1b"} & set(stream.getvalue())
