@@ -91,6 +91,7 @@ JOBS = (
     script("attention", "int8_attention", *CUDA, "--batch", "32", timed=True),
     script("calibration", "calibration_time", *CUDA, "--batch", "16", timed=True),
     script("kernels", "check_kernels", timed=True),
+    script("fused", "fused_kernels", timed=True),
     script("joint", "joint", *CUDA, *FID, "--count", "64", "--batch", "32"),
     script("steps", "other_steps", *CUDA, "--images", "64", "--batch", "32"),
 )

@@ -332,10 +332,11 @@ def test_the_safety_check_lets_pass(line: str) -> None:
 
 
 def test_only_the_command_prints() -> None:
+    """And a long function a bar, on a terminal: `progress.py` alone knows stderr."""
     wrong = [
         at(path, node)
         for path in sources("core")
-        if CORE / "cli" not in path.parents
+        if CORE / "cli" not in path.parents and path != CORE / "progress.py"
         for node in ast.walk(tree_of(path))
         if (
             isinstance(node, ast.Call)

@@ -431,3 +431,45 @@ def test_the_file_is_about_as_large_as_was_said(scheme: str, tmp_path: Path) -> 
     assert found.size["codes"] == pytest.approx(codes, rel=0.1)
     assert found.size["in 16 bits"] == 2 * found.weights["all"]
     assert f"about {gib(found.size['codes'])} for the denoiser" in str(found)
+
+
+def test_an_estimate_is_no_less_than_its_calls(
+    monkeypatch: pytest.MonkeyPatch, tiny_pixart_folder: Path
+) -> None:
+    """With one call timed: as often as that. Without: every call costs something, small or not."""
+    from tenuto.sampling.loading import load
+
+    monkeypatch.setattr(estimates, "seconds_of", lambda *given: 0.25)
+    monkeypatch.setattr(estimates, "products_per_second", lambda *given: 1e15)
+    monkeypatch.setattr(estimates, "seconds_a_module", lambda *given: 1e-3)
+    pipe = load(str(tiny_pixart_folder))
+    timed = tn.check(pipe, run=True).time
+    rows = 2  # of a call of one image: with guidance
+    assert timed["seconds_per_row"] == 0.25 / rows
+    for facts in timed["uses"].values():
+        assert facts["seconds"] >= facts["calls"] * 0.25 / rows
+        assert facts["seconds_at_most"] > facts["seconds"]
+    unseen = tn.check(str(tiny_pixart_folder)).time
+    modules = sum(1 for m in pipe.transformer.modules() if not any(m.children()))
+    batch = 4 * rows
+    facts = unseen["uses"]["quantize"]
+    assert facts["seconds"] >= facts["calls"] / batch * modules * 1e-3
+
+
+def test_an_estimate_grows_with_the_work(
+    monkeypatch: pytest.MonkeyPatch, tiny_pixart_folder: Path
+) -> None:
+    """With steps, effort and prompts that are looked at, whatever a machine does meanwhile."""
+    monkeypatch.setattr(estimates, "products_per_second", lambda *given: 1e9)
+    monkeypatch.setattr(estimates, "seconds_a_module", lambda *given: 1e-4)
+
+    def seconds(use: str, **options: Any) -> float:
+        return tn.check(str(tiny_pixart_folder), **options).time["uses"][use]["seconds"]
+
+    for use in ("quantize", "train-router"):
+        assert seconds(use, steps=10) < seconds(use, steps=20) < seconds(use, steps=40)
+        assert seconds(use, steps=20) < seconds(use, steps=20, preset="thorough")
+    assert seconds("quantize", steps=20) < seconds("quantize", steps=20, scheme="w4a8")
+    rows = [estimates.spread(1.0, {"x": estimates.Calls(n, n)}, "", 0.5) for n in (1, 2, 9)]
+    found = [row["uses"]["x"]["seconds"] for row in rows]
+    assert found == [1.5, 3.0, 13.5]

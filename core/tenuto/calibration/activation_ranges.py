@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from ..model import tensors_in, watched
 from ..numerics import Format, covering
+from ..progress import Progress
 from ..resume import Work
 from ..sampling import Call, Trajectory, processes
 from .replay import arguments
+
+NOTE = "activation ranges"
 
 
 def activation_ranges(
@@ -21,6 +24,7 @@ def activation_ranges(
     trajectory: Trajectory,
     device: Any,
     work: Work,
+    on_progress: Progress | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(scale, zero_point) of the input of every layer in `forms`, fp32 (T,) per step, else (1,).
 
@@ -32,7 +36,7 @@ def activation_ranges(
         return {}
     kept = work.load("ranges")
     if kept is None:
-        kept = extremes(denoiser, list(forms), trajectory, device)
+        kept = extremes(denoiser, list(forms), trajectory, device, on_progress)
         work.save("ranges", kept)
     found = {}
     for name, form in forms.items():
@@ -50,7 +54,11 @@ def activation_ranges(
 
 @torch.no_grad()
 def extremes(
-    denoiser: nn.Module, names: Sequence[str], trajectory: Trajectory, device: Any
+    denoiser: nn.Module,
+    names: Sequence[str],
+    trajectory: Trajectory,
+    device: Any,
+    on_progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Smallest and largest input of each layer at each step: NAME.low and NAME.high, fp32 (T,)."""
     steps = len(trajectory.timesteps)
@@ -70,7 +78,9 @@ def extremes(
         return ends
 
     calls = trajectory.calls
-    for call, ends in zip(calls, processes().each(calls, seen), strict=True):
+    for done, (call, ends) in enumerate(zip(calls, processes().each(calls, seen), strict=True), 1):
+        if on_progress is not None:
+            on_progress(done, len(calls), NOTE)
         for name, (low, high) in ends.items():
             lows, highs = found[f"{name}.low"], found[f"{name}.high"]
             lows[call.row] = min(float(lows[call.row]), low)

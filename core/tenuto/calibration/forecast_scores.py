@@ -19,14 +19,10 @@ from ..runtime import Patches
 from ..runtime.attachment import install
 from ..sampling import OutputKernel, Sample, Trajectory, sampler, wanted_prompts
 from ..sampling.record import Sampler
-from .check.estimates import products
+from .check.estimates import is_cheap
+from .costs import COUNT, SPEEDUPS, images_of
 
-SPEEDUPS = (1.4, 2.0, 2.5)
-COUNT = 4  # images
-SEED = 5_000  # of the first of them
-# Products above which it is measured only where that is asked for: about a minute on two cores, and
-# on a usual card. A time would decide otherwise in a resumed calibration, or beside other work.
-CHEAP, CHEAP_ON_CARD = 2e12, 3e15
+SEED = 5_000  # of the first of the images
 MOST = 100.0  # dB, which equal images are given
 
 
@@ -42,7 +38,9 @@ def measurable(model: Any, trajectory: Trajectory, wanted: bool | None = None) -
         return False
     if any(parameter.is_meta for parameter in denoiser_of(model).parameters()):
         return False
-    return wanted is True or _cheap(model, trajectory)
+    device, _ = device_and_dtype(denoiser_of(model))
+    images = images_of(len(trajectory.timesteps))
+    return wanted is True or is_cheap(model, images, trajectory.call, device)
 
 
 def with_scores(
@@ -64,21 +62,6 @@ def with_scores(
     about = {"images": COUNT, "seed": SEED, "scores": found}
     artifact.header["forecast"] = artifact.header["forecast"] | {"measured": about}
     return artifact
-
-
-def images_of(trajectory: Trajectory) -> int:
-    """Calls of the denoiser times images that measuring takes."""
-    steps = len(trajectory.timesteps)
-    return round(COUNT * steps * (1 + sum(1 / speedup for speedup in SPEEDUPS)))
-
-
-def _cheap(model: Any, trajectory: Trajectory) -> bool:
-    """Whether measuring takes few products, without a call."""
-    denoiser = denoiser_of(model)
-    device, _ = device_and_dtype(denoiser)
-    rows = 2 * images_of(trajectory)  # with guidance
-    wanted = rows * products(model, denoiser, trajectory.call)
-    return wanted <= (CHEAP if device.type == "cpu" else CHEAP_ON_CARD)
 
 
 def held_out(model: Any, trajectory: Trajectory) -> Sample | None:

@@ -33,7 +33,6 @@ from .temporal.maintenance import UNIT as TEMPORAL
 from .temporal.maintenance import Maintenance, per_step
 
 UNIT = 1000  # what one block is worth in the progress
-RANGES = "activation ranges"
 Unit = tuple[str, list[str]]  # its name and its layers
 
 
@@ -100,8 +99,8 @@ class Job:
         for unit in [TEMPORAL, "outside", *units]:
             yield unit, [n for n in self.plan if place[n] == unit]
 
-    def run(self, work: Work, on_progress: Progress | None) -> None:
-        """Every unit, from `work` where it is finished."""
+    def run(self, work: Work, on_progress: Progress | None, ranges: Progress | None = None) -> None:
+        """Every unit, from `work` where it is finished. ranges: progress of the stored ranges."""
         units = [(unit, names) for unit, names in self.units() if names]
         needy = {unit for unit, names in units if any(_needs(self.plan[n]) for n in names)}
         blocks = [unit for unit, _ in units if unit not in (TEMPORAL, "outside")]
@@ -112,14 +111,14 @@ class Job:
         given = self.denoiser, self.backbone, self.device, self.max_memory
         files, every = BankFiles(work.path, lambda: room_for_banks(*given)), self.backbone.blocks
         chain = Chain(self.model, every, blocks, needy, calls, self.device, plain, files, wanted)
-        sizes = {unit: UNIT for unit, _ in units} | {RANGES: 0}
-        notes = parts(on_progress, sizes, named=True)
+        notes = parts(on_progress, {unit: UNIT for unit, _ in units}, named=True)
         for unit, names, kept in self._done(units, needy, chain, work, notes):
             self._take(self._settled(kept) if unit == TEMPORAL else names, kept, unit, work)
             del kept
             chain.passed(unit)
-        notes[RANGES](1, 1, "")
-        self._find_ranges(work)
+        if on_progress is not None:
+            on_progress(1, 1, "layers rounded")
+        self._find_ranges(work, ranges)
         if not self.time.layers():
             self.maintained = self.time.plain(self.weights, self.ranges)
 
@@ -222,11 +221,12 @@ class Job:
             if not layer.weight.is_meta:
                 layer.weight.data.copy_(value)
 
-    def _find_ranges(self, work: Work) -> None:
+    def _find_ranges(self, work: Work, on_progress: Progress | None = None) -> None:
         """Stored activation ranges, of the layers that have none yet."""
         schemes = {n: r.scheme for n, r in self.plan.items() if r.scheme and n not in self.ranges}
         forms = {n: s.activation for n, s in schemes.items() if s.activation and s.stored}
-        self.ranges |= activation_ranges(self.model, forms, self.seen, self.device, work)
+        given = self.model, forms, self.seen, self.device, work
+        self.ranges |= activation_ranges(*given, on_progress)
         for name in forms.keys() - self.ranges.keys():  # never called: they stay as they are
             self.weights.drop(name)
             self.plan.pop(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..artifact import Artifact
 from ..errors import TenutoError
@@ -18,20 +20,23 @@ from ..model import (
 )
 from ..model import describe as backbone_of
 from ..numerics import Recipe, Scheme
-from ..progress import Progress, parts
+from ..progress import Progress, Shown, parts, shown
 from ..runtime import check_free
 from ..sampling import Trajectory, processes, work_in
+from ..sampling.loading import defaults
 from .by_denoiser import joined, part_seed, recordings, weights_of
-from .forecast_scores import images_of, measurable, with_scores
+from .costs import images_of, layer_costs
+from .forecast_scores import measurable, with_scores
 from .given import (
     check_place,
     check_recipe,
+    needs_every_prompt,
     prompts_needed,
     scheme_of,
     trajectory_of,
 )
 from .job import Job
-from .presets import PRESETS, effort, recipe_for
+from .presets import PRESETS, Preset, effort, recipe_for
 from .result_check import with_result
 from .rounding_errors import with_rounding
 from .spared import searched, with_spared
@@ -58,7 +63,7 @@ def quantize(
     max_memory: int | None = None,
     under: UnderCache | Trajectory | None = None,
     work: str | Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Artifact:
     """Quantize every denoiser of `model` and return the artifact; `model` itself is not changed.
 
@@ -73,12 +78,13 @@ def quantize(
     forecast is measured: on four images, which takes as long as generating ten, and what rounding
     adds to its steps, in two runs; None: for a model of few products, as `forecast_scores` says.
     max_memory: bytes that all takes at most; None: what is free. Where a block's recorded inputs
-    take more, they lie in `work`. under: what is skipped in use, a speedup or a cache schedule, or
-    a recording of `under_cache`: blocks and ranges see the calls of runs that skip it.
+    take more, they lie in `work`. under: what is skipped in use, a speedup, a cache schedule or a
+    recording of `under_cache`: blocks and ranges see calls of such runs. on_progress: is called
+    with (done, total, note); True: a bar on a terminal or in a notebook; None or False: nothing.
 
-    Blocks are taken in order: their inputs come from the already quantized prefix, their targets
-    from the full-precision model. `work` names a folder in which finished blocks are kept; after
-    Ctrl-C, Cancelled or a kill, the same call resumes there and ends in the same artifact. Within
+    Blocks are taken in order: their inputs come from the quantized prefix, their targets from the
+    full-precision model. `work` names a folder in which finished blocks are kept; after Ctrl-C,
+    Cancelled or a kill, the same call resumes there and ends in the same artifact. Within
     `launched` several processes share the work, and each gets the artifact.
     """
     describing(model, describe)
@@ -90,18 +96,47 @@ def quantize(
     check_recipe(model, scheme, chosen, rounding)
     check_place(work)
     check_under(under, scheme, chosen, rounding)
-    if not isinstance(trajectory, Trajectory):
-        count = prompts_needed(scheme, chosen, rounding)
-        trajectory = trajectory_of(model, trajectory, chosen.batch, count, seed, on_progress)
     settings = {"preset": preset, "device": device, "rounding": rounding, "choice": temporal}
-    seen = _seen(model, trajectory, under, on_progress)
-    settings |= {"max_memory": max_memory, "budget": budget, "seen": seen}
-    makes = {
-        name: partial(_of_denoiser, model, name, scheme, own, seed, **settings)
-        for name, own in recordings(model, trajectory).items()
-    }
-    make = partial(joined, makes, weights_of(model), work)
-    return _measured(model, trajectory, measure, make, processes().told(on_progress))
+    settings |= {"max_memory": max_memory, "budget": budget, "seen": None}
+    with shown(on_progress, "Quantizing") as told:
+        notes = parts(processes().told(told), _sizes(model, scheme, trajectory, under, settings))
+        count = chosen.batch, prompts_needed(scheme, chosen, rounding)
+        known = trajectory_of(model, trajectory, *count, seed, notes["recorded"])
+        settings["seen"] = _seen(model, known, under, notes["again"])
+        given = recordings(model, known).items()
+        makes = {n: partial(_of_denoiser, model, n, scheme, t, seed, **settings) for n, t in given}
+        make = partial(joined, makes, weights_of(model), work)
+        return _measured(model, known, measure, make, notes["made"], scheme, settings)
+
+
+def _sizes(
+    model: Any,
+    scheme: Scheme | Recipe,
+    given: Trajectory | Sequence[str],
+    under: UnderCache | Trajectory | None,
+    settings: Mapping[str, Any],
+) -> dict[str, int]:
+    """What recording, recording with calls skipped and the rest take, as in `costs.py`."""
+    chosen, rounding = effort(settings["preset"]), settings["rounding"]
+    if isinstance(given, Trajectory):
+        calls, batch, recorded = len(given.calls) * given.batch, given.batch, 0
+    elif not isinstance(given, list | tuple) or isinstance(model, nn.Module):
+        return {"recorded": 1, "again": 0, "made": 0}  # it will be refused
+    else:
+        count, batch = prompts_needed(scheme, chosen, rounding), chosen.batch
+        calls = recorded = min(count, len(given)) * defaults(model).steps
+    again = calls if under is not None and not isinstance(under, Trajectory) else 0
+    made = _worth(scheme, chosen, rounding, calls, batch)
+    return {"recorded": recorded, "again": again, "made": made}
+
+
+def _worth(
+    scheme: Scheme | Recipe, chosen: Preset, rounding: str | None, calls: int, batch: int
+) -> int:
+    """What `_of_denoiser` takes of all denoisers, as in `costs.py`."""
+    every = needs_every_prompt(scheme, chosen, rounding)
+    search = isinstance(scheme, Scheme)
+    return sum(layer_costs(calls, batch, replays=every, stored=False, search=search).values())
 
 
 def _measured(
@@ -110,11 +145,15 @@ def _measured(
     wanted: bool | None,
     make: Callable[[Progress | None], Artifact],
     on_progress: Progress | None,
+    scheme: Scheme | Recipe,
+    settings: Mapping[str, Any],
 ) -> Artifact:
     """What `make` gives, its forecast measured where that is wanted and can be."""
     if not measurable(model, trajectory, wanted):
         return make(on_progress)
-    sizes = {"layers": len(trajectory.calls) * trajectory.batch, "forecast": images_of(trajectory)}
+    calls, batch = len(trajectory.calls) * trajectory.batch, trajectory.batch
+    worth = _worth(scheme, effort(settings["preset"]), settings["rounding"], calls, batch)
+    sizes = {"layers": worth, "forecast": images_of(len(trajectory.timesteps))}
     sizes["rounding"] = 2 * len(trajectory.timesteps) * trajectory.batch
     notes = parts(on_progress, sizes)
     made = with_scores(model, make(notes["layers"]), trajectory, notes["forecast"])
@@ -178,12 +217,14 @@ def _of_denoiser(
     }
     job.maintain(choice, chosen.temporal, budget)
     search = searched(job, scheme)
-    replays = any(getattr(r.algorithm, "needs_inputs", False) for r in job.plan.values())
-    share = 100 if replays else 700  # of a thousand: layers that only round are quick
-    notes = parts(on_progress, {"layers": 1000 - share, "kept": share if search else 0})
-    job.run(work_in(work, inputs), notes["layers"])
+    sizes = layer_costs(
+        len(job.seen.calls) * trajectory.batch, trajectory.batch, search=search,
+        replays=any(getattr(r.algorithm, "needs_inputs", False) for r in job.plan.values()),
+        stored=any(r.scheme is not None and r.scheme.stored for r in job.plan.values()),
+    )  # fmt: skip
+    notes = parts(on_progress, {name: 1000 * size for name, size in sizes.items()})
+    job.run(work_in(work, inputs), notes["layers"], notes["ranges"])
     job.fill(artifact, preset).add_forecast(trajectory.kernel)
     if search:
         artifact = with_spared(job, artifact, notes["kept"])
-        notes["kept"](1, 1, "")
-    return with_result(job, artifact)
+    return with_result(job, artifact, notes["result"])

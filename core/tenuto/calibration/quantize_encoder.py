@@ -19,7 +19,7 @@ from ..artifact import Artifact, fingerprint, versions
 from ..errors import SchemeError
 from ..model import Backbone, describe, encoders_of
 from ..numerics import QTensor, Recipe, Rule, Scheme, schemes
-from ..progress import Progress, parts
+from ..progress import Progress, Shown, parts, shown
 from ..resume import Work, digest
 from ..sampling import (
     BATCH,
@@ -88,7 +88,7 @@ def quantize_encoder(
     device: Any = None,
     max_memory: int | None = None,
     work: str | Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Artifact:
     """The weights of every text encoder of `pipe` in 8 or 4 bits, as an artifact to merge with `|`.
 
@@ -97,7 +97,8 @@ def quantize_encoder(
     The shipped list "general" is calibrated on too, but for a part that checks it: of calibrated
     and nearest each layer gets what is better there, and the header has the cosine of both.
     steps, guidance and call: as in `record`; the header has the schedule of that run, of which the
-    denoiser computes one call. max_memory, `work`, resuming and Cancelled are as in `quantize`.
+    denoiser computes one call. max_memory, `work`, on_progress, resuming and Cancelled are as in
+    `quantize`.
     """
     scheme, method = encoder_scheme(width, method), spelled(method)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
@@ -111,17 +112,18 @@ def quantize_encoder(
     artifact.header["encoders"] = {}
     mark = {"job": "encoders", "encoders": sorted(calls), "seed": seed, "scheme": scheme.to_json()}
     shelf = work_in(work, mark).path
-    notes = parts(processes().told(on_progress), dict.fromkeys(calls, WHOLE), named=True)
-    for name, own in calls.items():
-        job = encoder_job(
-            encoders_of(pipe)[name], own, width, method, seed=seed, device=device,
-            max_memory=max_memory, work=shelf and shelf / name, on_progress=notes[name],
-        )  # fmt: skip
-        encoder = encoders_of(pipe)[name]
-        fill(artifact, name, encoder, job)
-        given = encoder, artifact, name, own[0], job.device
-        found = processes().once(lambda: checked_encoder(*given))  # noqa: B023
-        artifact.header["encoders"][name] |= {"check": found} if found else {}
+    with shown(on_progress, "Text encoders") as told:
+        notes = parts(processes().told(told), dict.fromkeys(calls, WHOLE), named=True)
+        for name, own in calls.items():
+            encoder = encoders_of(pipe)[name]
+            job = encoder_job(
+                encoder, own, width, method, seed=seed, device=device, max_memory=max_memory,
+                work=shelf and shelf / name, on_progress=notes[name],
+            )  # fmt: skip
+            fill(artifact, name, encoder, job)
+            given = encoder, artifact, name, own[0], job.device
+            found = processes().once(lambda: checked_encoder(*given))  # noqa: B023
+            artifact.header["encoders"][name] |= {"check": found} if found else {}
     return artifact
 
 

@@ -19,6 +19,7 @@ from ..artifact import Artifact
 from ..errors import ModelError
 from ..model import Swap, key_map_of, own_kinds, private_copy, tensors_in, watched
 from ..numerics import Scheme
+from ..progress import Progress
 from ..runtime import attach, encoder_layers
 from ..sampling import Call, Clock, Follow, Trajectory, processes
 from ..text import printable
@@ -36,9 +37,11 @@ LIMITS = {8: (0.15, 0.5), 0: (0.5, 1.0)}
 NAMED = 3  # layers in a sentence
 
 
-def with_result(job: Job, artifact: Artifact) -> Artifact:
+def with_result(job: Job, artifact: Artifact, on_progress: Progress | None = None) -> Artifact:
     """`artifact`, of that job, with the header's `check`, and `left_in_float`, unknown classes."""
     denoiser, trajectory = job.denoiser, job.trajectory
+    note = on_progress or (lambda done, total, words: None)
+    note(0, 1, "checking the result")
     kinds = own_kinds(denoiser)
     elsewhere = any(parameter.is_meta for parameter in denoiser.parameters())
     if elsewhere or key_map_of(denoiser) is not None:  # a host's, before its names are canonical
@@ -47,6 +50,7 @@ def with_result(job: Job, artifact: Artifact) -> Artifact:
         found = processes().once(lambda: checked(denoiser, artifact, trajectory, job.device))
     artifact.header |= {"check": found} if found else {}
     artifact.header |= {"left_in_float": kinds} if kinds else {}
+    note(1, 1, "checked")
     return artifact
 
 

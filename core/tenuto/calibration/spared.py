@@ -35,7 +35,6 @@ TIMES = 30  # a layer's share of the error over its share of the weights, at lea
 LEAST = 0.01  # of the error, below which nothing is looked at further
 WORTH = 0.3  # of the error, at least, in all that may stay in float: about 1.5 dB
 TRIALS = 64  # groups of layers that are measured, at most: each in three recorded calls
-USUAL = 3 * 16  # recorded calls that the search takes: 12 to 22 trials on the demo models
 
 
 def searched(job: Job, scheme: object) -> bool:
@@ -116,7 +115,8 @@ def heavy(
 class Trial:
     """A copy of a denoiser with some of its layers quantized at a time.
 
-    new: all that the artifact puts in place of its modules, by name. made: trials so far.
+    new: all that the artifact puts in place of its modules, by name. made: trials so far; left:
+    how many more are expected.
     """
 
     def __init__(
@@ -127,7 +127,9 @@ class Trial:
         device: Any,
         on_progress: Progress | None = None,
     ) -> None:
-        self.made, self.on_progress = 0, on_progress
+        self.made, self.left, self.on_progress = 0, TRIALS, on_progress
+        self._share = 0.0
+        self._tell()
         self.twin = private_copy(denoiser).float().to(device).eval()
         self.calls, self.device = calls, device
         self.plain = [answer(self.twin, call, device) for call in calls]
@@ -141,8 +143,7 @@ class Trial:
 
     def __call__(self, names: list[str]) -> float:
         """The squared relative error of the calls with these layers alone quantized, summed."""
-        if self.on_progress is not None:
-            self.on_progress(self.made, TRIALS, "layers with most of the error")
+        self._tell()
         self.made += 1
         swaps = [Swap(self.twin, name, self.new[name]) for name in names]
         follow = Follow(self.twin, self.clock, streams=False)
@@ -155,6 +156,12 @@ class Trial:
         errors = (relative_error(y, right) for y, right in zip(found, self.plain, strict=True))
         return sum(error**2 for error in errors if error is not None)
 
+    def _tell(self) -> None:
+        """The share of the trials that is done, which new ones that turn out to be needed keep."""
+        self._share = max(self._share, self.made / (self.made + max(1, self.left)))
+        if self.on_progress is not None:
+            self.on_progress(round(1000 * self._share), 1000, "layers with most of the error")
+
 
 def _single(
     trial: Trial, names: list[str], few: list[str], least: Mapping[str, float]
@@ -164,6 +171,7 @@ def _single(
     names: all layers, `few` among them, by size. least: the share that a layer has at the least;
     a group whose error is under that of each of its layers is not looked at further.
     """
+    trial.left = 2 + _halvings(few)
     total = trial(names)
     if not 0 < total < math.inf:
         return {}
@@ -178,6 +186,8 @@ def _single(
     if not groups or -groups[0][0] < WORTH * total:
         return {}
     while groups and trial.made + 2 <= TRIALS:
+        expected = sum(_halvings(group) for _, _, group in groups)
+        trial.left = min(expected, TRIALS - trial.made)
         negative, start, group = heapq.heappop(groups)
         if len(group) == 1:
             found[group[0]] = min(1.0, -negative / total)
@@ -187,3 +197,8 @@ def _single(
         measure(start + middle, group[middle:])
     found.update((group[0], min(1.0, -e / total)) for e, _, group in groups if len(group) == 1)
     return found
+
+
+def _halvings(group: list[str]) -> int:
+    """Trials that find one layer in a group."""
+    return 2 * math.ceil(math.log2(len(group)))

@@ -21,7 +21,7 @@ from ..artifact.export.report import Report
 from ..errors import SchemeError
 from ..model import describe, device_and_dtype
 from ..numerics import Format, QTensor, Scheme, schemes
-from ..progress import Progress, parts
+from ..progress import Progress, Shown, parts, shown
 from ..resources import prompts as shipped
 from ..resume import Work
 from ..sampling import BATCH, HELD_OUT, Call, cosines, processes, states_read, work_in
@@ -83,7 +83,7 @@ def quantize_text_encoder(
     device: Any = None,
     max_memory: int | None = None,
     work: str | Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Report:
     """Write a text encoder with quantized weights as ComfyUI reads it: one safetensors file.
 
@@ -95,8 +95,8 @@ def quantize_text_encoder(
     with a scale a row. prompts: calibrated on (none: the shipped list "captions") beside the list
     "general", a part of which is left for a check. The report's `facts`, also in the file's header,
     tell how far the states are that the denoiser reads, on prompts that nothing was calibrated on.
-    max_memory, `work`, resuming and Cancelled: as in `quantize`. TenutoError says what cannot be,
-    before anything is written.
+    max_memory, `work`, on_progress, resuming and Cancelled: as in `quantize`. TenutoError says what
+    cannot be, before anything is written.
     """
     row = check_text_encoder(scheme, method, consumer, embeddings)
     method = spelled(method)
@@ -109,22 +109,23 @@ def quantize_text_encoder(
     given = row, encoder, tokenizer, blocks
     batch = BATCH if row.filled else 4 * BATCH  # texts of some tokens
     calls = calls_for(*given, ["", *lines], captions()[1], batch, by_length=True)
-    notes = parts(on_progress, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
-    how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
-    made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
-    made.tables = embedding_codes(encoder) if embeddings == "int8" else {}
-    notes["measure"](0, 1, "measuring")
-    facts = {
-        "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
-        "method": method, "embeddings": embeddings, "prompts": len(lines) + 1, "seed": seed,
-        "states": made.measured(calls_for(*given, unseen, (), batch, read_alone=True), device),
-    }  # fmt: skip
-    if method.endswith("gptq"):
-        facts["layers_nearest"] = made.layers_nearest
-    plan = encoder_plan(made.encoder, source.names, made.codes, made.scheme, tokens, facts,
-                        made.tables)  # fmt: skip
-    plan.dropped += source.unused()
-    report = processes().once(lambda: write_encoder(plan, Path(out), notes["write"]))
+    with shown(on_progress, "Quantizing") as told:
+        notes = parts(told, SIZES if method.startswith("awq") else SIZES | {"fold": 0})
+        how = {"seed": seed, "device": device, "max_memory": max_memory, "work": work}
+        made = EncoderCodes.of(encoder, calls, ENCODER_SCHEMES[scheme], method, notes, how)
+        made.tables = embedding_codes(encoder) if embeddings == "int8" else {}
+        notes["measure"](0, 1, "measuring")
+        facts = {
+            "type": source.kind, "consumer": consumer, "source": row.source, "scheme": scheme,
+            "method": method, "embeddings": embeddings, "prompts": len(lines) + 1, "seed": seed,
+            "states": made.measured(calls_for(*given, unseen, (), batch, read_alone=True), device),
+        }  # fmt: skip
+        if method.endswith("gptq"):
+            facts["layers_nearest"] = made.layers_nearest
+        plan = encoder_plan(made.encoder, source.names, made.codes, made.scheme, tokens, facts,
+                            made.tables)  # fmt: skip
+        plan.dropped += source.unused()
+        report = processes().once(lambda: write_encoder(plan, Path(out), notes["write"]))
     report.notes += [*made.notes, *([SAME] if scheme == "w4a16" else [])]
     return report
 

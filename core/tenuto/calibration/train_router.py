@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..artifact import Artifact, kernel_of, set_default
 from ..caching import SHORTEST, table_policy
 from ..errors import SchemeError, TenutoError
@@ -17,13 +19,16 @@ from ..model import (
     parts_of,
     refuse_cache,
 )
-from ..progress import Progress
+from ..progress import Progress, Shown, parts, shown
 from ..runtime import check_free, quantized
 from ..sampling import Sample, Trajectory
+from ..sampling.loading import Defaults, defaults
 from .by_denoiser import joined, recordings
 from .given import check_place, trajectory_of
 from .route_job import DEFAULT_REUSE, TRAINED, RouteJob
-from .router.effort import PRESETS
+from .router.effort import PRESETS, calls_of_search
+
+TABLES = 20  # candidates, about
 
 
 def train_router(
@@ -42,7 +47,7 @@ def train_router(
     weighting: str | None = None,
     describe: Describe | None = None,
     work: str | Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Artifact:
     """Train a router for each denoiser of `model`; returns an artifact with the section "route".
 
@@ -55,35 +60,63 @@ def train_router(
     costs, no router is trained, and `attach` takes a forecast of that budget, if there is one.
     artifact: what `quantize` made of this model; the quantized model is teacher and student then.
     Router and cache policies are measured on held-out seeds; the best becomes the route, scores and
-    the router's own table are kept. describe, work: as in `quantize`. Of several denoisers each has
-    a route for its own steps; one that is called at a single step has none.
+    the router's own table are kept. describe, work, on_progress: as in `quantize`. Of several
+    denoisers each has a route for its own steps; one that is called at a single step has none.
     """
     describing(model, describe)
     made = None if artifact is None else Artifact.of(artifact)
     check_route(model, made, preset, reuse, speedup, policy, whole, sample, work)
-    if not isinstance(trajectory, Trajectory):
+    with shown(on_progress, "Training the router") as told:
+        notes = parts(told, _sizes(model, trajectory, made, preset, reuse))
         known, batch = made and made.header["schedule"], PRESETS[preset].batch
-        trajectory = trajectory_of(model, trajectory, batch, batch, seed, on_progress, known)
-    if sample is not None:
-        trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
-    own, parts = {} if made is None else made.by_denoiser(model), recordings(model, trajectory)
-    jobs: dict[str, RouteJob] = {}
-    for name, part in parts.items():
-        if len(part.timesteps) > 1 or len(trajectory.timesteps) == 1:
-            jobs[name] = RouteJob(model, part, own.get(name), preset, seed, name)
-            jobs[name].plan_for(iterations)
-            if whole:
-                jobs[name].take_whole()
-            jobs[name].choose(policy, weighting)
-            jobs[name].budget(reuse, speedup)
-    if not jobs:
-        raise TenutoError("With one step of each denoiser there is nothing to reuse.")
-    _quantize(model, jobs, trajectory, own)
-    idle = {name: partial(_routeless, model, name, part) for name, part in parts.items()}
+        given = model, trajectory, batch, batch, seed, notes["recorded"], known
+        trajectory = trajectory_of(*given)
+        if sample is not None:
+            trajectory = dataclasses.replace(trajectory, sample=sample, latent=None)
+        own, runs = {} if made is None else made.by_denoiser(model), recordings(model, trajectory)
+        jobs: dict[str, RouteJob] = {}
+        for name, part in runs.items():
+            if len(part.timesteps) > 1 or len(trajectory.timesteps) == 1:
+                jobs[name] = RouteJob(model, part, own.get(name), preset, seed, name)
+                jobs[name].plan_for(iterations)
+                if whole:
+                    jobs[name].take_whole()
+                jobs[name].choose(policy, weighting)
+                jobs[name].budget(reuse, speedup)
+        if not jobs:
+            raise TenutoError("With one step of each denoiser there is nothing to reuse.")
+        _quantize(model, jobs, trajectory, own)
+        found = _searched(model, runs, jobs, work, notes["search"])
+    return _forecast_by_default(found, reuse, speedup) if whole else found
+
+
+def _searched(
+    model: Any,
+    runs: Mapping[str, Trajectory],
+    jobs: Mapping[str, RouteJob],
+    work: str | Path | None,
+    on_progress: Progress,
+) -> Artifact:
+    """What the searches find, of every denoiser."""
+    idle = {name: partial(_routeless, model, name, part) for name, part in runs.items()}
     makes = idle | {name: job.run for name, job in jobs.items()}
     sizes = {name: sum(jobs[name].sizes().values()) if name in jobs else 0 for name in makes}
-    made = joined(makes, sizes, work, on_progress)
-    return _forecast_by_default(made, reuse, speedup) if whole else made
+    return joined(makes, sizes, work, on_progress)
+
+
+def _sizes(
+    model: Any,
+    given: Trajectory | Sequence[str],
+    artifact: Artifact | None,
+    preset: str,
+    reuse: float | None,
+) -> dict[str, int]:
+    """What recording and the search take, in calls of one batch, as far as can be said before."""
+    if isinstance(given, Trajectory) or isinstance(model, nn.Module):
+        return {"recorded": 0, "search": 1_000_000}
+    usual = defaults(model) if artifact is None else Defaults.read(artifact.header["schedule"])
+    calls = calls_of_search(PRESETS[preset], usual.steps, reuse or DEFAULT_REUSE, TABLES)
+    return {"recorded": usual.steps, "search": round(sum(calls.values()))}
 
 
 def check_route(

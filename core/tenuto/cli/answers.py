@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..measure import resident_weight_bytes
 from ..model import denoisers_of
 from ..runtime import Tenuto, attach
 from ..sampling.loading import on_disk
+from .calls import given_again
 
 
 def quantized_lines(out: Path, artifact: Artifact, pipe: Any, count: int) -> list[str]:
@@ -53,6 +54,19 @@ def skipped_line(attached: Any) -> list[str]:
     return [f"{found['skipped']} of {found['steps']} calls were skipped. {said}"]
 
 
-def compare_line(model: str, artifact: Path) -> str:
-    """The command that measures what was just made. model: as the command line has it."""
-    return f"tenuto compare {model} --artifact {shlex.quote(str(artifact))}"
+def compare_line(
+    model: str, artifact: Path, call: Mapping[str, Any] | None = None, **options: Any
+) -> str:
+    """The command that measures what was just made. model: as the command line has it.
+
+    It takes steps, guidance and call from the artifact, but for images. call, options: what was
+    given and is not there.
+    """
+    return f"tenuto compare {model}{given_again(call, artifact=artifact, **options)}"
+
+
+def quantize_line(model: str, call: Mapping[str, Any] | None = None, **options: Any) -> str:
+    """The command that calibrates a model as it was just used, or asked about."""
+    kept = {key: value for key, value in options.items() if value is not None}
+    kept = kept if "text_encoder" in kept else {"scheme": "w8a8"} | kept
+    return f"tenuto quantize {model}{given_again(call, **kept)} --out quantized.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -71,7 +72,38 @@ def read_image(path: Path, name: str = "image") -> Any:
         said = getattr(error, "strerror", None) or "it is no image"
         raise TenutoError(f"Cannot read {path}: {said}.") from error
     found.filename = path.name  # type: ignore[attr-defined]  # for the header
+    found.place = str(path)  # type: ignore[attr-defined]  # for the next command
     return found
+
+
+def given_again(call: Mapping[str, Any] | None = None, **options: Any) -> str:
+    """Options of a command as the next one takes them, with a space before each; None is not given.
+
+    call: of the pipeline's call, as `gathered` makes it; an image by the file that it was read
+    from. What cannot be written on a command line is left out.
+    """
+    words = list[str]()
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    flags = {name: f"--{flag}" for flag, name in OPTIONS.items()}
+    for name, value in (call or {}).items():
+        file = getattr(value, "place", None)
+        if file:
+            words += [flags[name], file] if name in flags else ["--set", f"{name}=@{file}"]
+        elif isinstance(value, str | int | float | list | dict | None):
+            plain = isinstance(value, str) and setting(f"{name}={value}", "")[1] == value
+            text = value if plain else json.dumps(value)
+            words += [flags[name], str(value)] if name in flags else ["--set", f"{name}={text}"]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def images_in(call: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The images of the pipeline's call, which no artifact has."""
+    return {name: value for name, value in (call or {}).items() if hasattr(value, "place")}
 
 
 def fitted(kind: type, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..artifact.summary import mib, table
 from ..calibration import ENCODERS, QUANTIZE, USES
 from ..errors import ModelError
 from ..sampling.file_contents import DENOISER, contents
+from .answers import quantize_line
 from .checks import check_quantization
 from .console import Answer, Bars
 from .model_source import model_source
@@ -53,12 +54,13 @@ def check(
         pipe = loaded(source.place, sampling.device, bars)
         found = checked(pipe, sampling, wanted, encoder, preset=preset, run=run)
     assert found is not None
-    what, uses = [f"--text-encoder {text_encoder}"] * encoder, [ENCODERS] * encoder
-    if scheme is not None or not encoder:
-        what, uses = [f"--scheme {scheme or 'w8a8'}", *what], [QUANTIZE, *uses]
+    uses = [ENCODERS] * encoder + [QUANTIZE] * (scheme is not None or not encoder)
     if found.stopping(*uses):
         return Answer(str(found), found.to_json(), code=IMPOSSIBLE)
-    line = f"tenuto quantize {source.line} {' '.join(what)} --out quantized.safetensors"
+    line = quantize_line(
+        source.line, call, scheme=scheme, text_encoder=text_encoder, steps=steps, guidance=guidance,
+        preset=None if preset == "quick" else preset, device=device,
+    )  # fmt: skip
     return Answer(str(found), found.to_json(), next=line)
 
 

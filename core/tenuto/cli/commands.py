@@ -7,7 +7,6 @@ model is loaded. `bars` shows progress, nothing where it is left out.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..sampling.loading import PREFIX, check_model
 from ..sampling.loras import add_loras
 from .answers import compare_line, quantized_lines
 from .app import app
+from .calls import given_again, images_in
 from .check import check
 from .checks import (
     calibration_prompts,
@@ -121,7 +121,7 @@ def quantize(
         whole = written(made, out)
     bars.close()
     said = "\n".join(quantized_lines(out, whole, pipe, len(used)))
-    return Answer(said, next=compare_line(source.line, out))
+    return Answer(said, next=compare_line(source.line, out, images_in(call), device=device))
 
 
 def train_router(
@@ -175,7 +175,8 @@ def train_router(
         made = router if base is None else base | router
         made.save(out)
     bars.close()
-    return Answer(about(str(out), made, out.stat().st_size), next=compare_line(source.line, out))
+    line = compare_line(source.line, out, images_in(call), device=device)
+    return Answer(about(str(out), made, out.stat().st_size), next=line)
 
 
 def compare(
@@ -230,10 +231,11 @@ def compare(
         shown = measured, generated, wanted_prompts(pipe, lines, given)
         save_sheet(sheet, Path(model).name or model, changed, *shown, seed)
         more = f"\nImages: {sheet}"
-    with_it = f" --artifact {shlex.quote(str(artifact))}" if artifact else ""
-    faster = speedup if isinstance(speedup, str | None) else f"{speedup:g}"
-    with_it += f" --speedup {faster}" if faster else ""
-    use = f"tenuto generate {source.with_loras}{with_it} --prompt TEXT"
+    like = given_again(
+        call, artifact=artifact, speedup=speedup, steps=steps, guidance=guidance, device=device,
+        compile=compile, graphs=graphs,
+    )  # fmt: skip
+    use = f"tenuto generate {source.with_loras}{like} --prompt TEXT"
     return Answer(f"{measured}{more}", measured.to_json(), next=use)
 
 

@@ -48,6 +48,7 @@ def showcase(model: str, out: Path, bars: Bars) -> Answer:
     """Quantize a demo model, generate eight prompts with every variant, write sheet and numbers."""
     sampling = defaults(PREFIX + model)
     pipe = demo(model)
+    bars.stages = ["Recording", "Quantizing", "Generating"]
     made = calibrated(pipe, sampling, bars)
     artifacts = {MADE: made, HALF: set_default(deepcopy(made), 2)}
     shipped = shipped_artifact(model)

@@ -10,7 +10,7 @@ from typing import Any
 from ..artifact.summary import counted
 from ..caching import Speedup
 from ..sampling import described
-from .answers import compare_line, skipped_line
+from .answers import compare_line, quantize_line, skipped_line
 from .checks import check_image, how_called, load_artifact
 from .console import Answer, Bars
 from .model_source import model_source
@@ -49,10 +49,8 @@ def generate(
     how = how_called(compile, graphs, artifact is not None or speedup is not None)
     out = out or image_name(prompt, seed)
     check_image(out)
-    found, states = (
-        load_artifact(artifact) if artifact else None,
-        PromptStates(prompt_cache, source.loras),
-    )
+    found = load_artifact(artifact) if artifact else None
+    states = PromptStates(prompt_cache, source.loras)
     sampling = sampling_of(
         source.place, steps=steps, guidance=guidance, device=device, artifact=found, file=artifact,
         call=call,
@@ -71,9 +69,12 @@ def generate(
     } | ({"call": described(sampling.call)} if sampling.call else {})  # fmt: skip
     settings |= {"lora": [*lora]} if lora else {}
     save_png(grid(images), out, settings)
-    what = f"tenuto quantize {source.line} --scheme w8a8 --out quantized.safetensors"
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "device": device}
+    like = dict(call or {}) | ({"negative_prompt": negative} if negative else {})
     size = f"{counted(batch, 'image')} of {counted(sampling.steps, 'step')}"
     return Answer(
         "\n".join([f"{out}: {size} in {seconds:.1f} s.", *skipped, *states.lines()]),
-        next=what if artifact is None else compare_line(source.with_loras, artifact),
+        next=quantize_line(source.line, like, **given)
+        if artifact is None
+        else compare_line(source.with_loras, artifact, like, speedup=speedup, **given),
     )

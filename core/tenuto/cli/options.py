@@ -14,7 +14,7 @@ from typer import Argument, Option
 from ..numerics import known
 from .arguments import real, text, whole
 
-QUANTIZATION, CALIBRATION, TRAINING = "Quantization", "Calibration", "Training"
+QUANTIZATION, CALIBRATION = "Quantization", "Calibration"
 SAMPLING, OUTPUT = "Sampling", "Output"
 SCHEMES = tuple(known())
 
@@ -116,34 +116,6 @@ Base = Annotated[
     Path | None,
     Option("--artifact", metavar="FILE", help="The artifact to train for and to extend."),
 ]
-Speedup = Annotated[
-    float | None,
-    Option(
-        "--speedup", metavar="X", parser=real(1, math.inf, True), rich_help_panel=TRAINING,
-        help="Reduce the denoiser's work by this factor; not together with --reuse.",
-    ),
-]  # fmt: skip
-Whole = Annotated[
-    bool,
-    Option(
-        "--whole", rich_help_panel=TRAINING,
-        help="Reuse whole calls of the denoiser instead of its branches.",
-    ),
-]  # fmt: skip
-Reuse = Annotated[
-    float | None,
-    Option(
-        "--reuse", metavar="R", parser=real(0, 1, True), rich_help_panel=TRAINING,
-        help="Share of the branches' work to reuse, above 0 and below 1 (0.3).",
-    ),
-]  # fmt: skip
-Iterations = Annotated[
-    int | None,
-    Option(
-        "--iterations", metavar="N", parser=whole(1), rich_help_panel=TRAINING,
-        help="Training iterations (the preset's).",
-    ),
-]  # fmt: skip
 
 # --- sampling -------------------------------------------------------------------------------------
 
@@ -165,7 +137,15 @@ Seed = Annotated[
     int,
     Option(
         "--seed", metavar="S", parser=whole(0), rich_help_panel=SAMPLING,
-        help="Seed of the first image.",
+        help="Seed of the first image; the next ones have the numbers after it.",
+    ),
+]  # fmt: skip
+CalibrationSeed = Annotated[
+    int,
+    Option(
+        "--seed", metavar="S", parser=whole(0), rich_help_panel=CALIBRATION,
+        help="Seed of calibration: of the first image that it generates, and of what it picks "
+        "at random.",
     ),
 ]  # fmt: skip
 Device = Annotated[

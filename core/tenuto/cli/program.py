@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from ..measure import FIRST_SEED
 from ..resources import __version__
@@ -19,24 +18,17 @@ from . import options as o
 from . import run as runner
 from . import text_encoder_options as x
 from . import training_options as t
-from .arguments import spelled
 from .run import run
+from .typer_classes import Command, Group, Loose
 
 program = typer.Typer(
     name="tenuto",
+    cls=Group,
     help="Quantize a diffusion model, train a cache router for it, and measure both.",
     epilog="example: tenuto demo --out tenuto-demo",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-class Loose(TyperCommand):
-    """A command with `--plot [PNG]` or `--roots DIR...`: see `spelled`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments as typer would have them."""
-        return super().parse_args(ctx, spelled(args, optional=("--plot",), many=("--roots",)))
 
 
 def _version(asked: bool) -> None:
@@ -54,7 +46,7 @@ def tenuto(
     """The options of `tenuto` itself."""
 
 
-@program.command(epilog="example: tenuto demo --model transformer --out tenuto-demo")
+@program.command(cls=Command, epilog="example: tenuto demo --model transformer --out tenuto-demo")
 def demo(
     model: o.Demo = "transformer", out: o.Sheet = Path("tenuto-demo"), as_json: o.Json = False
 ) -> int:
@@ -62,7 +54,7 @@ def demo(
     return run("demo", locals())
 
 
-@program.command(epilog="example: tenuto check demo:transformer --scheme w4a8")
+@program.command(cls=Command, epilog="example: tenuto check demo:transformer --scheme w4a8")
 def check(
     model: mo.Model,
     config: mo.Config = None,
@@ -87,7 +79,8 @@ def check(
 
 
 @program.command(
-    epilog="example: tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors"
+    cls=Command,
+    epilog="example: tenuto quantize demo:transformer --scheme w8a8 --out demo.safetensors",
 )
 def quantize(
     model: mo.Model,
@@ -110,7 +103,7 @@ def quantize(
     frames: c.Frames = None,
     negative: c.Without = None,
     given: c.Set = [],  # noqa: B006
-    seed: o.Seed = 0,
+    seed: o.CalibrationSeed = 0,
     device: o.Device = None,
     low_memory: m.LowMemory = None,
     max_memory: m.MaxMemory = None,
@@ -125,21 +118,22 @@ def quantize(
 
 
 @program.command(
+    cls=Command,
     epilog="example: tenuto train-router demo:transformer --artifact a.safetensors --speedup 1.6 "
-    "--out b.safetensors"
+    "--out b.safetensors",
 )
 def train_router(
     model: mo.Model,
     out: o.NewArtifact,
     config: mo.Config = None,
     artifact: o.Base = None,
-    speedup: o.Speedup = None,
-    reuse: o.Reuse = None,
-    whole: o.Whole = False,
+    speedup: t.Speedup = None,
+    reuse: t.Reuse = None,
+    whole: t.Whole = False,
     policy: t.Policy = None,
     weighting: t.Weighting = None,
     preset: o.Preset = "quick",
-    iterations: o.Iterations = None,
+    iterations: t.Iterations = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     image: c.Image = None,
@@ -149,7 +143,7 @@ def train_router(
     frames: c.Frames = None,
     negative: c.Without = None,
     given: c.Set = [],  # noqa: B006
-    seed: o.Seed = 0,
+    seed: o.CalibrationSeed = 0,
     device: o.Device = None,
 ) -> int:
     """Train a cache router and add it to an artifact; the same command resumes."""
@@ -157,8 +151,9 @@ def train_router(
 
 
 @program.command(
+    cls=Command,
     epilog='example: tenuto generate demo:transformer --prompt "a golden retriever" '
-    "--artifact a.safetensors"
+    "--artifact a.safetensors",
 )
 def generate(
     model: mo.Model,
@@ -190,7 +185,8 @@ def generate(
 
 
 @program.command(
-    epilog="example: tenuto compare demo:transformer --speedup 2 --count 8 --sheet sheet.png"
+    cls=Command,
+    epilog="example: tenuto compare demo:transformer --speedup 2 --count 8 --sheet sheet.png",
 )
 def compare(
     model: mo.Model,
@@ -222,8 +218,9 @@ def compare(
 
 
 @program.command(
+    cls=Command,
     epilog="example: tenuto export demo:transformer --artifact a.safetensors --to comfy "
-    "--out b.safetensors"
+    "--out b.safetensors",
 )
 def export(
     model: mo.Model,
@@ -242,8 +239,9 @@ def export(
 
 
 @program.command(
+    cls=Command,
     epilog="example: tenuto text-encoder Qwen3-4B --for z-image --scheme w4a8 "
-    "--out qwen_3_4b_w4a8.safetensors"
+    "--out qwen_3_4b_w4a8.safetensors",
 )
 def text_encoder(
     model: x.Encoder,
@@ -254,9 +252,9 @@ def text_encoder(
     embeddings: x.Embeddings = "bf16",
     prompts: o.Prompts = None,
     config: x.Config = None,
-    seed: o.Seed = 0,
+    seed: x.Seed = 0,
     device: o.Device = None,
-    max_memory: m.MaxMemory = None,
+    max_memory: x.MaxMemory = None,
     as_json: o.Json = False,
 ) -> int:
     """Quantize a text encoder into one file that ComfyUI reads by itself; it resumes."""

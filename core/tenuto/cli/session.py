@@ -12,7 +12,7 @@ import torch
 
 from ..artifact import Artifact, fingerprint
 from ..caching import Speedup
-from ..calibration import ENCODERS, Check, check
+from ..calibration import ENCODERS, QUANTIZE, ROUTER, Check, check
 from ..calibration.check.peak import kept_to
 from ..errors import ArtifactError, TenutoError
 from ..files import clear_parts
@@ -45,6 +45,9 @@ from ..sampling.weight_files import parts_in
 from .calls import fitted, with_images
 from .checks import RECORDING, check_encoders, damage_told, device_of
 from .console import Bars
+
+STAGES = {QUANTIZE: ("Recording", "Quantizing"), ENCODERS: ("Text encoders",),
+          ROUTER: ("Recording", "Training the router")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def pipeline(
     given = sampling, scheme, encoder is not None
     found = checked(model, *given, **effort or {}) if uses else None
     _refused(found, uses, bars)
+    bars.stages = [stage for use in uses for stage in STAGES.get(use, ())]
     if max_memory is not None:
         if found is None:
             raise TenutoError(

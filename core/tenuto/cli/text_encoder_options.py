@@ -8,7 +8,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..sampling.consumers import CONSUMERS
-from .options import OUTPUT, QUANTIZATION, _choice
+from .arguments import size, whole
+from .options import CALIBRATION, OUTPUT, QUANTIZATION, _choice
 
 SCHEMES = ("w4a8", "w4a16", "w8a8", "fp8", "nvfp4")
 METHODS = ("rtn", "awq", "gptq", "awq+gptq")
@@ -64,3 +65,18 @@ Out = Annotated[
     Path,
     Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="The .safetensors file to write."),
 ]
+MaxMemory = Annotated[
+    int | None,
+    Option(
+        "--max-memory", metavar="SIZE", parser=size, rich_help_panel=CALIBRATION,
+        help="Memory that quantizing may take, such as 10GiB: an encoder that is large for it "
+        "stays on disk and is read block by block, which is slower (what is free).",
+    ),
+]  # fmt: skip
+Seed = Annotated[
+    int,
+    Option(
+        "--seed", metavar="S", parser=whole(0), rich_help_panel=CALIBRATION,
+        help="Seed of what calibration picks at random.",
+    ),
+]  # fmt: skip

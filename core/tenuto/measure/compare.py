@@ -28,7 +28,7 @@ from ..model import (
     parts_of,
     refuse_cache,
 )
-from ..progress import Progress
+from ..progress import Progress, Shown, shown
 from ..resources import prompts as shipped_prompts
 from ..runtime import Calls, Latency, attach, check_execution, check_free, latency, percentile
 from ..sampling import Sample, one_by_one
@@ -71,7 +71,7 @@ def compare(
     speedup: Speedup | None = None,
     compile: bool = False,
     graphs: bool | str = "auto",
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Comparison:
     """Generate `count` images with `model`, with `artifact` attached and in bf16, at equal seeds.
 
@@ -85,18 +85,19 @@ def compare(
     artifact's own arithmetic; so are `describe` and `speedup`, which may be compared without an
     artifact. `compile` and `graphs` are those of `attach` too, and of the model without it: each
     turn then has a batch more, not timed, in which blocks are compiled and calls captured. The
-    model is as it was afterwards, whatever happens.
+    model is as it was afterwards, whatever happens. on_progress: as in `quantize`.
     """
     describing(model, describe)
     if artifact is None and speedup is None:
         raise TenutoError("Say what to compare: an artifact or a speedup.")
     if artifact == DEFAULT_FORECAST and speedup is None:
         speedup = AUTO
-    found, _ = compare_all(
-        model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
-        call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
-        speedup=speedup, compile=compile, graphs=graphs, on_progress=on_progress,
-    )  # fmt: skip
+    with shown(on_progress, "Comparing") as told:
+        found, _ = compare_all(
+            model, {ARTIFACT: artifact}, prompts, count=count, steps=steps, guidance=guidance,
+            call=call, seed=seed, sample=sample, batch=batch, device=device, execution=execution,
+            speedup=speedup, compile=compile, graphs=graphs, on_progress=told,
+        )  # fmt: skip
     return found[ARTIFACT]
 
 

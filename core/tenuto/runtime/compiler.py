@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ..text import first_line
 from .early_part import compiled_apart
 from .fused_gate import gate
+from .fused_group_norm import norm
 from .fused_residual import finish
 from .fused_rotary import turn
 from .fused_rows import fuse
@@ -35,6 +36,7 @@ def backend(
 
     def compiled(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         try:
+            norm(module)
             fuse(module)
             gate(module)
             turn(module)

@@ -20,6 +20,7 @@ from .compiler import backend
 from .execution import chooser_for
 from .graphs import Graphs
 from .kernels.quantize_input import compiling
+from .layers import has_last
 from .mode import Mode
 from .quantized_layer import QLayer
 from .side_by_side import lay_side_by_side, make_siblings
@@ -166,6 +167,7 @@ class CompiledBlocks:
     def __init__(self, denoiser: nn.Module, **options: Any) -> None:
         self.denoiser, self.backbone = denoiser, describe(denoiser)
         self.blocks = [denoiser.get_submodule(name) for name in self.backbone.blocks]
+        self.blocks += _norms_beside(denoiser, self.backbone.blocks)
         self.options, self.on, self._packings = options, False, 0
         self._before: list[Any] = []
         self._layers: list[QLayer] = []
@@ -184,7 +186,7 @@ class CompiledBlocks:
         setattr(config, name, max(LIMIT, self._limit[1]))
         self._ready()
         rest = dict(self.options)
-        if self._layers:
+        if self._layers or _normed(self.blocks):
             own = {name: rest.pop(name) for name in ("mode", "options", "backend") if name in rest}
             rest["backend"] = backend(**own)
         for block in self.blocks:
@@ -236,3 +238,17 @@ class CompiledBlocks:
         make_siblings(self.denoiser, self.backbone, False)
         self._before, self._limit, self._layers, self._packings = [], None, [], 0
         self.on = True  # a call that comes later compiles nothing
+
+
+def _normed(blocks: Sequence[nn.Module]) -> bool:
+    return any(isinstance(m, nn.GroupNorm) for block in blocks for m in block.modules())
+
+
+def _norms_beside(denoiser: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
+    """Group norms outside of the blocks, where images have channels last: torch's own ones would
+    turn them over and back."""
+    if not any(has_last(m) for m in denoiser.modules() if isinstance(m, nn.Conv2d)):
+        return []
+    inside = {id(m) for name in blocks for m in denoiser.get_submodule(name).modules()}
+    norms = (m for m in denoiser.modules() if isinstance(m, nn.GroupNorm))
+    return [m for m in norms if id(m) not in inside]

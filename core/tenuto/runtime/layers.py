@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernels.group_norm import last
 from .quantized_layer import QLayer
 
 GEOMETRY = (  # of a Conv2d: what others read
@@ -48,6 +50,15 @@ class QConv2d(QLayer, nn.Conv2d):  # pyright: ignore
         self.small = self.shape[2] * self.shape[3] == 1
         for name in GEOMETRY:
             setattr(self, name, getattr(layer, name))
+        self.order = torch.channels_last if has_last(layer) else torch.contiguous_format
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QConv2d:
+        one = torch.empty(2, 2, 2, 2, dtype=self.dtype)
+        first, other = fn(one), fn(one.to(memory_format=torch.channels_last))
+        if first.stride() == other.stride():  # a move to one order, whatever was before
+            self.order = torch.channels_last if last(other) else torch.contiguous_format
+        super()._apply(fn, recurse)
+        return self
 
     def _geometry(self, layer: nn.Conv2d) -> Any:
         assert not isinstance(layer.padding, str)  # such layers stay float
@@ -60,3 +71,10 @@ class QConv2d(QLayer, nn.Conv2d):  # pyright: ignore
     def kind(self) -> tuple[Any, ...]:
         """Equal for layers that cost the same."""
         return *super().kind(), str(self.geometry)
+
+
+def has_last(layer: nn.Conv2d) -> bool:
+    """Whether a convolution's weight has its channels last in memory, not first."""
+    if isinstance(layer, QConv2d):
+        return layer.order is torch.channels_last
+    return last(layer.weight)

@@ -136,7 +136,7 @@ class QLayer(Replacement):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, made on use: what loaders and dtype checks of hosts look at."""
-        return self.qtensor().dequantize(self.dtype)
+        return self.qtensor().dequantize(self.dtype).to(memory_format=self.order)
 
     @property
     def execution(self) -> str:
@@ -235,8 +235,7 @@ class QLayer(Replacement):
         if self.small or not packed_bf16.supported(x):
             return self._dense(x, self._weight_in(x.dtype), bias)
         if self._dense_packed is None:
-            self._float = None
-            weight = self.qtensor().dequantize(x.dtype)
+            self._float, weight = None, self.qtensor().dequantize(x.dtype)
             self._dense_packed = packed_bf16.pack(weight, x, self.geometry)
         return self._dense_packed(x, bias)
 
@@ -270,7 +269,7 @@ class QLayer(Replacement):
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, kept."""
         if self._float is None or self._float.dtype is not dtype:
-            self._float = self.qtensor().dequantize(dtype)
+            self._float = self.qtensor().dequantize(dtype).to(memory_format=self.order)
             self.packings += 1
         return self._float
 
@@ -290,6 +289,7 @@ class QLayer(Replacement):
 
     operation: str
     _dims: tuple[int, ...] = (-1,)
+    order = torch.preserve_format  # of a float weight in memory
     small = False  # gains nothing from a packed weight in float
 
     def _geometry(self, layer: Any) -> Any:

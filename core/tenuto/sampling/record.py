@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, TenutoError
 from ..model import Signature, all_frozen, denoiser_of, map_held, parts_of, watched
-from ..progress import Progress
+from ..progress import Progress, Shown, shown
 from .described import described
 from .own_outputs import Noise, outputs_of
 from .pipeline_call import PipelineCall
@@ -128,7 +128,7 @@ def record(
     sample: Sample | None = None,
     prediction: str | None = None,
     noise: Noise | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Trajectory:
     """Run the model as its user does and keep every denoiser call, of all its denoisers.
 
@@ -141,14 +141,14 @@ def record(
     can be forecast, say what it answers, `prediction` "eps", "v", "x0" or "flow", and how much
     `noise` a sample alpha * x0 + sigma * noise has: a function of the timestep that gives (alpha,
     sigma), or one such pair a step. A run is then repeated at most eleven times, to see how much
-    of an error in a step is left at the end. A pipeline's scheduler knows all that.
+    of an error in a step is left at the end. A pipeline's scheduler knows all that. on_progress: as
+    in `quantize`; True is a bar of a pipeline alone, for what runs in `sample` may show its own.
     """
     denoiser, found = denoiser_of(model), parts_of(model)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
     if batch < 1 or (runs is not None and runs < 1):
         raise TenutoError(f"There is nothing to record in {runs} runs of a batch of {batch}.")
     asked, run, count = None, sample, len(prompts)
-    on_progress = processes().told(on_progress)
     if sample is None:
         if isinstance(model, nn.Module):
             raise TenutoError("A bare denoiser needs `sample=fn`, fn(denoiser, seed, batch).")
@@ -164,7 +164,8 @@ def record(
     starts = {seed + i * batch: min(batch, left - i * batch) for i in range(runs)}
     repeat = None if sample is None else partial(sample, denoiser, seed, starts[seed])
     made = partial(outputs_of, model, repeat, prediction, noise)
-    calls, outputs = _seen(made, found, partial(run, denoiser), starts, on_progress)
+    with shown(on_progress, "Recording", able=sample is None) as told:
+        calls, outputs = _seen(made, found, partial(run, denoiser), starts, told)
     if not calls:
         raise ModelError("`sample` did not call the denoiser that it was given.")
     times = tuple(dict.fromkeys(c.timestep for c in calls if c.run == 0))
@@ -187,7 +188,7 @@ def _seen(
 
     run: takes a seed and how many images; starts: those of every run.
     """
-    note = on_progress or (lambda done, total, words: None)
+    note = processes().told(on_progress) or (lambda done, total, words: None)
 
     def one(place: int, seed: int) -> tuple[Any, ...]:
         note(place, len(starts), "recording")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from PIL import Image
 from tenuto import calibration, cli
 from tenuto.artifact import Artifact
 from tenuto.cli import commands
-from tenuto.cli.calls import fitted, read_image, with_images
+from tenuto.cli.calls import fitted, gathered, given_again, images_in, read_image, with_images
 from tenuto.cli.checks import read_prompts
 from tenuto.errors import TenutoError
 from tenuto.model import Signature
@@ -61,6 +62,24 @@ def answer(capfd: Any, *arguments: str | Path) -> tuple[int, str, str]:
     code = cli.main([str(a) for a in arguments])
     out, err = capfd.readouterr()
     return code, out, err
+
+
+def test_what_was_given_is_given_again(here: Path) -> None:
+    """The words of the next command read as the ones that were typed."""
+    typed = {
+        "image": here / "mine" / "photo.png", "height": 64, "negative": "a 'b' $c", "frames": None,
+        "given": ["strength=0.5", "name=two words", 'number="5"', "many=[1, 2]", "no=null"],
+    }  # fmt: skip
+    call = gathered("quantize", typed)["call"]
+    line = given_again(call, steps=8, guidance=2.5, device=None, compile=True, graphs=False)
+    words = shlex.split(line)
+    assert words[:5] == ["--steps", "8", "--guidance", "2.5", "--compile"]
+    pairs = list(zip(words[5::2], words[6::2], strict=True))
+    assert ("--image", str(here / "mine" / "photo.png")) in pairs and ("--height", "64") in pairs
+    assert ("--negative", "a 'b' $c") in pairs and len(pairs) == 3 + 5
+    again = gathered("quantize", {"given": [value for flag, value in pairs if flag == "--set"]})
+    assert again["call"] == {k: call[k] for k in ("strength", "name", "number", "many", "no")}
+    assert given_again(images_in(call)).split()[0] == "--image" and given_again() == ""
 
 
 def test_a_start_image_through_all_commands(here: Path, model: Path, capfd: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tenuto import cli
-from tenuto.calibration.spared import USUAL
+from tenuto.calibration.costs import images_of, layer_costs
 from tenuto.cli import commands, session
 from tenuto.sampling.loading import load
 
@@ -38,12 +38,16 @@ def test_a_folder_is_checked_without_loading_it(
     found = json.loads(out)
     assert not err and found["family"] == "pixart" and not found["problems"]
     assert set(found["layers"]) == {"w4a8", "w8a8"}
-    assert found["time"]["uses"]["quantize"]["calls"] == 3 * 16 * 20 * 2 + USUAL * 4 * 2
+    parts = layer_costs(16 * 20, 4, replays=True, stored=False, search=True)
+    measured = images_of(20) + 2 * 20 * 4  # a forecast, and what rounding adds to it
+    expected = 2 * (16 * 20 + sum(parts.values()) + measured)  # with guidance
+    assert found["time"]["uses"]["quantize"]["calls"] == expected
     assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
     lines = out.replace(str(tiny_pixart_folder), "MODEL").splitlines()
-    assert not err and max(map(len, lines)) <= 80 and lines[0].startswith("model ")
-    assert lines[-1] == "Next: tenuto quantize MODEL --scheme w4a8 --out quantized.safetensors"
+    assert not err and max(map(len, lines[:-1])) <= 80 and lines[0].startswith("model ")
+    line = "Next: tenuto quantize MODEL --scheme w4a8 --steps 20 --out quantized.safetensors"
+    assert lines[-1] == line  # with the steps that were asked about
 
 
 def test_a_run_is_timed(tiny_pixart_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

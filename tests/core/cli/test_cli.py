@@ -377,7 +377,7 @@ def test_bars_show_at_once_on_a_terminal_and_elsewhere_after_ten_seconds() -> No
 
 
 def test_a_slow_bar_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenuto.cli.console.SOONEST", 0.05)
+    monkeypatch.setattr("tenuto.progress.SOONEST", 0.05)
     stream = Stream(False)
     with Bars(stream) as bars:
         progress = bars("Recording")
@@ -396,7 +396,8 @@ def test_generate_draws_a_grid_that_says_how_it_was_made(
     model, prompt = str(tiny_pixart_folder), "A red dog, on snow!"
     common = ["generate", model, "--prompt", prompt, "--negative", "a cat", "--seed", "3"]
     assert cli.main([*common, "--batch", "3"]) == 0
-    assert fits_and_leads_on(capfd.readouterr().out, "quantize")
+    text = capfd.readouterr().out
+    assert fits_and_leads_on(text, "quantize") and "--negative 'a cat'" in text
     with Image.open(here / "a-red-dog-on-snow-3.png") as picture:
         assert picture.size == (66, 66)
         said = json.loads(picture.info["tenuto"])
@@ -497,7 +498,8 @@ def test_text_encoders_alone_and_beside_the_denoiser(
     assert cli.main([*measured, "--count", "1", "--steps", "1", "--json"]) == 0
     states = json.loads(capfd.readouterr().out)["encoders"]["text_encoder"]
     assert cli.main([*measured, "--count", "1", "--steps", "1"]) == 0
-    assert fits_and_leads_on(capfd.readouterr().out, "generate")
+    text = capfd.readouterr().out
+    assert fits_and_leads_on(text, "generate") and "--steps 1 --prompt TEXT" in text
     assert 0.9 < states["cosine"]["mean"] < 1 and states["bf16"]["relative_l2"] > 0
 
 

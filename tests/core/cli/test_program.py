@@ -22,7 +22,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from tenuto import cli
-from tenuto.cli import commands, console
+from tenuto.cli import commands
 from tenuto.cli import program as declared
 from tenuto.cli.arguments import spelled
 from tenuto.cli.calls import OPTIONS
@@ -208,6 +208,38 @@ def test_help_fits_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
         assert not re.search(r"\b(draws?|drawn|pictures?|holds?|held|routes?|lay)\b", text)
 
 
+def test_help_names_no_type(capfd: pytest.CaptureFixture[str]) -> None:
+    """What takes a value has a word of its own for it; switches take none."""
+    for name in ("", *commands.__all__):
+        assert cli.main([*([name.replace("_", "-")] if name else []), "--help"]) == 0
+        text = capfd.readouterr().out
+        assert "--help" in text and not re.search(r"<\w+>", text), name
+
+
+@pytest.mark.parametrize("name", commands.__all__)
+def test_help_names_options_that_the_command_has(name: str) -> None:
+    program = typer.main.get_command(declared.program)
+    assert isinstance(program, TyperGroup)
+    params = program.commands[name.replace("_", "-")].params
+    known = {flag for param in params for flag in (*param.opts, *param.secondary_opts)}
+    for param in params:
+        said = set(re.findall(r"--[a-z][a-z-]*", getattr(param, "help", "") or ""))
+        assert said <= known, param.name
+
+
+def test_help_says_what_a_seed_is_of() -> None:
+    program = typer.main.get_command(declared.program)
+    assert isinstance(program, TyperGroup)
+    said = {
+        name: next((str(getattr(p, "help", "")) for p in command.params if "--seed" in p.opts), "")
+        for name, command in program.commands.items()
+    }
+    images = {name for name, help in said.items() if help.startswith("Seed of the first image")}
+    assert images == {"generate", "compare"}
+    assert "image" in said["quantize"] and said["quantize"] == said["train-router"]
+    assert said["text-encoder"] and "image" not in said["text-encoder"]
+
+
 def test_a_shell_completes_commands_options_and_values() -> None:
     for words, wanted in (
         ("tenuto tra", ["train-router"]), ("tenuto quantize --rou", ["--rounding"]),
@@ -259,7 +291,7 @@ def test_a_long_note_leaves_the_bar_its_width(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """No carriage return and no bar, from us or a library: a person reads the file of a job."""
-    monkeypatch.setattr(console, "SOONEST", 0.05)
+    monkeypatch.setattr("tenuto.progress.SOONEST", 0.05)
     stream = io.StringIO()
     with Bars(stream) as bars:
         progress = bars("Quantizing")
@@ -270,7 +302,10 @@ def test_a_log_has_lines_with_share_and_time_left(monkeypatch: pytest.MonkeyPatc
         for _ in tqdm(range(3), **bars.settings("Generating")):
             time.sleep(0.06)
     lines = stream.getvalue().splitlines()
-    assert all(re.fullmatch(r"\w+: \d+ %, [\d:]+ so far, [\d:?]+ left.*", line) for line in lines)
+    assert all(
+        re.fullmatch(r"\w+: \d+ %, [\d:]+ so far, ([\d:?]+ left|soon over).*", line)
+        for line in lines
+    )
     assert any(line.startswith("Quantizing: 50 %") and "block 2" in line for line in lines), lines
     assert [line for line in lines if "100 %" in line][-1].startswith("Generating")
     assert len(lines) == len(set(lines)) and not {"\r", "\x1b"} & set(stream.getvalue())

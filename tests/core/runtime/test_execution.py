@@ -135,6 +135,24 @@ def test_in_float_it_is_the_layer_with_that_weight(kind: str, scheme: Scheme) ->
         assert resident_weight_bytes(q) < before + copied
 
 
+def test_a_weight_in_float_lies_in_memory_as_the_layers_own() -> None:
+    """Channels last, where the model is so or is moved so: cuDNN would turn it at every call."""
+    layer = nn.Conv2d(8, 8, 3)
+    weight = RoundToNearest().weight(layer.weight, schemes.W8A8.weight)
+
+    def order(q: QConv2d) -> bool:
+        q(data("conv"))
+        kept = q.packed_tensors()[0]
+        assert q.weight.stride() == kept.stride()
+        return kept.stride(1) == 1
+
+    own: Any = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    q: Any = QConv2d(own, weight, schemes.W8A8, Clock((0,)), wanted="float")
+    assert order(q) and order(q.to("cpu")) and order(copy.deepcopy(q))
+    assert not order(q.to(memory_format=torch.contiguous_format))
+    assert not order(q.float()) and order(q.to(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_one_choice_for_about_so_many_rows(kind: str) -> None:
     """A large call in int8, a small one in float, and each is what it would be alone."""

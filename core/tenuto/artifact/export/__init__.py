@@ -14,12 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import TenutoError
-from ...progress import Progress
+from ...progress import Shown, shown
 from ...resources import found
 from ..artifact import Artifact
 from .beside import applicable, companion, exported_facts, read_companion, read_exported
 from .plan import Plan, Settings, planned
 from .report import COMPANION, Report, lines_of
+from .size import size_note
 
 __all__ = [
     "COMPANION",
@@ -93,7 +94,7 @@ def export(
     part: str = "",
     library: str = LIBRARIES[0],
     inputs: Mapping[str, float] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Shown = True,
 ) -> Report:
     """Write the denoiser of `model` as other programs read it; the file is whole or not there.
 
@@ -103,7 +104,9 @@ def export(
     prefix: before every name ("model.diffusion_model." for a checkpoint). part: which denoiser of
     several, as the pipeline calls it. library: of `LIBRARIES`, whose layers a folder for diffusers
     has. inputs: layer -> the largest size of its inputs, for fp8.
-    Every layer is read back and compared. TenutoError says what cannot be exported.
+    Every layer is read back and compared. TenutoError says what cannot be exported. on_progress:
+    is called with (done, total, note); True: a bar on a terminal or in a notebook; None or False:
+    nothing.
     """
     form = check_format(to, out, scheme, prefix, library)
     known = None if artifact is None else Artifact.of(artifact)
@@ -111,6 +114,10 @@ def export(
     settings = Settings(scheme, prefix, inputs or {}, library)
     form.check(plan, settings)
     try:
-        return form.write(plan, Path(out), settings, on_progress)
+        with shown(on_progress, "Exporting") as told:
+            report = form.write(plan, Path(out), settings, told)
     except OSError as error:
         raise TenutoError(f"Cannot write {out}: {error.strerror or error}.") from error
+    if form.SCHEMES:  # else it is to be as large
+        report.notes += filter(None, [size_note(report)])
+    return report

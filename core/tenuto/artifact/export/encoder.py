@@ -20,6 +20,7 @@ from ..artifact import Artifact
 from . import comfy
 from .plan import Plan, Settings
 from .report import Report
+from .size import size_note
 
 TABLE = schemes.W8A16  # of embeddings: a scale a row
 
@@ -86,4 +87,5 @@ def write_encoder(plan: Plan, out: Path, on_progress: Progress | None = None) ->
         )
     else:
         report.notes.append(f"ComfyUI takes the file for {known}.")
+    report.notes += filter(None, [size_note(report)])
     return report

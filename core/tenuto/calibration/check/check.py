@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...caching import Facts, candidates
+from ...caching import SHORTEST, Facts, candidates
 from ...errors import SHORT, TenutoError
 from ...model import (
     Backbone,
@@ -37,19 +37,17 @@ from ...sampling import (
 from ...sampling.loading import defaults
 from ...sampling.opened import opened
 from ...text import printable
+from ..costs import images_of, layer_costs
 from ..given import needs_every_prompt, prompts_needed, scheme_of
 from ..presets import Preset, effort
 from ..route_job import DEFAULT_REUSE, SPREADS
 from ..router.effort import PRESETS, calls_of_search
-from ..spared import USUAL
 from . import estimates, problems
 from .file_size import size_of
-from .layers import Sorted, parameters
+from .layers import Sorted, parameters, weights_of
 from .peak import peaks
 from .report import QUANTIZE, ROUTER, USES, Check, Problem
 from .trial import first_inputs, trial
-
-PASSES = 3  # of what was recorded, where rounding looks at inputs: recorded, in float, quantized
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _checked(asked: Asked, text_encoder: bool, complaints: Sequence[str]) -> Che
     denoiser, backbone = asked.denoiser, asked.backbone
     layers = Sorted(denoiser, backbone, asked.scheme)
     known = backbone.family != "generic"
-    weights = _weights(denoiser, backbone) | {"quantized": layers.quantized}
+    weights = weights_of(denoiser, backbone) | {"quantized": layers.quantized}
     found = Check(
         type(denoiser).__name__,
         None if isinstance(asked.pipe, nn.Module) else _title(asked.pipe),
@@ -203,22 +201,6 @@ def _peaks(asked: Asked, encoders: bool) -> dict[str, int]:
     )  # fmt: skip
 
 
-def _weights(denoiser: nn.Module, backbone: Backbone) -> dict[str, int]:
-    """Numbers of parameters: all, those in branches, those of time-only modules (in no branch)."""
-    reused = {name for branch in backbone.branches for name in (branch.name,)}
-    inside, timed = _ids(denoiser, sorted(reused)), _ids(denoiser, backbone.temporal)
-    sizes = {id(p): p.numel() for p in denoiser.parameters()}
-    return {
-        "all": sum(sizes.values()),
-        "branches": sum(sizes[i] for i in inside - timed),
-        "time-only": sum(sizes[i] for i in timed),
-    }
-
-
-def _ids(module: nn.Module, names: Sequence[str]) -> set[int]:
-    return {id(p) for name in names for p in module.get_submodule(name).parameters()}
-
-
 def _encoders(pipe: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, facts) of each text encoder."""
     for name, encoder in encoders_of(pipe).items():
@@ -251,20 +233,33 @@ def _problems(asked: Asked, found: Check) -> Iterator[Problem]:
 # --- what it takes --------------------------------------------------------------------------------
 
 
-def _calls(asked: Asked) -> dict[str, int]:
-    """Calls of the denoiser with one image that each use makes, at the least."""
-    given, rows = (asked.scheme, asked.effort, asked.rounding), asked.steps * _halves(asked)
-    count = prompts_needed(*given) * (PASSES if needs_every_prompt(*given) else 1)
-    search = USUAL * asked.effort.batch if isinstance(asked.scheme, Scheme) else 0
-    found = {QUANTIZE: count * rows + search * _halves(asked)}
+def _calls(asked: Asked) -> dict[str, estimates.Calls]:
+    """Calls of the denoiser that each use makes, as `costs.py` has them."""
+    given, halves = (asked.scheme, asked.effort, asked.rounding), _halves(asked)
+    batch, every = asked.effort.batch, needs_every_prompt(*given)
+    recorded, search = prompts_needed(*given) * asked.steps, isinstance(asked.scheme, Scheme)
+    parts = layer_costs(recorded, batch, replays=every, stored=False, search=search)
+    images = recorded + sum(parts.values()) + _of_forecast(asked)
+    found = {QUANTIZE: estimates.Calls(images * halves, -(-images // batch))}
     names = tuple(branch.name for branch in asked.backbone.branches)
     if names and asked.steps > 1:
         plan = PRESETS[asked.router]
         times = tuple(float(t) for t in range(asked.steps, 0, -1))
         tables = candidates(DEFAULT_REUSE, Facts(times, names, (1.0,) * asked.steps))
-        search = calls_of_search(plan, asked.steps, DEFAULT_REUSE, len(tables) + len(SPREADS))
-        found[ROUTER] = round((sum(search.values()) / asked.steps + 1) * plan.batch * rows)
+        searched = calls_of_search(plan, asked.steps, DEFAULT_REUSE, len(tables) + len(SPREADS))
+        made = round(sum(searched.values()) + asked.steps)
+        found[ROUTER] = estimates.Calls(made * plan.batch * halves, made)
     return found
+
+
+def _of_forecast(asked: Asked) -> int:
+    """Calls with one image that measuring a forecast takes, where that is done unasked."""
+    bare = isinstance(asked.pipe, nn.Module) or not isinstance(asked.scheme, Scheme)
+    if bare or asked.steps < SHORTEST:
+        return 0
+    images = images_of(asked.steps)
+    cheap = estimates.is_cheap(asked.pipe, images, asked.call, asked.device)
+    return images + 2 * asked.steps * asked.effort.batch if cheap else 0
 
 
 def _halves(asked: Asked) -> int:

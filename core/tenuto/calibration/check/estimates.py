@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ from ...model import denoiser_of, device_and_dtype
 COPIES = 1  # of the denoiser, in float: the one that the result is checked with
 SIDES = {"cpu": 512}  # of the product that says how fast the machine is
 SIDE = 4096  # of that on a GPU
+SMALL, OPERATIONS = 64, 8  # what a module costs, its hooks and what quantizes it: sides, operations
+BETWEEN = 1.5  # a call over its products: norms, attention and what lies between layers
+RANGE = 3.0  # of an estimate: the longest over the shortest time
+# Products above which a forecast is measured only where that is asked for: about a minute on two
+# cores, and on a usual card. A time would decide otherwise when resumed, or beside other work.
+CHEAP, CHEAP_ON_CARD = 2e12, 3e15
 LONG = 2.0  # seconds of a call that is not repeated
 TRIES = 9  # of which the fastest counts
 EIGHTH = 8  # pixels a latent has on each side, where no autoencoder says it
@@ -27,6 +33,13 @@ SIZES = ("height", "width", "num_frames")
 USUAL = 1024  # pixels on each side where nothing says it
 MEMORY = Path("/proc/meminfo")
 LIMIT, USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+class Calls(NamedTuple):
+    """Of a denoiser by one use. rows: images in all calls; made: calls, each of several images."""
+
+    rows: int
+    made: int
 
 
 def memory(model: Any, device: torch.device, stored: Mapping[str, int] | None) -> dict[str, Any]:
@@ -96,6 +109,12 @@ def products(model: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> float:
     return sum(p.numel() for p in denoiser.parameters()) * tokens(model, denoiser, call)
 
 
+def is_cheap(model: Any, images: int, call: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether so many calls with one image and guidance take few products, without one of them."""
+    wanted = 2 * images * products(model, denoiser_of(model), call)
+    return wanted <= (CHEAP if device.type == "cpu" else CHEAP_ON_CARD)
+
+
 def _number(value: Any) -> float | None:
     value = value[-1] if isinstance(value, list | tuple) and value else value
     return float(value) if isinstance(value, int | float) and value > 0 else None
@@ -108,6 +127,18 @@ def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
     x = torch.ones(side, side, device=device, dtype=dtype)
     seconds = [_timed(lambda: x @ x, device) for _ in range(TRIES)]
     return side**3 / max(min(seconds[1:]), 1e-6)
+
+
+@torch.no_grad()
+def seconds_a_module(device: torch.device, dtype: torch.dtype) -> float:
+    """What a module costs a call, however small its tensors are: some operations that wait."""
+    x = torch.ones(SMALL, SMALL, device=device, dtype=dtype)
+
+    def some() -> None:
+        for _ in range(OPERATIONS):
+            torch.layer_norm(x @ x, (SMALL,)).add_(x)
+
+    return min(_timed(some, device) for _ in range(TRIES))
 
 
 def seconds_of(denoiser: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> float:
@@ -128,22 +159,34 @@ def _timed(work: Any, device: torch.device) -> float:
 
 
 def time_of(
-    model: Any, calls: Mapping[str, int], call: Mapping[str, Any], device: torch.device
+    model: Any, uses: Mapping[str, Calls], call: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """{"how", "seconds a row", "uses": {use: {"calls", "seconds"}}}, nothing of it measured.
+    """What `spread` says, nothing of it measured on the model itself.
 
-    calls: of the denoiser with one image, by use.
+    A call takes its products, as fast as a large one is here, and what each of its modules costs.
     """
     denoiser = denoiser_of(model)
     _, dtype = device_and_dtype(denoiser)
     if any(p.is_meta for p in denoiser.parameters()):
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    row = products(model, denoiser, call) / products_per_second(device, dtype)
-    how = "from parameters x places of the image, and the speed of a large product here"
-    return spread(row, calls, f"{how}; --run or run=True times a call")
+    row = BETWEEN * products(model, denoiser, call) / products_per_second(device, dtype)
+    count = sum(1 for module in denoiser.modules() if not any(module.children()))
+    each = count * seconds_a_module(device, dtype)
+    how = "from the model's sizes, and what a large product and small operations take here"
+    return spread(row, uses, f"{how}; --run or run=True times a call", each)
 
 
-def spread(row: float, calls: Mapping[str, int], how: str) -> dict[str, Any]:
-    """`time_of`, from the seconds that one row of a call takes."""
-    uses = {use: {"calls": count, "seconds": row * count} for use, count in calls.items()}
-    return {"how": how, "seconds_per_row": row, "uses": uses}
+def spread(row: float, uses: Mapping[str, Calls], how: str, each: float = 0.0) -> dict[str, Any]:
+    """{"how", "seconds_per_row", "seconds_per_call", "uses": {use: ...}}, a range by use.
+
+    row: seconds that one image of a call takes; each: those that a call takes beside, however many
+    images it has. By use: "calls" with one image, "seconds" of them all, and "seconds_at_most",
+    `RANGE` times as many: rounding comes on top, and layers that are simulated.
+    """
+    found: dict[str, Any] = {"how": how, "seconds_per_row": row, "seconds_per_call": each}
+    found["uses"] = {}
+    for use, calls in uses.items():
+        seconds = row * calls.rows + each * calls.made
+        facts = {"calls": calls.rows, "seconds": seconds, "seconds_at_most": RANGE * seconds}
+        found["uses"][use] = facts
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -73,3 +73,19 @@ def parameters(module: nn.Module, names: Iterable[str] | None = None) -> int:
     parts = [module] if names is None else [module.get_submodule(name) for name in names]
     found = {id(p): p.numel() for part in parts for p in part.parameters()}
     return sum(found.values())
+
+
+def weights_of(denoiser: nn.Module, backbone: Backbone) -> dict[str, int]:
+    """Numbers of parameters: all, those in branches, those of time-only modules (in no branch)."""
+    reused = {name for branch in backbone.branches for name in (branch.name,)}
+    inside, timed = _ids(denoiser, sorted(reused)), _ids(denoiser, backbone.temporal)
+    sizes = {id(p): p.numel() for p in denoiser.parameters()}
+    return {
+        "all": sum(sizes.values()),
+        "branches": sum(sizes[i] for i in inside - timed),
+        "time-only": sum(sizes[i] for i in timed),
+    }
+
+
+def _ids(module: nn.Module, names: Sequence[str]) -> set[int]:
+    return {id(p) for name in names for p in module.get_submodule(name).parameters()}

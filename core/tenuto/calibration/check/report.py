@@ -145,8 +145,8 @@ class Check:
                 place = "in memory, or on disk where memory has no room"
                 yield "recorded inputs", f"about {gib(size)} {place}"
         for use, facts in self.time.get("uses", {}).items():
-            little = facts["seconds"] < 0.1
-            took = "under a second" if little else f"at least {duration(facts['seconds'])}"
+            least, most = facts["seconds"], facts["seconds_at_most"]
+            took = f"about {duration(least)} to {duration(most)}" if most >= 1 else "under a second"
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"
         if self.time.get("how"):
             yield "estimated", self.time["how"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tenuto.artifact.export import export
+from tenuto.artifact.export import export, lines_of
 from tenuto.artifact.export.gguf_blocks import KINDS, Blocks, kept, nearest, unpacked
 from tenuto.artifact.export.gguf_file import read_gguf
+from tenuto.artifact.export.size import size_note
 from tenuto.errors import ArtifactError, TenutoError
 from tenuto.model import host_map_of
 from tenuto.numerics import Format, QTensor, Scheme
@@ -123,6 +126,26 @@ def test_codes_of_eight_bits_are_rounded_anew(tiny: Any, rounded: Any, tmp_path:
     found = weight_of(out, "double_blocks.0.img_mlp.2.weight")
     per_row = QTensor.nearest(weight, Format(8)).dequantize()
     assert (found - weight).norm() < (per_row - weight).norm()
+
+
+def test_a_file_that_is_no_smaller_says_why(tiny: Any, rounded: Any, tmp_path: Path) -> None:
+    """A tiny model has little in low bits; what its bytes are is said, and adds up."""
+    model, artifact, out = tiny("flux"), rounded("flux", "W8A8"), tmp_path / "flux.gguf"
+    report = export(model, "gguf", out, artifact=artifact)
+    assert report.after < report.before and not any("no smaller" in n for n in report.notes)
+    said = size_note(replace(report, before=report.after))
+    units = {"KiB": 2**10, "MiB": 2**20}
+    parts = [float(n) * units[unit] for n, unit in re.findall(r"([\d.]+) ([KM]iB)", said)]
+    assert len(parts) == 4 and sum(parts) == pytest.approx(report.after, rel=0.05)
+    one = export(tiny("flux"), "comfy", tmp_path / "x.safetensors", artifact=artifact)
+    two = export(tiny("unet"), "gguf", tmp_path / "x.gguf", artifact=rounded("unet", "W8A8"))
+    for found in (one, two):
+        assert any("no smaller" in line for line in lines_of(found)) == (
+            found.after >= found.before
+        )
+    assert two.after >= two.before
+    copy = export(model, "float", tmp_path / "y.safetensors", artifact=artifact)
+    assert not any("no smaller" in note for note in copy.notes)  # it is meant to be as large
 
 
 def test_five_dimensions_are_told_beside(tmp_path: Path) -> None:
