@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -32,6 +33,7 @@ def bench(tiny_pixart_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def loaded(*arguments: Any) -> Any:
         raise AssertionError("the model was loaded")
 
+    importlib.import_module("tenuto.cli.session")  # or it would keep what is put in its place here
     monkeypatch.setattr(loading, "load", loaded)
     return Bench(Settings(tmp_path / "out", (tmp_path / "roots",), device="cpu"))
 
