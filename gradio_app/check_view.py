@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from tenuto.calibration import ENCODERS, QUANTIZE, ROUTER, Check
-from tenuto.calibration.check.report import duration, gib
+from tenuto.calibration.check.report import between, gib
 
 from .view import card, on_the_page, table
 
@@ -59,9 +59,10 @@ def report(found: Check, uses: Sequence[str], quality: Sequence[tuple[str, str]]
 def _costs(found: Check, uses: Sequence[str]) -> str:
     """Time and memory, as far as they are known."""
     said, times = [], found.time.get("uses", {})
-    seconds = sum(times[use]["seconds"] for use in uses if use in times)
-    if seconds:
-        said.append(f"At least {duration(seconds)}.")
+    known = [times[use] for use in uses if use in times]
+    if known:
+        ends = [sum(one[end] for one in known) for end in ("seconds", "seconds_at_most")]
+        said.append(f"It takes {between(*ends)}.")
     if QUANTIZE in uses and found.size.get("codes"):
         codes, whole = found.size["codes"], found.size["in 16 bits"]
         said.append(f"A file of about {gib(codes)}: the model has {gib(whole)} in 16 bits.")

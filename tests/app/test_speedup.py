@@ -169,7 +169,7 @@ def test_off_is_off(bench: Bench) -> None:
     own = [None, None, "", "", "", "", ""]  # the pipeline's own settings, left empty
     for on in (True, False):
         values = [MODEL, "a", 7, 10, 2.0, "plain", on, True, "A", 1, [], 2, "", *own]
-        assert list(making.made_now(bench, lambda *_, **__: None, *values))
+        assert list(making.made_now(bench, *values))
     assert [given[5] for given in passed] == ["plain", ""]
     assert [given[-2] for given in passed] == [2, 1]  # the last tells of the line
 

@@ -145,8 +145,7 @@ class Check:
                 place = "in memory, or on disk where memory has no room"
                 yield "recorded inputs", f"about {gib(size)} {place}"
         for use, facts in self.time.get("uses", {}).items():
-            least, most = facts["seconds"], facts["seconds_at_most"]
-            took = f"about {duration(least)} to {duration(most)}" if most >= 1 else "under a second"
+            took = between(facts["seconds"], facts["seconds_at_most"])
             yield use, f"{took}, {facts['calls']:,} calls of the denoiser with one image"
         if self.time.get("how"):
             yield "estimated", self.time["how"]
@@ -176,6 +175,11 @@ def millions(count: int) -> str:
 def gib(size: float) -> str:
     """Bytes in GiB, or in MiB below one."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def between(least: float, most: float) -> str:
+    """How long something takes, at the least and at most, in seconds: "about 2 min to 6 min"."""
+    return f"about {duration(least)} to {duration(most)}" if most >= 1 else "under a second"
 
 
 def duration(seconds: float) -> str:
