@@ -518,3 +518,34 @@ def test_four_text_encoders() -> None:
         low = recorded.rollout()(pipe.transformer, 0, 1)
     assert 0 < float((low - plain).norm() / plain.norm()) < 0.2
     assert torch.equal(recorded.rollout()(pipe.transformer, 0, 1), plain)
+
+
+# --- calls skipped without calibration ------------------------------------------------------------
+
+
+def test_both_skip_their_calls_without_calibration(
+    pipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of Wan 2.2's 24 steps each denoiser has its own, and skips of these; off is off."""
+    plain = video(pipe, 24)
+    with tn.attach(pipe, speedup=2) as attached:
+        found = video(pipe, 24)
+        said, counts = attached.forecast(), attached.counts()
+    assert said is not None and said["steps"] == 24 and said["skipped"] >= 10
+    assert said["predicted_db"] > 25
+    assert counts.keys() == {"", f"{SECOND}/"}
+    for computed, skipped in counts.values():
+        assert skipped >= 4 and computed >= 4
+    assert sum(map(sum, counts.values())) % 24 == 0, "every call of every step"
+    assert 0 < float((found - plain).norm() / plain.norm()) < 0.3
+    assert torch.equal(video(pipe, 24), plain)
+    assert caplog.text.count("6 of 12 calls are skipped") == 2
+
+    call = CALL | {name: x[:1] for name, x in CALL.items() if "embeds" in name}
+    row = tn.compare(pipe, speedup=2, count=1, steps=24, guidance=GUIDANCE, call=call)
+    assert (row.reuse_ratio, row.reuse_flops) == (0.5, 0.5)
+
+    with tn.attach(pipe, speedup=2) as attached:
+        video(pipe, 8)
+        assert not any(skipped for _, skipped in attached.counts().values())
+    assert "of a denoiser that has 4 of the 8 steps is skipped: it takes" in caplog.text

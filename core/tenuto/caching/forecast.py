@@ -132,7 +132,7 @@ class ForecastCalls:
     def _say(self, steps: int, noisy: bool) -> None:
         """Why this run skips nothing, once, where someone has asked for a speedup."""
         if isinstance(self.forecast, Forecast) and self.forecast.speedup != 1:
-            say(why_full(self.forecast, steps, noisy), self.said)
+            say(why_full(self.forecast, steps, noisy, self.clock.whole), self.said)
 
     def _keep(self, step: int, shape: Any, out: Any) -> None:
         """Remember a computed call; a second one of the same step and streams replaces it.
@@ -177,10 +177,18 @@ class ForecastCalls:
         return map_tensors(gathered, *outs)
 
 
-def why_full(forecast: Forecast, steps: int, stochastic: bool) -> str:
-    """Why the plan for a run of so many steps skips no call, in one sentence."""
+def why_full(forecast: Forecast, steps: int, stochastic: bool, whole: int = 0) -> str:
+    """Why the plan for a run of so many steps skips no call, in one sentence.
+
+    whole: steps of the run, where another denoiser has the rest; 0: it has none.
+    """
     if stochastic:
         return "No call is skipped: this sampler adds noise of its own at every step."
+    if whole and steps < SHORTEST:
+        return (
+            f"No call of a denoiser that has {steps} of the {whole} steps is skipped: it takes "
+            f"{SHORTEST}."
+        )
     if not SHORTEST <= steps <= MOST:
         return f"No call is skipped in a run of {steps} steps: it takes {SHORTEST} to {MOST}."
     return (

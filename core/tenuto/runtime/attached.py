@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact
-from ..caching import CachedBranch, Forecast, ForecastCalls, RunTimeCalls
+from ..caching import CachedBranch, Forecast, ForecastCalls, RunTimeCalls, about_db
 from ..model import (
     Attached,
     KeyMap,
@@ -121,17 +121,22 @@ class Tenuto(Attached):
         """What the plan of the last run says; None where no calls are forecast.
 
         {"steps", "skipped": calls, "predicted_db": about which PSNR to the full run, "kernel":
-        "forecast-default" where that is not of this model, else ""}.
+        "forecast-default" where that is not of this model, else ""}. Of two denoisers that share
+        a run, both together.
         """
         calls = (p.call for p in self.patches if isinstance(p, Override))
-        found = next((call for call in calls if isinstance(call, ForecastCalls)), None)
-        if found is None or not isinstance(found.forecast, Forecast):
+        found = [
+            (call.plan, call.forecast)
+            for call in calls
+            if isinstance(call, ForecastCalls) and isinstance(call.forecast, Forecast)
+        ]
+        if not found:
             return None
-        plan, made = found.plan, found.forecast
-        steps = len(plan.computed)
+        steps, made = sum(len(plan.computed) for plan, _ in found), found[0][1]
         return {
-            "steps": steps, "skipped": steps - plan.calls, "kernel": made.origin,
-            "predicted_db": made.db(plan),
+            "steps": steps, "skipped": steps - sum(plan.calls for plan, _ in found),
+            "kernel": made.origin,
+            "predicted_db": about_db(sum(plan.error for plan, _ in found), made.at_one),
         }  # fmt: skip
 
     def counts(self) -> dict[str, list[int]]:

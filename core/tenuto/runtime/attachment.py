@@ -142,7 +142,7 @@ def install(
     found: dict[str, Part] = {}
     for name, denoiser in denoisers.items():
         given = patches if own is None else replace(patches, artifact=own.get(name))
-        if own is None or name in own:
+        if own is None or name in own or patches.kernel is not None:
             found[name] = _part(denoiser, given, chooser)
         elif len(own[""].tensors) > len(own[""].section("encoder")):
             log.warning("%s stays as it is: the artifact has nothing of it.", name)

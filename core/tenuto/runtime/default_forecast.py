@@ -13,7 +13,14 @@ from ..artifact import kernel_of
 from ..caching import default_kernel
 from ..errors import ModelError
 from ..model import parts_of
-from ..sampling import NoiseKernel, PipelineNoise, host_noise, host_prediction, prediction_of
+from ..sampling import (
+    NoiseKernel,
+    PipelineNoise,
+    boundary,
+    host_noise,
+    host_prediction,
+    prediction_of,
+)
 from .replacements import Patches
 
 WITHOUT = "A forecast without calibration needs "
@@ -24,7 +31,7 @@ def default_kernel_of(model: Any) -> NoiseKernel:
     scheduler = getattr(model, "scheduler", None)
     if isinstance(model, nn.Module) or scheduler is None:
         raise ModelError(f"{WITHOUT}a pipeline with its scheduler, which says what noise there is.")
-    if len(parts_of(model)) > 1:
+    if not _one_a_step(model):
         raise ModelError(f"{WITHOUT}a pipeline of one denoiser.")
     found = default_kernel(prediction_of(scheduler), PipelineNoise(weakref.ref(model)))
     if found.noise((999.0, 0.0)) is None:
@@ -46,10 +53,15 @@ def host_kernel(sampling: Any) -> NoiseKernel:
 def with_default(model: Any, patches: Patches) -> Patches:
     """`patches` with the shipped kernel where calls are to be skipped and none was recorded.
 
-    For pipelines of several denoisers and for bare ones they stay as they are.
+    For pipelines with several denoisers a step and for bare ones they stay as they are.
     """
-    alone = not isinstance(model, nn.Module) and len(parts_of(model)) == 1
-    return with_kernel(patches, lambda: default_kernel_of(model)) if alone else patches
+    able = not isinstance(model, nn.Module) and _one_a_step(model)
+    return with_kernel(patches, lambda: default_kernel_of(model)) if able else patches
+
+
+def _one_a_step(model: Any) -> bool:
+    """Whether a pipeline calls one denoiser at a step: its only one, or of Wan 2.2's two."""
+    return len(parts_of(model)) == 1 or boundary(model) is not None
 
 
 def with_kernel(patches: Patches, shipped: Callable[[], NoiseKernel]) -> Patches:

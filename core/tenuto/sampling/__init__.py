@@ -6,7 +6,7 @@ from .clock import Clock
 from .described import MARK, described, repeated
 from .encoder_calls import BATCH, HELD_OUT, calls_of, encoder_calls
 from .follow import Follow
-from .grid import places_of
+from .grid import boundary, places_of
 from .host_schedule import host_noise, host_prediction
 from .noise import prediction_of
 from .noise_kernel import Noise, NoiseKernel, PipelineNoise, noises_at
@@ -52,6 +52,7 @@ __all__ = [
     "Trajectory",
     "adds_noise",
     "answered_once",
+    "boundary",
     "call_in_progress",
     "calls_of",
     "check_names",

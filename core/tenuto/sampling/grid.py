@@ -51,16 +51,25 @@ def places_of(timesteps: Sequence[float], known: Sequence[float]) -> Tensor:
     return left + share.clamp(0, 1)
 
 
+def boundary(pipeline: Any) -> float | None:
+    """The timestep, as its scheduler counts, below which a pipeline calls its second denoiser.
+
+    Wan 2.2 has one; None: each denoiser is called at every step, or who is called is not known.
+    """
+    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+    config = getattr(getattr(pipeline, "scheduler", None), "config", None)
+    whole = getattr(config, "num_train_timesteps", None)
+    return None if ratio is None or whole is None else ratio * whole
+
+
 def own_times(pipeline: Any, times: Any, name: str) -> Any:
     """Those of a scheduler's timesteps at which a pipeline calls the denoiser called `name`.
 
     Wan 2.2 has one for the noise from a boundary on, and `transformer_2` for what is below it; all
     other denoisers are called at every step.
     """
-    ratio = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
-    config = getattr(getattr(pipeline, "scheduler", None), "config", None)
-    whole = getattr(config, "num_train_timesteps", None)
-    if ratio is None or whole is None or not isinstance(times, Tensor):
+    least = boundary(pipeline)
+    if least is None or not isinstance(times, Tensor):
         return times
-    high = times >= ratio * whole
+    high = times >= least
     return times[~high if name.endswith("_2") else high]

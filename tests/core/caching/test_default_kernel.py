@@ -148,7 +148,7 @@ def test_what_cannot_be_forecast(flux: Any) -> None:
     with pytest.raises(ModelError, match="pipeline"):
         tn.attach(denoiser_of(flux), speedup=2)
     with pytest.raises(ModelError, match="one denoiser"):
-        tn.attach(tiny.wan_22(), "forecast-default")
+        tn.attach(tiny.wan(transformer_2=tiny.wan_denoiser(1)), "forecast-default")
     for wrong in (0.5, "fast", True, math.nan):
         with pytest.raises(TenutoError, match="speedup"):
             tn.attach(flux, speedup=wrong)
