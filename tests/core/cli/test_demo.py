@@ -288,7 +288,8 @@ def test_compare_shows_its_images(
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     asked: dict[str, Any] = {"speedup": speedup, "prompts": Path("p.txt"), "count": 2, "steps": 10}
     said = commands.compare(str(tiny_pixart_folder), sheet=Path("sheet.png"), **asked)
-    assert "Images: sheet.png" in str(said) and f"--speedup {speedup:g} --prompt" in str(said.next)
+    like = f"--speedup {speedup:g} --steps 10 --prompt"
+    assert "Images: sheet.png" in str(said) and like in str(said.next)
     with Image.open("sheet.png") as paper:
         facts = json.loads(paper.text["tenuto"])
         rows = [pixels(paper, row, len(facts["prompts"])) for row in range(3)]
