@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tenuto.text import first_line, printable
 
-LIMIT = 300  # characters of another library's words
+LIMIT = 150  # characters of another library's words
 MEMORY = (
     "There is not enough memory: choose a smaller image or fewer frames, or end other programs."
 )

@@ -13,7 +13,7 @@ from tenuto.text import printable
 
 from .failures import sentence
 
-SENTENCE = 500  # characters
+SENTENCE = 300  # characters
 
 
 class Page(gr.Blocks):
