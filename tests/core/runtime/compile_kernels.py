@@ -28,6 +28,7 @@ from tenuto.runtime.kernels import (
     column_rounding_triton,
     finished_product_triton,
     gated_product_triton,
+    group_norm_triton,
     int4_fused_triton,
     int8_conv2d_fused_triton,
     product_triton,
@@ -133,6 +134,12 @@ def calls() -> Iterator[tuple[str, Any]]:
     yield "shared", lambda: rotary_triton.turn(
         heads, None, 1e-6, angles[..., :32], angles[..., :32], True
     )  # fmt: skip
+    pixels = torch.randn(2, 40, 32, 32, dtype=HALF).to(memory_format=torch.channels_last)
+    shift, own = torch.rand(2, 40, 1, 1, dtype=HALF), torch.rand(40, dtype=HALF)
+    for plus, weight in ((None, None), (shift, own)):
+        yield "group norm", lambda p=plus, v=weight: group_norm_triton.factors(
+            pixels, p, 4, v, v, 1e-5
+        )  # fmt: skip
 
 
 def columns() -> None:

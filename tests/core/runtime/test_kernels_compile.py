@@ -19,5 +19,5 @@ def test_the_compiler_takes_every_kernel(tmp_path: Path) -> None:
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    for kernel in ("int8", "e4m3", "int4", "conv2d", "rows", "norm", "rotary"):
+    for kernel in ("int8", "e4m3", "int4", "conv2d", "rows", "norm", "rotary", "group norm"):
         assert f"{kernel}: " in done.stdout
