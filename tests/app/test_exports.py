@@ -6,6 +6,7 @@ import ast
 import builtins
 import importlib
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_python_has_what_it_uses(
     code = how_to(bench, MODEL, "own", AS_IT_IS)[1]
     assert "num_inference_steps=20," in code and "guidance_scale=2.0," in code
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("num_inference_steps=20", "num_inference_steps=2"), {})
+    script = tmp_path / "sample.py"
+    script.write_text(code.replace("num_inference_steps=20", "num_inference_steps=2"), "utf-8")
+    runpy.run_path(str(script))
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (64, 64)
 

@@ -538,7 +538,7 @@ def test_both_skip_their_calls_without_calibration(
         assert skipped >= 4 and computed >= 4
     assert sum(map(sum, counts.values())) % 24 == 0, "every call of every step"
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.3
-    assert torch.equal(video(pipe, 24), plain)
+    torch.testing.assert_close(video(pipe, 24), plain)
     assert caplog.text.count("6 of 12 calls are skipped") == 2
 
     call = CALL | {name: x[:1] for name, x in CALL.items() if "embeds" in name}
