@@ -77,8 +77,8 @@ def parameters(module: nn.Module, names: Iterable[str] | None = None) -> int:
 
 def weights_of(denoiser: nn.Module, backbone: Backbone) -> dict[str, int]:
     """Numbers of parameters: all, those in branches, those of time-only modules (in no branch)."""
-    reused = {name for branch in backbone.branches for name in (branch.name,)}
-    inside, timed = _ids(denoiser, sorted(reused)), _ids(denoiser, backbone.temporal)
+    reused = sorted({branch.name for branch in backbone.branches})
+    inside, timed = _ids(denoiser, reused), _ids(denoiser, backbone.temporal)
     sizes = {id(p): p.numel() for p in denoiser.parameters()}
     return {
         "all": sum(sizes.values()),
